@@ -1,0 +1,215 @@
+"""Which formula belongs to which pair of types.
+
+The library keeps a table of its own and asks it together with torch's; torch's table is read, never written to.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+from torch.distributions.kl import _KL_REGISTRY as _TORCH_RULES
+
+from torch_klloss.rebuild import dtype_of, in_full_precision
+from torch_klloss.structure import check_common_measure, check_pair, name, peel
+
+Rule = Callable[[Any, Any], Tensor]
+Types = tuple[type[Distribution], type[Distribution]]
+_RuleT = TypeVar("_RuleT", bound=Rule)
+
+_RULES: dict[Types, Rule] = {}
+
+
+class Match(NamedTuple):
+    """A rule, and the pair of types that it was registered for."""
+
+    rule: Rule
+    types: Types
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the rule is this library's, and not torch's."""
+        return self.types in _RULES
+
+
+def register_kl(
+    type_q: type[Distribution],
+    type_p: type[Distribution],
+    *,
+    supports: Callable[[Any, Any], bool] | None = None,
+) -> Callable[[_RuleT], _RuleT]:
+    """Register the decorated function as the closed form of KL(q‖p) for q of `type_q` and p of `type_p`.
+
+    The signature is that of `torch.distributions.register_kl`. The rule takes (q, p), already stripped of a shared
+    `Independent`, and returns the KL in nats with the broadcast batch shape. The most specific rule over this
+    table and torch's wins; on a tie, this one. torch's own table stays as it is.
+
+    A rule may raise `NotImplementedError` for instances that it has no formula for.
+
+    Args:
+        type_q: the type of the distribution that the expectation is under.
+        type_p: the type of the other one.
+        supports: says for which instances (q, p) the rule has a formula; without it, `has_closed_form` finds out
+            by running the rule. May also be set as the attribute `supports` of the rule.
+
+    Raises:
+        TypeError: if one of the types is not a subclass of `torch.distributions.Distribution`.
+
+    Example:
+        >>> import torch
+        >>> from torch.distributions import Normal, StudentT
+        >>> from torch_klloss import kl_divergence, register_kl
+        >>> class UnitNormal(Normal):
+        ...     def __init__(self, loc):
+        ...         super().__init__(loc, torch.ones_like(loc))
+        >>> @register_kl(UnitNormal, UnitNormal)
+        ... def _unit_normal(q, p):
+        ...     return (q.loc - p.loc) ** 2 / 2
+        >>> kl_divergence(UnitNormal(torch.tensor(3.0)), UnitNormal(torch.tensor(1.0)))
+        tensor(2.)
+    """
+    for cls in (type_q, type_p):
+        if not (isinstance(cls, type) and issubclass(cls, Distribution)):
+            raise TypeError(f"register_kl takes two subclasses of torch.distributions.Distribution, got {cls!r}.")
+
+    def decorator(rule: _RuleT) -> _RuleT:
+        if supports is not None:
+            rule.supports = supports  # type: ignore[attr-defined]
+        _RULES[type_q, type_p] = rule
+        return rule
+
+    return decorator
+
+
+def kl_divergence(q: Distribution, p: Distribution) -> Tensor:
+    """Compute KL(q‖p) = E_q[log q - log p] exactly, in nats; a drop-in for `torch.distributions.kl_divergence`.
+
+    Value and gradient are those of the registered closed form. A subclass inherits the rule of its parents, as
+    with torch. Half-precision parameters are computed with in float32, and the result is rounded back.
+
+    Args:
+        q: the distribution that the expectation is under, `[*batch, *event]`.
+        p: the other one; its batch shape broadcasts against q's.
+
+    Returns:
+        The KL, of the broadcast batch shape. `inf` where p lacks q's support.
+
+    Raises:
+        NotImplementedError: if no closed form is registered for the pair, or the registered one has none for these
+            instances.
+        ValueError: if the event shapes differ, the batch shapes do not broadcast, or q is discrete and p continuous.
+        TypeError: if q or p is not a distribution.
+
+    Example:
+        >>> from torch.distributions import Normal
+        >>> from torch_klloss import kl_divergence
+        >>> kl_divergence(Normal(1.0, 1.0), Normal(0.0, 1.0))
+        tensor(0.5000)
+    """
+    batch_shape = check_pair(q, p)
+    dtype = torch.promote_types(dtype_of(q), dtype_of(p))
+    inner_q, inner_p, peeled = peel(in_full_precision(q), in_full_precision(p))
+    match = find_rule(inner_q, inner_p)
+    if match is None:
+        refuse(q, p)
+    value = evaluate(match, inner_q, inner_p, peeled, batch_shape)
+    return value.to(dtype) if dtype in (torch.float16, torch.bfloat16) else value
+
+
+def has_closed_form(q: Distribution, p: Distribution) -> bool:
+    """Tell whether `kl_divergence(q, p)` has a closed form for these very instances; an infinite one counts.
+
+    The rule's own `supports(q, p)` answers where it has one; otherwise the rule is run without gradients.
+
+    Raises:
+        ValueError: if the event shapes differ, or the batch shapes do not broadcast.
+        TypeError: if q or p is not a distribution.
+
+    Example:
+        >>> from torch.distributions import Gamma, Normal, StudentT
+        >>> from torch_klloss import has_closed_form
+        >>> has_closed_form(Gamma(2.0, 1.0), Normal(0.0, 1.0)), has_closed_form(Normal(0.0, 1.0), StudentT(4.0))
+        (True, False)
+    """
+    batch_shape = check_pair(q, p)
+    q, p, peeled = peel(q, p)
+    match = find_rule(q, p)
+    if match is None:
+        return False
+    supports = getattr(match.rule, "supports", None)
+    if supports is not None:
+        return bool(supports(q, p))
+    try:
+        with torch.no_grad():
+            evaluate(match, q, p, peeled, batch_shape)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def find_rule(q: Distribution, p: Distribution) -> Match | None:
+    """Return the most specific rule for the pair over both tables, ours on a tie.
+
+    Specific means near in the method resolution order, of q first and then of p, which is torch's order; where p
+    first would lead elsewhere, the match is ambiguous and a `RuntimeWarning` says so, as torch's does.
+    """
+    q_types, p_types = type(q).__mro__, type(p).__mro__
+    for type_q in q_types:
+        for type_p in p_types:
+            types = (type_q, type_p)
+            if types in _RULES or types in _TORCH_RULES:
+                if types != (type(q), type(p)):
+                    _warn_if_ambiguous(q, p, types)
+                return Match(_rule_at(types), types)
+    return None
+
+
+def evaluate(match: Match, q: Distribution, p: Distribution, peeled: int, batch_shape: torch.Size) -> Tensor:
+    """Return the rule's KL of the peeled pair, summed over what was peeled, in the broadcast batch shape."""
+    if q.batch_shape != p.batch_shape and not match.is_ours:
+        # torch's rules write through boolean masks of one side's shape: give them equal shapes.
+        shape = torch.broadcast_shapes(q.batch_shape, p.batch_shape)
+        q, p = q.expand(shape), p.expand(shape)
+    try:
+        value = match.rule(q, p)
+    except NotImplementedError as error:
+        refuse(q, p, because=str(error))
+    if peeled:
+        value = value.sum(tuple(range(-peeled, 0)))
+    return value if value.shape == batch_shape else value.expand(batch_shape)
+
+
+def refuse(q: Distribution, p: Distribution, because: str = "") -> NoReturn:
+    """Raise the error for a pair without a closed form, naming the way out."""
+    check_common_measure(q, p)
+    detail = f" for these instances ({because})" if because else ""
+    raise NotImplementedError(
+        f"No closed form is registered for KL({name(q)}‖{name(p)}){detail}. Use AutoKL(), which samples where there "
+        f"is none, or MonteCarloKL(num_samples=…); or register one with @register_kl({type(q).__name__}, "
+        f"{type(p).__name__})."
+    )
+
+
+def _rule_at(types: Types) -> Rule:
+    rule = _RULES.get(types)
+    return _TORCH_RULES[types] if rule is None else rule
+
+
+def _warn_if_ambiguous(q: Distribution, p: Distribution, chosen: Types) -> None:
+    for type_p in type(p).__mro__:
+        for type_q in type(q).__mro__:
+            types = (type_q, type_p)
+            if types in _RULES or types in _TORCH_RULES:
+                if _rule_at(types) is not _rule_at(chosen):
+                    warnings.warn(
+                        f"KL({type(q).__name__}‖{type(p).__name__}) is ambiguous between the rules for "
+                        f"{chosen[0].__name__}‖{chosen[1].__name__} and {type_q.__name__}‖{type_p.__name__}; the "
+                        f"first is taken. Register one for ({type(q).__name__}, {type(p).__name__}).",
+                        RuntimeWarning,
+                        stacklevel=4,
+                    )
+                return

@@ -1,0 +1,249 @@
+"""The losses: `nn.Module`s that are a method plus one reduction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from torch_klloss.estimate import KLEstimate
+from torch_klloss.methods import ClosedForm, Enumeration, FirstOf, Method, MonteCarlo
+from torch_klloss.methods.base import route_of
+from torch_klloss.methods.first_of import Announced, check_method
+from torch_klloss.methods.monte_carlo import Gradient
+from torch_klloss.rebuild import device_of, in_full_precision, replace_examples
+from torch_klloss.reduction import (
+    ReductionName,
+    check_reduction,
+    example_shape,
+    expand_mask,
+    reduce,
+    reduce_estimate,
+)
+from torch_klloss.samplers import IID, Sampler
+from torch_klloss.structure import check_pair, name
+
+OnFallback = Literal["allow", "warn", "error"]
+
+
+class KLLoss(nn.Module):
+    """Reduce the KL(q‖p) that a method computes to a loss, in nats.
+
+    Batch elements are `[*examples, *latent]`: the first `batch_dims` dimensions of the broadcast batch shape index
+    independent examples, all further ones belong to one latent variable and are summed. "mean" is the mean of the
+    per-example KLs; it never divides by the latent size. Bias and variance of value and gradient are the method's.
+
+    Half-precision parameters are computed with in float32, with autocast off, and the loss is float32.
+
+    Args:
+        method: an object with `estimate(q, p, generator=None) -> KLEstimate`.
+        reduction: "mean", "sum" or "none" over the examples.
+        batch_dims: how many leading batch dimensions index independent examples. A pair with fewer has as many as
+            it has.
+
+    Raises:
+        TypeError: if `method` has no `estimate`.
+        ValueError: if `reduction` or `batch_dims` is not one of what there is.
+
+    Example:
+        >>> import torch
+        >>> from torch.distributions import Normal
+        >>> from torch_klloss import KLLoss
+        >>> from torch_klloss.methods import ClosedForm
+        >>> q = Normal(torch.ones(16, 8), 1.0)  # 16 examples, 8 latent dimensions
+        >>> KLLoss(ClosedForm())(q, Normal(0.0, 1.0))
+        tensor(4.)
+        >>> mask = torch.arange(16) < 4
+        >>> KLLoss(ClosedForm(), reduction="sum")(q, Normal(0.0, 1.0), mask=mask)
+        tensor(16.)
+    """
+
+    def __init__(self, method: Method, *, reduction: ReductionName = "mean", batch_dims: int = 1) -> None:
+        super().__init__()
+        check_method(method)
+        check_reduction(reduction, batch_dims)
+        self.method = method
+        self.reduction = reduction
+        self.batch_dims = batch_dims
+
+    def forward(
+        self,
+        q: Distribution,
+        p: Distribution,
+        mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return the reduced KL.
+
+        Args:
+            q: the distribution that the expectation is under, `[*examples, *latent]` + event.
+            p: the other one; its batch shape broadcasts against q's.
+            mask: bool or weights, of the shape `[*examples]` or broadcasting to it. "mean" divides by its sum. An
+                example of weight zero gives zero value and zero gradient, even where its KL is inf or NaN.
+            generator: where sampling methods take their randomness from.
+
+        Returns:
+            A scalar, or `[*examples]` with reduction="none".
+
+        Raises:
+            TypeError: if q or p is not a distribution, or the mask not a tensor.
+            ValueError: if shapes do not fit, q is discrete and p continuous or the reverse, or "mean" has no example
+                to take the mean of: an empty batch, or a mask that sums to zero (NaN under compile and vmap).
+            NotImplementedError: if the method has no route for the pair.
+        """
+        if mask is not None:
+            batch_shape = check_pair(q, p)
+            mask = expand_mask(mask, example_shape(batch_shape, self.batch_dims))
+            q, p = (replace_examples(d, mask != 0, batch_shape) for d in (q, p))
+        value = self.estimate(q, p, generator=generator).value
+        return reduce(value, self.reduction, self.batch_dims, mask)
+
+    def estimate(self, q: Distribution, p: Distribution, generator: torch.Generator | None = None) -> KLEstimate:
+        """Return the unreduced `KLEstimate`, of the broadcast batch shape; it knows no mask and no reduction."""
+        check_pair(q, p)
+        q, p = in_full_precision(q), in_full_precision(p)
+        if not torch._C._is_any_autocast_enabled():
+            return self.method.estimate(q, p, generator)
+        with torch.autocast(device_of(q).type, enabled=False):
+            return self.method.estimate(q, p, generator)
+
+    def reduce(self, estimate: KLEstimate, mask: Tensor | None = None) -> KLEstimate:
+        """Reduce an unreduced estimate as this loss would: the batch mean or sum, with its standard error.
+
+        Args:
+            estimate: what `estimate` returned.
+            mask: as in `forward`.
+
+        Example:
+            >>> import torch
+            >>> from torch.distributions import Normal
+            >>> from torch_klloss import MonteCarloKL
+            >>> loss = MonteCarloKL(num_samples=64)
+            >>> estimate = loss.estimate(Normal(torch.ones(100, 8), 1.0), Normal(0.0, 1.0))
+            >>> mean = loss.reduce(estimate)
+            >>> bool(abs(mean.value - 4.0) < 6 * mean.std_error)
+            True
+        """
+        if mask is not None:
+            mask = expand_mask(mask, example_shape(estimate.value.shape, self.batch_dims))
+        return reduce_estimate(estimate, self.reduction, self.batch_dims, mask)
+
+    def route(self, q: Distribution, p: Distribution) -> str:
+        """Return which method the pair would take, without drawing or evaluating a density.
+
+        "quadrature, else monte_carlo" where only computing can tell.
+
+        Raises:
+            NotImplementedError: if no method would take the pair.
+            TypeError, ValueError: as `forward`.
+        """
+        check_pair(q, p)
+        route = route_of(self.method, q, p)
+        if route is None:
+            raise NotImplementedError(f"{self.method!r} has no route for KL({name(q)}‖{name(p)}).")
+        return route
+
+    def extra_repr(self) -> str:
+        """Return the settings, for `repr`."""
+        return f"method={self.method!r}, reduction={self.reduction!r}, batch_dims={self.batch_dims}"
+
+
+class AnalyticKL(KLLoss):
+    """Compute the KL by its closed form: exact in value and in gradient. See `KLLoss` for shapes and reduction.
+
+    A pair without a closed form raises a `NotImplementedError` that names the pair and the way out.
+
+    Example:
+        >>> from torch.distributions import Normal
+        >>> from torch_klloss import AnalyticKL
+        >>> AnalyticKL()(Normal(1.0, 1.0), Normal(0.0, 1.0))
+        tensor(0.5000)
+    """
+
+    def __init__(self, *, reduction: ReductionName = "mean", batch_dims: int = 1) -> None:
+        super().__init__(ClosedForm(), reduction=reduction, batch_dims=batch_dims)
+
+
+class MonteCarloKL(KLLoss):
+    """Estimate the KL by sampling from q: unbiased in value and in gradient. See `KLLoss` for shapes and reduction.
+
+    `MonteCarlo` says what each `gradient` computes and which pairs it refuses. `estimate(q, p)` gives the standard
+    error.
+
+    Args:
+        num_samples: how many points are drawn for every batch element.
+        sampler: where the points come from.
+        gradient: "auto" (pathwise where q has `rsample`, else the score function), "pathwise",
+            "sticking_the_landing", "score_function" or "none".
+        reduction: as in `KLLoss`.
+        batch_dims: as in `KLLoss`.
+
+    Example:
+        >>> import torch
+        >>> from torch.distributions import Normal, StudentT
+        >>> from torch_klloss import MonteCarloKL
+        >>> loss = MonteCarloKL(num_samples=256, gradient="sticking_the_landing")
+        >>> loss(Normal(torch.zeros(32, 4), 1.0), StudentT(4.0)).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        num_samples: int = 1,
+        *,
+        sampler: Sampler | None = None,
+        gradient: Gradient = "auto",
+        reduction: ReductionName = "mean",
+        batch_dims: int = 1,
+    ) -> None:
+        method = MonteCarlo(num_samples, sampler=IID() if sampler is None else sampler, gradient=gradient)
+        super().__init__(method, reduction=reduction, batch_dims=batch_dims)
+
+
+class AutoKL(KLLoss):
+    """Compute the KL exactly where that is possible, and by the fallback where it is not. See `KLLoss`.
+
+    The closed form is taken where one is registered, an exact sum where q's support is finite and small, and the
+    fallback otherwise. `route(q, p)` says which it would be.
+
+    Args:
+        fallback: a method, or a sequence of methods that are asked in turn; by default `MonteCarlo(1)`.
+        on_fallback: "allow", "warn" (a warning names the pair and the route) or "error" (a `NotImplementedError`).
+        reduction: as in `KLLoss`.
+        batch_dims: as in `KLLoss`.
+
+    Raises:
+        ValueError: if `on_fallback` is not one of the three words.
+
+    Example:
+        >>> from torch.distributions import Binomial, Normal, Poisson, StudentT
+        >>> from torch_klloss import AutoKL
+        >>> AutoKL().route(Normal(0.0, 1.0), Normal(1.0, 1.0))
+        'closed_form'
+        >>> AutoKL().route(Binomial(3, 0.5), Poisson(1.0))
+        'enumeration'
+        >>> AutoKL().route(Normal(0.0, 1.0), StudentT(4.0))
+        'monte_carlo'
+    """
+
+    def __init__(
+        self,
+        fallback: Method | Sequence[Method] | None = None,
+        *,
+        on_fallback: OnFallback = "allow",
+        reduction: ReductionName = "mean",
+        batch_dims: int = 1,
+    ) -> None:
+        if on_fallback not in get_args(OnFallback):
+            raise ValueError(f"on_fallback must be 'allow', 'warn' or 'error', got {on_fallback!r}.")
+        if fallback is None:
+            fallback = MonteCarlo(1)
+        fallbacks = tuple(fallback) if isinstance(fallback, Sequence) else (fallback,)
+        if on_fallback == "warn":
+            fallbacks = (Announced(FirstOf(*fallbacks)),)
+        elif on_fallback == "error":
+            fallbacks = ()
+        super().__init__(FirstOf(ClosedForm(), Enumeration(), *fallbacks), reduction=reduction, batch_dims=batch_dims)

@@ -1,0 +1,9 @@
+"""How a KL is computed, one file a method. A method turns (q, p) into a `KLEstimate`."""
+
+from torch_klloss.methods.base import Method, NotCertifiedError
+from torch_klloss.methods.closed_form import ClosedForm
+from torch_klloss.methods.enumeration import Enumeration
+from torch_klloss.methods.first_of import FirstOf
+from torch_klloss.methods.monte_carlo import MonteCarlo
+
+__all__ = ["ClosedForm", "Enumeration", "FirstOf", "Method", "MonteCarlo", "NotCertifiedError"]

@@ -1,0 +1,89 @@
+"""The exact KL, where a formula is registered."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.distributions import Distribution
+
+from torch_klloss.closed_forms.registry import Match, evaluate, find_rule, has_closed_form, refuse
+from torch_klloss.estimate import KLEstimate
+from torch_klloss.rebuild import device_of
+from torch_klloss.rng import private_rng
+from torch_klloss.structure import check_pair, peel
+
+# Classes whose own log_prob was seen to differ from the one that a rule was written for.
+_DIFFERENT: weakref.WeakSet[type[Distribution]] = weakref.WeakSet()
+
+
+@dataclass(frozen=True)
+class ClosedForm:
+    """Compute KL(q‖p) by the registered closed form.
+
+    Value and gradient are exact, for the parameters of q and of p alike. A subclass that overrides `log_prob`
+    inherits the form of its parent only where its density agrees with the parent's at a few of its own points;
+    otherwise there is no closed form for it, and a warning names the class.
+
+    Example:
+        >>> from torch.distributions import Normal
+        >>> from torch_klloss.methods import ClosedForm
+        >>> ClosedForm().estimate(Normal(1.0, 1.0), Normal(0.0, 1.0)).value
+        tensor(0.5000)
+    """
+
+    name: ClassVar[str] = "closed_form"
+
+    def estimate(self, q: Distribution, p: Distribution, generator: torch.Generator | None = None) -> KLEstimate:
+        """Return the exact KL, of the broadcast batch shape.
+
+        Raises:
+            NotImplementedError: if the pair has no closed form.
+            ValueError: if the shapes do not fit, or q is discrete and p continuous, or the reverse.
+            TypeError: if q or p is not a distribution.
+        """
+        batch_shape = check_pair(q, p)
+        inner_q, inner_p, peeled = peel(q, p)
+        match = find_rule(inner_q, inner_p)
+        if match is None or not _applies(match, inner_q, inner_p):
+            refuse(q, p)
+        return KLEstimate(evaluate(match, inner_q, inner_p, peeled, batch_shape), exact=True, method=self.name)
+
+    def supports(self, q: Distribution, p: Distribution) -> bool:
+        """Tell whether the pair has a closed form."""
+        inner_q, inner_p, _ = peel(q, p)
+        match = find_rule(inner_q, inner_p)
+        return match is not None and _applies(match, inner_q, inner_p) and has_closed_form(q, p)
+
+
+def _applies(match: Match, q: Distribution, p: Distribution) -> bool:
+    return _keeps_density(q, match.types[0]) and _keeps_density(p, match.types[1])
+
+
+def _keeps_density(d: Distribution, parent: type[Distribution]) -> bool:
+    """Tell whether d has the density of `parent`, which the rule was written for."""
+    cls = type(d)
+    if cls.log_prob is parent.log_prob:
+        return True
+    if torch.compiler.is_compiling() or cls in _DIFFERENT:
+        return False
+    try:
+        with torch.no_grad(), private_rng(0, device_of(d)):
+            x = d.sample((4,))
+            own, inherited = d.log_prob(x), parent.log_prob(d, x)
+    except (NotImplementedError, RuntimeError):  # cannot be drawn from, or not under vmap: nothing is known
+        return False
+    tolerance = 100 * torch.finfo(own.dtype).eps
+    if torch.allclose(own, inherited, rtol=tolerance, atol=tolerance, equal_nan=True):
+        return True
+    _DIFFERENT.add(cls)
+    warnings.warn(
+        f"{cls.__name__} overrides log_prob, and its density is not that of {parent.__name__}: it does not inherit "
+        f"the closed form of {parent.__name__}. Give it one of its own with @register_kl, or let AutoKL sample.",
+        UserWarning,
+        stacklevel=2,
+    )
+    return False

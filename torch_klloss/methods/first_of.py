@@ -1,0 +1,120 @@
+"""The first method that takes the pair."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributions import Distribution
+
+from torch_klloss.estimate import KLEstimate
+from torch_klloss.methods.base import Method, NotCertifiedError, name_of, route_of, supports
+from torch_klloss.structure import name
+
+
+class FirstOf:
+    """Ask the methods in turn and return what the first one that takes the pair returns.
+
+    A method passes by raising `NotImplementedError` or `NotCertifiedError`; any other error is an error. A batch goes
+    to one method as a whole. Bias and variance are those of the method taken, which `KLEstimate.method` names.
+
+    Args:
+        methods: at least one method, the preferred one first.
+
+    Example:
+        >>> import torch
+        >>> from torch.distributions import Normal, StudentT
+        >>> from torch_klloss.methods import ClosedForm, FirstOf, MonteCarlo
+        >>> method = FirstOf(ClosedForm(), MonteCarlo(64))
+        >>> method.estimate(Normal(0.0, 1.0), Normal(0.0, 2.0)).method
+        'closed_form'
+        >>> method.estimate(Normal(0.0, 1.0), StudentT(4.0)).method
+        'monte_carlo'
+    """
+
+    def __init__(self, *methods: Method) -> None:
+        if not methods:
+            raise ValueError("FirstOf needs at least one method, got none: FirstOf(ClosedForm(), MonteCarlo(64)).")
+        for method in methods:
+            check_method(method)
+        self.methods = methods
+
+    def estimate(self, q: Distribution, p: Distribution, generator: torch.Generator | None = None) -> KLEstimate:
+        """Return the estimate of the first method that takes the pair.
+
+        Raises:
+            NotImplementedError: if every method passes; it says what each of them said.
+            NotCertifiedError: the same, where at least one method had a number that it could not vouch for.
+        """
+        refusals: list[NotImplementedError | NotCertifiedError] = []
+        for method in self.methods:
+            try:
+                return method.estimate(q, p, generator)
+            except (NotImplementedError, NotCertifiedError) as refusal:
+                refusals.append(refusal)
+        tried = "".join(f"\n  {name_of(m)}: {r}" for m, r in zip(self.methods, refusals, strict=True))
+        kind = NotCertifiedError if any(isinstance(r, NotCertifiedError) for r in refusals) else NotImplementedError
+        raise kind(f"No method took KL({name(q)}‖{name(p)}):{tried}")
+
+    def route(self, q: Distribution, p: Distribution) -> str | None:
+        """Return the name of the method that would be taken, without drawing or evaluating a density.
+
+        "quadrature, else monte_carlo" where only computing can tell; None where every method would pass.
+        """
+        names = []
+        for method in self.methods:
+            route = route_of(method, q, p)
+            if route is None:
+                continue
+            names.append(route)
+            if supports(method, q, p):
+                break
+        return ", else ".join(names) or None
+
+    def supports(self, q: Distribution, p: Distribution) -> bool | None:
+        """Tell whether one of the methods takes the pair; None where only computing can tell."""
+        answers = [supports(method, q, p) for method in self.methods]
+        return True if True in answers else None if None in answers else False
+
+    def __repr__(self) -> str:
+        return f"FirstOf({', '.join(map(repr, self.methods))})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FirstOf) and self.methods == other.methods
+
+    def __hash__(self) -> int:
+        return hash(self.methods)
+
+
+@dataclass(frozen=True)
+class Announced:
+    """Warn, then let another method estimate: what AutoKL(on_fallback="warn") puts before its fallback."""
+
+    method: Method
+
+    def estimate(self, q: Distribution, p: Distribution, generator: torch.Generator | None = None) -> KLEstimate:
+        """Return the estimate of `method`, after a warning that names it and the pair."""
+        warnings.warn(
+            f"KL({name(q)}‖{name(p)}) has no exact route: AutoKL falls back on {route_of(self.method, q, p)}.",
+            UserWarning,
+            stacklevel=2,
+        )
+        return self.method.estimate(q, p, generator)
+
+    def route(self, q: Distribution, p: Distribution) -> str | None:
+        """Return the route of `method`."""
+        return route_of(self.method, q, p)
+
+    def supports(self, q: Distribution, p: Distribution) -> bool | None:
+        """Return what `method` supports."""
+        return supports(self.method, q, p)
+
+
+def check_method(method: Any) -> None:
+    """Raise a TypeError where `method` has no `estimate`."""
+    if not callable(getattr(method, "estimate", None)) or isinstance(method, type):
+        raise TypeError(
+            f"a method must have estimate(q, p, generator=None), as ClosedForm() and MonteCarlo(64) do, got {method!r}."
+        )

@@ -1,0 +1,116 @@
+"""Copies of a distribution with other tensors in it. The user's own object is never touched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Transform
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def tensors_of(d: Distribution | Transform) -> list[Tensor]:
+    """Return the tensors that d holds, those of its parts included."""
+    tensors: list[Tensor] = []
+    for value in d.__dict__.values():
+        if isinstance(value, Tensor):
+            tensors.append(value)
+        elif isinstance(value, (Distribution, Transform)):
+            tensors += tensors_of(value)
+        elif type(value) in (list, tuple):
+            for part in value:
+                if isinstance(part, (Distribution, Transform)):
+                    tensors += tensors_of(part)
+    return tensors
+
+
+def device_of(d: Distribution) -> torch.device:
+    """Return the device of d's first tensor; the default device where it has none."""
+    tensors = tensors_of(d)
+    return tensors[0].device if tensors else torch.get_default_device()
+
+
+def dtype_of(d: Distribution) -> torch.dtype:
+    """Return the widest floating dtype among d's tensors; the default dtype where it has none."""
+    dtypes = [t.dtype for t in tensors_of(d) if t.is_floating_point()]
+    if not dtypes:
+        return torch.get_default_dtype()
+    widest = dtypes[0]
+    for dtype in dtypes[1:]:
+        widest = torch.promote_types(widest, dtype)
+    return widest
+
+
+def map_tensors(d: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    """Return a copy of d with `fn` applied to every tensor, through base and component distributions and transforms."""
+    if isinstance(d, Tensor):
+        return fn(d)
+    if type(d) in (list, tuple):
+        return type(d)(map_tensors(part, fn) for part in d)
+    if not isinstance(d, (Distribution, Transform)):
+        return d
+    copy = d.__new__(type(d))
+    for key, value in d.__dict__.items():
+        if isinstance(d, Transform) and key in ("_inv", "_cached_x_y"):  # both would lead back to the old tensors
+            value = None if key == "_inv" else (None, None)
+        copy.__dict__[key] = map_tensors(value, fn)
+    return copy
+
+
+def in_full_precision(d: Distribution) -> Distribution:
+    """Return d with its half-precision tensors in float32; d itself where it has none."""
+    if not _has_half(d):
+        return d
+    upcast: Distribution = map_tensors(d, lambda t: t.float() if t.dtype in _HALF else t)
+    return upcast
+
+
+def _has_half(d: Distribution | Transform) -> bool:
+    for value in d.__dict__.values():  # every loss comes by here, hence no list of tensors
+        if isinstance(value, Tensor):
+            if value.dtype in _HALF:
+                return True
+        elif isinstance(value, (Distribution, Transform)):
+            if _has_half(value):
+                return True
+        elif type(value) is list and any(_has_half(part) for part in value if isinstance(part, Transform)):
+            return True
+    return False
+
+
+def unvalidated(d: Distribution) -> Distribution:
+    """Return a copy of d, and of its parts, that checks neither its arguments nor the points it is asked about."""
+    copy = d.__new__(type(d))
+    for key, value in d.__dict__.items():
+        copy.__dict__[key] = unvalidated(value) if isinstance(value, Distribution) else value
+    copy.__dict__["_validate_args"] = False
+    return copy
+
+
+def replace_examples(d: Distribution, keep: Tensor, batch_shape: torch.Size) -> Distribution:
+    """Return d with the parameters of every example that `keep` drops replaced by those of one that it keeps.
+
+    Whatever a dropped example held, NaN included, can then reach neither a value nor a gradient: 0 · NaN would,
+    however the value is masked afterwards.
+
+    Args:
+        d: a distribution; one that has no example dimensions of its own comes back as it is.
+        keep: bool, `[*example]`, the leading dimensions of `batch_shape`.
+        batch_shape: the batch shape of the pair that d belongs to.
+    """
+    examples, dims = keep.shape, keep.dim()
+    if dims == 0 or d.batch_shape[:dims] != examples or len(d.batch_shape) != len(batch_shape):
+        return d
+    flat = keep.flatten()
+    index = torch.where(flat, torch.arange(flat.numel(), device=flat.device), flat.int().argmax())
+
+    def take(t: Tensor) -> Tensor:
+        if t.shape[: len(batch_shape)] != d.batch_shape:
+            return t
+        return t.flatten(0, dims - 1).index_select(0, index.to(t.device)).unflatten(0, examples)
+
+    replaced: Distribution = map_tensors(d, take)
+    return replaced

@@ -1,0 +1,106 @@
+"""The one reduction: sum the latent dimensions, weight by the mask, and mean or sum over the examples."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from torch_klloss.estimate import KLEstimate
+
+ReductionName = Literal["mean", "sum", "none"]
+
+
+def check_reduction(reduction: str, batch_dims: int) -> None:
+    """Raise a ValueError for a reduction or a number of batch dimensions that there is not."""
+    if reduction not in get_args(ReductionName):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}.")
+    if isinstance(batch_dims, bool) or not isinstance(batch_dims, int) or batch_dims < 0:
+        raise ValueError(f"batch_dims must be an integer of at least 0, got {batch_dims!r}.")
+
+
+def example_shape(batch_shape: torch.Size, batch_dims: int) -> torch.Size:
+    """Return the leading dimensions that index independent examples, as many as there are up to `batch_dims`."""
+    return batch_shape[:batch_dims]
+
+
+def expand_mask(mask: Tensor, examples: torch.Size) -> Tensor:
+    """Return the mask in the shape of the examples.
+
+    Raises:
+        TypeError: if the mask is not a tensor.
+        ValueError: if it does not broadcast to the shape.
+    """
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a tensor, bool or of weights, got {type(mask).__name__}.")
+    try:
+        return mask.expand(examples)
+    except RuntimeError:
+        raise ValueError(
+            f"mask must have, or broadcast to, the shape of the examples {tuple(examples)}, got {tuple(mask.shape)}; "
+            "batch_dims says how many leading dimensions index examples."
+        ) from None
+
+
+def reduce(value: Tensor, reduction: str, batch_dims: int, mask: Tensor | None = None) -> Tensor:
+    """Sum all dimensions after the first `batch_dims`, then reduce the examples.
+
+    Args:
+        value: the KL, `[*batch]`.
+        reduction: "mean" divides by the number of examples, or by the mask's sum; never by the latent size.
+        batch_dims: how many leading dimensions index independent examples.
+        mask: bool or weights, of the shape of the examples. An element of weight zero gives zero, NaN or not.
+
+    Raises:
+        ValueError: if "mean" has nothing to take the mean of.
+    """
+    num_latent = value.dim() - batch_dims
+    if num_latent > 0:
+        value = value.sum(tuple(range(-num_latent, 0)))
+    if mask is not None:
+        weights = mask.to(value.dtype)
+        value = torch.where(weights == 0, 0.0, weights * value)
+    if reduction == "none":
+        return value
+    if reduction == "sum":
+        return value.sum()
+    if value.numel() == 0:
+        raise ValueError(
+            f"reduction='mean' needs at least one example, got the example shape {tuple(value.shape)}; use "
+            "reduction='sum', or skip empty batches."
+        )
+    if mask is None:
+        return value.mean()
+    total = weights.sum()
+    if _is_zero(total):
+        raise ValueError(
+            "reduction='mean' divides by the sum of the mask, which is zero; skip batches without a valid element, "
+            "or use reduction='sum'."
+        )
+    return value.sum() / torch.where(total == 0, math.nan, total)
+
+
+def reduce_estimate(estimate: KLEstimate, reduction: str, batch_dims: int, mask: Tensor | None = None) -> KLEstimate:
+    """Return the estimate of the reduced KL: the value of `reduce`, with its standard error.
+
+    The errors of different batch elements are independent, so that their squares add up.
+    """
+    per_example = estimate.sum(max(0, estimate.value.dim() - batch_dims))
+    weights = torch.ones_like(per_example.value) if mask is None else mask.to(per_example.value.dtype)
+    if reduction == "none":
+        return per_example.combine(weights, ())
+    if reduction == "mean":
+        weights = weights / weights.sum()
+    return per_example.combine(weights, tuple(range(weights.dim())))
+
+
+def _is_zero(total: Tensor) -> bool:
+    """Tell whether the mask is empty, where that can be asked: not while tracing, and not under vmap."""
+    if torch.compiler.is_compiling():
+        return False
+    try:
+        return bool(total == 0)
+    except RuntimeError:  # vmap and meta tensors have no value to branch on
+        return False
