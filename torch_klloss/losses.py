@@ -94,12 +94,23 @@ class KLLoss(nn.Module):
                 to take the mean of: an empty batch, or a mask that sums to zero (NaN under compile and vmap).
             NotImplementedError: if the method has no route for the pair.
         """
-        if mask is not None:
-            batch_shape = check_pair(q, p)
-            mask = expand_mask(mask, example_shape(batch_shape, self.batch_dims))
-            q, p = (replace_examples(d, mask != 0, batch_shape) for d in (q, p))
+        q, p, mask = self.drop_masked(q, p, mask)
         value = self.estimate(q, p, generator=generator).value
         return reduce(value, self.reduction, self.batch_dims, mask)
+
+    def drop_masked(
+        self, q: Distribution, p: Distribution, mask: Tensor | None
+    ) -> tuple[Distribution, Distribution, Tensor | None]:
+        """Return the pair with every example of weight zero replaced by one that counts, and the expanded mask.
+
+        What a masked example held, NaN included, then reaches neither a value nor a gradient.
+        """
+        if mask is None:
+            return q, p, None
+        batch_shape = check_pair(q, p)
+        mask = expand_mask(mask, example_shape(batch_shape, self.batch_dims))
+        keep = mask != 0
+        return replace_examples(q, keep, batch_shape), replace_examples(p, keep, batch_shape), mask
 
     def estimate(self, q: Distribution, p: Distribution, generator: torch.Generator | None = None) -> KLEstimate:
         """Return the unreduced `KLEstimate`, of the broadcast batch shape; it knows no mask and no reduction."""
@@ -143,7 +154,9 @@ class KLLoss(nn.Module):
         check_pair(q, p)
         route = route_of(self.method, q, p)
         if route is None:
-            raise NotImplementedError(f"{self.method!r} has no route for KL({name(q)}‖{name(p)}).")
+            raise NotImplementedError(
+                f"{self.method!r} has no route for KL({name(q)}‖{name(p)}); AutoKL() has one wherever q can be sampled."
+            )
         return route
 
     def extra_repr(self) -> str:

@@ -4,24 +4,65 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
+_HOST = ("cpu", "meta")  # their draws come from the CPU's generator
 
 
 @contextmanager
 def private_rng(seed: int, device: torch.device) -> Iterator[None]:
     """Seed the generators of the CPU and of `device` for the block, and give them back as they were."""
-    on_cpu = device.type in ("cpu", "meta")
-    devices = [] if on_cpu else [device]
-    with torch.random.fork_rng(devices, device_type="cuda" if on_cpu else device.type):
+    with _forked(device):
         torch.default_generator.manual_seed(seed)
-        if not on_cpu:
+        if device.type not in _HOST:
             module = torch.get_device_module(device)
             with module.device(device):
                 module.manual_seed(seed)
         yield
 
 
+@dataclass(frozen=True)
+class RngState:
+    """Hold where the random streams stood: of the CPU, of a device, and of a generator."""
+
+    cpu: Tensor
+    device: Tensor | None
+    generator: tuple[torch.device, Tensor] | None
+
+
+def rng_state(device: torch.device, generator: torch.Generator | None = None) -> RngState:
+    """Return where the random streams stand that a draw on `device` could come from."""
+    return RngState(
+        torch.get_rng_state(),
+        None if device.type in _HOST else torch.get_device_module(device).get_rng_state(device),
+        None if generator is None else (generator.device, generator.get_state()),
+    )
+
+
+@contextmanager
+def replayed_rng(state: RngState, device: torch.device) -> Iterator[torch.Generator | None]:
+    """Set the streams back to `state` for the block, to repeat its draws; yield the generator that goes with it."""
+    with _forked(device):
+        torch.set_rng_state(state.cpu)
+        if state.device is not None:
+            torch.get_device_module(device).set_rng_state(state.device, device)
+        generator = None
+        if state.generator is not None:
+            generator = torch.Generator(state.generator[0])
+            generator.set_state(state.generator[1])
+        yield generator
+
+
 def draw_seed(generator: torch.Generator) -> int:
     """Draw a seed from `generator`, which advances by it."""
     return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
+
+
+@contextmanager
+def _forked(device: torch.device) -> Iterator[None]:
+    on_host = device.type in _HOST
+    with torch.random.fork_rng([] if on_host else [device], device_type="cuda" if on_host else device.type):
+        yield
