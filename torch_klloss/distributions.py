@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,11 +10,11 @@ from torch import Tensor
 from torch.distributions import Categorical, Distribution, Independent, Normal, constraints
 from torch.distributions.utils import lazy_property
 
-from torch_klloss.rebuild import device_of, dtype_of
+from torch_klloss.rebuild import dtype_and_device_of
 
 
 class LogVarNormal(Normal):
-    """A Normal that keeps the log-variance it was built from, for formulas that want it unrounded.
+    """A Normal that keeps the log-variance it was built from, and takes its exponential only where somebody asks.
 
     Args:
         loc: the mean.
@@ -22,15 +23,25 @@ class LogVarNormal(Normal):
     """
 
     def __init__(self, loc: Tensor, logvar: Tensor, validate_args: bool | None = None) -> None:
-        self.logvar = logvar
-        super().__init__(loc, (0.5 * logvar).exp(), validate_args=validate_args)
+        self.loc, self.logvar = loc, logvar
+        Distribution.__init__(self, loc.shape, validate_args=False)
+        del self._validate_args  # back to the class's, that is torch's, setting
+        if validate_args is not None:
+            self._validate_args = validate_args
+        if self._validate_args and _may_hold_nan(loc, logvar):
+            Normal(loc, self.scale, validate_args=True)  # raises torch's own error
+
+    @lazy_property
+    def scale(self) -> Tensor:
+        """The standard deviation."""
+        return (0.5 * self.logvar).exp()
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> LogVarNormal:
         """Return the distribution with its batch dimensions expanded, the log-variance included."""
-        new = self._get_checked_instance(LogVarNormal, _instance)
-        new.logvar = self.logvar.expand(batch_shape)
-        expanded: LogVarNormal = super().expand(batch_shape, new)
-        return expanded
+        new: LogVarNormal = self._get_checked_instance(LogVarNormal, _instance)
+        LogVarNormal.__init__(new, self.loc.expand(batch_shape), self.logvar.expand(batch_shape), validate_args=False)
+        new._validate_args = self._validate_args
+        return new
 
 
 class StandardNormal(LogVarNormal):
@@ -43,8 +54,8 @@ class StandardNormal(LogVarNormal):
     """
 
     def __init__(self, shape: Any, dtype: torch.dtype | None = None, device: torch.device | None = None) -> None:
-        zero = torch.zeros((), dtype=dtype, device=device)
-        super().__init__(zero.expand(shape), zero.expand(shape), validate_args=False)
+        zeros = torch.zeros((), dtype=dtype, device=device).expand(shape)
+        super().__init__(zeros, zeros, validate_args=False)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> StandardNormal:
         """Return the distribution with its batch dimensions expanded."""
@@ -142,7 +153,7 @@ def standard_normal_like(q: Distribution) -> Independent:
     """
     if not isinstance(q, Distribution):
         raise TypeError(f"standard_normal_like takes a torch.distributions.Distribution, got {type(q).__name__}.")
-    base = StandardNormal(q.batch_shape + q.event_shape, dtype=dtype_of(q), device=device_of(q))
+    base = StandardNormal(q.batch_shape + q.event_shape, *dtype_and_device_of(q))
     return Independent(base, len(q.event_shape), validate_args=False)
 
 
@@ -165,3 +176,10 @@ def categorical(logits: Tensor) -> RawCategorical:
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must have at least one class in its last dimension, got shape {tuple(logits.shape)}.")
     return RawCategorical(logits)
+
+
+def _may_hold_nan(*tensors: Tensor) -> bool:
+    """Tell whether a sum of the tensors is NaN: one pass, where an elementwise check takes three."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or tensors[0].is_meta:
+        return False
+    return any(math.isnan(t.detach().sum().item()) for t in tensors)

@@ -35,13 +35,19 @@ def device_of(d: Distribution) -> torch.device:
 
 def dtype_of(d: Distribution) -> torch.dtype:
     """Return the widest floating dtype among d's tensors; the default dtype where it has none."""
-    dtypes = [t.dtype for t in tensors_of(d) if t.is_floating_point()]
-    if not dtypes:
-        return torch.get_default_dtype()
-    widest = dtypes[0]
-    for dtype in dtypes[1:]:
-        widest = torch.promote_types(widest, dtype)
-    return widest
+    return dtype_and_device_of(d)[0]
+
+
+def dtype_and_device_of(d: Distribution) -> tuple[torch.dtype, torch.device]:
+    """Return the widest floating dtype among d's tensors, and the device of the first; else the defaults."""
+    tensors = tensors_of(d)
+    widest: torch.dtype | None = None
+    for tensor in tensors:
+        dtype = tensor.dtype
+        if dtype != widest and dtype.is_floating_point:
+            widest = dtype if widest is None else torch.promote_types(widest, dtype)
+    device = tensors[0].device if tensors else torch.get_default_device()
+    return widest or torch.get_default_dtype(), device
 
 
 def map_tensors(d: Any, fn: Callable[[Tensor], Tensor]) -> Any:

@@ -1,4 +1,4 @@
-"""Normal‖Normal, and the pair of every VAE: a Normal given by its log-variance against the standard one."""
+"""Normal‖Normal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch.distributions import Normal
 
 from torch_klloss.closed_forms.analytic import analytic
 from torch_klloss.closed_forms.registry import register_kl
-from torch_klloss.distributions import LogVarNormal, StandardNormal
 
 
 @register_kl(Normal, Normal)
@@ -60,22 +59,3 @@ def _x_minus_log1p_near_zero(x: Tensor) -> Tensor:
     for k in (15, 13, 11, 9, 7, 5, 3):
         series = torch.addcmul(torch.full_like(square, 1 / k), series, square)
     return x * s - 2 * s * square * series
-
-
-@register_kl(LogVarNormal, StandardNormal)
-def _log_var_normal_standard_normal(q: LogVarNormal, p: StandardNormal) -> Tensor:
-    """½ (μ² + exp(v) - 1 - v), from the log-variance v as it was given: two terms, each ≥ 0.
-
-    References:
-        *Auto-encoding variational Bayes* (Kingma and Welling, 2014), appendix B.
-    """
-    return _kl_to_standard(q.loc, q.logvar)
-
-
-def _partials_to_standard(needs: Sequence[bool], loc: Tensor, logvar: Tensor) -> Sequence[Tensor | None]:
-    return loc if needs[0] else None, torch.expm1(logvar) / 2 if needs[1] else None
-
-
-@analytic(_partials_to_standard)
-def _kl_to_standard(loc: Tensor, logvar: Tensor) -> Tensor:
-    return torch.addcmul(torch.expm1(logvar) - logvar, loc, loc) / 2
