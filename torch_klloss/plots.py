@@ -1,0 +1,192 @@
+"""Figures. Each function returns a `matplotlib.figure.Figure` and leaves pyplot, and its global state, alone.
+
+matplotlib is imported when a figure is made: `pip install "torch_klloss[plot]"`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torch_klloss.question import EXPECTED_FACTOR
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from torch_klloss.question import QuestionCurves
+
+# The palette of Okabe and Ito, which survives the common kinds of colour blindness.
+_BLUE, _VERMILION, _GREEN, _INK = "#0072B2", "#D55E00", "#007A5A", "#222222"
+_BAND: dict[str, Any] = {"color": _BLUE, "alpha": 0.22, "linewidth": 0}
+
+Sampled = Literal["value", "reference"]
+
+
+def question_figure(curves: QuestionCurves) -> Figure:
+    """Draw the four curves of the question, in nats over μ, and beside them their gaps to the closed form.
+
+    Args:
+        curves: what `question_curves` returned.
+
+    Raises:
+        ImportError: if matplotlib is missing.
+
+    Example:
+        >>> from torch_klloss.plots import question_figure
+        >>> from torch_klloss.question import question_curves
+        >>> figure = question_figure(question_curves())
+        >>> [axes.get_ylabel() for axes in figure.axes]
+        ['KL(q‖p) in nats', 'gap to the closed form in nats']
+    """
+    figure = _new_figure(9, 4.9)
+    left, right = figure.subplots(1, 2)
+    zero, exact = np.zeros(len(curves.mu)), curves.closed_form.numpy()
+    _question_panel(left, curves, zero)
+    _question_panel(right, curves, exact)
+    expected: dict[str, Any] = {"color": _INK, "linewidth": 1.1, "linestyle": ":", "label": "0.2821 · closed form"}
+    left.plot(curves.mu.numpy(), EXPECTED_FACTOR * exact, **expected)
+    factor = f"weighted by q twice:\n{curves.factor:.3f} ± {curves.factor_std_error:.3f} of the KL is left"
+    right.text(0.5, 0.3, factor, transform=right.transAxes, color=_VERMILION, ha="center")
+    left.set(title="The curves", ylabel="KL(q‖p) in nats")
+    right.set(title="Their gaps to the closed form", ylabel="gap to the closed form in nats")
+    figure.suptitle(f"KL(q‖p) of q = Normal(μ, 1) and p = Normal(0, 1), {curves.num_samples} samples for each μ")
+    twice, sampled, interval, exact_line, grid, expected_line = left.get_legend_handles_labels()[0]
+    in_columns = [twice, expected_line, sampled, interval, exact_line, grid]
+    figure.legend(handles=in_columns, loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def _question_panel(axes: Axes, curves: QuestionCurves, baseline: np.ndarray) -> None:
+    """Draw the curves less the baseline. Those that coincide are told apart: a band, a line, markers on the line."""
+    mu = curves.mu.numpy()
+    low, high = (end.numpy() - baseline for end in curves.sampled.interval(0.95))
+    questioner, sampled, exact, grid = (
+        curve.numpy() - baseline for curve in (curves.questioner, curves.sampled.value, curves.closed_form, curves.grid)
+    )
+    every = max(1, len(mu) // 20)
+    axes.plot(mu, questioner, color=_VERMILION, linewidth=2, linestyle=(0, (5, 1.5)), label="mean of q·(log q − log p)")
+    axes.plot(mu, sampled, color=_BLUE, linewidth=1.6, label="mean of (log q − log p)")
+    axes.fill_between(mu, low, high, **_BAND, label="its 95 % interval")
+    axes.plot(mu, exact, color=_INK, linewidth=1.2, label="closed form")
+    ring: dict[str, Any] = {"marker": "o", "markersize": 5.5, "markerfacecolor": "none", "markeredgewidth": 1.3}
+    axes.plot(mu, grid, color=_GREEN, linestyle="none", markevery=every, **ring, label="∫ q (log q − log p) dx, grid")
+    axes.set_xlabel("μ, the mean of q")
+    _tidy(axes)
+
+
+def gap_figure(
+    steps: Sequence[float],
+    value: Sequence[float],
+    reference: Sequence[float],
+    std_error: Sequence[float],
+    *,
+    value_label: str = "closed form",
+    reference_label: str = "sampled",
+    sampled: Sampled = "reference",
+    title: str = "KL(q‖p) in training",
+) -> Figure:
+    """Draw the KL that training used and a second estimate of it over the steps, and below them their difference.
+
+    The bands are ±1.96 standard errors, 95 % of a Normal: around the sampled curve above, around the gap below. A
+    gap that is noise alone keeps its band over zero; where the standard error is NaN there is no band.
+
+    Args:
+        steps: the training steps, `[n]`.
+        value: the KL used by training, in nats, `[n]`.
+        reference: the KL estimated once more at the same steps, in nats, `[n]`.
+        std_error: the standard error of value - reference, `[n]`.
+        value_label: how `value` was computed.
+        reference_label: how `reference` was computed.
+        sampled: which of the two the standard error belongs to, "value" or "reference".
+        title: what stands above the figure.
+
+    Raises:
+        ImportError: if matplotlib is missing.
+        ValueError: if the lengths differ or are zero, or `sampled` is neither word.
+
+    Example:
+        >>> from torch_klloss.plots import gap_figure
+        >>> figure = gap_figure([1, 2, 3], [2.0, 3.0, 4.0], [2.1, 2.9, 4.0], [0.1, 0.1, 0.1])
+        >>> [axes.get_ylabel() for axes in figure.axes]
+        ['KL(q‖p) in nats', 'gap in nats']
+    """
+    lengths = [len(series) for series in (steps, value, reference, std_error)]
+    if len(set(lengths)) > 1 or lengths[0] == 0:
+        raise ValueError(f"steps, value, reference and std_error must have the same length, at least 1, got {lengths}.")
+    if sampled not in get_args(Sampled):
+        raise ValueError(f"sampled must be 'value' or 'reference', got {sampled!r}.")
+    used, again, half_width = np.asarray(value), np.asarray(reference), 1.96 * np.asarray(std_error)
+    figure = _new_figure(9, 5.6)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    figure.suptitle(title)
+    line: dict[str, Any] = {"linewidth": 1.4, "marker": "o" if len(steps) <= 50 else None, "markersize": 3}
+    top.plot(
+        steps, used, color=_VERMILION, linestyle=(0, (4, 2)), label=f"in training: {value_label}", zorder=3, **line
+    )
+    top.plot(steps, again, color=_BLUE, label=f"estimated again: {reference_label}", **line)
+    bottom.plot(steps, used - again, color=_BLUE, label="gap: in training − estimated again", **line)
+    bottom.axhline(0, color=_INK, linewidth=1)
+    for axes, centre in ((top, used if sampled == "value" else again), (bottom, used - again)):
+        axes.fill_between(steps, centre - half_width, centre + half_width, **_BAND, label="95 % interval")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, borderaxespad=0)
+        _tidy(axes)
+    top.set_ylabel("KL(q‖p) in nats")
+    bottom.set(xlabel="training step", ylabel="gap in nats")
+    return figure
+
+
+def reconstruction_figure(originals: Tensor, reconstructions: Tensor, samples: Tensor) -> Figure:
+    """Draw three rows of grey images: data, what the model makes of them, and what it makes of draws from the prior.
+
+    Args:
+        originals: `[n, height, width]`, with 0 for black and 1 for white; what lies outside is clipped.
+        reconstructions: of the originals, column by column.
+        samples: decoded draws from the prior.
+
+    Raises:
+        ImportError: if matplotlib is missing.
+        ValueError: if a tensor does not have the three dimensions, or has no image.
+
+    Example:
+        >>> import torch
+        >>> from torch_klloss.plots import reconstruction_figure
+        >>> images = torch.rand(10, 8, 8)
+        >>> figure = reconstruction_figure(images, images, images)
+        >>> [axes.get_ylabel() for axes in figure.axes]
+        ['originals', 'reconstructions', 'samples from the prior']
+    """
+    rows = {"originals": originals, "reconstructions": reconstructions, "samples from the prior": samples}
+    for label, images in rows.items():
+        if images.dim() != 3 or len(images) == 0:
+            raise ValueError(f"{label} must be images of shape [n, height, width], got {tuple(images.shape)}.")
+    count, height, width = originals.shape
+    figure = _new_figure(9, 0.6 + 3 * min(1.5, 7.2 / count * height / width))
+    for axes, (label, images) in zip(figure.subplots(3, 1), rows.items(), strict=True):
+        # One picture a row: the images side by side, with a column of NaN, which is drawn as nothing, between them.
+        spaced = torch.nn.functional.pad(images.detach().cpu().float(), (0, 1), value=math.nan)
+        axes.imshow(torch.cat(list(spaced), dim=1)[:, :-1].numpy(), cmap="gray", vmin=0, vmax=1)
+        axes.set_ylabel(label, rotation=0, ha="right", va="center")
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+    return figure
+
+
+def _new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure that is 900 pixels wide at 9 inches on screen, and twice as sharp in its file."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('The figures need matplotlib: pip install "torch_klloss[plot]".') from error
+    return Figure(figsize=(width, height), dpi=200, layout="constrained")
+
+
+def _tidy(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
