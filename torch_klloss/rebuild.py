@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Transform
+from torch.distributions.transforms import _InverseTransform  # whose _inv is its content, not a way back
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -15,11 +16,12 @@ _HALF = (torch.float16, torch.bfloat16)
 def tensors_of(d: Distribution | Transform) -> list[Tensor]:
     """Return the tensors that d holds, those of its parts included."""
     tensors: list[Tensor] = []
-    for value in d.__dict__.values():
+    for key, value in d.__dict__.items():
         if isinstance(value, Tensor):
             tensors.append(value)
         elif isinstance(value, (Distribution, Transform)):
-            tensors += tensors_of(value)
+            if key != "_inv" or isinstance(d, _InverseTransform):
+                tensors += tensors_of(value)
         elif type(value) in (list, tuple):
             for part in value:
                 if isinstance(part, (Distribution, Transform)):
@@ -60,8 +62,10 @@ def map_tensors(d: Any, fn: Callable[[Tensor], Tensor]) -> Any:
         return d
     copy = d.__new__(type(d))
     for key, value in d.__dict__.items():
-        if isinstance(d, Transform) and key in ("_inv", "_cached_x_y"):  # both would lead back to the old tensors
-            value = None if key == "_inv" else (None, None)
+        if key == "_inv" and not isinstance(d, _InverseTransform):
+            value = None  # the inverse is made anew, of the new tensors, when somebody asks for it
+        elif key == "_cached_x_y":
+            value = (None, None)
         copy.__dict__[key] = map_tensors(value, fn)
     return copy
 
@@ -75,12 +79,12 @@ def in_full_precision(d: Distribution) -> Distribution:
 
 
 def _has_half(d: Distribution | Transform) -> bool:
-    for value in d.__dict__.values():  # every loss comes by here, hence no list of tensors
+    for key, value in d.__dict__.items():  # every loss comes by here, hence no list of tensors
         if isinstance(value, Tensor):
             if value.dtype in _HALF:
                 return True
         elif isinstance(value, (Distribution, Transform)):
-            if _has_half(value):
+            if (key != "_inv" or isinstance(d, _InverseTransform)) and _has_half(value):
                 return True
         elif type(value) is list and any(_has_half(part) for part in value if isinstance(part, Transform)):
             return True

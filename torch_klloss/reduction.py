@@ -66,11 +66,7 @@ def reduce(value: Tensor, reduction: str, batch_dims: int, mask: Tensor | None =
         return value
     if reduction == "sum":
         return value.sum()
-    if value.numel() == 0:
-        raise ValueError(
-            f"reduction='mean' needs at least one example, got the example shape {tuple(value.shape)}; use "
-            "reduction='sum', or skip empty batches."
-        )
+    _check_not_empty(value)
     if mask is None:
         return value.mean()
     total = weights.sum()
@@ -92,8 +88,17 @@ def reduce_estimate(estimate: KLEstimate, reduction: str, batch_dims: int, mask:
     if reduction == "none":
         return per_example.combine(weights, ())
     if reduction == "mean":
+        _check_not_empty(weights)
         weights = weights / weights.sum()
     return per_example.combine(weights, tuple(range(weights.dim())))
+
+
+def _check_not_empty(examples: Tensor) -> None:
+    if examples.numel() == 0:
+        raise ValueError(
+            f"reduction='mean' needs at least one example, got the example shape {tuple(examples.shape)}; use "
+            "reduction='sum', or skip empty batches."
+        )
 
 
 def _is_zero(total: Tensor) -> bool:

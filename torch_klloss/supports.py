@@ -100,6 +100,8 @@ def log_prob_within(p: Distribution, x: Tensor, reach: bool | Tensor | None) -> 
         reach: what `contained` said of the distribution that x was drawn from.
     """
     unchecked, support = unvalidated(p), support_of(p)
+    if not x.is_floating_point():  # the points of a Categorical, which a Bernoulli cannot read
+        x = x.to(dtype_of(p))
     if reach is True or support is None:
         return unchecked.log_prob(x)
     inside, bounds, event_dims = support.check(x), bounds_of(p), len(p.event_shape)

@@ -13,7 +13,7 @@ from torch_klloss.estimate import KLEstimate
 from torch_klloss.rebuild import unvalidated
 from torch_klloss.samplers import Points
 from torch_klloss.structure import check_common_measure, check_pair, name, peel
-from torch_klloss.supports import contained, log_prob_within
+from torch_klloss.supports import Bounds, bounds_of, contained, log_prob_within
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class Enumeration:
         batch_shape = check_pair(q, p)
         check_common_measure(q, p)
         inner_q, inner_p, peeled = peel(q, p)
+        if inner_q.batch_shape != inner_p.batch_shape:  # or the support would broadcast against p's batch
+            inner_q = inner_q.expand(torch.broadcast_shapes(inner_q.batch_shape, inner_p.batch_shape))
         points = self._points(inner_q)
         if points is None:
             raise NotImplementedError(
@@ -78,10 +80,16 @@ class Enumeration:
         return Points(x, unvalidated(q).log_prob(x).exp(), num_replicates=None)
 
     def _support(self, q: Distribution) -> Tensor | None:
-        if not q.has_enumerate_support:
+        bounds = bounds_of(q)
+        if not q.has_enumerate_support or (bounds is not None and _width(bounds) >= self.max_support):
             return None
         try:
             x = q.enumerate_support(expand=False)
         except NotImplementedError:
             return None
         return x if len(x) <= self.max_support else None
+
+
+def _width(bounds: Bounds) -> float:
+    lower, upper = (torch.as_tensor(end) for end in (bounds.lower, bounds.upper))
+    return float(upper.max() - lower.min())
