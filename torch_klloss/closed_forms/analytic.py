@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,16 +27,21 @@ def analytic(partials: Partials) -> Callable[[Value], Value]:
     """
 
     def decorator(value: Value) -> Value:
-        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-            tensors = ctx.saved_tensors
-            derivatives = partials(ctx.needs_input_grad, *tensors)
+        def pull_back(needs: Sequence[bool], grad: Tensor, *tensors: Tensor) -> tuple[Tensor | None, ...]:
+            derivatives = partials(needs, *tensors)
             return tuple(
                 None if d is None else _unbroadcast(grad * d, t) for d, t in zip(derivatives, tensors, strict=True)
             )
 
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+            if torch.is_grad_enabled():  # a second derivative is wanted: every operation is recorded
+                return pull_back(ctx.needs_input_grad, grad, *ctx.saved_tensors)
+            return in_blocks(partial(pull_back, ctx.needs_input_grad), grad, *ctx.saved_tensors)
+
         def forward_and_save(ctx: Any, *tensors: Tensor) -> Tensor:
             ctx.save_for_backward(*tensors)
-            return value(*tensors)
+            (result,) = in_blocks(lambda *block: (value(*block),), *tensors)
+            return torch.as_tensor(result)
 
         def save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             ctx.save_for_backward(*inputs)
@@ -67,6 +73,28 @@ def analytic(partials: Partials) -> Callable[[Value], Value]:
         return formula
 
     return decorator
+
+
+def in_blocks(
+    function: Callable[..., Sequence[Tensor | None]], *tensors: Tensor, size: int = 2**15
+) -> tuple[Tensor | None, ...]:
+    """Return what an elementwise function returns, computed in blocks of rows whose intermediates stay in the cache.
+
+    A single call where the tensors are small, differ in shape, or are not on the processor.
+    """
+    first = tensors[0]
+    rows = max(1, size // max(1, first[:1].numel())) if first.dim() else 1
+    if first.numel() <= 2 * size or len(first) <= rows or any(t.shape != first.shape or not t.is_cpu for t in tensors):
+        return tuple(function(*tensors))
+    results: list[Tensor | None] = []
+    for i, block in enumerate(zip(*(t.split(rows) for t in tensors), strict=True)):
+        part = function(*block)
+        if i == 0:
+            results = [None if p is None else p.new_empty(first.shape) for p in part]
+        for result, p in zip(results, part, strict=True):
+            if result is not None and p is not None:
+                result[i * rows : i * rows + len(p)] = p
+    return tuple(results)
 
 
 def _unbroadcast(grad: Tensor, like: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from torch_klloss.closed_forms.analytic import analytic
+from torch_klloss.closed_forms.elementary import has_float64, is_traced, x_minus_log1p
 from torch_klloss.closed_forms.registry import register_kl
 
 
@@ -32,7 +33,7 @@ def _partials(
         by_q_loc = distance / p_scale
         by_p_loc = -by_q_loc if needs[2] else None
     if needs[1]:
-        by_q_scale = x * (p_scale.reciprocal() + q_scale.reciprocal())
+        by_q_scale = x / p_scale + x / q_scale
     if needs[3]:
         by_p_scale = -(x * (2 + x) + distance * distance) / p_scale
     return by_q_loc, by_q_scale, by_p_loc, by_p_scale
@@ -40,22 +41,18 @@ def _partials(
 
 @analytic(_partials)
 def _kl(q_loc: Tensor, q_scale: Tensor, p_loc: Tensor, p_scale: Tensor) -> Tensor:
-    distance = (q_loc - p_loc) / p_scale
+    # Out of the reach of autograd and tracing, what is not needed any more is written over.
+    alike = q_loc.shape == q_scale.shape == p_loc.shape == p_scale.shape and q_loc.dtype == p_scale.dtype
+    reuse = alike and not is_traced()
+    distance = q_loc - p_loc
+    distance = torch.div(distance, p_scale, out=distance if reuse else None)
     wide_q, wide_p = q_scale.double(), p_scale.double()  # float32 in float64: its x - log(1 + x) needs no series
     gap = wide_p - wide_q
     x = gap / wide_p  # with the sign turned, so that log(1 + gap/σq) = -log(σq/σp) holds where σq is tiny too
-    spread = torch.log1p(gap / wide_q) - x
-    if q_scale.dtype == torch.float64:
-        spread = torch.where(x.abs() < 0.125, _x_minus_log1p_near_zero(-x), spread)
-    spread = torch.addcmul(spread, x, x, value=0.5)
-    return torch.addcmul(spread.to(distance.dtype), distance, distance, value=0.5)
-
-
-def _x_minus_log1p_near_zero(x: Tensor) -> Tensor:
-    """With s = x/(2 + x), log(1 + x) = 2 artanh s and x = 2s/(1 - s): xs - 2s³ (1/3 + s²/5 + s⁴/7 + …)."""
-    s = x / (2 + x)
-    square = s * s
-    series = torch.full_like(square, 1 / 17)
-    for k in (15, 13, 11, 9, 7, 5, 3):
-        series = torch.addcmul(torch.full_like(square, 1 / k), series, square)
-    return x * s - 2 * s * square * series
+    into = gap if reuse else None
+    spread = torch.sub(torch.log1p(torch.div(gap, wide_q, out=into), out=into), x, out=into)
+    if has_float64(q_scale, p_scale):
+        spread = torch.where(x.abs() < 0.125, x_minus_log1p(-x), spread)
+    spread = torch.addcmul(spread, x, x, value=0.5, out=into)
+    spread = spread.to(distance.dtype)
+    return torch.addcmul(spread, distance, distance, value=0.5, out=spread if reuse else None)

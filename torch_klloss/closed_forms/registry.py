@@ -175,16 +175,12 @@ def find_rule(q: Distribution, p: Distribution) -> Match | None:
 
 def evaluate(match: Match, q: Distribution, p: Distribution, peeled: int, batch_shape: torch.Size) -> Tensor:
     """Return the rule's KL of the peeled pair, summed over what was peeled, in the broadcast batch shape."""
-    if q.batch_shape != p.batch_shape and not match.is_ours:
-        # torch's rules write through boolean masks of one side's shape: give them equal shapes.
-        shape = torch.broadcast_shapes(q.batch_shape, p.batch_shape)
-        q, p = q.expand(shape), p.expand(shape)
+    summed = getattr(match.rule, "summed", None) if peeled else None
     try:
-        summed = getattr(match.rule, "summed", None) if peeled else None
         if summed is not None:
             value = summed(q, p, peeled)
         else:
-            value = match.rule(q, p)
+            value = match.rule(q, p) if match.is_ours else _call_torch(match.rule, q, p)
             value = value.sum(tuple(range(-peeled, 0))) if peeled else value
     except NotImplementedError as error:
         refuse(q, p, because=str(error))
@@ -200,6 +196,17 @@ def refuse(q: Distribution, p: Distribution, because: str = "") -> NoReturn:
         f"is none, or MonteCarloKL(num_samples=…); or register one with @register_kl({type(q).__name__}, "
         f"{type(p).__name__})."
     )
+
+
+def _call_torch(rule: Rule, q: Distribution, p: Distribution) -> Tensor:
+    """Return the KL by a rule of torch's, on the terms that it needs."""
+    if q.batch_shape != p.batch_shape:  # it may write through a boolean mask of one side's shape
+        shape = torch.broadcast_shapes(q.batch_shape, p.batch_shape)
+        q, p = q.expand(shape), p.expand(shape)
+    if torch.is_grad_enabled():
+        return rule(q, p)
+    with torch.enable_grad():  # the one for exponential families differentiates on its way
+        return rule(q, p).detach()
 
 
 def _rule_at(types: Types) -> Rule:
