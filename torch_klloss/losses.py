@@ -14,12 +14,13 @@ from torch_klloss.methods import ClosedForm, Enumeration, FirstOf, Method, Monte
 from torch_klloss.methods.base import route_of
 from torch_klloss.methods.first_of import Announced, check_method
 from torch_klloss.methods.monte_carlo import Gradient
-from torch_klloss.rebuild import device_of, in_full_precision, replace_examples
+from torch_klloss.rebuild import device_of, dtype_of, in_full_precision, replace_examples, tensors_of
 from torch_klloss.reduction import (
     ReductionName,
     check_reduction,
     example_shape,
     expand_mask,
+    is_zero,
     reduce,
     reduce_estimate,
 )
@@ -95,7 +96,10 @@ class KLLoss(nn.Module):
             NotImplementedError: if the method has no route for the pair.
         """
         q, p, mask = self.drop_masked(q, p, mask)
-        value = self.estimate(q, p, generator=generator).value
+        if mask is not None and is_zero((mask != 0).sum()):
+            value = _no_gradient(q, p).expand(mask.shape)
+        else:
+            value = self.estimate(q, p, generator=generator).value
         return reduce(value, self.reduction, self.batch_dims, mask)
 
     def drop_masked(
@@ -260,3 +264,12 @@ class AutoKL(KLLoss):
         elif on_fallback == "error":
             fallbacks = ()
         super().__init__(FirstOf(ClosedForm(), Enumeration(), *fallbacks), reduction=reduction, batch_dims=batch_dims)
+
+
+def _no_gradient(q: Distribution, p: Distribution) -> Tensor:
+    """Return a zero that hangs on the parameters of q and p, whatever they hold, with a gradient of zero."""
+    zero = torch.zeros((), dtype=dtype_of(in_full_precision(q)), device=device_of(q))
+    for t in (*tensors_of(q), *tensors_of(p)):
+        if t.requires_grad:
+            zero = zero + torch.where(torch.zeros_like(t, dtype=torch.bool), t, 0.0).sum()
+    return zero

@@ -52,10 +52,13 @@ def dtype_and_device_of(d: Distribution) -> tuple[torch.dtype, torch.device]:
     return widest or torch.get_default_dtype(), device
 
 
-def map_tensors(d: Any, fn: Callable[[Tensor], Tensor]) -> Any:
-    """Return a copy of d with `fn` applied to every tensor, through base and component distributions and transforms."""
-    if isinstance(d, Tensor):
-        return fn(d)
+def map_tensors(d: Any, fn: Callable[[Tensor, str, Any], Tensor]) -> Any:
+    """Return a copy of d with its tensors replaced, through base and component distributions and transforms.
+
+    Args:
+        d: a distribution or a transform.
+        fn: called with the tensor, its name, and the distribution or transform that holds it under that name.
+    """
     if type(d) in (list, tuple):
         return type(d)(map_tensors(part, fn) for part in d)
     if not isinstance(d, (Distribution, Transform)):
@@ -66,7 +69,7 @@ def map_tensors(d: Any, fn: Callable[[Tensor], Tensor]) -> Any:
             value = None  # the inverse is made anew, of the new tensors, when somebody asks for it
         elif key == "_cached_x_y":
             value = (None, None)
-        copy.__dict__[key] = map_tensors(value, fn)
+        copy.__dict__[key] = fn(value, key, d) if isinstance(value, Tensor) else map_tensors(value, fn)
     return copy
 
 
@@ -74,7 +77,7 @@ def in_full_precision(d: Distribution) -> Distribution:
     """Return d with its half-precision tensors in float32; d itself where it has none."""
     if not _has_half(d):
         return d
-    upcast: Distribution = map_tensors(d, lambda t: t.float() if t.dtype in _HALF else t)
+    upcast: Distribution = map_tensors(d, lambda t, *_: t.float() if t.dtype in _HALF else t)
     return upcast
 
 
@@ -117,10 +120,20 @@ def replace_examples(d: Distribution, keep: Tensor, batch_shape: torch.Size) -> 
     flat = keep.flatten()
     index = torch.where(flat, torch.arange(flat.numel(), device=flat.device), flat.int().argmax())
 
-    def take(t: Tensor) -> Tensor:
-        if t.shape[: len(batch_shape)] != d.batch_shape:
-            return t
+    def take(t: Tensor, name: str, owner: Any) -> Tensor:
+        if t.dim() < _num_dims(name, owner, d) or t.shape[:dims] != examples:
+            return t  # shared by the examples
         return t.flatten(0, dims - 1).index_select(0, index.to(t.device)).unflatten(0, examples)
 
     replaced: Distribution = map_tensors(d, take)
     return replaced
+
+
+def _num_dims(name: str, owner: Any, d: Distribution) -> int:
+    """Return how many dimensions a tensor has that differs from example to example."""
+    if isinstance(owner, Transform):  # it broadcasts against the points of d
+        return len(d.batch_shape) + len(d.event_shape)
+    if name.endswith("_tril"):  # torch keeps Cholesky factors that are no argument of the constructor
+        return len(owner.batch_shape) + 2
+    constraint = owner.arg_constraints.get(name.removeprefix("_unbroadcasted_"))
+    return len(owner.batch_shape) + getattr(constraint, "event_dim", 0)

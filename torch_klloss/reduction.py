@@ -70,7 +70,7 @@ def reduce(value: Tensor, reduction: str, batch_dims: int, mask: Tensor | None =
     if mask is None:
         return value.mean()
     total = weights.sum()
-    if _is_zero(total):
+    if is_zero(total):
         raise ValueError(
             "reduction='mean' divides by the sum of the mask, which is zero; skip batches without a valid element, "
             "or use reduction='sum'."
@@ -101,8 +101,8 @@ def _check_not_empty(examples: Tensor) -> None:
         )
 
 
-def _is_zero(total: Tensor) -> bool:
-    """Tell whether the mask is empty, where that can be asked: not while tracing, and not under vmap."""
+def is_zero(total: Tensor) -> bool:
+    """Tell whether a number is zero, where that can be asked: not while tracing, and not under vmap."""
     if torch.compiler.is_compiling():
         return False
     try:

@@ -12,7 +12,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent, TransformedDistribution, VonMises, constraints, transform_to
+from torch.distributions import (
+    Bernoulli,
+    Binomial,
+    Categorical,
+    Distribution,
+    Independent,
+    MixtureSameFamily,
+    OneHotCategorical,
+    TransformedDistribution,
+    VonMises,
+    constraints,
+    transform_to,
+)
 
 from torch_klloss.rebuild import device_of, dtype_of, unvalidated
 
@@ -66,8 +78,8 @@ def has_moving_support(q: Distribution) -> bool:
     ends = () if bounds is None else (bounds.lower, bounds.upper)
     if any(isinstance(end, Tensor) and end.requires_grad for end in ends):
         return True
-    base = getattr(q, "base_dist", None)
-    return isinstance(base, Distribution) and has_moving_support(base)
+    parts = getattr(q, "base_dist", None), getattr(q, "component_distribution", None)
+    return any(isinstance(part, Distribution) and has_moving_support(part) for part in parts)
 
 
 def contained(q: Distribution, p: Distribution) -> bool | Tensor | None:
@@ -84,7 +96,7 @@ def contained(q: Distribution, p: Distribution) -> bool | Tensor | None:
     inner, outer = bounds_of(q), bounds_of(p)
     if inner is None or outer is None:
         return None
-    fits = (inner.lower >= outer.lower) & (inner.upper <= outer.upper)
+    fits = _is_within(inner.lower, outer) & _is_within(inner.upper, outer)
     event_dims = len(q.event_shape)
     if isinstance(fits, Tensor) and 0 < event_dims <= fits.dim():
         return fits.flatten(-event_dims).all(-1)
@@ -99,18 +111,50 @@ def log_prob_within(p: Distribution, x: Tensor, reach: bool | Tensor | None) -> 
         x: points `[*sample, *batch, *event]`.
         reach: what `contained` said of the distribution that x was drawn from.
     """
-    unchecked, support = unvalidated(p), support_of(p)
     if not x.is_floating_point():  # the points of a Categorical, which a Bernoulli cannot read
         x = x.to(dtype_of(p))
+    support = support_of(p)
     if reach is True or support is None:
-        return unchecked.log_prob(x)
-    inside, bounds, event_dims = support.check(x), bounds_of(p), len(p.event_shape)
-    if bounds is not None:  # tighter than the constraint, where that claims too much
-        within = (x >= bounds.lower) & (x <= bounds.upper)
-        inside = inside & (within.flatten(-event_dims).all(-1) if event_dims else within)
-    # Points outside are moved inside before they are evaluated: a NaN gradient would survive the mask.
-    kept = torch.where(inside.reshape(inside.shape + (1,) * event_dims), x, _interior_point(support, bounds, x))
-    return torch.where(inside, unchecked.log_prob(kept), -math.inf)
+        log_prob = unvalidated(p).log_prob(x)
+    elif isinstance(p, MixtureSameFamily):
+        return _log_prob_within_components(p, x)
+    else:
+        bounds, event_dims = bounds_of(p), len(p.event_shape)
+        if bounds is None or is_discrete(p):
+            inside = support.check(x)
+        else:  # tighter than the constraint, where that claims too much
+            inside = _is_within(x, bounds)
+            inside = inside.flatten(-event_dims).all(-1) if event_dims else inside
+        # Points outside are moved inside before they are evaluated: a NaN gradient would survive the mask.
+        kept = torch.where(inside.reshape(inside.shape + (1,) * event_dims), x, _interior_point(support, bounds, x))
+        log_prob = torch.where(inside, unvalidated(p).log_prob(kept), -math.inf)
+    impossible = _impossible(p, x)
+    return log_prob if impossible is None else torch.where(impossible, -math.inf, log_prob)
+
+
+def _log_prob_within_components(p: MixtureSameFamily, x: Tensor) -> Tensor:
+    """Return log p(x) of a mixture, its components -inf outside their own supports (torch's check asks for all)."""
+    log_components = log_prob_within(p.component_distribution, p._pad(x), None)
+    terms = log_components + torch.log_softmax(p.mixture_distribution.logits, -1)
+    inside = (terms > -math.inf).any(-1) | terms.isnan().any(-1)
+    return torch.where(inside, torch.where(inside.unsqueeze(-1), terms, 0.0).logsumexp(-1), -math.inf)
+
+
+def _impossible(d: Distribution, x: Tensor) -> Tensor | None:
+    """Return where d, given by probabilities of exactly 0 or 1, has no mass; torch's log_prob clamps these."""
+    if isinstance(d, OneHotCategorical):
+        d, x = d._categorical, x.argmax(-1)
+    if not isinstance(d, (Categorical, Bernoulli, Binomial)):
+        return None
+    given = next((key for key in d.__dict__ if key in ("raw_logits", "probs", "logits")), None)
+    if given != "probs":  # torch computes the other one on demand, and keeps it after the first
+        return None
+    probs = d.probs
+    if isinstance(d, Categorical):
+        index, masses = torch.broadcast_tensors(x.long().unsqueeze(-1), probs)
+        return masses.gather(-1, index[..., :1].clamp(0, probs.shape[-1] - 1)).squeeze(-1) == 0
+    most = d.total_count if isinstance(d, Binomial) else 1
+    return ((probs == 0) & (x > 0)) | ((probs == 1) & (x < most))
 
 
 def _interior_point(support: constraints.Constraint, bounds: Bounds | None, x: Tensor) -> Tensor:
@@ -125,6 +169,12 @@ def _interior_point(support: constraints.Constraint, bounds: Bounds | None, x: T
         return x
     lower, upper = (torch.as_tensor(end, dtype=x.dtype, device=x.device) for end in (bounds.lower, bounds.upper))
     return torch.where(lower.isfinite(), lower, torch.where(upper.isfinite(), upper, 0.0))
+
+
+def _is_within(x: float | Tensor, bounds: Bounds) -> Any:
+    """Tell whether x lies between the ends; a NaN does, so that it comes out as NaN rather than as an infinity."""
+    outside = (x < bounds.lower) | (x > bounds.upper)
+    return ~outside if isinstance(outside, Tensor) else not outside
 
 
 def _innermost(support: constraints.Constraint) -> Any:
@@ -154,25 +204,28 @@ def _constraint_bounds(support: constraints.Constraint) -> Bounds | None:
 def _pushed_bounds(d: TransformedDistribution) -> Bounds | None:
     """Push the ends of the base through the transforms, as long as these are monotone maps of the line."""
     bounds = bounds_of(d.base_dist)
-    like = torch.empty(0, dtype=dtype_of(d), device=device_of(d))
     for transform in d.transforms:
         image = _constraint_bounds(transform.codomain)
         if bounds is None or image is None or not transform.bijective or transform.codomain.event_dim:
             return None
-        try:
-            rising = torch.as_tensor(transform.sign, device=like.device) > 0
-        except NotImplementedError:
-            return None
-        least, most = (torch.as_tensor(end).to(like) for end in (image.lower, image.upper))
-
-        def push(end: float | Tensor, limit: Tensor, transform: Any = transform) -> Tensor:
-            """Map one end; an infinite one goes to the limit, which the transform itself may round short of."""
-            end = torch.as_tensor(end).to(like)
-            return torch.where(end.isfinite(), transform(torch.where(end.isfinite(), end, 0.0)), limit)
-
-        ends = (
-            push(bounds.lower, torch.where(rising, least, most)),
-            push(bounds.upper, torch.where(rising, most, least)),
-        )
-        bounds = Bounds(torch.where(rising, *ends), torch.where(rising, ends[1], ends[0]))
+        # The whole line fills the image, wherever the parameters of the transform put its points.
+        bounds = image if bounds == Bounds(-math.inf, math.inf) else _image(bounds, transform, image, d)
     return bounds
+
+
+def _image(bounds: Bounds, transform: Any, image: Bounds, d: Distribution) -> Bounds | None:
+    like = torch.empty(0, dtype=dtype_of(d), device=device_of(d))
+    try:
+        rising = torch.as_tensor(transform.sign, device=like.device) > 0
+    except NotImplementedError:
+        return None
+    lower, upper, least, most = (
+        torch.as_tensor(end).to(like) for end in (bounds.lower, bounds.upper, image.lower, image.upper)
+    )
+
+    def push(end: Tensor, limit: Tensor) -> Tensor:
+        """Map one end; an infinite one goes to the limit, which the transform itself may round short of."""
+        return torch.where(end.isfinite(), transform(torch.where(end.isfinite(), end, 0.0)), limit)
+
+    ends = push(lower, torch.where(rising, least, most)), push(upper, torch.where(rising, most, least))
+    return Bounds(torch.where(rising, *ends), torch.where(rising, ends[1], ends[0]))

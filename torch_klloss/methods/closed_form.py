@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch.distributions import Distribution
+from torch.distributions import Distribution, TransformedDistribution
 
 from torch_klloss.closed_forms.registry import Match, evaluate, find_rule, has_closed_form, refuse
 from torch_klloss.estimate import KLEstimate
@@ -60,14 +60,21 @@ class ClosedForm:
 
 
 def _applies(match: Match, q: Distribution, p: Distribution) -> bool:
-    return _keeps_density(q, match.types[0]) and _keeps_density(p, match.types[1])
+    """Tell whether q and p have the densities that the rule was written for, down to what they are transformed from."""
+    if not (_keeps_density(q, match.types[0]) and _keeps_density(p, match.types[1])):
+        return False
+    if match.types != (TransformedDistribution, TransformedDistribution):
+        return True
+    base_q, base_p, _ = peel(q.base_dist, p.base_dist)
+    base_match = find_rule(base_q, base_p)
+    return base_match is not None and _applies(base_match, base_q, base_p)
 
 
 def _keeps_density(d: Distribution, parent: type[Distribution]) -> bool:
     """Tell whether d has the density of `parent`, which the rule was written for."""
     cls = type(d)
-    if cls.log_prob is parent.log_prob:
-        return True
+    if cls.log_prob is parent.log_prob or parent.log_prob is Distribution.log_prob:
+        return True  # nothing is overridden, or the rule is for an abstract family, which has no density to compare
     if torch.compiler.is_compiling() or cls in _DIFFERENT:
         return False
     try:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from torch_klloss.estimate import KLEstimate
-from torch_klloss.rebuild import unvalidated
+from torch_klloss.rebuild import device_of, dtype_of
 from torch_klloss.samplers import Points
 from torch_klloss.structure import check_common_measure, check_pair, name, peel
 from torch_klloss.supports import Bounds, bounds_of, contained, log_prob_within
@@ -52,6 +52,9 @@ class Enumeration:
         """
         batch_shape = check_pair(q, p)
         check_common_measure(q, p)
+        if batch_shape.numel() == 0 and self.supports(q, p):
+            empty = torch.zeros(batch_shape, dtype=dtype_of(q), device=device_of(q))
+            return KLEstimate(empty, exact=True, method=self.name)
         inner_q, inner_p, peeled = peel(q, p)
         if inner_q.batch_shape != inner_p.batch_shape:  # or the support would broadcast against p's batch
             inner_q = inner_q.expand(torch.broadcast_shapes(inner_q.batch_shape, inner_p.batch_shape))
@@ -61,7 +64,7 @@ class Enumeration:
                 f"Enumeration needs a q with a finite support of at most {self.max_support} points that "
                 f"enumerate_support lists, got {name(q)}; use MonteCarloKL or AutoKL."
             )
-        log_q = unvalidated(inner_q).log_prob(points.x)
+        log_q = log_prob_within(inner_q, points.x, True)
         log_p = log_prob_within(inner_p, points.x, contained(inner_q, inner_p))
         log_ratio = torch.where(points.weights > 0, log_q - log_p, 0.0)
         value = points.expectation(log_ratio)
@@ -71,13 +74,15 @@ class Enumeration:
 
     def supports(self, q: Distribution, p: Distribution) -> bool:
         """Tell whether q's support can be summed over."""
-        return self._support(peel(q, p)[0]) is not None
+        inner_q = peel(q, p)[0]
+        is_empty = inner_q.batch_shape.numel() == 0
+        return bool(inner_q.has_enumerate_support) if is_empty else self._support(inner_q) is not None
 
     def _points(self, q: Distribution) -> Points | None:
         x = self._support(q)
         if x is None:
             return None
-        return Points(x, unvalidated(q).log_prob(x).exp(), num_replicates=None)
+        return Points(x, log_prob_within(q, x, True).exp(), num_replicates=None)
 
     def _support(self, q: Distribution) -> Tensor | None:
         bounds = bounds_of(q)
@@ -92,4 +97,6 @@ class Enumeration:
 
 def _width(bounds: Bounds) -> float:
     lower, upper = (torch.as_tensor(end) for end in (bounds.lower, bounds.upper))
+    if lower.is_meta or upper.is_meta or 0 in (lower.numel(), upper.numel()):
+        return 0.0
     return float(upper.max() - lower.min())

@@ -17,7 +17,7 @@ from torch_klloss.rebuild import device_of, unvalidated
 from torch_klloss.rng import draw_seed, private_rng
 from torch_klloss.samplers import IID, Sampler
 from torch_klloss.structure import check_common_measure, check_pair, name
-from torch_klloss.supports import contained, has_moving_support, log_prob_within
+from torch_klloss.supports import contained, has_moving_support, is_discrete, log_prob_within
 
 Gradient = Literal["auto", "pathwise", "sticking_the_landing", "score_function", "none"]
 
@@ -123,9 +123,11 @@ class MonteCarlo:
     def _gradient_for(self, q: Distribution) -> str:
         """Resolve "auto", and refuse what would be wrong for q."""
         gradient: str = self.gradient
+        # The rsample of a straight-through estimator is no path: its points are discrete.
+        has_path = q.has_rsample and not is_discrete(q)
         if gradient == "auto":
-            gradient = "pathwise" if q.has_rsample else "score_function"
-        if gradient in _REPARAMETERISED and not q.has_rsample:
+            gradient = "pathwise" if has_path else "score_function"
+        if gradient in _REPARAMETERISED and not has_path:
             raise NotImplementedError(
                 f"MonteCarlo(gradient={gradient!r}) needs q.rsample, which {name(q)} lacks; use "
                 "gradient='score_function', or AutoKL, which takes an exact route where there is one."

@@ -48,7 +48,7 @@ class Points:
         replicates = self.num_replicates
         if replicates is None:
             return None
-        if replicates == 1:
+        if replicates == 1 or f.numel() == 0:
             return torch.full_like(f[0], torch.nan, requires_grad=False)
         terms = (self.weights * f).detach().unflatten(0, (replicates, -1))
         means = terms.sum(1) * replicates
