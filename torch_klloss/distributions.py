@@ -77,6 +77,8 @@ class RawCategorical(Categorical):
     def __init__(self, logits: Tensor, validate_args: bool | None = None) -> None:
         self.raw_logits = self._param = logits
         self._num_events = logits.shape[-1]
+        if logits.numel() == 0:
+            validate_args = False  # torch's check cannot do without an element
         Distribution.__init__(self, logits.shape[:-1], validate_args=validate_args)
 
     @lazy_property

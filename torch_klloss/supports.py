@@ -37,6 +37,8 @@ class Bounds:
     upper: float | Tensor
 
 
+_LINE = Bounds(-math.inf, math.inf)
+
 # Families whose `support` says more than their density covers.
 _OVERRIDES: dict[type[Distribution], Bounds] = {VonMises: Bounds(-math.pi, math.pi)}
 
@@ -188,7 +190,7 @@ def _constraint_bounds(support: constraints.Constraint) -> Bounds | None:
     is_mixture = "Mixture" in type(support).__name__
     support = _innermost(support)
     if support is constraints.real:
-        return Bounds(-math.inf, math.inf)
+        return _LINE
     if support is constraints.boolean:
         return Bounds(0.0, 1.0)
     if isinstance(support, type(constraints.multinomial(1))):
@@ -209,7 +211,8 @@ def _pushed_bounds(d: TransformedDistribution) -> Bounds | None:
         if bounds is None or image is None or not transform.bijective or transform.codomain.event_dim:
             return None
         # The whole line fills the image, wherever the parameters of the transform put its points.
-        bounds = image if bounds == Bounds(-math.inf, math.inf) else _image(bounds, transform, image, d)
+        is_line = isinstance(bounds.lower, float) and isinstance(bounds.upper, float) and bounds == _LINE
+        bounds = image if is_line else _image(bounds, transform, image, d)
     return bounds
 
 

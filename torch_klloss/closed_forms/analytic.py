@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_klloss.closed_forms.elementary import is_recorded_by_operation
+
 Value = Callable[..., Tensor]
 Partials = Callable[..., Sequence[Tensor | None]]
 
@@ -23,7 +25,7 @@ def analytic(partials: Partials) -> Callable[[Value], Value]:
 
     Returns:
         A decorator. The decorated formula takes tensors that broadcast, works under `torch.func`, and is plain torch
-        operations under `torch.compile`, which fuses them better than any hand.
+        operations in forward mode and under `torch.compile`, which fuses them better than any hand.
     """
 
     def decorator(value: Value) -> Value:
@@ -64,7 +66,7 @@ def analytic(partials: Partials) -> Callable[[Value], Value]:
         )
 
         def formula(*tensors: Tensor) -> Tensor:
-            if torch.compiler.is_compiling():
+            if is_recorded_by_operation():
                 return value(*tensors)
             form = functional if torch._C._are_functorch_transforms_active() else eager
             result: Tensor = form.apply(*tensors)

@@ -54,8 +54,24 @@ def common_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def is_traced() -> bool:
-    """Tell whether `torch.compile` or `torch.func` is at work, which may not look at values."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Tell whether `torch.compile`, `torch.func` or forward mode is at work, which may not look at values."""
+    return is_recorded_by_operation() or torch._C._are_functorch_transforms_active()
+
+
+def is_recorded_by_operation() -> bool:
+    """Tell whether the derivative has to come from plain operations: under `torch.compile`, and in forward mode."""
+    return torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level >= 0
+
+
+def difference_error(a: Tensor, b: Tensor) -> Tensor:
+    """Return what a - b lost when it was rounded; NaN where one of them is infinite.
+
+    References:
+        *The art of computer programming*, volume 2, section 4.2.2 (Knuth, 1969): the two-sum.
+    """
+    difference = a - b
+    minus_b = difference - a
+    return (a - (difference - minus_b)) - (b + minus_b)
 
 
 def log_ratio(a: Tensor, b: Tensor, gap: Tensor) -> Tensor:

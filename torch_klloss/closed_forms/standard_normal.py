@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_klloss.closed_forms.analytic import analytic
+from torch_klloss.closed_forms.elementary import e2, is_traced
 from torch_klloss.closed_forms.registry import register_kl
 from torch_klloss.distributions import LogVarNormal, StandardNormal
 
@@ -45,24 +46,12 @@ def _partials(needs: Sequence[bool], loc: Tensor, logvar: Tensor) -> Sequence[Te
 
 @analytic(_partials)
 def _kl(loc: Tensor, logvar: Tensor) -> Tensor:
-    return torch.addcmul(_exp_residual(logvar), loc, loc) / 2
-
-
-def _exp_residual(x: Tensor) -> Tensor:
-    """Return exp(x) - 1 - x: by float64 for float32, by its series near 0 for float64."""
-    if x.dtype != torch.float64:
-        wide = x.double()
-        return (wide.expm1() - wide).to(x.dtype)
-    series = torch.ones_like(x)
-    for k in range(13, 2, -1):
-        series = torch.addcmul(torch.ones_like(x), series, x, value=1 / k)
-    return torch.where(x.abs() < 0.25, series * x * x / 2, x.expm1() - x)
+    return torch.addcmul(e2(logvar.double()).to(logvar.dtype), loc, loc) / 2
 
 
 def _can_fuse(*tensors: Tensor) -> bool:
     """Tell whether the blocks pay: on the processor, outside of what torch traces or transforms."""
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    return not traced and all(t.device.type == "cpu" and t.numel() > 0 for t in tensors)
+    return not is_traced() and all(t.device.type == "cpu" and t.numel() > 0 for t in tensors)
 
 
 class _SummedKL(torch.autograd.Function):
@@ -79,9 +68,8 @@ class _SummedKL(torch.autograd.Function):
             torch.sum(terms.addcmul_(loc_block, loc_block), -1, out=kl_block)
         kl *= 0.5
         # exp(v) - 1 - v of a small v has lost its digits: what is small is taken again, with care.
-        threshold = 0.02 * loc.shape[1]
-        if kl.min() < threshold:
-            small = kl < threshold
+        small = kl < 0.02 * loc.shape[1]
+        if small.any():
             kl[small] = _kl(loc[small], logvar[small]).sum(-1)
         ctx.save_for_backward(loc, logvar, growth)
         return kl

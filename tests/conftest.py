@@ -1,0 +1,45 @@
+"""What every test runs under: one thread, a fixed seed, and a check that it left the global state alone."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+from torch.distributions import Distribution
+from torch.distributions.kl import _KL_REGISTRY
+
+torch.set_num_threads(1)  # small tensors are several times slower on two
+
+settings.register_profile("dev", max_examples=25, deadline=None)
+settings.register_profile("ci", max_examples=200, deadline=None, derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") == "true" else "dev"))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def unvalidated():
+    """Build distributions without torch's checks of their parameters."""
+    Distribution.set_default_validate_args(False)
+    yield
+    Distribution.set_default_validate_args(True)
+
+
+@pytest.fixture(autouse=True)
+def _global_state():
+    """Fail a test that changes torch's default dtype, its validation flag or its table of KL rules."""
+
+    def state():
+        return torch.get_default_dtype(), Distribution._validate_args, dict(_KL_REGISTRY)
+
+    before = state()
+    yield
+    after = state()
+    torch.set_default_dtype(before[0])
+    Distribution.set_default_validate_args(before[1])
+    _KL_REGISTRY.clear()
+    _KL_REGISTRY.update(before[2])
+    assert after == before
