@@ -11,6 +11,7 @@ from torch.distributions import Categorical, Distribution, Independent, Normal, 
 from torch.distributions.utils import lazy_property
 
 from torch_klloss.rebuild import dtype_and_device_of
+from torch_klloss.tracing import is_traced
 
 
 class LogVarNormal(Normal):
@@ -182,6 +183,6 @@ def categorical(logits: Tensor) -> RawCategorical:
 
 def _may_hold_nan(*tensors: Tensor) -> bool:
     """Tell whether a sum of the tensors is NaN: one pass, where an elementwise check takes three."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or tensors[0].is_meta:
+    if is_traced() or tensors[0].is_meta:
         return False
     return any(math.isnan(t.detach().sum().item()) for t in tensors)

@@ -27,6 +27,7 @@ from torch.distributions import (
 )
 
 from torch_klloss.rebuild import device_of, dtype_of, unvalidated
+from torch_klloss.tracing import is_traced
 
 
 @dataclass(frozen=True)
@@ -226,9 +227,17 @@ def _image(bounds: Bounds, transform: Any, image: Bounds, d: Distribution) -> Bo
         torch.as_tensor(end).to(like) for end in (bounds.lower, bounds.upper, image.lower, image.upper)
     )
 
+    domain, some_point = (
+        _constraint_bounds(transform.domain) or _LINE,
+        transform_to(transform.domain)(like.new_zeros(())),
+    )
+
     def push(end: Tensor, limit: Tensor) -> Tensor:
-        """Map one end; an infinite one goes to the limit, which the transform itself may round short of."""
-        return torch.where(end.isfinite(), transform(torch.where(end.isfinite(), end, 0.0)), limit)
+        """Map one end; that of the domain goes to the limit, which the transform itself may round short of."""
+        inside = (end > domain.lower) & (end < domain.upper)
+        if not is_traced() and not inside.any():
+            return limit  # wherever the parameters of the transform put the points between
+        return torch.where(inside, transform(torch.where(inside, end, some_point)), limit)
 
     ends = push(lower, torch.where(rising, least, most)), push(upper, torch.where(rising, most, least))
     return Bounds(torch.where(rising, *ends), torch.where(rising, ends[1], ends[0]))

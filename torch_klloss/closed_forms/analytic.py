@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_klloss.closed_forms.elementary import is_recorded_by_operation
+from torch_klloss.tracing import is_recorded_by_operation
 
 Value = Callable[..., Tensor]
 Partials = Callable[..., Sequence[Tensor | None]]

@@ -53,16 +53,6 @@ def common_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
-def is_traced() -> bool:
-    """Tell whether `torch.compile`, `torch.func` or forward mode is at work, which may not look at values."""
-    return is_recorded_by_operation() or torch._C._are_functorch_transforms_active()
-
-
-def is_recorded_by_operation() -> bool:
-    """Tell whether the derivative has to come from plain operations: under `torch.compile`, and in forward mode."""
-    return torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level >= 0
-
-
 def difference_error(a: Tensor, b: Tensor) -> Tensor:
     """Return what a - b lost when it was rounded; NaN where one of them is infinite.
 
@@ -72,6 +62,11 @@ def difference_error(a: Tensor, b: Tensor) -> Tensor:
     difference = a - b
     minus_b = difference - a
     return (a - (difference - minus_b)) - (b + minus_b)
+
+
+def magnitude(x: Tensor) -> Tensor:
+    """Return |x| with the derivative 1 at zero, where that of `abs` is 0: for mirrored halves that meet there."""
+    return torch.where(x < 0, -x, x)
 
 
 def log_ratio(a: Tensor, b: Tensor, gap: Tensor) -> Tensor:
@@ -86,13 +81,19 @@ def log_ratio(a: Tensor, b: Tensor, gap: Tensor) -> Tensor:
     return torch.where(rising, size, -size)
 
 
-def isd(a: Tensor, b: Tensor) -> Tensor:
+def isd(a: Tensor, b: Tensor, *, series: bool | None = None) -> Tensor:
     """Return the Itakura-Saito divergence a/b - 1 - log(a/b) of positive a and b, in float64.
+
+    Args:
+        a: the numerator.
+        b: the denominator.
+        series: whether a and b may be nearer to one another than float32 numbers can be; by default, whether one of
+            them is in float64.
 
     References:
         *Analysis synthesis telephony based on the maximum likelihood method* (Itakura and Saito, 1968).
     """
-    series = has_float64(a, b)
+    series = has_float64(a, b) if series is None else series
     a, b = a.double(), b.double()
     gap = a - b
     x = gap / b

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from torch_klloss.closed_forms.analytic import analytic
-from torch_klloss.closed_forms.elementary import has_float64, is_traced, x_minus_log1p
+from torch_klloss.closed_forms.elementary import has_float64, x_minus_log1p
 from torch_klloss.closed_forms.registry import register_kl
+from torch_klloss.tracing import is_traced
 
 
 @register_kl(Normal, Normal)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from torch_klloss.closed_forms.analytic import analytic
-from torch_klloss.closed_forms.elementary import e2, is_traced
+from torch_klloss.closed_forms.elementary import e2
 from torch_klloss.closed_forms.registry import register_kl
 from torch_klloss.distributions import LogVarNormal, StandardNormal
+from torch_klloss.tracing import is_traced
 
 _BLOCK = 2**16  # elements: a block of two inputs and two buffers stays in a core's cache
 

@@ -63,7 +63,8 @@ def _applies(match: Match, q: Distribution, p: Distribution) -> bool:
     """Tell whether q and p have the densities that the rule was written for, down to what they are transformed from."""
     if not (_keeps_density(q, match.types[0]) and _keeps_density(p, match.types[1])):
         return False
-    if match.types != (TransformedDistribution, TransformedDistribution):
+    generic = match.types == (TransformedDistribution, TransformedDistribution)
+    if not (generic and isinstance(q, TransformedDistribution) and isinstance(p, TransformedDistribution)):
         return True
     base_q, base_p, _ = peel(q.base_dist, p.base_dist)
     base_match = find_rule(base_q, base_p)

@@ -1,0 +1,120 @@
+"""Bernoulli‖Bernoulli, from probabilities or log-odds as they were given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.distributions import Bernoulli, Distribution
+from torch.nn.functional import logsigmoid
+
+from torch_klloss.closed_forms.analytic import analytic
+from torch_klloss.closed_forms.elementary import common_dtype, gkl, gkl_of_log_ratio, has_float64, log_ratio
+from torch_klloss.closed_forms.registry import register_kl
+
+_FINITE = 645.0  # stands for an infinite log-odds in a derivative; log_ratio has the same bound
+
+
+@register_kl(Bernoulli, Bernoulli)
+def _bernoulli_bernoulli(q: Bernoulli, p: Bernoulli) -> Tensor:
+    """Both of q log(q/p) - q + p and the same of 1 - q and 1 - p, each ≥ 0.
+
+    Neither is clamped: the KL is finite where q is 0 or 1, inf where p is and q is not. There the gradient is 0; the
+    derivative by a q of 0 or 1 is kept finite.
+    """
+    (q_param, q_is_probs), (p_param, p_is_probs) = as_given(q), as_given(p)
+    return trial_kl(q_param, q_is_probs, p_param, p_is_probs).to(common_dtype(q_param, p_param))
+
+
+def trial_kl(q_param: Tensor, q_is_probs: bool, p_param: Tensor, p_is_probs: bool) -> Tensor:
+    """Return the KL of one trial in float64, from probabilities of success or their log-odds."""
+    return _KL[q_is_probs, p_is_probs](q_param, p_param)
+
+
+def as_given(d: Distribution) -> tuple[Tensor, bool]:
+    """Return the parameter that d was built from, and whether it is `probs`: torch computes the other one on demand."""
+    key = next(key for key in d.__dict__ if key in ("probs", "logits"))
+    return d.__dict__[key], key == "probs"
+
+
+def _log_odds(param: Tensor, is_probs: bool) -> Tensor:
+    """Return log(p/(1 - p)) in float64, ±inf at the ends, where the derivative is 0."""
+    param = param.double()
+    if not is_probs:
+        return param
+    is_end = (param == 0) | (param == 1)
+    inside = torch.where(is_end, 0.5, param)
+    ends = torch.where(param == 1, torch.inf, -torch.inf)
+    return torch.where(is_end, ends, torch.log(inside) - torch.log1p(-inside))
+
+
+def _shift(q: Tensor, p: Tensor) -> Tensor:
+    """Return p - q, and 0 where both are the same infinity."""
+    return torch.where((q == p) & q.isinf(), 0.0, p - q)
+
+
+def _probs_partials(needs: Sequence[bool], q: Tensor, p: Tensor) -> Sequence[Tensor | None]:
+    by_q = by_p = None
+    q, p = q.double(), p.double()
+    gap = q - p
+    missed = ((p == 0) & (q > 0)) | ((p == 1) & (q < 1))
+    if needs[0]:
+        by_q = log_ratio(q, p, gap) - log_ratio(1 - q, 1 - p, -gap)
+        by_q = torch.where(missed, 0.0, by_q)
+    if needs[1]:
+        is_end = (p == 0) | (p == 1)
+        by_p = -gap / torch.where(is_end, 1.0, p * (1 - p))
+        by_p = torch.where(is_end, torch.where(missed, 0.0, 1 - 2 * p), by_p)
+    return by_q, by_p
+
+
+@analytic(_probs_partials)
+def _probs_kl(q_probs: Tensor, p_probs: Tensor) -> Tensor:
+    q, p, series = q_probs.double(), p_probs.double(), has_float64(q_probs, p_probs)
+    return gkl(q, p, q - p, series=series) + gkl(1 - q, 1 - p, p - q, series=series)
+
+
+def _log_odds_kl(q_is_probs: bool, p_is_probs: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """Build the formula for a pair of which one at least is given by its log-odds.
+
+    With m the smaller of q's probabilities, and t by how much p's log-odds of that outcome exceed q's, the log-ratios
+    p/q are -L and t - L with L = log(1 + m (exp(t) - 1)); an error of L itself counts only squared.
+    """
+
+    def partials(needs: Sequence[bool], q_param: Tensor, p_param: Tensor) -> Sequence[Tensor | None]:
+        by_q = by_p = None
+        q, p = _log_odds(q_param, q_is_probs), _log_odds(p_param, p_is_probs)
+        shift, missed = _shift(q, p), p.isinf() & (q != p)
+        if needs[0]:
+            shift_or_bound = torch.where(shift.isinf(), _FINITE * shift.sign(), shift)
+            by_q = -shift_or_bound if q_is_probs else -torch.sigmoid(q) * torch.sigmoid(-q) * shift_or_bound
+            by_q = torch.where(missed, 0.0, by_q)
+        if needs[1]:
+            rising = shift >= 0
+            variance = torch.where(rising, torch.sigmoid(p) * torch.sigmoid(-q), -torch.sigmoid(q) * torch.sigmoid(-p))
+            by_p = -variance * torch.expm1(-torch.where(rising, shift, -shift))
+            if p_is_probs:
+                by_p = by_p / torch.where(p.isinf(), 1.0, torch.sigmoid(p) * torch.sigmoid(-p))
+            by_p = torch.where(missed, 0.0, by_p)
+        return by_q, by_p
+
+    @analytic(partials)
+    def kl(q_param: Tensor, p_param: Tensor) -> Tensor:
+        q, p = _log_odds(q_param, q_is_probs), _log_odds(p_param, p_is_probs)
+        missed = p.isinf() & (q != p)
+        p = torch.where(missed, q, p)
+        shift = _shift(q, p)
+        rare = torch.where(q >= 0, -1.0, 1.0).to(q.dtype)  # the sign of the log-odds of the outcome that q finds rarer
+        q_rare, p_rare = rare * q, rare * p
+        m, t = torch.sigmoid(q_rare), rare * shift
+        near = torch.log1p(m * torch.expm1(t.clamp(-1, 1)))
+        L = torch.where(t.abs() < 1, near, logsigmoid(-q_rare) - logsigmoid(-p_rare))
+        value = gkl_of_log_ratio(torch.sigmoid(-q_rare), torch.sigmoid(-p_rare), -L)
+        value = value + gkl_of_log_ratio(m, torch.sigmoid(p_rare), t - L)
+        return torch.where(missed, torch.inf, value)
+
+    return kl
+
+
+_KL = {(True, True): _probs_kl} | {pair: _log_odds_kl(*pair) for pair in ((False, False), (False, True), (True, False))}

@@ -1,0 +1,33 @@
+"""Binomial‖Binomial of equal counts, and of unequal ones where the KL is infinite."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributions import Binomial
+
+from torch_klloss.closed_forms.bernoulli import as_given, trial_kl
+from torch_klloss.closed_forms.elementary import common_dtype
+from torch_klloss.closed_forms.registry import register_kl
+from torch_klloss.tracing import is_traced
+
+
+@register_kl(Binomial, Binomial)
+def _binomial_binomial(q: Binomial, p: Binomial) -> Tensor:
+    """The KL of one trial times their number; inf where q counts further than p.
+
+    A q that never succeeds fits every count. Where q counts less far than p there is no closed form; under
+    `torch.compile` and `torch.func`, which cannot look, such an element is NaN.
+
+    Raises:
+        NotImplementedError: if q has fewer trials than p somewhere.
+    """
+    (q_param, q_is_probs), (p_param, p_is_probs) = as_given(q), as_given(p)
+    succeeds = q_param != (0 if q_is_probs else -torch.inf)
+    fewer = succeeds & (q.total_count < p.total_count)
+    if not is_traced() and bool(fewer.any()):
+        raise NotImplementedError("q has fewer trials than p; a sum over q's support is exact: Enumeration()")
+    value = p.total_count.double() * trial_kl(q_param, q_is_probs, p_param, p_is_probs)
+    value = torch.where(p.total_count == 0, 0.0, value)
+    value = torch.where(succeeds & (q.total_count > p.total_count), torch.inf, value)
+    return torch.where(fewer, torch.nan, value).to(common_dtype(q_param, p_param))

@@ -1,0 +1,136 @@
+"""KL(softmax(a)‖softmax(b)) of many rows: a few of them at a time, while they are in the cache, and little kept.
+
+Beside its inputs nothing of their size is kept for the gradient: the exponentials are taken again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_klloss.closed_forms.elementary import common_dtype
+
+_BLOCK = 2**15  # numbers of one tensor of a block, so that a handful of its tensors fit into the cache of a core
+_MANY_CLASSES = 256  # from here on rounding errors of float32 average out
+_FEW_NUMBERS = 2**12  # of which all may as well be computed to all digits
+
+Formula = Callable[[Tensor, Tensor], Tensor]
+Partials = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def kl_in_blocks(a: Tensor, b: Tensor, formula: Formula, partials: Partials, *, are_logits: bool) -> Tensor:
+    """Return the KL of parameters a and b, `[*batch, classes]`, over their last dimension.
+
+    That of logits is the difference of the log-normalisers less the mean of b - a, in float32 where there are many
+    classes. Rows where that would cancel, or is not finite, are left to float64, and in the end to `formula`.
+
+    Args:
+        a: the parameter of q.
+        b: the parameter of p; they broadcast.
+        formula: computes the KL of float64 rows to all digits, at leisure, with the last dimension kept.
+        partials: computes its derivatives from the rows and their KL, by operations that can be differentiated again.
+        are_logits: whether both are; otherwise everything is left to `formula`.
+    """
+    dtype = common_dtype(a, b)
+    a, b = torch.broadcast_tensors(a.to(dtype), b.to(dtype))
+    shape = a.shape
+    rows = a.reshape(-1, shape[-1]), b.reshape(-1, shape[-1])
+    value: Tensor = _Rows.apply(*rows, formula, partials, are_logits)
+    return value.reshape(shape[:-1])
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, formula: Formula, partials: Partials, are_logits: bool) -> Tensor:
+        rows = a.new_full((4, len(a)), math.nan, dtype=torch.float64)
+        value, is_left = rows[0], a.new_ones(len(a), dtype=torch.bool)
+        is_single = a.dtype == torch.float32
+        if are_logits and is_single and a.shape[-1] >= _MANY_CLASSES:
+            for block in _blocks(len(a), a):
+                rows[:, block], is_left[block] = _compare(a[block], b[block], least=2.0**-1)
+        is_native = ~is_left
+        if are_logits and (is_single or a.numel() > _FEW_NUMBERS):
+            least = 2.0 ** (-23 if is_single else -1)
+            for some in _indices(is_left, a):
+                rows[:, some], is_left[some] = _compare(a[some].double(), b[some].double(), least)
+        for some in _indices(is_left, a):
+            value[some] = formula(a[some].double(), b[some].double()).squeeze(-1)
+        ctx.save_for_backward(a, b, rows, is_native, is_left)
+        ctx.formula, ctx.partials = formula, partials
+        return value.to(a.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        a, b, rows, is_native, is_left = ctx.saved_tensors
+        rows, grad = rows.unsqueeze(-1), grad.unsqueeze(-1)
+        if torch.is_grad_enabled():  # to be differentiated again
+            a, b = a.double(), b.double()
+            by = ctx.partials(a, b, ctx.formula(a, b))
+            return *((grad * d).to(grad.dtype) for d in by), None, None, None
+        by_a, by_b = (
+            torch.empty_like(t) if need else None for t, need in zip((a, b), ctx.needs_input_grad[:2], strict=True)
+        )
+        if not is_left.all():
+            for block in _blocks(len(a), a):
+                dtype = a.dtype if bool(is_native[block].all()) else torch.float64
+                x, y, some, g = (t.to(dtype) for t in (a[block], b[block], rows[:, block], grad[block]))
+                _differentiate(x, y, some, g, _at(by_a, block), _at(by_b, block))
+        for some in _indices(is_left, a):
+            by = ctx.partials(a[some].double(), b[some].double(), rows[0, some])
+            for whole, d in zip((by_a, by_b), by, strict=True):
+                if whole is not None:
+                    whole[some] = (grad[some] * d).to(whole.dtype)
+        return by_a, by_b, None, None, None
+
+
+def _compare(a: Tensor, b: Tensor, least: float) -> tuple[Tensor, Tensor]:
+    """Return of some rows the KL, the sums of the exponentials and the mean of b - a; and which cannot be trusted.
+
+    These are the ones where the KL is less than `least` of the numbers that it is the difference of, or an exponential
+    over- or underflows: they are taken of the logits as they are, since these are exact.
+    """
+    weights = torch.exp(a)
+    total, other_total = weights.sum(-1, dtype=torch.float64), torch.exp(b).sum(-1, dtype=torch.float64)
+    mean = (_log_ratio(a, b).mul_(weights)).sum(-1, dtype=torch.float64) / total
+    log_norm = torch.log(other_total / total)
+    value = log_norm - mean
+    underflows = torch.minimum(total, other_total) < math.sqrt(torch.finfo(a.dtype).tiny)
+    is_left = ~(value > least * (1 + mean.abs() + log_norm.abs())) | underflows
+    return torch.stack((value, total, other_total, mean)), is_left
+
+
+def _differentiate(a: Tensor, b: Tensor, rows: Tensor, grad: Tensor, by_a: Tensor | None, by_b: Tensor | None) -> None:
+    """Write grad times the derivatives, -q (ratio - mean) and p - q, into `by_a` and `by_b`."""
+    _, total, other_total, mean = rows
+    weights, share = torch.exp(a), grad / total
+    if by_a is not None:
+        by_a.copy_(_log_ratio(a, b).sub_(mean).mul_(weights).mul_(-share))
+    if by_b is not None:
+        by_b.copy_(torch.exp(b).mul_(grad / other_total).sub_(weights.mul_(share)))
+
+
+def _log_ratio(a: Tensor, b: Tensor) -> Tensor:
+    """Return b - a; of a class that q lacks, any finite number, since its weight is 0."""
+    ratio = b - a
+    if not bool(ratio.sum().isfinite()):
+        ratio.nan_to_num_(nan=0.0, posinf=1e30, neginf=-math.inf)
+    return ratio
+
+
+def _blocks(size: int, t: Tensor) -> Iterator[slice]:
+    step = max(1, _BLOCK // t.shape[-1])
+    return (slice(start, start + step) for start in range(0, size, step))
+
+
+def _indices(condition: Tensor, t: Tensor) -> Iterator[Tensor]:
+    """Return the indices of the rows of t where the condition holds, in blocks."""
+    indices = condition.nonzero().squeeze(-1)
+    return (indices[block] for block in _blocks(len(indices), t))
+
+
+def _at(t: Tensor | None, block: slice) -> Tensor | None:
+    return None if t is None else t[block]

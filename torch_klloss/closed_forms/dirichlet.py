@@ -1,0 +1,108 @@
+"""Dirichlet‖Dirichlet, and with two components Beta‖Beta."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import Dirichlet
+
+from torch_klloss.closed_forms.analytic import analytic
+from torch_klloss.closed_forms.bregman import (
+    SHIFT,
+    bregman,
+    digamma_difference,
+    isd,
+    stirling_bregman,
+    trigamma,
+)
+from torch_klloss.closed_forms.elementary import common_dtype
+from torch_klloss.closed_forms.registry import register_kl
+
+
+@register_kl(Dirichlet, Dirichlet)
+def _dirichlet_dirichlet(q: Dirichlet, p: Dirichlet) -> Tensor:
+    """S KL(mean of p‖mean of q) + Σ B(pᵢ, qᵢ) - B(S, T), with S and T the sums of p and q and B of `bregman`.
+
+    The last term is that of p's largest component but for little, and taken away from it before either is rounded.
+    Computed in float64, whatever the dtype of the parameters.
+
+    References:
+        *Rényi divergence measures for commonly used univariate continuous distributions* (Gil, Alajaji and Linder,
+        2013), for the KL that this rearranges.
+    """
+    return dirichlet_kl(q.concentration, p.concentration).squeeze(-1)
+
+
+def dirichlet_kl(q: Tensor, p: Tensor) -> Tensor:
+    """Return the KL of the Dirichlets of concentrations q and p, `[*batch, K]` each, as `[*batch, 1]`."""
+    # The dimension in front keeps `analytic` from cutting q and p into blocks, whose values would not be of their size.
+    return _kl(q.unsqueeze(0), p.unsqueeze(0)).squeeze(0)
+
+
+def _partials(needs: Sequence[bool], q: Tensor, p: Tensor) -> Sequence[Tensor | None]:
+    by_q = by_p = None
+    q, p = q.double(), p.double()
+    gap = p - q
+    q_total, p_total, total_gap = (t.sum(-1, keepdim=True) for t in (q, p, gap))
+    if needs[0]:
+        by_q = trigamma(q_total) * total_gap - trigamma(q) * gap
+    if needs[1]:
+        by_p = digamma_difference(gap, p, q) - digamma_difference(total_gap, p_total, q_total)
+    return by_q, by_p
+
+
+@analytic(_partials)
+def _kl(q: Tensor, p: Tensor) -> Tensor:
+    rest, top = _split(*(t.double().movedim(-1, 0) for t in torch.broadcast_tensors(q, p)))
+    value = bregman(rest.p, rest.q).sum(0) + _divergence_of_means_and_top(rest, top)
+    return value.clamp_min(0).unsqueeze(-1).to(common_dtype(q, p))
+
+
+class _Pair(NamedTuple):
+    """Corresponding quantities of q and p, and p - q as it was before they were rounded."""
+
+    q: Tensor
+    p: Tensor
+    gap: Tensor
+
+    def plus(self, step: float | Tensor) -> _Pair:
+        return _Pair(self.q + step, self.p + step, self.gap)
+
+
+def _split(q: Tensor, p: Tensor) -> tuple[_Pair, _Pair]:
+    """Split the largest component of p off from the others, `[K - 1, *batch]`."""
+    largest = p.argmax(0, keepdim=True)
+    others = torch.arange(len(p) - 1, device=p.device).view(-1, *(1,) * (p.dim() - 1))
+    others = others + (others >= largest)
+    rest_q, rest_p, top_q, top_p = (t.gather(0, index) for index in (others, largest) for t in (q, p))
+    return _Pair(rest_q, rest_p, rest_p - rest_q), _Pair(top_q[0], top_p[0], (top_p - top_q)[0])
+
+
+def _divergence_of_means_and_top(rest: _Pair, top: _Pair) -> Tensor:
+    """Return S KL(mean of p‖mean of q) + B(top) - B(total), all by recurrence from SHIFT steps further up.
+
+    With W = a_p b_q - a_q b_p of two quantities a and b, the ratio of their shares differs by W from 1: for each k,
+    top + k against total + k, and each of the others against total + SHIFT.
+    """
+    others = _Pair(*(t.sum(0) for t in rest))
+    total = _Pair(*(a + b for a, b in zip(others, top, strict=True)))
+    is_lower = total.p < total.q
+    k = torch.arange(SHIFT + 1, dtype=top.q.dtype, device=top.q.device).view(-1, *(1,) * top.q.dim())
+    tops, totals = top.plus(k), total.plus(k)
+    far_top, far_total = top.plus(SHIFT), total.plus(SHIFT)
+    cross = _cross(others, tops, is_lower)
+    of_tops = isd(cross, tops.q * totals.p, tops.p * totals.q)
+    of_rest = isd(_cross(far_total, rest, is_lower), rest.q * far_total.p, rest.p * far_total.q)
+    means = far_top.p * of_tops[-1] + (rest.p * of_rest).sum(0)
+    steps = of_tops + cross / tops.p / totals.q * (top.gap / tops.q)
+    remainder = stirling_bregman(top.gap, far_top.p, far_top.q) - stirling_bregman(total.gap, far_total.p, far_total.q)
+    return means - steps[:-1].sum(0) - steps[-1] / 2 + remainder
+
+
+def _cross(a: _Pair, b: _Pair, is_lower: Tensor) -> Tensor:
+    """Return a_p b_q - a_q b_p from the gaps, times p or q, whichever `is_lower`, so that no term exceeds the two."""
+    a_low, b_low = (torch.where(is_lower, pair.p, pair.q) for pair in (a, b))
+    return a.gap * b_low - a_low * b.gap

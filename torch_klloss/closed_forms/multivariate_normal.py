@@ -1,0 +1,174 @@
+"""MultivariateNormal and LowRankMultivariateNormal, in all four orders.
+
+Every formula is made of the difference of the two sets of parameters, so that the KL is exactly 0 at q = p and keeps
+its digits near it. Parameters are used as given: a distribution built from a covariance brings its own Cholesky
+factor, and nothing here multiplies it out again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributions import LowRankMultivariateNormal, MultivariateNormal
+from torch.nn.functional import pad
+
+from torch_klloss.closed_forms.elementary import isd, x_minus_log1p
+from torch_klloss.closed_forms.registry import register_kl
+from torch_klloss.rebuild import dtype_of
+
+_AnyNormal = MultivariateNormal | LowRankMultivariateNormal
+
+# Up to this dimension float32 is computed in float64. Beyond, a product of matrices in float64 takes two to three times
+# as long, and only what is cheap is: p's inverse factor, the diagonals and the means.
+_WIDE = 32
+# Matrices larger than this have lost no digits beside the identity.
+_SMALL = 0.1
+# From here on, as the ratio of p's diagonal to q's, a difference of the two covariances is no smaller than they are.
+_FAR = 16.0
+
+
+@register_kl(LowRankMultivariateNormal, MultivariateNormal)
+@register_kl(MultivariateNormal, LowRankMultivariateNormal)
+@register_kl(MultivariateNormal, MultivariateNormal)
+def _mvn_mvn(q: _AnyNormal, p: _AnyNormal) -> Tensor:
+    """½ ‖E‖² + Σ (Eᵢᵢ - log(1 + Eᵢᵢ)) + ½ ‖Lp⁻¹(μq - μp)‖² with E = Lp⁻¹(Lq - Lp): three terms, each ≥ 0.
+
+    ‖Lp⁻¹Lq‖² = ‖I + E‖² = d + 2 tr E + ‖E‖²; both factors are lower triangular, so that Eᵢᵢ is the relative
+    difference of their diagonals and Π (1 + Eᵢᵢ) the ratio of their determinants. The relative error is a small
+    multiple of eps · cond(Lp): of float64's eps for float32 factors of at most 32 dimensions, and of the factors' own
+    otherwise. A low-rank covariance gets a triangular factor: the other one has one of that size anyway.
+    """
+    dtype = torch.promote_types(dtype_of(q), dtype_of(p))
+    L_q, L_p = _scale_tril(q), _scale_tril(p)
+    ratio = isd(*(L.diagonal(dim1=-2, dim2=-1).double() for L in (L_q, L_p))).sum(-1)
+    distance = _solve(L_p.double(), (q.loc.double() - p.loc.double()).unsqueeze(-1))
+    inner = torch.float64 if q.event_shape[0] <= _WIDE else dtype
+    L_q, L_p = L_q.to(inner), L_p.to(inner)
+    spread = _solve(L_p, (L_q - L_p).tril())
+    return (ratio + (_square(spread) + _square(distance)) / 2).to(dtype)
+
+
+def _solve(factor: Tensor, x: Tensor) -> Tensor:
+    """Return factor⁻¹ x, through one inverse where several x share a factor.
+
+    The inverse of a triangular matrix by substitution is accurate row by row; a product with it takes a fifth of
+    the time of a triangular solve.
+    """
+    if factor.shape[:-2].numel() >= x.shape[:-2].numel():
+        return torch.linalg.solve_triangular(factor, x, upper=False)
+    identity = torch.eye(factor.shape[-1], dtype=torch.float64, device=factor.device)
+    inverse = torch.linalg.solve_triangular(factor.double(), identity, upper=False)
+    return inverse.to(x.dtype) @ x
+
+
+def _square(x: Tensor) -> Tensor:
+    """Return the sum of squares over the last two dimensions."""
+    flat = x.flatten(-2)
+    return torch.linalg.vecdot(flat, flat)
+
+
+def _scale_tril(d: _AnyNormal) -> Tensor:
+    """Return the Cholesky factor of the covariance, as given, or in float64 that of WWᵀ + D."""
+    if isinstance(d, MultivariateNormal):
+        return d._unbroadcasted_scale_tril
+    return _cholesky_of_sum(d._unbroadcasted_cov_factor.double(), d._unbroadcasted_cov_diag.double())
+
+
+def _cholesky_of_sum(W: Tensor, D: Tensor) -> Tensor:
+    """Return the Cholesky factor of WWᵀ + diag(D), from [D^½, W] and not from the sum, which D may be lost in."""
+    columns = torch.broadcast_shapes(W.shape[:-2], D.shape[:-1])
+    root = torch.diag_embed(D.sqrt())
+    stacked = torch.cat([x.expand(columns + x.shape[-2:]) for x in (root, W.mT)], -2)
+    R = torch.linalg.qr(stacked).R
+    return R.mT * R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+
+
+@register_kl(LowRankMultivariateNormal, LowRankMultivariateNormal)
+def _low_rank_low_rank(q: LowRankMultivariateNormal, p: LowRankMultivariateNormal) -> Tensor:
+    """½ [tr Γ - log det(I + Γ) + Σ (δᵢ - log(1 + δᵢ)) + rest + (μq - μp)ᵀ Σp⁻¹ (μq - μp)], in O(d r²) operations.
+
+    In coordinates where p's diagonal is 1, with V p's factor, U = V + B q's, 1 + δ q's diagonal and Cp = I + VᵀV = LLᵀ,
+    the determinants are those of the diagonals and of I + Γ = L⁻¹ (I + Uᵀ diag(1/(1 + δ)) U) L⁻ᵀ. Everything of first
+    order in B and δ has cancelled in the rest:
+
+    tr(Cp⁻¹ VᵀV BᵀB) - ‖L⁻¹VᵀB‖² + Σ δᵢ/(1 + δᵢ) (‖bᵢ‖² + 2 aᵢ·bᵢ - δᵢ ‖aᵢ‖²), rows aᵢ of V L⁻ᵀ and bᵢ of B L⁻ᵀ.
+
+    The relative error is a small multiple of eps · cond(I + VVᵀ). Where that passes 1 the sum is noise, and no KL is
+    below 0. Factors of rank d or more are taken as matrices of d x d.
+    """
+    W_q, D_q, W_p, D_p = (t.double() for d in (q, p) for t in (d._unbroadcasted_cov_factor, d._unbroadcasted_cov_diag))
+    V, B = _whitened_factors(W_q, W_p, D_p.sqrt().unsqueeze(-1))
+    L = _cholesky_of_one_plus(V.mT @ V)
+    distance = _solve_one_plus(V, L, ((q.loc.double() - p.loc.double()) / D_p.sqrt()).unsqueeze(-1))
+    is_low = V.shape[-1] < V.shape[-2]
+    spread = _low_rank_spread(V, B, L, D_q, D_p) if is_low else _full_rank_spread(V, B, D_q, D_p)
+    return ((spread + _square(distance)) / 2).clamp_min(0.0).to(torch.promote_types(dtype_of(q), dtype_of(p)))
+
+
+def _whitened_factors(q_factor: Tensor, p_factor: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+    """Return p's factor and what q's has beyond it, both over the root of p's diagonal; missing columns are zeros."""
+    rank = max(q_factor.shape[-1], p_factor.shape[-1], 1)
+    q_factor, p_factor = (pad(f, (0, rank - f.shape[-1])) for f in (q_factor, p_factor))
+    return p_factor / root, (q_factor - p_factor) / root
+
+
+def _low_rank_spread(V: Tensor, B: Tensor, L: Tensor, D_q: Tensor, D_p: Tensor) -> Tensor:
+    """Return twice the KL at equal means, from matrices of r x r."""
+    U, VB, BB = V + B, V.mT @ B, B.mT @ B
+    delta, shrink = (D_q - D_p) / D_p, (D_q - D_p) / D_q
+    L_q = _cholesky_of_one_plus(U.mT @ (U * (D_p / D_q).unsqueeze(-1)))
+    a, b = (torch.linalg.solve_triangular(L, x.mT, upper=False) for x in (V, B))
+    change = VB + VB.mT + BB - U.mT @ (shrink.unsqueeze(-1) * U)
+    rest = (torch.cholesky_solve(V.mT @ V, L) * BB).sum((-2, -1)) - _square(a @ B)
+    rest = rest + (shrink * (b.square() + 2 * a * b - delta.unsqueeze(-2) * a.square()).sum(-2)).sum(-1)
+    near = _trace_minus_log_det(_conjugate(L, change), L, L_q) + isd(D_q, D_p).sum(-1) + rest
+    log_det = (L_q.diagonal(dim1=-2, dim2=-1) / L.diagonal(dim1=-2, dim2=-1)).log().sum(-1) * 2
+    trace = (D_q / D_p * (1 - a.square().sum(-2))).sum(-1) + _square(_solve_one_plus(V, L, U))
+    far = trace - V.shape[-2] - (D_q / D_p).log().sum(-1) - log_det
+    return torch.where(shrink.amin(-1) > -_FAR, near, far)
+
+
+def _full_rank_spread(V: Tensor, B: Tensor, D_q: Tensor, D_p: Tensor) -> Tensor:
+    """Return twice the KL at equal means, from matrices of d x d."""
+    U, BV, ratio = V + B, B @ V.mT, D_q / D_p
+    change = BV + BV.mT + B @ B.mT + torch.diag_embed((D_q - D_p) / D_p)
+    L, L_q = _cholesky_of_sum(V, torch.ones_like(ratio)), _cholesky_of_sum(U, ratio)
+    return _trace_minus_log_det(_conjugate(L, change), L, L_q)
+
+
+def _trace_minus_log_det(gamma: Tensor, L: Tensor, L_q: Tensor) -> Tensor:
+    """Return tr Γ - log det(I + Γ) ≥ 0, from an approximate factor K = L⁻¹ L_q of I + Γ.
+
+    With E = K - I it is ‖E‖² + 2 Σ (Eᵢᵢ - log(1 + Eᵢᵢ)). One step of Newton's method from K gives E the digits that
+    a small Γ has and that I + Γ has lost.
+    """
+    E = torch.linalg.solve_triangular(L, L_q - L, upper=False)
+    identity = torch.eye(E.shape[-1], dtype=E.dtype, device=E.device)
+    residual = _conjugate(E + identity, gamma - E - E.mT - E @ E.mT)
+    half = residual.tril(-1) + torch.diag_embed(residual.diagonal(dim1=-2, dim2=-1) / 2)
+    is_small = E.abs().amax((-2, -1), keepdim=True) < _SMALL
+    E = E + torch.where(is_small, half + E @ half, 0.0)
+    diagonals = (f.diagonal(dim1=-2, dim2=-1) for f in (E, L_q, L))
+    return _square(E) + 2 * _x_minus_log_ratio(*diagonals).sum(-1)
+
+
+def _x_minus_log_ratio(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return x - log(1 + x), given a/b as 1 + x for an x near -1."""
+    return torch.where(x > -0.5, x_minus_log1p(x.clamp_min(-0.5)), x - (a / b).log())
+
+
+def _cholesky_of_one_plus(x: Tensor) -> Tensor:
+    return torch.linalg.cholesky(x + torch.eye(x.shape[-1], dtype=x.dtype, device=x.device))
+
+
+def _conjugate(L: Tensor, x: Tensor) -> Tensor:
+    """Return L⁻¹ x L⁻ᵀ."""
+    left = torch.linalg.solve_triangular(L, x, upper=False)
+    return torch.linalg.solve_triangular(L, left.mT, upper=False).mT
+
+
+def _solve_one_plus(V: Tensor, L: Tensor, x: Tensor) -> Tensor:
+    """Return (I + V (I + L)⁻¹ Vᵀ)⁻¹ x; that matrix times its transpose is I + VVᵀ, with LLᵀ = I + VᵀV."""
+    shifted = L + torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
+    y = torch.linalg.solve_triangular(L, V.mT @ x, upper=False)
+    return x - V @ torch.linalg.solve_triangular(shifted.mT, y, upper=True)
