@@ -218,7 +218,7 @@ def _by_parameter(d: Exact, by_log: list[Any]) -> Exact:
 
 def _shares(d: Exact) -> list[Any]:
     """Return the probabilities of a Categorical, whose one parameter is `probs` or the logits by some name."""
-    (key, values), = d.items()
+    ((key, values),) = d.items()
     weights = [w if key == "probs" else mpmath.exp(w) for w in values]
     total = sum(weights)
     return [w / total for w in weights]

@@ -9,11 +9,13 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Distribution
 from torch.nn.functional import logsigmoid
 
-from torch_klloss.closed_forms.analytic import analytic
+from torch_klloss.closed_forms.analytic import Partials, Value, analytic
 from torch_klloss.closed_forms.elementary import common_dtype, gkl, gkl_of_log_ratio, has_float64, log_ratio
 from torch_klloss.closed_forms.registry import register_kl
+from torch_klloss.tracing import is_traced
 
-_FINITE = 645.0  # stands for an infinite log-odds in a derivative; log_ratio has the same bound
+LARGEST = 700.0  # of what the exponential is taken of
+BOUND = 645.0  # stands for an infinite log-odds in a derivative; log_ratio has the same bound
 
 
 @register_kl(Bernoulli, Bernoulli)
@@ -38,7 +40,7 @@ def as_given(d: Distribution) -> tuple[Tensor, bool]:
     return d.__dict__[key], key == "probs"
 
 
-def _log_odds(param: Tensor, is_probs: bool) -> Tensor:
+def log_odds(param: Tensor, is_probs: bool) -> Tensor:
     """Return log(p/(1 - p)) in float64, ±inf at the ends, where the derivative is 0."""
     param = param.double()
     if not is_probs:
@@ -49,8 +51,13 @@ def _log_odds(param: Tensor, is_probs: bool) -> Tensor:
     return torch.where(is_end, ends, torch.log(inside) - torch.log1p(-inside))
 
 
-def _shift(q: Tensor, p: Tensor) -> Tensor:
-    """Return p - q, and 0 where both are the same infinity."""
+def may_hold_anywhere(condition: Tensor) -> bool:
+    """Tell whether the condition holds somewhere, or cannot be looked at: whether its case has to be computed."""
+    return is_traced() or bool(condition.any())
+
+
+def shift_between(q: Tensor, p: Tensor) -> Tensor:
+    """Return p - q of log-odds, and 0 where both are the same infinity."""
     return torch.where((q == p) & q.isinf(), 0.0, p - q)
 
 
@@ -69,14 +76,13 @@ def _probs_partials(needs: Sequence[bool], q: Tensor, p: Tensor) -> Sequence[Ten
     return by_q, by_p
 
 
-@analytic(_probs_partials)
-def _probs_kl(q_probs: Tensor, p_probs: Tensor) -> Tensor:
-    q, p, series = q_probs.double(), p_probs.double(), has_float64(q_probs, p_probs)
+def _probs_kl(q_probs: Tensor, p_probs: Tensor, series: bool) -> Tensor:
+    q, p = q_probs.double(), p_probs.double()
     return gkl(q, p, q - p, series=series) + gkl(1 - q, 1 - p, p - q, series=series)
 
 
-def _log_odds_kl(q_is_probs: bool, p_is_probs: bool) -> Callable[[Tensor, Tensor], Tensor]:
-    """Build the formula for a pair of which one at least is given by its log-odds.
+def _from_log_odds(q_is_probs: bool, p_is_probs: bool) -> tuple[Callable[[Tensor, Tensor, bool], Tensor], Partials]:
+    """Build the formula, and its derivatives, for a pair of which one at least is given by its log-odds.
 
     With m the smaller of q's probabilities, and t by how much p's log-odds of that outcome exceed q's, the log-ratios
     p/q are -L and t - L with L = log(1 + m (exp(t) - 1)); an error of L itself counts only squared.
@@ -84,10 +90,10 @@ def _log_odds_kl(q_is_probs: bool, p_is_probs: bool) -> Callable[[Tensor, Tensor
 
     def partials(needs: Sequence[bool], q_param: Tensor, p_param: Tensor) -> Sequence[Tensor | None]:
         by_q = by_p = None
-        q, p = _log_odds(q_param, q_is_probs), _log_odds(p_param, p_is_probs)
-        shift, missed = _shift(q, p), p.isinf() & (q != p)
+        q, p = log_odds(q_param, q_is_probs), log_odds(p_param, p_is_probs)
+        shift, missed = shift_between(q, p), p.isinf() & (q != p)
         if needs[0]:
-            shift_or_bound = torch.where(shift.isinf(), _FINITE * shift.sign(), shift)
+            shift_or_bound = torch.where(shift.isinf(), BOUND * shift.sign(), shift)
             by_q = -shift_or_bound if q_is_probs else -torch.sigmoid(q) * torch.sigmoid(-q) * shift_or_bound
             by_q = torch.where(missed, 0.0, by_q)
         if needs[1]:
@@ -99,22 +105,37 @@ def _log_odds_kl(q_is_probs: bool, p_is_probs: bool) -> Callable[[Tensor, Tensor
             by_p = torch.where(missed, 0.0, by_p)
         return by_q, by_p
 
-    @analytic(partials)
-    def kl(q_param: Tensor, p_param: Tensor) -> Tensor:
-        q, p = _log_odds(q_param, q_is_probs), _log_odds(p_param, p_is_probs)
+    def kl(q_param: Tensor, p_param: Tensor, series: bool) -> Tensor:
+        q, p = log_odds(q_param, q_is_probs), log_odds(p_param, p_is_probs)
         missed = p.isinf() & (q != p)
         p = torch.where(missed, q, p)
-        shift = _shift(q, p)
+        shift = shift_between(q, p)
         rare = torch.where(q >= 0, -1.0, 1.0).to(q.dtype)  # the sign of the log-odds of the outcome that q finds rarer
         q_rare, p_rare = rare * q, rare * p
         m, t = torch.sigmoid(q_rare), rare * shift
-        near = torch.log1p(m * torch.expm1(t.clamp(-1, 1)))
-        L = torch.where(t.abs() < 1, near, logsigmoid(-q_rare) - logsigmoid(-p_rare))
-        value = gkl_of_log_ratio(torch.sigmoid(-q_rare), torch.sigmoid(-p_rare), -L)
-        value = value + gkl_of_log_ratio(m, torch.sigmoid(p_rare), t - L)
+        L = torch.log1p(m * torch.expm1(t.clamp(max=LARGEST)))
+        if may_hold_anywhere(t > LARGEST):
+            L = torch.where(t > LARGEST, logsigmoid(-q_rare) - logsigmoid(-p_rare), L)
+        value = gkl_of_log_ratio(torch.sigmoid(-q_rare), torch.sigmoid(-p_rare), -L, series=series)
+        value = value + gkl_of_log_ratio(m, torch.sigmoid(p_rare), t - L, series=series)
         return torch.where(missed, torch.inf, value)
 
-    return kl
+    return kl, partials
 
 
-_KL = {(True, True): _probs_kl} | {pair: _log_odds_kl(*pair) for pair in ((False, False), (False, True), (True, False))}
+TRIAL: dict[tuple[bool, bool], tuple[Callable[[Tensor, Tensor, bool], Tensor], Partials]] = {
+    (False, False): _from_log_odds(False, False),
+    (False, True): _from_log_odds(False, True),
+    (True, False): _from_log_odds(True, False),
+    (True, True): (_probs_kl, _probs_partials),
+}
+"""By which of the two are given by `probs`: the KL of one trial in float64, told whether the digits of float64 are
+asked for or those of float32; and its derivatives."""
+
+
+def _analytic(given: tuple[bool, bool]) -> Value:
+    kl, partials = TRIAL[given]
+    return analytic(partials)(lambda q, p: kl(q, p, has_float64(q, p)))
+
+
+_KL = {given: _analytic(given) for given in TRIAL}

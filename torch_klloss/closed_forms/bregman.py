@@ -66,7 +66,7 @@ def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _partials(needs: Sequence[bool], a: Tensor, b: Tensor) -> Sequence[Tensor | None]:
-    by_a = binet_digamma_difference(a, b) if needs[0] else None
+    by_a = binet_digamma_difference(a - b, a, b) if needs[0] else None
     by_b = (b - a) * binet_trigamma(b) if needs[1] else None
     return by_a, by_b
 
@@ -103,9 +103,8 @@ def stirling_bregman(difference: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return y * (y * s) * total
 
 
-def binet_digamma_difference(a: Tensor, b: Tensor) -> Tensor:
-    """Return [ψ(a) - log a] - [ψ(b) - log b], to the digits that a - b has."""
-    difference = a - b
+def binet_digamma_difference(difference: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return [ψ(a) - log a] - [ψ(b) - log b], from a difference a - b that is known better than a and b are."""
     small = torch.minimum(a, b) < _LARGE
     far_a, far_b = a + SHIFT, b + SHIFT
     steps = sum((difference / ((a + k) * (b + k)) for k in range(1, SHIFT)), difference / (a * b))
@@ -113,14 +112,6 @@ def binet_digamma_difference(a: Tensor, b: Tensor) -> Tensor:
     far_a, far_b = torch.where(small, far_a, a), torch.where(small, far_b, b)
     rest = difference / (2 * far_a * far_b) + _stirling_slope_difference(difference, far_a, far_b)
     return torch.where(small, steps, 0.0) + rest
-
-
-def digamma_difference(difference: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Return ψ(a) - ψ(b), from a difference a - b that is known better than a and b are."""
-    steps = sum((difference / ((a + k) * (b + k)) for k in range(1, SHIFT)), difference / (a * b))
-    a, b = a + SHIFT, b + SHIFT
-    logs = log_ratio(a, b, difference) + difference / (2 * a * b)
-    return steps + logs + _stirling_slope_difference(difference, a, b)
 
 
 def _stirling_slope_difference(difference: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -134,19 +125,12 @@ def _stirling_slope_difference(difference: Tensor, a: Tensor, b: Tensor) -> Tens
 
 
 def binet_trigamma(x: Tensor) -> Tensor:
-    """Return ψ'(x) - 1/x."""
+    """Return ψ'(x) - 1/x, to the digits that float64 has; torch.polygamma gives nine."""
     small = x < _LARGE
     far = x + SHIFT
     steps = sum(((x + k).square().reciprocal() for k in range(SHIFT)), -SHIFT / (x * far))
     far = torch.where(small, far, x)
     return torch.where(small, steps, 0.0) + _trigamma_rest(far)
-
-
-def trigamma(x: Tensor) -> Tensor:
-    """Return ψ'(x), to the digits that float64 has; torch.polygamma gives nine."""
-    steps = sum(((x + k).square().reciprocal() for k in range(1, SHIFT)), x.square().reciprocal())
-    x = x + SHIFT
-    return steps + x.reciprocal() + _trigamma_rest(x)
 
 
 def _trigamma_rest(x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch_klloss.closed_forms.elementary import (
     difference_error,
     e2,
     gkl,
+    has_float64,
     log_ratio,
 )
 from torch_klloss.closed_forms.registry import register_kl
@@ -60,13 +61,16 @@ def _as_given(d: Categorical) -> tuple[Tensor, bool]:
     return d.__dict__[key], key == "probs"
 
 
-def _probs_kl(q_probs: Tensor, p_probs: Tensor) -> Tensor:
-    """Return the KL of weights in float64, with the last dimension kept."""
+def _probs_kl(q_probs: Tensor, p_probs: Tensor, series: bool) -> Tensor:
+    """Return the KL of weights in float64, with the last dimension kept.
+
+    The normalisation may bring float32 weights nearer to one another than they are, hence the series for all.
+    """
     q, p, gap, _, _ = _shares(q_probs, p_probs)
     return gkl(q, p, gap, series=True).sum(-1, keepdim=True)
 
 
-def _probs_partials(q_probs: Tensor, p_probs: Tensor, kl: Tensor) -> tuple[Tensor, Tensor]:
+def _probs_partials(q_probs: Tensor, p_probs: Tensor, kl: Tensor, series: bool) -> tuple[Tensor, Tensor]:
     """Return the derivatives of the KL by the weights."""
     q, p, gap, q_total, p_total = _shares(q_probs, p_probs)
     lacks = p == 0
@@ -98,7 +102,7 @@ class _Ratios(NamedTuple):
     is_small: Tensor  # the KL, which is log_norm - mean, so that the mean is the better known constant
 
 
-def _ratios(a: Tensor, b: Tensor) -> _Ratios:
+def _ratios(a: Tensor, b: Tensor, series: bool) -> _Ratios:
     """Compare log-weights a of q and b of p, in float64.
 
     The ratio is taken relative to the class that q finds likeliest, so that a q that is sure of its class does not
@@ -107,8 +111,11 @@ def _ratios(a: Tensor, b: Tensor) -> _Ratios:
     a, b = torch.broadcast_tensors(a, b)
     top, likeliest = a.max(-1, keepdim=True)
     (q, q_total, q_shift), (p, p_total, p_shift) = _softmax(a), _softmax(b)
-    ratio, lost = torch.where((a == b) & a.isinf(), 0.0, b - a), difference_error(b, a).nan_to_num(0.0, 0.0, 0.0)
-    ratio = (ratio - ratio.gather(-1, likeliest)) + (lost - lost.gather(-1, likeliest))
+    ratio = torch.where((a == b) & a.isinf(), 0.0, b - a)
+    ratio = ratio - ratio.gather(-1, likeliest)
+    if series:
+        lost = difference_error(b, a).nan_to_num(0.0, 0.0, 0.0)
+        ratio = ratio + (lost - lost.gather(-1, likeliest))
     ratio = torch.where(q == 0, 0.0, ratio)
     q_top, p_top = q.gather(-1, likeliest), p.gather(-1, likeliest)
     underflows = p_top < _TINY
@@ -127,7 +134,7 @@ def _softmax(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return weights / total, total, shift
 
 
-def _kl_of(r: _Ratios) -> Tensor:
+def _kl_of(r: _Ratios, series: bool) -> Tensor:
     """Return the KL, of classes near and far: q (exp(z) - 1 - z) of z = log p/q, and p - q - q z.
 
     Where the KL is large, z is known and the terms add up to it. Where it is small, z is known but for the KL itself:
@@ -135,7 +142,7 @@ def _kl_of(r: _Ratios) -> Tensor:
     """
     z = r.ratio - torch.where(r.is_small, r.mean, r.log_norm)
     is_near = (z.abs() < 1) & (r.q > 0)
-    terms = torch.where(is_near, r.q * e2(z.clamp(-1, 1)), -r.q * (1 + z)).sum(-1, keepdim=True)
+    terms = torch.where(is_near, r.q * e2(z.clamp(-1, 1), series=series), -r.q * (1 + z)).sum(-1, keepdim=True)
     far = torch.where(is_near, 0.0, r.p).sum(-1, keepdim=True)
     small_terms, small_far = torch.where(r.is_small, terms, 0.0), torch.where(r.is_small, far, 0.0)
     return torch.where(r.is_small, torch.log1p(small_terms) - torch.log1p(-small_far), terms + far)
@@ -145,19 +152,19 @@ def _missed(a: Tensor, b: Tensor) -> Tensor:
     return (b == -torch.inf) & (a > -torch.inf)
 
 
-def _log_weights_kl(a: Tensor, b: Tensor) -> Tensor:
+def _log_weights_kl(a: Tensor, b: Tensor, series: bool) -> Tensor:
     """Return KL(softmax(a)‖softmax(b)) in float64, with the last dimension kept."""
     missed = _missed(a, b)
-    value = _kl_of(_ratios(a, torch.where(missed, a, b)))
+    value = _kl_of(_ratios(a, torch.where(missed, a, b), series), series)
     return torch.where(missed.any(-1, keepdim=True), torch.inf, value)
 
 
 def _log_weights_partials(
-    a: Tensor, b: Tensor, kl: Tensor, q_is_probs: bool = False, p_is_probs: bool = False
+    a: Tensor, b: Tensor, kl: Tensor, series: bool, *, q_is_probs: bool, p_is_probs: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the derivatives of the KL by a and by b; by exp(a) and exp(b) of those that are `probs`."""
     missed = _missed(a, b)
-    r = _ratios(a, torch.where(missed, a, b))
+    r = _ratios(a, torch.where(missed, a, b), series)
     z = r.ratio - torch.where(r.is_small, r.mean + kl, r.log_norm)
     deviation, lacks = r.mean - r.ratio, r.q == 0
     if q_is_probs:
@@ -185,12 +192,12 @@ def _log_weights(param: Tensor, is_probs: bool) -> Tensor:
 def _with_logits(q_is_probs: bool, p_is_probs: bool) -> tuple[Formula, Partials]:
     """Return the formula for a pair of which one at least is given by its logits, and its derivatives."""
 
-    def kl(q_param: Tensor, p_param: Tensor) -> Tensor:
-        return _log_weights_kl(_log_weights(q_param, q_is_probs), _log_weights(p_param, p_is_probs))
+    def kl(q_param: Tensor, p_param: Tensor, series: bool) -> Tensor:
+        return _log_weights_kl(_log_weights(q_param, q_is_probs), _log_weights(p_param, p_is_probs), series)
 
-    def partials(q_param: Tensor, p_param: Tensor, kl: Tensor) -> tuple[Tensor, Tensor]:
+    def partials(q_param: Tensor, p_param: Tensor, kl: Tensor, series: bool) -> tuple[Tensor, Tensor]:
         a, b = _log_weights(q_param, q_is_probs), _log_weights(p_param, p_is_probs)
-        return _log_weights_partials(a, b, kl, q_is_probs, p_is_probs)
+        return _log_weights_partials(a, b, kl, series, q_is_probs=q_is_probs, p_is_probs=p_is_probs)
 
     return kl, partials
 
@@ -199,12 +206,14 @@ def _recorded(formula: Formula, partials: Partials) -> Callable[[Tensor, Tensor]
     """Return the formula for the eyes of `torch.func` and `torch.compile`."""
 
     def derivatives(needs: Sequence[bool], q_param: Tensor, p_param: Tensor) -> Sequence[Tensor | None]:
-        q, p = q_param.double(), p_param.double()
-        return tuple(d if need else None for d, need in zip(partials(q, p, formula(q, p)), needs, strict=True))
+        q, p, series = q_param.double(), p_param.double(), has_float64(q_param, p_param)
+        by = partials(q, p, formula(q, p, series), series)
+        return tuple(d if need else None for d, need in zip(by, needs, strict=True))
 
     @analytic(derivatives)
     def kl(q_param: Tensor, p_param: Tensor) -> Tensor:
-        return formula(q_param.double(), p_param.double()).to(common_dtype(q_param, p_param))
+        series = has_float64(q_param, p_param)
+        return formula(q_param.double(), p_param.double(), series).to(common_dtype(q_param, p_param))
 
     return kl
 

@@ -18,8 +18,8 @@ _BLOCK = 2**15  # numbers of one tensor of a block, so that a handful of its ten
 _MANY_CLASSES = 256  # from here on rounding errors of float32 average out
 _FEW_NUMBERS = 2**12  # of which all may as well be computed to all digits
 
-Formula = Callable[[Tensor, Tensor], Tensor]
-Partials = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Formula = Callable[[Tensor, Tensor, bool], Tensor]
+Partials = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
 
 
 def kl_in_blocks(a: Tensor, b: Tensor, formula: Formula, partials: Partials, *, are_logits: bool) -> Tensor:
@@ -31,7 +31,8 @@ def kl_in_blocks(a: Tensor, b: Tensor, formula: Formula, partials: Partials, *, 
     Args:
         a: the parameter of q.
         b: the parameter of p; they broadcast.
-        formula: computes the KL of float64 rows to all digits, at leisure, with the last dimension kept.
+        formula: computes the KL of float64 rows at leisure, with the last dimension kept; told whether the digits of
+            float64 are asked for, or those of float32.
         partials: computes its derivatives from the rows and their KL, by operations that can be differentiated again.
         are_logits: whether both are; otherwise everything is left to `formula`.
     """
@@ -58,7 +59,7 @@ class _Rows(torch.autograd.Function):
             for some in _indices(is_left, a):
                 rows[:, some], is_left[some] = _compare(a[some].double(), b[some].double(), least)
         for some in _indices(is_left, a):
-            value[some] = formula(a[some].double(), b[some].double()).squeeze(-1)
+            value[some] = formula(a[some].double(), b[some].double(), not is_single).squeeze(-1)
         ctx.save_for_backward(a, b, rows, is_native, is_left)
         ctx.formula, ctx.partials = formula, partials
         return value.to(a.dtype)
@@ -69,7 +70,7 @@ class _Rows(torch.autograd.Function):
         rows, grad = rows.unsqueeze(-1), grad.unsqueeze(-1)
         if torch.is_grad_enabled():  # to be differentiated again
             a, b = a.double(), b.double()
-            by = ctx.partials(a, b, ctx.formula(a, b))
+            by = ctx.partials(a, b, ctx.formula(a, b, True), True)
             return *((grad * d).to(grad.dtype) for d in by), None, None, None
         by_a, by_b = (
             torch.empty_like(t) if need else None for t, need in zip((a, b), ctx.needs_input_grad[:2], strict=True)
@@ -80,7 +81,7 @@ class _Rows(torch.autograd.Function):
                 x, y, some, g = (t.to(dtype) for t in (a[block], b[block], rows[:, block], grad[block]))
                 _differentiate(x, y, some, g, _at(by_a, block), _at(by_b, block))
         for some in _indices(is_left, a):
-            by = ctx.partials(a[some].double(), b[some].double(), rows[0, some])
+            by = ctx.partials(a[some].double(), b[some].double(), rows[0, some], a.dtype == torch.float64)
             for whole, d in zip((by_a, by_b), by, strict=True):
                 if whole is not None:
                     whole[some] = (grad[some] * d).to(whole.dtype)

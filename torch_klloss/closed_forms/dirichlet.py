@@ -12,13 +12,13 @@ from torch.distributions import Dirichlet
 from torch_klloss.closed_forms.analytic import analytic
 from torch_klloss.closed_forms.bregman import (
     SHIFT,
+    binet_digamma_difference,
+    binet_trigamma,
     bregman,
-    digamma_difference,
     isd,
     stirling_bregman,
-    trigamma,
 )
-from torch_klloss.closed_forms.elementary import common_dtype
+from torch_klloss.closed_forms.elementary import common_dtype, log_ratio
 from torch_klloss.closed_forms.registry import register_kl
 
 
@@ -46,18 +46,20 @@ def _partials(needs: Sequence[bool], q: Tensor, p: Tensor) -> Sequence[Tensor | 
     by_q = by_p = None
     q, p = q.double(), p.double()
     gap = p - q
-    q_total, p_total, total_gap = (t.sum(-1, keepdim=True) for t in (q, p, gap))
+    total = _Pair(*(t.sum(-1, keepdim=True) for t in (q, p, gap)))
+    cross = _cross(_Pair(q, p, gap), total, total.p < total.q)
     if needs[0]:
-        by_q = trigamma(q_total) * total_gap - trigamma(q) * gap
+        by_q = binet_trigamma(total.q) * total.gap - binet_trigamma(q) * gap - cross / q / total.q
     if needs[1]:
-        by_p = digamma_difference(gap, p, q) - digamma_difference(total_gap, p_total, q_total)
+        of_total = binet_digamma_difference(total.gap, total.p, total.q)
+        by_p = binet_digamma_difference(gap, p, q) - of_total + log_ratio(p * total.q, q * total.p, cross)
     return by_q, by_p
 
 
 @analytic(_partials)
 def _kl(q: Tensor, p: Tensor) -> Tensor:
     rest, top = _split(*(t.double().movedim(-1, 0) for t in torch.broadcast_tensors(q, p)))
-    value = bregman(rest.p, rest.q).sum(0) + _divergence_of_means_and_top(rest, top)
+    value = bregman(rest.p, rest.q).sum(0) + _means_and_top(rest, top)
     return value.clamp_min(0).unsqueeze(-1).to(common_dtype(q, p))
 
 
@@ -81,11 +83,12 @@ def _split(q: Tensor, p: Tensor) -> tuple[_Pair, _Pair]:
     return _Pair(rest_q, rest_p, rest_p - rest_q), _Pair(top_q[0], top_p[0], (top_p - top_q)[0])
 
 
-def _divergence_of_means_and_top(rest: _Pair, top: _Pair) -> Tensor:
-    """Return S KL(mean of p‖mean of q) + B(top) - B(total), all by recurrence from SHIFT steps further up.
+def _means_and_top(rest: _Pair, top: _Pair) -> Tensor:
+    """Return the Bregman divergences of x log x at the others and of lgamma at the top, less that at the total.
 
-    With W = a_p b_q - a_q b_p of two quantities a and b, the ratio of their shares differs by W from 1: for each k,
-    top + k against total + k, and each of the others against total + SHIFT.
+    The two of lgamma are taken SHIFT steps up. On the way, those of -log at b and b + a differ by isd and z, the excess
+    over 1 of b_q (a + b)_p / (b_p (a + b)_q), which is a_p b_q - a_q b_p over that denominator. Arrived, their x log x
+    and that of the others make the KL of the shares of all components: a sum of c_p isd, each ≥ 0.
     """
     others = _Pair(*(t.sum(0) for t in rest))
     total = _Pair(*(a + b for a, b in zip(others, top, strict=True)))

@@ -114,7 +114,8 @@ def gkl(a: Tensor, b: Tensor, gap: Tensor, *, series: bool) -> Tensor:
         gap: a - b, from before a and b were rounded.
         series: whether a and b may be nearer to one another than float32 numbers can be.
     """
-    far = a * log_ratio(a, b, gap) - gap
+    # Of an a far below b the logarithm, and how it is clamped, cannot be seen beside b.
+    far = a * torch.log1p((gap / b.clamp_min(_TINY)).clamp_min(_ABOVE_MINUS_ONE)) - gap
     if series:
         s = gap / (a + b).clamp_min(_TINY)
         near = s.abs() < _MAX_S
@@ -123,14 +124,13 @@ def gkl(a: Tensor, b: Tensor, gap: Tensor, *, series: bool) -> Tensor:
     return torch.where((b == 0) & (a > 0), torch.inf, far)
 
 
-def gkl_of_log_ratio(q: Tensor, p: Tensor, z: Tensor) -> Tensor:
+def gkl_of_log_ratio(q: Tensor, p: Tensor, z: Tensor, *, series: bool = True) -> Tensor:
     """Return q log(q/p) - q + p, given z = log(p/q) as well, in float64; p where q is 0, whatever z is there.
 
     The two forms agree; the first keeps its digits near equality and the second where p is far above q.
     """
-    is_near = z.abs() < 1
     z_far = torch.where(q == 0, 0.0, z)
-    return torch.where(is_near, q * e2(z.clamp(-1, 1)), p - q - q * z_far)
+    return torch.where(z.abs() < 1, q * e2(z.clamp(-1, 1), series=series), p - q - q * z_far)
 
 
 def x_minus_log1p(x: Tensor) -> Tensor:
@@ -139,11 +139,19 @@ def x_minus_log1p(x: Tensor) -> Tensor:
     return torch.where(s.abs() < _MAX_S, _x_minus_log1p_near_zero(x, s), x - torch.log1p(x))
 
 
-def e2(x: Tensor) -> Tensor:
+def e2(x: Tensor, *, series: bool = True) -> Tensor:
     """Return exp(x) - 1 - x ≥ 0 in float64.
 
     Near zero it is x² (1 - x g)/(2 - x + x² g) with x coth(x/2) = 2 + x² g, whose series converges fast.
+
+    Args:
+        x: any float64 numbers.
+        series: whether all digits of float64 are asked for. Otherwise ten of them will do, for which three terms of
+            x²/2 + x³/6 + x⁴/24 + … suffice up to where the difference is as good.
     """
+    if not series:
+        near = x * x * (0.5 + x * (1 / 6 + x * (1 / 24)))
+        return torch.where(x.abs() < 2.0**-10, near, torch.expm1(x) - x)
     t = x.clamp(-1, 1)
     square = t * t
     g = horner(square, _COTH)

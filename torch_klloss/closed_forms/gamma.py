@@ -43,7 +43,8 @@ def _partials(
     if needs[1]:
         by_q_rate = -gap / q_rate / q_rate
     if needs[2]:
-        by_p_shape = binet_digamma_difference(p_shape, q_shape) - log_ratio(scaled_q, scaled_p, gap)
+        digammas = binet_digamma_difference(p_shape - q_shape, p_shape, q_shape)
+        by_p_shape = digammas - log_ratio(scaled_q, scaled_p, gap)
     if needs[3]:
         by_p_rate = gap / q_rate / p_rate
     return by_q_shape, by_q_rate, by_p_shape, by_p_rate

@@ -64,15 +64,16 @@ def _partials(
     q_scale, p_scale = q_scale.double(), p_scale.double()
     r, x = q_scale / p_scale, (q_scale - p_scale) / p_scale
     m = (q_loc.double() - p_loc.double()) / p_scale
-    excess = torch.expm1((_lgamma1p(r, x) - m).clamp(max=709.0))  # inf would make NaN of products with 0
+    log_gamma, _ = _log_gamma(r, x)
+    excess = torch.expm1((log_gamma - m).clamp(max=709.0))  # inf would make NaN of products with 0
     if needs[0] or needs[2]:
         by_p_loc = excess / p_scale
         by_q_loc = -by_p_loc if needs[0] else None
     if needs[1] or needs[3]:
         t = x.clamp(-_NEAR, _NEAR)
         near = t / (1 + t) + t * horner(t, _ZETA)
-        by_second = torch.where(x.abs() < _NEAR, near, torch.digamma(r) + _EULER)
         digamma = torch.digamma(1 + r)
+        by_second = torch.where(x.abs() < _NEAR, near, digamma - 1 / r + _EULER)
         by_q_scale = (by_second + excess * digamma) / p_scale if needs[1] else None
         by_p_scale = -(r * by_second + excess * (r * digamma - m)) / p_scale if needs[3] else None
     return by_q_loc, by_q_scale, by_p_loc, by_p_scale
@@ -84,24 +85,25 @@ def _kl(q_loc: Tensor, q_scale: Tensor, p_loc: Tensor, p_scale: Tensor) -> Tenso
     dtype = common_dtype(q_loc, q_scale, p_loc, p_scale)
     q_loc, q_scale, p_loc, p_scale = (t.double() for t in (q_loc, q_scale, p_loc, p_scale))
     r, x, m = q_scale / p_scale, (q_scale - p_scale) / p_scale, (q_loc - p_loc) / p_scale
-    w = _lgamma1p(r, x) - m
-    first = e2(w)
+    log_gamma, second = _log_gamma(r, x)
+    w = log_gamma - m
+    first = e2(w, series=exact)
     if exact:
         lost_r = _lost(q_scale, r, p_scale)
         lost_m = _lost(q_loc - p_loc, m, p_scale) + difference_error(q_loc, p_loc) / p_scale
-        large = _gamma_over_exp(r, m) * (1 + (torch.digamma(1 + r) * lost_r - lost_m)) - 1 - w
+        digamma = torch.log(r + 0.56)  # of 1 + r, as good as a correction needs it
+        large = _gamma_over_exp(r, m) * (1 + (digamma * lost_r - lost_m)) - 1 - w
         first = torch.where((w > 1) & (r < _FAR) & (m > _LOWEST) & (m < _HIGHEST), large, first)
-    t = x.clamp(-_NEAR, _NEAR)
-    near = x_minus_log1p(t) + t * t * horner(t, _ZETA_OVER_K)
-    second = torch.where(x.abs() < _NEAR, near, torch.lgamma(r) + _EULER * (r - 1))
     return (first + second).to(dtype)
 
 
-def _lgamma1p(r: Tensor, x: Tensor) -> Tensor:
-    """Return lgamma(1 + r) = lgamma(2 + x) for x = r - 1."""
-    t = x.clamp(-_NEAR, _NEAR)
-    near = t * (1 - _EULER + t * horner(t, _ZETA_OVER_K))
-    return torch.where(x.abs() < _NEAR, near, torch.lgamma(1 + r))
+def _log_gamma(r: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return lgamma(1 + r), and the Bregman divergence lgamma(r) + γ (r - 1) ≥ 0, for x = r - 1."""
+    is_near, t = x.abs() < _NEAR, x.clamp(-_NEAR, _NEAR)
+    series = t * t * horner(t, _ZETA_OVER_K)
+    log_gamma = torch.where(is_near, t * (1 - _EULER) + series, torch.lgamma(1 + r))
+    far = log_gamma - torch.log(r) + _EULER * (r - 1)
+    return log_gamma, torch.where(is_near, x_minus_log1p(t) + series, far)
 
 
 def _gamma_over_exp(r: Tensor, m: Tensor) -> Tensor:

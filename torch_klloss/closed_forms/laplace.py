@@ -44,9 +44,9 @@ def _partials(
 
 @analytic(_partials)
 def _kl(q_loc: Tensor, q_scale: Tensor, p_loc: Tensor, p_scale: Tensor) -> Tensor:
-    q, p = q_scale.double(), p_scale.double()
+    q, p, series = q_scale.double(), p_scale.double(), has_float64(q_loc, q_scale, p_loc, p_scale)
     _, t = _distance(q_loc, q, p_loc)
-    value = q / p * e2(-t) + isd(q, p, series=has_float64(q_scale, p_scale))
+    value = q / p * e2(-t, series=series) + isd(q, p, series=series)
     return value.to(common_dtype(q_loc, q_scale, p_loc, p_scale))
 
 
