@@ -239,7 +239,8 @@ def _categorical(name: str, spread: Spread, count: int) -> Reference:
     )
 
 
-def _raw_categorical(count: int) -> Reference:
+def raw_categorical(count: int) -> Reference:
+    """Return the Categorical of raw logits of so many classes."""
     return Reference(
         f"Categorical raw logits {count}",
         Categorical,
@@ -288,7 +289,7 @@ REFERENCES = [
     ),
     _categorical("Categorical probs", probability, 5),
     _categorical("Categorical logits", logit, 5),
-    *(_raw_categorical(count) for count in (2, 5)),
+    *(raw_categorical(count) for count in (2, 5)),
     Reference(
         "OneHotCategorical raw",
         OneHotCategorical,

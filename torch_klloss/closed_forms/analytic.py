@@ -80,19 +80,21 @@ def analytic(partials: Partials) -> Callable[[Value], Value]:
 def in_blocks(
     function: Callable[..., Sequence[Tensor | None]], *tensors: Tensor, size: int = 2**15
 ) -> tuple[Tensor | None, ...]:
-    """Return what an elementwise function returns, computed in blocks of rows whose intermediates stay in the cache.
+    """Return what a function of the rows returns, computed in blocks whose intermediates stay in the cache.
 
-    A single call where the tensors are small, differ in shape, or are not on the processor.
+    A single call where the tensors are small, differ in shape, have no rows, or are not on the processor.
     """
     first = tensors[0]
-    rows = max(1, size // max(1, first[:1].numel())) if first.dim() else 1
+    if first.dim() < 2:
+        return tuple(function(*tensors))
+    rows = max(1, size // max(1, first[:1].numel()))
     if first.numel() <= 2 * size or len(first) <= rows or any(t.shape != first.shape or not t.is_cpu for t in tensors):
         return tuple(function(*tensors))
     results: list[Tensor | None] = []
     for i, block in enumerate(zip(*(t.split(rows) for t in tensors), strict=True)):
         part = function(*block)
         if i == 0:
-            results = [None if p is None else p.new_empty(first.shape) for p in part]
+            results = [None if p is None else p.new_empty((len(first), *p.shape[1:])) for p in part]
         for result, p in zip(results, part, strict=True):
             if result is not None and p is not None:
                 result[i * rows : i * rows + len(p)] = p

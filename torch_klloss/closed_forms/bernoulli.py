@@ -52,8 +52,8 @@ def log_odds(param: Tensor, is_probs: bool) -> Tensor:
 
 
 def may_hold_anywhere(condition: Tensor) -> bool:
-    """Tell whether the condition holds somewhere, or cannot be looked at: whether its case has to be computed."""
-    return is_traced() or bool(condition.any())
+    """Tell whether the condition holds somewhere, or is out of sight: whether its case has to be computed."""
+    return is_traced() or not condition.is_cpu or bool(condition.any())
 
 
 def shift_between(q: Tensor, p: Tensor) -> Tensor:
@@ -113,9 +113,10 @@ def _from_log_odds(q_is_probs: bool, p_is_probs: bool) -> tuple[Callable[[Tensor
         rare = torch.where(q >= 0, -1.0, 1.0).to(q.dtype)  # the sign of the log-odds of the outcome that q finds rarer
         q_rare, p_rare = rare * q, rare * p
         m, t = torch.sigmoid(q_rare), rare * shift
-        L = torch.log1p(m * torch.expm1(t.clamp(max=LARGEST)))
-        if may_hold_anywhere(t > LARGEST):
-            L = torch.where(t > LARGEST, logsigmoid(-q_rare) - logsigmoid(-p_rare), L)
+        reach = 1.0 if series else LARGEST  # of t, beyond which its rounding would show in exp(t)
+        L = torch.log1p(m * torch.expm1(t.clamp(max=reach)))
+        if may_hold_anywhere(t > reach):
+            L = torch.where(t > reach, logsigmoid(-q_rare) - logsigmoid(-p_rare), L)
         value = gkl_of_log_ratio(torch.sigmoid(-q_rare), torch.sigmoid(-p_rare), -L, series=series)
         value = value + gkl_of_log_ratio(m, torch.sigmoid(p_rare), t - L, series=series)
         return torch.where(missed, torch.inf, value)

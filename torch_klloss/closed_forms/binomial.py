@@ -23,9 +23,9 @@ def _binomial_binomial(q: Binomial, p: Binomial) -> Tensor:
         NotImplementedError: if q has fewer trials than p somewhere.
     """
     (q_param, q_is_probs), (p_param, p_is_probs) = as_given(q), as_given(p)
-    succeeds = q_param != (0 if q_is_probs else -torch.inf)
+    succeeds = q_param > (0 if q_is_probs else -torch.inf)
     fewer = succeeds & (q.total_count < p.total_count)
-    if not is_traced() and bool(fewer.any()):
+    if not (is_traced() or fewer.is_meta) and bool(fewer.any()):
         raise NotImplementedError("q has fewer trials than p; a sum over q's support is exact: Enumeration()")
     value = p.total_count.double() * trial_kl(q_param, q_is_probs, p_param, p_is_probs)
     value = torch.where(p.total_count == 0, 0.0, value)

@@ -43,7 +43,7 @@ def _categorical_categorical(q: Categorical, p: Categorical) -> Tensor:
             f"q and p must have the same number of classes, got {q_param.shape[-1]} and {p_param.shape[-1]}; give the "
             "classes that one of them lacks a probability of 0 (a logit of -inf)."
         )
-    if is_traced():
+    if is_traced() or not q_param.is_cpu:
         return _RECORDED[q_is_probs, p_is_probs](q_param, p_param).squeeze(-1)
     formula, partials = _FORMULAS[q_is_probs, p_is_probs]
     return kl_in_blocks(q_param, p_param, formula, partials, are_logits=not (q_is_probs or p_is_probs))

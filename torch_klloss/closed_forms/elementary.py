@@ -13,7 +13,7 @@ from torch import Tensor
 
 # A parameter below this counts as this much in the derivative of a logarithm, which stays finite at 0.
 _TINY = 1e-280
-_ABOVE_MINUS_ONE = -1 + 2.0**-53
+ABOVE_MINUS_ONE = -1 + 2.0**-53
 # Of x - log(1 + x), in s² with s = x/(2 + x); good to 1e-16 for |s| ≤ 0.2.
 _ARTANH = tuple(1 / k for k in range(3, 23, 2))
 _MAX_S = 0.2
@@ -98,7 +98,7 @@ def isd(a: Tensor, b: Tensor, *, series: bool | None = None) -> Tensor:
     gap = a - b
     x = gap / b
     # log(b/a) rather than -log(1 + x), for the sake of a far below b; far above it the clamp cannot be seen beside x.
-    far = x + torch.log1p((-gap / a).clamp_min(_ABOVE_MINUS_ONE))
+    far = x + torch.log1p((-gap / a).clamp_min(ABOVE_MINUS_ONE))
     if not series:
         return far
     s = gap / (a + b)
@@ -115,7 +115,7 @@ def gkl(a: Tensor, b: Tensor, gap: Tensor, *, series: bool) -> Tensor:
         series: whether a and b may be nearer to one another than float32 numbers can be.
     """
     # Of an a far below b the logarithm, and how it is clamped, cannot be seen beside b.
-    far = a * torch.log1p((gap / b.clamp_min(_TINY)).clamp_min(_ABOVE_MINUS_ONE)) - gap
+    far = a * torch.log1p((gap / b.clamp_min(_TINY)).clamp_min(ABOVE_MINUS_ONE)) - gap
     if series:
         s = gap / (a + b).clamp_min(_TINY)
         near = s.abs() < _MAX_S

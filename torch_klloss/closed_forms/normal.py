@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from torch_klloss.closed_forms.analytic import analytic
-from torch_klloss.closed_forms.elementary import has_float64, x_minus_log1p
+from torch_klloss.closed_forms.elementary import ABOVE_MINUS_ONE, has_float64, x_minus_log1p
 from torch_klloss.closed_forms.registry import register_kl
 from torch_klloss.tracing import is_traced
 
@@ -51,7 +51,8 @@ def _kl(q_loc: Tensor, q_scale: Tensor, p_loc: Tensor, p_scale: Tensor) -> Tenso
     gap = wide_p - wide_q
     x = gap / wide_p  # with the sign turned, so that log(1 + gap/σq) = -log(σq/σp) holds where σq is tiny too
     into = gap if reuse else None
-    spread = torch.sub(torch.log1p(torch.div(gap, wide_q, out=into), out=into), x, out=into)
+    ratio = torch.clamp(torch.div(gap, wide_q, out=into), min=ABOVE_MINUS_ONE, out=into)  # -1 if σq is beyond 1e16 σp
+    spread = torch.sub(torch.log1p(ratio, out=into), x, out=into)
     if has_float64(q_scale, p_scale):
         spread = torch.where(x.abs() < 0.125, x_minus_log1p(-x), spread)
     spread = torch.addcmul(spread, x, x, value=0.5, out=into)
