@@ -1,0 +1,1 @@
+"""What single benchmarks need besides `common.py`."""
