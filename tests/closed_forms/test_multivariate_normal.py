@@ -8,14 +8,14 @@ from torch.distributions import LowRankMultivariateNormal, MultivariateNormal
 from torch.distributions import kl_divergence as torch_kl
 
 from tests.references.harness import combinations, draw, errors_at, measure
-from tests.references.multivariate_normal import REFERENCES
+from tests.references.multivariate_normal import HALF_RANK, REFERENCES
 from tests.references.targets import GRADIENT
 from tests.references.worst_cases import used_by
 from torch_klloss import kl_divergence
 
 CASES = [
     pytest.param(*case, id=f"{case[0].name}-{case[1]}-{str(case[2]).removeprefix('torch.')}")
-    for case in combinations(REFERENCES)
+    for case in combinations([*REFERENCES, HALF_RANK])
 ]
 SAME_TYPE = [reference for reference in REFERENCES if reference.type_q is reference.type_p]
 

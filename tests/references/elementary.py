@@ -253,7 +253,8 @@ def raw_categorical(count: int) -> Reference:
     )
 
 
-_DIGITS = 240  # two logits 200 apart make a probability of 1e-87, which stands beside 1
+# Two logits 200 apart make a probability of 1e-87 beside 1; log-odds of 100 make one of 1e-44.
+_DIGITS, _ODDS_DIGITS = 240, 120
 
 REFERENCES = [
     Reference("Exponential", Exponential, Exponential, drawn(rate=positive), exponential),
@@ -267,9 +268,9 @@ REFERENCES = [
     Reference("Uniform", Uniform, Uniform, _uniforms, uniform, gradient=uniform_gradient),
     Reference("Gumbel", Gumbel, Gumbel, drawn(loc=real, scale=positive), gumbel, gradient=gumbel_gradient),
     Reference("Bernoulli probs", Bernoulli, Bernoulli, drawn(probs=probability), bernoulli),
-    Reference("Bernoulli logits", Bernoulli, Bernoulli, drawn(logits=logit), bernoulli, digits=_DIGITS),
+    Reference("Bernoulli logits", Bernoulli, Bernoulli, drawn(logits=logit), bernoulli, digits=_ODDS_DIGITS),
     Reference("Geometric probs", Geometric, Geometric, drawn(probs=probability), geometric),
-    Reference("Geometric logits", Geometric, Geometric, drawn(logits=logit), geometric, digits=_DIGITS),
+    Reference("Geometric logits", Geometric, Geometric, drawn(logits=logit), geometric, digits=_ODDS_DIGITS),
     Reference(
         "Binomial probs",
         Binomial,
@@ -285,7 +286,7 @@ REFERENCES = [
         _binomials("logits", logit),
         binomial,
         constants=frozenset({"total_count"}),
-        digits=_DIGITS,
+        digits=_ODDS_DIGITS,
     ),
     _categorical("Categorical probs", probability, 5),
     _categorical("Categorical logits", logit, 5),

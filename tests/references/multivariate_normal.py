@@ -1,5 +1,7 @@
 """MultivariateNormal and LowRankMultivariateNormal, by their covariances in 60 digits; gradients by the chain rule."""
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import mpmath as mp
@@ -10,7 +12,7 @@ import torch.distributions as dist
 from tests.references.harness import Exact, Reference, log_uniform
 from tests.references.harness import near as nearby
 
-SIZE, RANK = 3, 2
+SIZE = 3
 
 
 def scales(regime: str, n: int, rng: np.random.Generator) -> Any:
@@ -24,12 +26,12 @@ def triangular(regime: str, n: int, rng: np.random.Generator) -> dict[str, Any]:
     return {"loc": scale * rng.standard_normal((n, SIZE)), "scale_tril": scale[..., None] * factor}
 
 
-def low_rank(regime: str, n: int, rng: np.random.Generator) -> dict[str, Any]:
+def low_rank(regime: str, n: int, rng: np.random.Generator, rank: int) -> dict[str, Any]:
     scale = scales(regime, n, rng)
     size = log_uniform(rng, *((1e-3, 1e3) if regime == "wide" else (0.3, 3)), (n, 1, 1))
     return {
         "loc": scale * rng.standard_normal((n, SIZE)),
-        "cov_factor": scale[..., None] * size * rng.standard_normal((n, SIZE, RANK)),
+        "cov_factor": scale[..., None] * size * rng.standard_normal((n, SIZE, rank)),
         "cov_diag": scale**2 * rng.uniform(0.5, 2, (n, SIZE)),
     }
 
@@ -79,9 +81,9 @@ def gradient(q: Exact, p: Exact) -> tuple[Exact, Exact]:
     return chain(q, pull, (inverse_p - inverse_q) / 2), chain(p, -pull, by_covariance_p)
 
 
-def pair(type_q: type[dist.Distribution], type_p: type[dist.Distribution]) -> Reference:
+def pair(type_q: type[dist.Distribution], type_p: type[dist.Distribution], rank: int) -> Reference:
     """Describe a pair; the near regime is that of equal types, whose parameters can be near."""
-    draws = {dist.MultivariateNormal: triangular, dist.LowRankMultivariateNormal: low_rank}
+    draws = {dist.MultivariateNormal: triangular, dist.LowRankMultivariateNormal: partial(low_rank, rank=rank)}
 
     def draw(regime: str, n: int, rng: np.random.Generator, dtype: torch.dtype) -> tuple[Any, Any]:
         p = draws[type_p](regime, n, rng)
@@ -97,5 +99,7 @@ def pair(type_q: type[dist.Distribution], type_p: type[dist.Distribution]) -> Re
     return Reference(name, type_q, type_p, draw, kl, gradient=gradient, regimes=regimes)
 
 
-TYPES = (dist.MultivariateNormal, dist.LowRankMultivariateNormal)
-REFERENCES = [pair(type_q, type_p) for type_q in TYPES for type_p in TYPES]
+FULL, LOW = dist.MultivariateNormal, dist.LowRankMultivariateNormal
+REFERENCES = [pair(FULL, FULL, rank=1), pair(FULL, LOW, rank=1), pair(LOW, FULL, rank=1), pair(LOW, LOW, rank=1)]
+# A rank of half the size and more has a formula of its own.
+HALF_RANK = replace(pair(LOW, LOW, rank=2), name="LowRankMultivariateNormal of half rank")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +16,17 @@ from torch_klloss.closed_forms.elementary import common_dtype, gkl, gkl_of_log_r
 from torch_klloss.closed_forms.registry import register_kl
 from torch_klloss.tracing import is_traced
 
+TrialKL = Callable[[Tensor, Tensor, bool], Tensor]
+
+
+class Given(NamedTuple):
+    """Which of the two are given by `probs`; the other ones are by `logits`."""
+
+    q_is_probs: bool
+    p_is_probs: bool
+
+
+GIVEN = [Given(q, p) for q in (False, True) for p in (False, True)]
 LARGEST = 700.0  # of what the exponential is taken of
 BOUND = 645.0  # stands for an infinite log-odds in a derivative; log_ratio has the same bound
 
@@ -25,19 +38,25 @@ def _bernoulli_bernoulli(q: Bernoulli, p: Bernoulli) -> Tensor:
     Neither is clamped: the KL is finite where q is 0 or 1, inf where p is and q is not. There the gradient is 0; the
     derivative by a q of 0 or 1 is kept finite.
     """
-    (q_param, q_is_probs), (p_param, p_is_probs) = as_given(q), as_given(p)
-    return trial_kl(q_param, q_is_probs, p_param, p_is_probs).to(common_dtype(q_param, p_param))
+    q_param, p_param, given = both_as_given(q, p)
+    return trial_kl(q_param, p_param, given).to(common_dtype(q_param, p_param))
 
 
-def trial_kl(q_param: Tensor, q_is_probs: bool, p_param: Tensor, p_is_probs: bool) -> Tensor:
+def trial_kl(q_param: Tensor, p_param: Tensor, given: Given) -> Tensor:
     """Return the KL of one trial in float64, from probabilities of success or their log-odds."""
-    return _KL[q_is_probs, p_is_probs](q_param, p_param)
+    return _KL[given](q_param, p_param)
 
 
 def as_given(d: Distribution) -> tuple[Tensor, bool]:
     """Return the parameter that d was built from, and whether it is `probs`: torch computes the other one on demand."""
     key = next(key for key in d.__dict__ if key in ("probs", "logits"))
     return d.__dict__[key], key == "probs"
+
+
+def both_as_given(q: Distribution, p: Distribution) -> tuple[Tensor, Tensor, Given]:
+    """Return the parameters that q and p were built from, and which they are."""
+    (q_param, q_is_probs), (p_param, p_is_probs) = as_given(q), as_given(p)
+    return q_param, p_param, Given(q_is_probs, p_is_probs)
 
 
 def log_odds(param: Tensor, is_probs: bool) -> Tensor:
@@ -61,6 +80,11 @@ def shift_between(q: Tensor, p: Tensor) -> Tensor:
     return torch.where((q == p) & q.isinf(), 0.0, p - q)
 
 
+def _probs_kl(q_probs: Tensor, p_probs: Tensor, series: bool) -> Tensor:
+    q, p = q_probs.double(), p_probs.double()
+    return gkl(q, p, q - p, series=series) + gkl(1 - q, 1 - p, p - q, series=series)
+
+
 def _probs_partials(needs: Sequence[bool], q: Tensor, p: Tensor) -> Sequence[Tensor | None]:
     by_q = by_p = None
     q, p = q.double(), p.double()
@@ -76,67 +100,58 @@ def _probs_partials(needs: Sequence[bool], q: Tensor, p: Tensor) -> Sequence[Ten
     return by_q, by_p
 
 
-def _probs_kl(q_probs: Tensor, p_probs: Tensor, series: bool) -> Tensor:
-    q, p = q_probs.double(), p_probs.double()
-    return gkl(q, p, q - p, series=series) + gkl(1 - q, 1 - p, p - q, series=series)
-
-
-def _from_log_odds(q_is_probs: bool, p_is_probs: bool) -> tuple[Callable[[Tensor, Tensor, bool], Tensor], Partials]:
-    """Build the formula, and its derivatives, for a pair of which one at least is given by its log-odds.
+def _log_odds_kl(given: Given, q_param: Tensor, p_param: Tensor, series: bool) -> Tensor:
+    """Return the KL of a pair of which one at least is given by its log-odds.
 
     With m the smaller of q's probabilities, and t by how much p's log-odds of that outcome exceed q's, the log-ratios
-    p/q are -L and t - L with L = log(1 + m (exp(t) - 1)); an error of L itself counts only squared.
+    p/q are -L and t - L with L = log(1 + m (exp(t) - 1)).
     """
-
-    def partials(needs: Sequence[bool], q_param: Tensor, p_param: Tensor) -> Sequence[Tensor | None]:
-        by_q = by_p = None
-        q, p = log_odds(q_param, q_is_probs), log_odds(p_param, p_is_probs)
-        shift, missed = shift_between(q, p), p.isinf() & (q != p)
-        if needs[0]:
-            shift_or_bound = torch.where(shift.isinf(), BOUND * shift.sign(), shift)
-            by_q = -shift_or_bound if q_is_probs else -torch.sigmoid(q) * torch.sigmoid(-q) * shift_or_bound
-            by_q = torch.where(missed, 0.0, by_q)
-        if needs[1]:
-            rising = shift >= 0
-            variance = torch.where(rising, torch.sigmoid(p) * torch.sigmoid(-q), -torch.sigmoid(q) * torch.sigmoid(-p))
-            by_p = -variance * torch.expm1(-torch.where(rising, shift, -shift))
-            if p_is_probs:
-                by_p = by_p / torch.where(p.isinf(), 1.0, torch.sigmoid(p) * torch.sigmoid(-p))
-            by_p = torch.where(missed, 0.0, by_p)
-        return by_q, by_p
-
-    def kl(q_param: Tensor, p_param: Tensor, series: bool) -> Tensor:
-        q, p = log_odds(q_param, q_is_probs), log_odds(p_param, p_is_probs)
-        missed = p.isinf() & (q != p)
-        p = torch.where(missed, q, p)
-        shift = shift_between(q, p)
-        rare = torch.where(q >= 0, -1.0, 1.0).to(q.dtype)  # the sign of the log-odds of the outcome that q finds rarer
-        q_rare, p_rare = rare * q, rare * p
-        m, t = torch.sigmoid(q_rare), rare * shift
-        reach = 1.0 if series else LARGEST  # of t, beyond which its rounding would show in exp(t)
-        L = torch.log1p(m * torch.expm1(t.clamp(max=reach)))
-        if may_hold_anywhere(t > reach):
-            L = torch.where(t > reach, logsigmoid(-q_rare) - logsigmoid(-p_rare), L)
-        value = gkl_of_log_ratio(torch.sigmoid(-q_rare), torch.sigmoid(-p_rare), -L, series=series)
-        value = value + gkl_of_log_ratio(m, torch.sigmoid(p_rare), t - L, series=series)
-        return torch.where(missed, torch.inf, value)
-
-    return kl, partials
+    q, p = log_odds(q_param, given.q_is_probs), log_odds(p_param, given.p_is_probs)
+    missed = p.isinf() & (q != p)
+    p = torch.where(missed, q, p)
+    rare = torch.where(q >= 0, -1.0, 1.0).to(q.dtype)  # the sign of the log-odds of the outcome that q finds rarer
+    q_rare, p_rare, t = rare * q, rare * p, rare * shift_between(q, p)
+    m = torch.sigmoid(q_rare)
+    reach = 1.0 if series else LARGEST  # of t, beyond which its rounding would show in exp(t)
+    L = torch.log1p(m * torch.expm1(t.clamp(max=reach)))
+    if may_hold_anywhere(t > reach):
+        L = torch.where(t > reach, logsigmoid(-q_rare) - logsigmoid(-p_rare), L)
+    value = gkl_of_log_ratio(torch.sigmoid(-q_rare), torch.sigmoid(-p_rare), -L, series=series)
+    value = value + gkl_of_log_ratio(m, torch.sigmoid(p_rare), t - L, series=series)
+    return torch.where(missed, torch.inf, value)
 
 
-TRIAL: dict[tuple[bool, bool], tuple[Callable[[Tensor, Tensor, bool], Tensor], Partials]] = {
-    (False, False): _from_log_odds(False, False),
-    (False, True): _from_log_odds(False, True),
-    (True, False): _from_log_odds(True, False),
-    (True, True): (_probs_kl, _probs_partials),
-}
-"""By which of the two are given by `probs`: the KL of one trial in float64, told whether the digits of float64 are
-asked for or those of float32; and its derivatives."""
+def _log_odds_partials(
+    given: Given, needs: Sequence[bool], q_param: Tensor, p_param: Tensor
+) -> Sequence[Tensor | None]:
+    by_q = by_p = None
+    q, p = log_odds(q_param, given.q_is_probs), log_odds(p_param, given.p_is_probs)
+    shift, missed = shift_between(q, p), p.isinf() & (q != p)
+    if needs[0]:
+        bounded = torch.where(shift.isinf(), BOUND * shift.sign(), shift)
+        by_q = -bounded if given.q_is_probs else -torch.sigmoid(q) * torch.sigmoid(-q) * bounded
+        by_q = torch.where(missed, 0.0, by_q)
+    if needs[1]:
+        rising = shift >= 0
+        weight = torch.where(rising, torch.sigmoid(p) * torch.sigmoid(-q), -torch.sigmoid(q) * torch.sigmoid(-p))
+        by_p = -weight * torch.expm1(-torch.where(rising, shift, -shift))  # p - q, as it was before both were rounded
+        if given.p_is_probs:
+            by_p = by_p / torch.where(p.isinf(), 1.0, torch.sigmoid(p) * torch.sigmoid(-p))
+        by_p = torch.where(missed, 0.0, by_p)
+    return by_q, by_p
 
 
-def _analytic(given: tuple[bool, bool]) -> Value:
-    kl, partials = TRIAL[given]
+def _of_trial(given: Given) -> tuple[TrialKL, Partials]:
+    if given == Given(True, True):
+        return _probs_kl, _probs_partials
+    return partial(_log_odds_kl, given), partial(_log_odds_partials, given)
+
+
+def _analytic(kl: TrialKL, partials: Partials) -> Value:
     return analytic(partials)(lambda q, p: kl(q, p, has_float64(q, p)))
 
 
-_KL = {given: _analytic(given) for given in TRIAL}
+TRIAL = {given: _of_trial(given) for given in GIVEN}
+"""The KL of one trial in float64, told whether the digits of float64 are asked for or those of float32; and its
+derivatives."""
+_KL = {given: _analytic(*formula) for given, formula in TRIAL.items()}

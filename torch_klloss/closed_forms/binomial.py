@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Binomial
 
-from torch_klloss.closed_forms.bernoulli import as_given, trial_kl
+from torch_klloss.closed_forms.bernoulli import both_as_given, trial_kl
 from torch_klloss.closed_forms.elementary import common_dtype
 from torch_klloss.closed_forms.registry import register_kl
 from torch_klloss.tracing import is_traced
@@ -22,12 +22,12 @@ def _binomial_binomial(q: Binomial, p: Binomial) -> Tensor:
     Raises:
         NotImplementedError: if q has fewer trials than p somewhere.
     """
-    (q_param, q_is_probs), (p_param, p_is_probs) = as_given(q), as_given(p)
-    succeeds = q_param > (0 if q_is_probs else -torch.inf)
+    q_param, p_param, given = both_as_given(q, p)
+    succeeds = q_param > (0 if given.q_is_probs else -torch.inf)
     fewer = succeeds & (q.total_count < p.total_count)
     if not (is_traced() or fewer.is_meta) and bool(fewer.any()):
         raise NotImplementedError("q has fewer trials than p; a sum over q's support is exact: Enumeration()")
-    value = p.total_count.double() * trial_kl(q_param, q_is_probs, p_param, p_is_probs)
+    value = p.total_count.double() * trial_kl(q_param, p_param, given)
     value = torch.where(p.total_count == 0, 0.0, value)
     value = torch.where(succeeds & (q.total_count > p.total_count), torch.inf, value)
     return torch.where(fewer, torch.nan, value).to(common_dtype(q_param, p_param))

@@ -32,17 +32,19 @@ from torch.distributions import (
     Uniform,
 )
 
-from torch_klloss.closed_forms.bregman import isd as isd_of_gap
 from torch_klloss.closed_forms.bregman import product_error
-from torch_klloss.closed_forms.elementary import e2, isd, magnitude, x_minus_log1p
+from torch_klloss.closed_forms.elementary import magnitude
 from torch_klloss.closed_forms.infinite import infinity, parameters_of
 from torch_klloss.closed_forms.moments import (
     HALF_LOG_2PI,
     beta_excess,
     beta_mean_gap,
     beta_std,
+    exp_lead,
     gamma_excess,
     generalised_kl,
+    itakura_saito,
+    log1p_lag,
     multiple,
     pareto_tail_drop,
     product_gap,
@@ -114,7 +116,7 @@ def _to_normal(
 ) -> Tensor:
     """Return the excess and KL(p*‖p); `lost` is what rounding took from the standard deviation, where it is known."""
     gap = (std - scale) + lost
-    return excess + (isd_of_gap(gap, std, scale) + ((mean_gap / scale).square() + (gap / scale).square()) / 2)
+    return excess + (itakura_saito(std, scale, gap) + ((mean_gap / scale).square() + (gap / scale).square()) / 2)
 
 
 @cross(Beta, Normal)
@@ -200,17 +202,17 @@ def _uniform_normal(low: Tensor, high: Tensor, loc: Tensor, scale: Tensor) -> Te
 def _exponential_gumbel(rate: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     """The least is t - log(t (1 + t)) with t = 1/(λβ), and L = μ/β - log(1 + t)."""
     t = 1 / (rate * scale)
-    return (t - torch.log1p(t)) - t.log() + e2(loc / scale - torch.log1p(t))
+    return log1p_lag(t) - t.log() + exp_lead(loc / scale - torch.log1p(t))
 
 
 @cross(Gamma, Gumbel)
 def _gamma_gumbel(shape: Tensor, rate: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     """The least is 1 - entropy + log β + α (t - log(1 + t)) with t = 1/(rate β), and L = μ/β - α log(1 + t)."""
     t = 1 / (rate * scale)
-    bend = shape * x_minus_log1p(t)
+    bend = shape * log1p_lag(t)
     least = gamma_excess(shape) + (0.5 - HALF_LOG_2PI) - shape.log() / 2 - t.log() + bend
     near = product_gap(rate, loc, shape, torch.ones_like(shape)) / (rate * scale) + bend
-    return least + e2(torch.where(t < 1, near, loc / scale - shape * torch.log1p(t)))
+    return least + exp_lead(torch.where(t < 1, near, loc / scale - shape * torch.log1p(t)))
 
 
 @cross(Normal, Gumbel)
@@ -223,15 +225,19 @@ def _normal_gumbel(q_loc: Tensor, q_scale: Tensor, loc: Tensor, scale: Tensor) -
     lost_mean = quotient_error(gap, scale, mean) + sum_error(q_loc, -loc, gap) / scale
     lost = (lost_square / 2 - lost_mean + sum_error(square / 2, -mean, rounded)).detach()
     L = rounded + lost
-    first = e2(L) + torch.where(L < 700, torch.expm1(L.clamp_max(700.0)) * sum_error(rounded, lost, L), 0.0).detach()
-    return (1 - HALF_LOG_2PI) + (isd(q_scale, scale) + x * x / 2) + first
+    first = (
+        exp_lead(L) + torch.where(L < 700, torch.expm1(L.clamp_max(700.0)) * sum_error(rounded, lost, L), 0.0).detach()
+    )
+    return (1 - HALF_LOG_2PI) + (itakura_saito(q_scale, scale, q_scale - scale) + x * x / 2) + first
 
 
 @cross(Uniform, Gumbel)
 def _uniform_gumbel(low: Tensor, high: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     """The least is 1 - log w + log(sinh(w/2)/(w/2)) with w = width/β; L = log((1 - exp(-w))/w) - (low - μ)/β."""
     w = (high - low) / scale
-    return (1 + tilt_log_norm(w) - w.log()) + e2(torch.log(-torch.expm1(-w) / w) - (low - loc) / scale)
+    log_norm, large = tilt_log_norm(w), w.clamp_min(1.0)
+    from_low = torch.where(w < 1, log_norm - w / 2, torch.log(-torch.expm1(-large) / large))
+    return (1 + log_norm - w.log()) + exp_lead(from_low - (low - loc) / scale)
 
 
 # p a Laplace or a Poisson.
@@ -252,4 +258,5 @@ def _normal_laplace(q_loc: Tensor, q_scale: Tensor, loc: Tensor, scale: Tensor) 
     """
     z = (q_loc - loc) / q_scale
     spread = math.sqrt(2 / math.pi) * torch.exp(-z * z / 2) + z * torch.erf(z / math.sqrt(2))
-    return isd(spread * q_scale, scale) + spread.log() + (math.log(2) + 0.5 - HALF_LOG_2PI)
+    mean = spread * q_scale
+    return itakura_saito(mean, scale, mean - scale) + spread.log() + (math.log(2) + 0.5 - HALF_LOG_2PI)

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.distributions import Beta, ContinuousBernoulli, Exponential, Gamma, Pareto, Uniform
 
 from torch_klloss.closed_forms.bregman import bregman, product_error
-from torch_klloss.closed_forms.bregman import isd as isd_of_gap
 from torch_klloss.closed_forms.cross import cross
-from torch_klloss.closed_forms.elementary import isd, log_ratio, magnitude
+from torch_klloss.closed_forms.elementary import log_ratio, magnitude
 from torch_klloss.closed_forms.moments import (
     HALF_LOG_2PI,
     generalised_kl,
+    itakura_saito,
     pareto_tail_drop,
     product_gap,
     stirling,
@@ -37,6 +37,12 @@ from torch_klloss.closed_forms.moments import (
 def _to_gamma(shape: Tensor, m: Tensor, gap: Tensor, rest: Tensor) -> Tensor:
     """Return the part of the mean, from gap = α - m, that of the shape, and the rest."""
     return generalised_kl(shape, m, gap) + (stirling(shape) + HALF_LOG_2PI - shape.log() / 2) + rest
+
+
+def _to_exponential(rate: Tensor, mean: Tensor, lost: Tensor | float = 0.0) -> Tensor:
+    """Return isd(λ E[x], 1) + 1: the KL but for log E[x] - entropy; `lost` is what rounding took from the mean."""
+    one = torch.ones_like(rate)
+    return itakura_saito(rate * mean, one, product_gap(rate, mean, one, one) + rate * lost) + 1
 
 
 @cross(Exponential, Gamma)
@@ -66,7 +72,7 @@ def _beta_gamma(a: Tensor, b: Tensor, shape: Tensor, rate: Tensor) -> Tensor:
     total = a + b
     lost = sum_error(a, b, total)
     mean = generalised_kl(shape * total, rate * a, product_gap(shape, total, rate, a) + shape * lost) / total
-    spread = isd_of_gap(product_gap(shape, b, a, total) - a * lost, shape * b, a * total)
+    spread = itakura_saito(shape * b, a * total, product_gap(shape, b, a, total) - a * lost)
     rest = (shape - a) * stirling_slope(total) + stirling_gap(a, total, b) - (b - 1) * stirling_slope_gap(a, total, b)
     return mean + spread / 2 + (a / total / b / 2 + stirling_bregman_gap(shape, a) + rest)
 
@@ -84,10 +90,10 @@ def _continuous_bernoulli_exponential(log_odds: Tensor, rate: Tensor) -> Tensor:
     For t < 1 it is rather the KL from the Uniform on [0, 1], isd(λ E[x], 1) and 1 + log E[x].
     """
     t, size = (-log_odds).clamp_min(1.0), magnitude(log_odds.clamp_min(-1.0))
-    falling = isd(rate, t) - torch.log1p(-torch.exp(-t)) + (t - rate) / torch.expm1(t)
+    falling = itakura_saito(rate, t, rate - t) - torch.log1p(-torch.exp(-t)) + (t - rate) / torch.expm1(t)
     from_end = tilt_mean(size)[0]
     mean = torch.where(log_odds < 0, from_end, 1 - from_end)
-    other = tilt_divergence(size) + isd(rate * mean, torch.ones_like(rate)) + 1 + mean.log()
+    other = tilt_divergence(size) + _to_exponential(rate, mean) + mean.log()
     return torch.where(log_odds < -1, falling, other)
 
 
@@ -102,8 +108,7 @@ def _pareto_gamma(start: Tensor, alpha: Tensor, shape: Tensor, rate: Tensor) -> 
 @cross(Pareto, Exponential, infinite=lambda start, alpha, rate: alpha <= 1)
 def _pareto_exponential(start: Tensor, alpha: Tensor, rate: Tensor) -> Tensor:
     """With E[x] = sα/(α - 1), infinite up to α = 1, it is isd(λ E[x], 1) + D + log α."""
-    mean_ratio = rate * start * (alpha / (alpha - 1))
-    return isd(mean_ratio, torch.ones_like(rate)) + pareto_tail_drop(alpha) + alpha.log()
+    return _to_exponential(rate, start * (alpha / (alpha - 1))) - 1 + pareto_tail_drop(alpha) + alpha.log()
 
 
 @cross(Uniform, Gamma, infinite=lambda low, high, shape, rate: low < 0)
@@ -118,8 +123,8 @@ def _uniform_gamma(low: Tensor, high: Tensor, shape: Tensor, rate: Tensor) -> Te
 @cross(Uniform, Exponential, infinite=lambda low, high, rate: low < 0)
 def _uniform_exponential(low: Tensor, high: Tensor, rate: Tensor) -> Tensor:
     """It is isd(λ E[x], 1) + 1 + log(E[x]/width); infinite unless q lives on the positive numbers."""
-    mean = (low + high) / 2
-    return isd(rate * mean, torch.ones_like(rate)) + 1 + (mean / (high - low)).log()
+    total = low + high
+    return _to_exponential(rate, total / 2, sum_error(low, high, total) / 2) + (total / 2 / (high - low)).log()
 
 
 @cross(Uniform, Pareto, infinite=lambda low, high, start, alpha: low < start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,14 +13,16 @@ from torch.nn.functional import logsigmoid
 from torch_klloss.closed_forms.analytic import Value, analytic
 from torch_klloss.closed_forms.bernoulli import (
     BOUND,
+    GIVEN,
     LARGEST,
     TRIAL,
-    as_given,
+    Given,
+    both_as_given,
     log_odds,
     may_hold_anywhere,
     shift_between,
 )
-from torch_klloss.closed_forms.elementary import common_dtype, has_float64, log_ratio
+from torch_klloss.closed_forms.elementary import ABOVE_MINUS_ONE, common_dtype, has_float64, log_ratio
 from torch_klloss.closed_forms.registry import register_kl
 
 _RARE, _UNDERFLOWS = -40.0, -700.0  # log-odds
@@ -31,63 +34,64 @@ def _geometric_geometric(q: Geometric, p: Geometric) -> Tensor:
 
     It is inf, with a gradient of 0, where p always succeeds and q does not.
     """
-    (q_param, q_is_probs), (p_param, p_is_probs) = as_given(q), as_given(p)
-    return _KL[q_is_probs, p_is_probs](q_param, p_param)
+    q_param, p_param, given = both_as_given(q, p)
+    return _KL[given](q_param, p_param)
 
 
-def _formula(q_is_probs: bool, p_is_probs: bool) -> Value:
-    trial_kl, trial_partials = TRIAL[q_is_probs, p_is_probs]
+def _kl(given: Given, q: Tensor, p: Tensor) -> Tensor:
+    dtype, series = common_dtype(q, p), has_float64(q, p)
+    q, p = _raised(given, q, p)
+    value = TRIAL[given][0](q, p, series)
+    is_infinite = value.isinf() if given.q_is_probs else value.isinf() | ((q < -LARGEST) & (value > 0))
+    trials, _ = _num_trials(given, q)
+    return torch.where(is_infinite, torch.inf, torch.where(is_infinite, 0.0, value) * trials).to(dtype)
 
-    def raised(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        """Spare the exponential an underflow: of two very rare successes only the ratio matters."""
-        if q_is_probs or p_is_probs or not may_hold_anywhere(q < _UNDERFLOWS):
-            return q, p
+
+def _partials(given: Given, needs: Sequence[bool], q: Tensor, p: Tensor) -> Sequence[Tensor | None]:
+    q, p = _raised(given, q, p)
+    trials, by_param = _num_trials(given, q)
+    by_q = _log_failures(given, q, p) * by_param if needs[0] else None
+    by_trial = TRIAL[given][1]((False, needs[1]), q, p)[1]
+    return by_q, None if by_trial is None else by_trial * trials
+
+
+def _raised(given: Given, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """Spare the exponential an underflow: of two very rare successes only the ratio matters."""
+    if given.q_is_probs or given.p_is_probs or not may_hold_anywhere(q < _UNDERFLOWS):
+        return q, p
+    q, p = q.double(), p.double()
+    likelier = torch.maximum(q, p)
+    raised_by = torch.where((q < _UNDERFLOWS) & (likelier < _RARE), _RARE - likelier, 0.0)
+    return q + raised_by, p + raised_by
+
+
+def _num_trials(given: Given, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean number of trials, and minus its derivative by q's parameter."""
+    if given.q_is_probs:
+        trials = 1 / q.double()
+        return trials, trials * trials
+    failures = torch.exp((-q.double()).clamp(max=LARGEST))
+    return 1 + failures, failures
+
+
+def _log_failures(given: Given, q: Tensor, p: Tensor) -> Tensor:
+    """Return log((1 - p)/(1 - q)), the other factor of the derivative by q; 0 where the KL is infinite."""
+    if given.q_is_probs and given.p_is_probs:
         q, p = q.double(), p.double()
-        likelier = torch.maximum(q, p)
-        underflows = (q < _UNDERFLOWS) & (likelier < _RARE)
-        raised_by = torch.where(underflows, _RARE - likelier, 0.0)
-        return q + raised_by, p + raised_by
-
-    def num_trials(q: Tensor) -> tuple[Tensor, Tensor]:
-        """Return their mean, and minus its derivative by q's parameter."""
-        if q_is_probs:
-            trials = 1 / q.double()
-            return trials, trials * trials
-        failures = torch.exp((-q.double()).clamp(max=LARGEST))
-        return 1 + failures, failures
-
-    def log_failures(q: Tensor, p: Tensor) -> Tensor:
-        """Return log((1 - p)/(1 - q)), the rest of the derivative by q; 0 where the KL is infinite."""
-        if q_is_probs and p_is_probs:
-            q, p = q.double(), p.double()
-            ratio, missed = log_ratio(1 - p, 1 - q, q - p), (p == 1) & (q < 1)
-        else:
-            q, p = log_odds(q, q_is_probs), log_odds(p, p_is_probs)
-            shift, missed = shift_between(q, p), p.isinf() & (q != p)
-            # Where log(1 - p) is far below log(1 - q), and the clamp is felt, it is multiplied by nearly nothing.
-            growth = (torch.sigmoid(q) * torch.expm1(shift.clamp(max=LARGEST))).clamp_min(-1 + 2.0**-53)
-            ratio = -torch.log1p(growth)
-            if may_hold_anywhere(shift > LARGEST):
-                far = (logsigmoid(-p) - logsigmoid(-q)).clamp(-BOUND, BOUND)
-                ratio = torch.where(shift > LARGEST, far, ratio)
-        return torch.where(missed, 0.0, ratio)
-
-    def partials(needs: Sequence[bool], q: Tensor, p: Tensor) -> Sequence[Tensor | None]:
-        q, p = raised(q, p)
-        trials, by_param = num_trials(q)
-        by_q = log_failures(q, p) * by_param if needs[0] else None
-        by_trial = trial_partials((False, needs[1]), q, p)[1]
-        return by_q, None if by_trial is None else by_trial * trials
-
-    @analytic(partials)
-    def kl(q: Tensor, p: Tensor) -> Tensor:
-        dtype, series = common_dtype(q, p), has_float64(q, p)
-        q, p = raised(q, p)
-        value = trial_kl(q, p, series)
-        is_infinite = value.isinf() if q_is_probs else value.isinf() | ((q < -LARGEST) & (value > 0))
-        return torch.where(is_infinite, torch.inf, torch.where(is_infinite, 0.0, value) * num_trials(q)[0]).to(dtype)
-
-    return kl
+        return torch.where((p == 1) & (q < 1), 0.0, log_ratio(1 - p, 1 - q, q - p))
+    q, p = log_odds(q, given.q_is_probs), log_odds(p, given.p_is_probs)
+    shift = shift_between(q, p)
+    # Where 1 - p is far below 1 - q, and the clamp is felt, it is multiplied by nearly nothing.
+    growth = (torch.sigmoid(q) * torch.expm1(shift.clamp(max=LARGEST))).clamp_min(ABOVE_MINUS_ONE)
+    ratio = -torch.log1p(growth)
+    if may_hold_anywhere(shift > LARGEST):
+        far = (logsigmoid(-p) - logsigmoid(-q)).clamp(-BOUND, BOUND)
+        ratio = torch.where(shift > LARGEST, far, ratio)
+    return torch.where(p.isinf() & (q != p), 0.0, ratio)
 
 
-_KL = {given: _formula(*given) for given in TRIAL}
+def _analytic(given: Given) -> Value:
+    return analytic(partial(_partials, given))(partial(_kl, given))
+
+
+_KL = {given: _analytic(given) for given in GIVEN}

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from torch_klloss.closed_forms.analytic import analytic
-from torch_klloss.closed_forms.bregman import NODES, SHIFT, bregman, product_error, stirling_bregman
-from torch_klloss.closed_forms.elementary import gkl, horner, isd, log_ratio, x_minus_log1p
+from torch_klloss.closed_forms.bregman import NODES, SHIFT, bregman, isd, product_error, stirling_bregman
+from torch_klloss.closed_forms.elementary import e2, gkl, horner, log_ratio, x_minus_log1p
 
 _LARGE = 6.0  # Binet's rule needs no recurrence from here on
 _TINY = 1e-280
@@ -62,18 +62,40 @@ def quotient_error(a: Tensor, b: Tensor, quotient: Tensor) -> Tensor:
     return (((a - product) - product_error(quotient, b, product)) / b).detach()
 
 
-def _partials(needs: Sequence[bool], a: Tensor, b: Tensor, gap: Tensor) -> Sequence[Tensor | None]:
+# Divergences with derivatives of their own. Those by a and b are complete: none goes by way of the gap.
+
+
+def _gkl_partials(needs: Sequence[bool], a: Tensor, b: Tensor, gap: Tensor) -> Sequence[Tensor | None]:
     at_zero = torch.where(a == 0, 1.0, 0.0).to(b.dtype)
     return log_ratio(a, b, gap), torch.where(b == 0, at_zero, -gap / torch.where(b == 0, 1.0, b)), None
 
 
-@analytic(_partials)
+@analytic(_gkl_partials)
 def generalised_kl(a: Tensor, b: Tensor, gap: Tensor) -> Tensor:
-    """Return a log(a/b) - a + b ≥ 0, given gap = a - b from before a and b were rounded.
-
-    The derivatives by a and b are complete, log(a/b) and -gap/b: none goes by way of the gap.
-    """
+    """Return a log(a/b) - a + b ≥ 0, given gap = a - b from before a and b were rounded."""
     return gkl(a, b, gap, series=True)
+
+
+def _isd_partials(needs: Sequence[bool], a: Tensor, b: Tensor, gap: Tensor) -> Sequence[Tensor | None]:
+    return gap / b / a, -gap / b / b, None
+
+
+@analytic(_isd_partials)
+def itakura_saito(a: Tensor, b: Tensor, gap: Tensor) -> Tensor:
+    """Return a/b - 1 - log(a/b) ≥ 0, given gap = a - b from before a and b were rounded."""
+    return isd(gap, a, b)
+
+
+@analytic(lambda needs, x: (x / (1 + x),))
+def log1p_lag(x: Tensor) -> Tensor:
+    """Return x - log(1 + x) ≥ 0."""
+    return x_minus_log1p(x)
+
+
+@analytic(lambda needs, x: (torch.expm1(x),))
+def exp_lead(x: Tensor) -> Tensor:
+    """Return exp(x) - 1 - x ≥ 0."""
+    return e2(x)
 
 
 # Gamma and Beta: Stirling's remainder R(x) = lgamma(x) - (x - ½) log x + x - ½ log 2π, for all x > 0.
@@ -121,7 +143,7 @@ def stirling_slope_gap(gap: Tensor, x: Tensor, y: Tensor) -> Tensor:
 def stirling_bregman_gap(a: Tensor, b: Tensor) -> Tensor:
     """Return R(a) - R(b) - R'(b) (a - b)."""
     far_a, far_b = a.clamp_min(_LARGE), b.clamp_min(_LARGE)
-    small = bregman(a, b) - isd(a, b) / 2
+    small = bregman(a, b) - itakura_saito(a, b, a - b) / 2
     return torch.where(torch.minimum(a, b) < _LARGE, small, stirling_bregman(far_a - far_b, far_a, far_b))
 
 
@@ -146,7 +168,7 @@ def beta_excess(a: Tensor, b: Tensor) -> Tensor:
     far = far_a + far_b
     skew = (far_a - far_b) / far_a * ((far_a - far_b) / far_b) / (3 * far)
     s = 1 / far
-    rest = s * s / 6 - x_minus_log1p(s) / 2 + _stirling_tails(far, 2.0)
+    rest = s * s / 6 - log1p_lag(s) / 2 + _stirling_tails(far, 2.0)
     large = skew + (1 / far_a**2 + 1 / far_b**2) / 12 + _stirling_tails(far_a, 1.0) + _stirling_tails(far_b, 1.0) - rest
     return torch.where(torch.minimum(a, b) < _LARGE, direct, large)
 
@@ -236,7 +258,7 @@ def uniform_log_drop(low: Tensor, width: Tensor) -> Tensor:
     ratio = width / low.clamp_min(_TINY)
     near = ratio.clamp_max(1.0)
     far = 1 - low / width * torch.log1p(ratio.clamp_min(1.0))
-    return torch.where(ratio < 1, x_minus_log1p(near) / near, far)
+    return torch.where(ratio < 1, log1p_lag(near) / near, far)
 
 
 def uniform_jensen_gap(low: Tensor, width: Tensor) -> Tensor:
@@ -258,4 +280,4 @@ def uniform_log_width(low: Tensor, high: Tensor) -> Tensor:
 
 def pareto_tail_drop(alpha: Tensor) -> Tensor:
     """Return log E[x] - E[log x] ≥ 0 of a Pareto, -1/α - log(1 - 1/α)."""
-    return x_minus_log1p(-1 / alpha)
+    return log1p_lag(-1 / alpha)

@@ -7,6 +7,8 @@ factor, and nothing here multiplies it out again.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.distributions import LowRankMultivariateNormal, MultivariateNormal
@@ -15,6 +17,7 @@ from torch.nn.functional import pad
 from torch_klloss.closed_forms.elementary import isd, x_minus_log1p
 from torch_klloss.closed_forms.registry import register_kl
 from torch_klloss.rebuild import dtype_of
+from torch_klloss.tracing import is_traced
 
 _AnyNormal = MultivariateNormal | LowRankMultivariateNormal
 
@@ -44,8 +47,43 @@ def _mvn_mvn(q: _AnyNormal, p: _AnyNormal) -> Tensor:
     distance = _solve(L_p.double(), (q.loc.double() - p.loc.double()).unsqueeze(-1))
     inner = torch.float64 if q.event_shape[0] <= _WIDE else dtype
     L_q, L_p = L_q.to(inner), L_p.to(inner)
-    spread = _solve(L_p, (L_q - L_p).tril())
-    return (ratio + (_square(spread) + _square(distance)) / 2).to(dtype)
+    return (ratio + (_spread(L_q, L_p) + _square(distance)) / 2).to(dtype)
+
+
+def _spread(L_q: Tensor, L_p: Tensor) -> Tensor:
+    """Return ‖Lp⁻¹(Lq - Lp)‖²."""
+    is_shared = L_q.dim() > 2 and L_p.shape[:-2].numel() == 1
+    if not is_shared or L_p.dim() > L_q.dim() or is_traced():
+        return _square(_solve(L_p, (L_q - L_p).tril()))
+    value: Tensor = _SharedSpread.apply(L_q, L_p)
+    return value
+
+
+class _SharedSpread(torch.autograd.Function):
+    """‖Lp⁻¹(Lq - Lp)‖² for many Lq, whose passes over memory cost as much as the two products."""
+
+    @staticmethod
+    def forward(ctx: Any, L_q: Tensor, L_p: Tensor) -> Tensor:
+        inverse = _inverse(L_p.view(L_p.shape[-2:])).to(L_q.dtype)
+        spread = inverse @ (L_q - L_p).tril_()
+        ctx.save_for_backward(L_q, L_p, inverse, spread)
+        return _square(spread)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        L_q, L_p, inverse, spread = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is wanted
+            wanted = [t for t, needed in zip((L_q, L_p), ctx.needs_input_grad, strict=True) if needed]
+            found = iter(torch.autograd.grad(_square(_solve(L_p, (L_q - L_p).tril())), wanted, grad, create_graph=True))
+            return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
+        grad = 2 * grad[..., None, None]
+        by_q = (inverse.mT @ spread).mul_(grad).tril_()
+        if not ctx.needs_input_grad[1]:
+            return by_q, None
+        flat, weighted = spread.flatten(0, -3), (spread * grad).flatten(0, -3)
+        square = torch.addbmm(torch.zeros_like(inverse), weighted, flat.mT)
+        by_p = -by_q.flatten(0, -3).sum(0) - (inverse.mT @ square).tril()
+        return by_q if ctx.needs_input_grad[0] else None, by_p.view(L_p.shape)
 
 
 def _solve(factor: Tensor, x: Tensor) -> Tensor:
@@ -56,9 +94,12 @@ def _solve(factor: Tensor, x: Tensor) -> Tensor:
     """
     if factor.shape[:-2].numel() >= x.shape[:-2].numel():
         return torch.linalg.solve_triangular(factor, x, upper=False)
+    return _inverse(factor).to(x.dtype) @ x
+
+
+def _inverse(factor: Tensor) -> Tensor:
     identity = torch.eye(factor.shape[-1], dtype=torch.float64, device=factor.device)
-    inverse = torch.linalg.solve_triangular(factor.double(), identity, upper=False)
-    return inverse.to(x.dtype) @ x
+    return torch.linalg.solve_triangular(factor.double(), identity, upper=False)
 
 
 def _square(x: Tensor) -> Tensor:
@@ -94,13 +135,13 @@ def _low_rank_low_rank(q: LowRankMultivariateNormal, p: LowRankMultivariateNorma
     tr(Cp⁻¹ VᵀV BᵀB) - ‖L⁻¹VᵀB‖² + Σ δᵢ/(1 + δᵢ) (‖bᵢ‖² + 2 aᵢ·bᵢ - δᵢ ‖aᵢ‖²), rows aᵢ of V L⁻ᵀ and bᵢ of B L⁻ᵀ.
 
     The relative error is a small multiple of eps · cond(I + VVᵀ). Where that passes 1 the sum is noise, and no KL is
-    below 0. Factors of rank d or more are taken as matrices of d x d.
+    below 0. With a rank of d/2 or more the matrices are taken as they are, of d x d.
     """
     W_q, D_q, W_p, D_p = (t.double() for d in (q, p) for t in (d._unbroadcasted_cov_factor, d._unbroadcasted_cov_diag))
     V, B = _whitened_factors(W_q, W_p, D_p.sqrt().unsqueeze(-1))
     L = _cholesky_of_one_plus(V.mT @ V)
     distance = _solve_one_plus(V, L, ((q.loc.double() - p.loc.double()) / D_p.sqrt()).unsqueeze(-1))
-    is_low = V.shape[-1] < V.shape[-2]
+    is_low = 2 * V.shape[-1] < V.shape[-2]
     spread = _low_rank_spread(V, B, L, D_q, D_p) if is_low else _full_rank_spread(V, B, D_q, D_p)
     return ((spread + _square(distance)) / 2).clamp_min(0.0).to(torch.promote_types(dtype_of(q), dtype_of(p)))
 
