@@ -92,3 +92,34 @@ def test_a_compiled_module_is_the_eager_one_under_a_mask_too():
         assert compiled == pytest.approx(eager, rel=1e-5)
     assert result["empty"] != result["empty"]  # NaN: nothing to take the mean of
     assert result["torch"] != "compiled"  # the peer, in the same process, before it is warm
+
+
+EDGES = """
+from torch.distributions import kl_divergence as torch_kl
+from torch_klloss import kl_divergence
+def grads(kl, *scales):
+    leaves = [torch.tensor([s], dtype=torch.float64, requires_grad=True) for s in scales]
+    def loss(a, b):
+        return kl(Normal(torch.zeros(1).double(), a), Normal(torch.zeros(1).double(), b)).sum()
+    return [g.item() for g in torch.autograd.grad(loss(*leaves), leaves)]
+def compiled(q, p):
+    return torch.compile(kl_divergence, fullgraph=True, backend="aot_eager")(q, p)
+near = torch.logspace(-8, 0, 200).requires_grad_()
+def vae(logvar):
+    q = diagonal_normal(torch.zeros_like(logvar), logvar, batch_dims=0)
+    return losses["auto"](q, standard_normal_like(q))
+(by_logvar,) = torch.autograd.grad(torch.compile(vae, fullgraph=True)(near), near)
+expected = near.detach().double().expm1() / 2
+print(json.dumps({
+    "narrow": grads(compiled, 1e-25, 1e-3), "eager": grads(kl_divergence, 1e-25, 1e-3),
+    "near": ((by_logvar.double() - expected) / expected).abs().max().item(),
+    "by hand": ((near.detach().exp() - 1).double() / 2 / expected - 1).abs().max().item(),
+}))
+"""
+
+
+def test_a_compiled_gradient_is_finite_at_the_edges_and_has_its_digits_near_equality():
+    result = run(CODE % {} + EDGES)
+    assert result["narrow"] == pytest.approx(result["eager"], rel=1e-12)
+    assert result["near"] <= 4 * 2.0**-23
+    assert result["by hand"] > 1e-2  # what everybody writes

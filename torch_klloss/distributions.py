@@ -55,13 +55,26 @@ class StandardNormal(LogVarNormal):
     """
 
     def __init__(self, shape: Any, dtype: torch.dtype | None = None, device: torch.device | None = None) -> None:
-        zeros = torch.zeros((), dtype=dtype, device=device).expand(shape)
-        super().__init__(zeros, zeros, validate_args=False)
+        self._zero = torch.zeros((), dtype=dtype, device=device)
+        Distribution.__init__(self, shape, validate_args=False)
+        del self._validate_args
+
+    @property
+    def loc(self) -> Tensor:
+        """The mean."""
+        return self._zero.expand(self._batch_shape)
+
+    @property
+    def logvar(self) -> Tensor:
+        """The logarithm of the variance."""
+        return self._zero.expand(self._batch_shape)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> StandardNormal:
         """Return the distribution with its batch dimensions expanded."""
         new: StandardNormal = self._get_checked_instance(StandardNormal, _instance)
-        LogVarNormal.expand(self, batch_shape, new)
+        new._zero = self._zero
+        Distribution.__init__(new, torch.Size(batch_shape), validate_args=False)
+        new._validate_args = self._validate_args
         return new
 
 
@@ -78,9 +91,12 @@ class RawCategorical(Categorical):
     def __init__(self, logits: Tensor, validate_args: bool | None = None) -> None:
         self.raw_logits = self._param = logits
         self._num_events = logits.shape[-1]
-        if logits.numel() == 0:
-            validate_args = False  # torch's check cannot do without an element
-        Distribution.__init__(self, logits.shape[:-1], validate_args=validate_args)
+        Distribution.__init__(self, logits.shape[:-1], validate_args=False)
+        del self._validate_args  # back to the class's, that is torch's, setting
+        if validate_args is not None:
+            self._validate_args = validate_args
+        if self._validate_args and _may_hold_nan(logits):
+            Distribution.__init__(self, logits.shape[:-1], validate_args=True)  # raises torch's own error
 
     @lazy_property
     def logits(self) -> Tensor:
@@ -132,7 +148,7 @@ def diagonal_normal(mean: Tensor, logvar: Tensor, batch_dims: int = 1) -> Indepe
         raise ValueError(
             f"batch_dims must lie between 0 and the number of dimensions of mean ({mean.dim()}), got {batch_dims}."
         )
-    return Independent(LogVarNormal(mean, logvar), mean.dim() - batch_dims)
+    return _independent(LogVarNormal(mean, logvar), batch_dims)
 
 
 def standard_normal_like(q: Distribution) -> Independent:
@@ -156,8 +172,7 @@ def standard_normal_like(q: Distribution) -> Independent:
     """
     if not isinstance(q, Distribution):
         raise TypeError(f"standard_normal_like takes a torch.distributions.Distribution, got {type(q).__name__}.")
-    base = StandardNormal(q.batch_shape + q.event_shape, *dtype_and_device_of(q))
-    return Independent(base, len(q.event_shape), validate_args=False)
+    return _independent(StandardNormal(q.batch_shape + q.event_shape, *dtype_and_device_of(q)), len(q.batch_shape))
 
 
 def categorical(logits: Tensor) -> RawCategorical:
@@ -179,6 +194,16 @@ def categorical(logits: Tensor) -> RawCategorical:
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must have at least one class in its last dimension, got shape {tuple(logits.shape)}.")
     return RawCategorical(logits)
+
+
+def _independent(base: Distribution, batch_dims: int) -> Independent:
+    """Return what torch's constructor does, without checks that cannot fail here: it is part of every step."""
+    d: Independent = Independent.__new__(Independent)
+    d.base_dist, d.reinterpreted_batch_ndims = base, len(base.batch_shape) - batch_dims
+    shape = base.batch_shape
+    Distribution.__init__(d, shape[:batch_dims], shape[batch_dims:], validate_args=False)
+    del d._validate_args
+    return d
 
 
 def _may_hold_nan(*tensors: Tensor) -> bool:

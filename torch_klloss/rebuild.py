@@ -11,6 +11,7 @@ from torch.distributions import Distribution, Transform
 from torch.distributions.transforms import _InverseTransform  # whose _inv is its content, not a way back
 
 _HALF = (torch.float16, torch.bfloat16)
+_PLAIN = (torch.Size, int, bool, type(None))
 
 
 def tensors_of(d: Distribution | Transform) -> list[Tensor]:
@@ -64,12 +65,18 @@ def map_tensors(d: Any, fn: Callable[[Tensor, str, Any], Tensor]) -> Any:
     if not isinstance(d, (Distribution, Transform)):
         return d
     copy = d.__new__(type(d))
+    mapped: dict[int, Tensor] = {}  # one tensor under two names stays one: `_param` and `probs`
     for key, value in d.__dict__.items():
         if key == "_inv" and not isinstance(d, _InverseTransform):
             value = None  # the inverse is made anew, of the new tensors, when somebody asks for it
         elif key == "_cached_x_y":
             value = (None, None)
-        copy.__dict__[key] = fn(value, key, d) if isinstance(value, Tensor) else map_tensors(value, fn)
+        if isinstance(value, Tensor):
+            if id(value) not in mapped:
+                mapped[id(value)] = fn(value, key, d)
+            copy.__dict__[key] = mapped[id(value)]
+        else:
+            copy.__dict__[key] = map_tensors(value, fn)
     return copy
 
 
@@ -83,7 +90,10 @@ def in_full_precision(d: Distribution) -> Distribution:
 
 def _has_half(d: Distribution | Transform) -> bool:
     for key, value in d.__dict__.items():  # every loss comes by here, hence no list of tensors
-        if isinstance(value, Tensor):
+        kind = type(value)
+        if kind in _PLAIN:
+            continue
+        if kind is Tensor or isinstance(value, Tensor):
             if value.dtype in _HALF:
                 return True
         elif isinstance(value, (Distribution, Transform)):

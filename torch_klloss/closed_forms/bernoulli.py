@@ -4,29 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import Bernoulli, Distribution
+from torch.distributions import Bernoulli
 from torch.nn.functional import logsigmoid
 
 from torch_klloss.closed_forms.analytic import Partials, Value, analytic
 from torch_klloss.closed_forms.elementary import common_dtype, gkl, gkl_of_log_ratio, has_float64, log_ratio
+from torch_klloss.closed_forms.given import GIVEN, Given, both_as_given
 from torch_klloss.closed_forms.registry import register_kl
 from torch_klloss.tracing import is_traced
 
 TrialKL = Callable[[Tensor, Tensor, bool], Tensor]
 
 
-class Given(NamedTuple):
-    """Which of the two are given by `probs`; the other ones are by `logits`."""
-
-    q_is_probs: bool
-    p_is_probs: bool
-
-
-GIVEN = [Given(q, p) for q in (False, True) for p in (False, True)]
 LARGEST = 700.0  # of what the exponential is taken of
 BOUND = 645.0  # stands for an infinite log-odds in a derivative; log_ratio has the same bound
 
@@ -45,18 +37,6 @@ def _bernoulli_bernoulli(q: Bernoulli, p: Bernoulli) -> Tensor:
 def trial_kl(q_param: Tensor, p_param: Tensor, given: Given) -> Tensor:
     """Return the KL of one trial in float64, from probabilities of success or their log-odds."""
     return _KL[given](q_param, p_param)
-
-
-def as_given(d: Distribution) -> tuple[Tensor, bool]:
-    """Return the parameter that d was built from, and whether it is `probs`: torch computes the other one on demand."""
-    key = next(key for key in d.__dict__ if key in ("probs", "logits"))
-    return d.__dict__[key], key == "probs"
-
-
-def both_as_given(q: Distribution, p: Distribution) -> tuple[Tensor, Tensor, Given]:
-    """Return the parameters that q and p were built from, and which they are."""
-    (q_param, q_is_probs), (p_param, p_is_probs) = as_given(q), as_given(p)
-    return q_param, p_param, Given(q_is_probs, p_is_probs)
 
 
 def log_odds(param: Tensor, is_probs: bool) -> Tensor:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Binomial
 
-from torch_klloss.closed_forms.bernoulli import both_as_given, trial_kl
+from torch_klloss.closed_forms.bernoulli import trial_kl
 from torch_klloss.closed_forms.elementary import common_dtype
+from torch_klloss.closed_forms.given import both_as_given
 from torch_klloss.closed_forms.registry import register_kl
 from torch_klloss.tracing import is_traced
 

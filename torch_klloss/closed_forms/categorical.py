@@ -19,6 +19,7 @@ from torch_klloss.closed_forms.elementary import (
     has_float64,
     log_ratio,
 )
+from torch_klloss.closed_forms.given import GIVEN, Given, both_as_given
 from torch_klloss.closed_forms.registry import register_kl
 from torch_klloss.tracing import is_traced
 
@@ -37,28 +38,22 @@ def _categorical_categorical(q: Categorical, p: Categorical) -> Tensor:
     Raises:
         ValueError: if q and p differ in the number of classes.
     """
-    (q_param, q_is_probs), (p_param, p_is_probs) = _as_given(q), _as_given(p)
+    q_param, p_param, given = both_as_given(q, p, is_binary=False)
     if q_param.shape[-1] != p_param.shape[-1]:
         raise ValueError(
             f"q and p must have the same number of classes, got {q_param.shape[-1]} and {p_param.shape[-1]}; give the "
             "classes that one of them lacks a probability of 0 (a logit of -inf)."
         )
     if is_traced() or not q_param.is_cpu:
-        return _RECORDED[q_is_probs, p_is_probs](q_param, p_param).squeeze(-1)
-    formula, partials = _FORMULAS[q_is_probs, p_is_probs]
-    return kl_in_blocks(q_param, p_param, formula, partials, are_logits=not (q_is_probs or p_is_probs))
+        return _RECORDED[given](q_param, p_param).squeeze(-1)
+    formula, partials = _FORMULAS[given]
+    return kl_in_blocks(q_param, p_param, formula, partials, are_logits=not any(given))
 
 
 @register_kl(OneHotCategorical, OneHotCategorical)
 def _one_hot_one_hot(q: OneHotCategorical, p: OneHotCategorical) -> Tensor:
     """That of the two Categoricals: a class and its one-hot code are the same outcome."""
     return _categorical_categorical(q._categorical, p._categorical)
-
-
-def _as_given(d: Categorical) -> tuple[Tensor, bool]:
-    """Return the parameter that d was built from, and whether it is `probs`: torch computes the other one on demand."""
-    key = next(key for key in d.__dict__ if key in ("raw_logits", "probs", "logits"))
-    return d.__dict__[key], key == "probs"
 
 
 def _probs_kl(q_probs: Tensor, p_probs: Tensor, series: bool) -> Tensor:
@@ -218,10 +213,9 @@ def _recorded(formula: Formula, partials: Partials) -> Callable[[Tensor, Tensor]
     return kl
 
 
-_FORMULAS: dict[tuple[bool, bool], tuple[Formula, Partials]] = {
-    (False, False): _with_logits(False, False),
-    (False, True): _with_logits(False, True),
-    (True, False): _with_logits(True, False),
-    (True, True): (_probs_kl, _probs_partials),
-}
+def _of_given(given: Given) -> tuple[Formula, Partials]:
+    return (_probs_kl, _probs_partials) if all(given) else _with_logits(*given)
+
+
+_FORMULAS = {given: _of_given(given) for given in GIVEN}
 _RECORDED = {given: _recorded(*formulas) for given, formulas in _FORMULAS.items()}

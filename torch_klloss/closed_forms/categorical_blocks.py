@@ -14,10 +14,11 @@ from torch import Tensor
 
 from torch_klloss.closed_forms.elementary import common_dtype
 
-_BLOCK = 2**15  # numbers of one tensor of a block, so that a handful of its tensors fit into the cache of a core
+_BLOCK = 2**17  # numbers of one tensor of a block, so that a handful of its tensors fit into the cache of a core
 # From so many classes on float32 is tried first, for a KL so large beside the terms that it is the difference of. Its
 # error is below 1e-7 of these: 4 units in the last place, and 32 where there are more than 1024 classes.
-_IN_SINGLE = ((1025, 2.0**-4), (256, 2.0**-1))
+_IN_SINGLE = ((1025, 2.0**-5), (256, 2.0**-1))
+_PART = 64  # classes that are summed in their own dtype, where they are many
 _FEW_NUMBERS = 2**12  # of which all may as well be computed to all digits
 
 Formula = Callable[[Tensor, Tensor, bool], Tensor]
@@ -97,9 +98,10 @@ def _compare(a: Tensor, b: Tensor, least: float) -> tuple[Tensor, Tensor]:
     These are the ones where the KL is less than `least` of the numbers that it is the difference of, or an exponential
     over- or underflows: they are taken of the logits as they are, since these are exact.
     """
-    weights = torch.exp(a)
-    total, other_total = weights.sum(-1, dtype=torch.float64), torch.exp(b).sum(-1, dtype=torch.float64)
-    mean = (_log_ratio(a, b).mul_(weights)).sum(-1, dtype=torch.float64) / total
+    weights, other = torch.exp(a), torch.exp(b)
+    add = _add_in_parts if _is_spread(weights) and _is_spread(other) else _add
+    total, other_total = add(weights), add(other)
+    mean = add(_log_ratio(a, b).mul_(weights)) / total
     log_norm = torch.log(other_total / total)
     value = log_norm - mean
     underflows = torch.minimum(total, other_total) < math.sqrt(torch.finfo(a.dtype).tiny)
@@ -112,9 +114,26 @@ def _differentiate(a: Tensor, b: Tensor, rows: Tensor, grad: Tensor, by_a: Tenso
     _, total, other_total, mean = rows
     weights, share = torch.exp(a), grad / total
     if by_a is not None:
-        by_a.copy_(_log_ratio(a, b).sub_(mean).mul_(weights).mul_(-share))
+        torch.mul(_log_ratio(a, b).sub_(mean).mul_(weights), -share, out=by_a)
     if by_b is not None:
-        by_b.copy_(torch.exp(b).mul_(grad / other_total).sub_(weights.mul_(share)))
+        torch.sub(torch.exp(b).mul_(grad / other_total), weights.mul_(share), out=by_b)
+
+
+def _add(t: Tensor) -> Tensor:
+    return t.sum(-1, dtype=torch.float64)
+
+
+def _add_in_parts(t: Tensor) -> Tensor:
+    """Return the sum of each row, a few numbers at a time in their own dtype: in a quarter of the time."""
+    return _add(t.unflatten(-1, (-1, _PART)).sum(-1))
+
+
+def _is_spread(weights: Tensor) -> bool:
+    """Tell whether no few classes are most of any row, so that the roundings of its parts average out."""
+    if weights.shape[-1] % _PART:
+        return False
+    parts = weights.unflatten(-1, (-1, _PART)).sum(-1)
+    return bool((parts.amax(-1) * 16 < parts.sum(-1)).all())
 
 
 def _log_ratio(a: Tensor, b: Tensor) -> Tensor:

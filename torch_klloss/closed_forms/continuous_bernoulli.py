@@ -15,6 +15,7 @@ from torch.distributions import ContinuousBernoulli
 from torch_klloss.closed_forms.analytic import analytic
 from torch_klloss.closed_forms.bregman import isd
 from torch_klloss.closed_forms.elementary import common_dtype, e2, horner, log_ratio
+from torch_klloss.closed_forms.given import both_as_given
 from torch_klloss.closed_forms.registry import register_kl
 
 _SMALL = 0.5
@@ -46,22 +47,15 @@ def _continuous_bernoulli_continuous_bernoulli(q: ContinuousBernoulli, p: Contin
         *The continuous Bernoulli: fixing a pervasive error in variational autoencoders* (Loaiza-Ganem and Cunningham,
         2019), for the density.
     """
-    if _is_given_by_probs(q) and _is_given_by_probs(p):
-        return _kl_of_probs(q.probs, p.probs)
-    dtype = common_dtype(q._param, p._param)
-    return _kl_of_logits(_logits(q), _logits(p)).to(dtype)
+    q_param, p_param, given = both_as_given(q, p)
+    if all(given):
+        return _kl_of_probs(q_param, p_param)
+    value = _kl_of_logits(_logits(q_param, given.q_is_probs), _logits(p_param, given.p_is_probs))
+    return value.to(common_dtype(q_param, p_param))
 
 
-def _is_given_by_probs(d: ContinuousBernoulli) -> bool:
-    """Tell which of its two parametrisations d was built from: torch stores the other one beside it on request."""
-    held = d.__dict__
-    if d._param is held.get("logits"):
-        return False
-    return next(key for key in held if key in ("probs", "logits")) == "probs"
-
-
-def _logits(d: ContinuousBernoulli) -> Tensor:
-    return _logit(d.probs.double()) if _is_given_by_probs(d) else d.logits
+def _logits(param: Tensor, is_probs: bool) -> Tensor:
+    return _logit(param.double()) if is_probs else param
 
 
 def _logit(probs: Tensor) -> Tensor:

@@ -11,18 +11,9 @@ from torch.distributions import Geometric
 from torch.nn.functional import logsigmoid
 
 from torch_klloss.closed_forms.analytic import Value, analytic
-from torch_klloss.closed_forms.bernoulli import (
-    BOUND,
-    GIVEN,
-    LARGEST,
-    TRIAL,
-    Given,
-    both_as_given,
-    log_odds,
-    may_hold_anywhere,
-    shift_between,
-)
+from torch_klloss.closed_forms.bernoulli import BOUND, LARGEST, TRIAL, log_odds, may_hold_anywhere, shift_between
 from torch_klloss.closed_forms.elementary import ABOVE_MINUS_ONE, common_dtype, has_float64, log_ratio
+from torch_klloss.closed_forms.given import GIVEN, Given, both_as_given
 from torch_klloss.closed_forms.registry import register_kl
 
 _RARE, _UNDERFLOWS = -40.0, -700.0  # log-odds

@@ -24,8 +24,8 @@ from torch.distributions import (
 )
 from torch.nn.functional import softplus
 
-from torch_klloss.closed_forms.bernoulli import as_given
 from torch_klloss.closed_forms.elementary import log_ratio
+from torch_klloss.closed_forms.given import as_given
 from torch_klloss.closed_forms.registry import register_kl
 from torch_klloss.rebuild import dtype_of
 

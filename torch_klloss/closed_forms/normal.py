@@ -54,7 +54,8 @@ def _kl(q_loc: Tensor, q_scale: Tensor, p_loc: Tensor, p_scale: Tensor) -> Tenso
     ratio = torch.clamp(torch.div(gap, wide_q, out=into), min=ABOVE_MINUS_ONE, out=into)  # -1 if σq is beyond 1e16 σp
     spread = torch.sub(torch.log1p(ratio, out=into), x, out=into)
     if has_float64(q_scale, p_scale):
-        spread = torch.where(x.abs() < 0.125, x_minus_log1p(-x), spread)
+        is_near = x.abs() < 0.125  # what is not taken must not be infinite: its derivative would be NaN
+        spread = torch.where(is_near, x_minus_log1p(torch.where(is_near, -x, 0.0)), spread)
     spread = torch.addcmul(spread, x, x, value=0.5, out=into)
     spread = spread.to(distance.dtype)
     return torch.addcmul(spread, distance, distance, value=0.5, out=spread if reuse else None)
