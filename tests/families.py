@@ -105,13 +105,15 @@ def _kumaraswamy_density(d: dist.Kumaraswamy, x: Tensor) -> Tensor:
 def _generalized_pareto_density(d: dist.GeneralizedPareto, x: Tensor) -> Tensor:
     """Return what torch's log_prob refuses in float64, comparing with a constant of the default dtype."""
     c = d.concentration
-    return -(1 + 1 / c) * torch.log1p(c * x / d.scale) - d.scale.log()
+    inside = x.clamp_min(0.0)
+    return torch.where(x < 0, -math.inf, -(1 + 1 / c) * torch.log1p(c * inside / d.scale) - d.scale.log())
 
 
 def _von_mises_density(d: dist.VonMises, x: Tensor) -> Tensor:
-    """Return what torch's log_prob knows to seven digits, by a polynomial for the Bessel function."""
+    """Return what torch's log_prob knows to seven digits, by a polynomial for the Bessel function, on the circle."""
     c = d.concentration
-    return c * (torch.cos(x - d.loc) - 1) - torch.special.i0e(c).log() - math.log(2 * math.pi)
+    on_circle = c * (torch.cos(x - d.loc) - 1) - torch.special.i0e(c).log() - math.log(2 * math.pi)
+    return torch.where(x.abs() <= math.pi, on_circle, -math.inf)
 
 
 def one_hots(q: Distribution, p: Distribution) -> Reference:

@@ -12,6 +12,10 @@ from torch import Tensor
 from torch_klloss.special import student_t_quantile
 
 
+class NotCertifiedError(ValueError):
+    """Raised by a method that found a number which it cannot vouch for."""
+
+
 @dataclass(frozen=True)
 class KLEstimate:
     """Hold a KL in nats, one per batch element, with the error its method can vouch for.

@@ -6,6 +6,7 @@ To cover a newly registered type, add one entry to `INSTANCES`.
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import pytest
 import torch
@@ -14,17 +15,19 @@ from torch import Tensor
 from torch.distributions import Distribution, ExponentialFamily
 from torch.distributions import kl_divergence as torch_kl
 from torch.distributions.kl import _KL_REGISTRY
+from torch.distributions.relaxed_bernoulli import LogitRelaxedBernoulli
 
 from tests.processes import run
 from torch_klloss import kl_divergence
 from torch_klloss.closed_forms.registry import _RULES
 from torch_klloss.distributions import LogVarNormal, RawCategorical, StandardNormal
+from torch_klloss.logistic import Logistic
 
 Batch = tuple[int, ...]
 Parameters = dict[str, Tensor]
 Space = Callable[[Batch, torch.dtype, float], Tensor]
 
-ABSTRACT = {ExponentialFamily}  # has no instances of its own; its rule stands for classes of users
+ABSTRACT = {ExponentialFamily, Distribution}  # have no instances of their own; their rules stand for all classes
 PARTS = 0.618033988749895
 
 
@@ -53,6 +56,7 @@ def simplex(size: int) -> Space:
 
 
 REAL, POSITIVE, UNIT, COUNT = between(-1, 1), between(0.5, 2), between(0.2, 0.8), between(4, 4)
+ALIKE = between(1.5, 1.5)  # of pairs that have a closed form only where q and p have the same
 
 
 @dataclass(frozen=True)
@@ -115,17 +119,25 @@ INSTANCES: dict[type[Distribution], Instances] = {
     dist.ContinuousBernoulli: Instances(dist.ContinuousBernoulli, {"logits": REAL}),
     dist.Dirichlet: Instances(dist.Dirichlet, {"concentration": between(0.5, 2, 3)}),
     dist.Exponential: Instances(dist.Exponential, {"rate": POSITIVE}),
+    dist.FisherSnedecor: Instances(dist.FisherSnedecor, {"df1": between(3, 6), "df2": between(5, 9)}, nan=False),
     dist.Gamma: Instances(dist.Gamma, {"concentration": POSITIVE, "rate": POSITIVE}),
+    dist.GeneralizedPareto: Instances(
+        dist.GeneralizedPareto, {"loc": POSITIVE, "scale": POSITIVE, "concentration": between(-0.4, 0.4)}
+    ),
     dist.Geometric: Instances(dist.Geometric, {"probs": UNIT}),
     dist.Gumbel: Instances(dist.Gumbel, LOCATION_SCALE),
     dist.HalfCauchy: Instances(dist.HalfCauchy, {"scale": POSITIVE}),
     dist.HalfNormal: Instances(dist.HalfNormal, {"scale": POSITIVE}),
-    dist.Independent: Instances(independent_normals, {"loc": between(-1, 1, 2), "scale": between(0.5, 2, 2)}),
+    dist.Independent: Instances(independent_normals, {"loc": between(-1, 1, 3), "scale": between(0.5, 2, 3)}),
     dist.InverseGamma: Instances(dist.InverseGamma, {"concentration": POSITIVE, "rate": POSITIVE}),
-    dist.Kumaraswamy: Instances(dist.Kumaraswamy, CONCENTRATIONS),
+    dist.Kumaraswamy: Instances(dist.Kumaraswamy, {"concentration1": ALIKE, "concentration0": POSITIVE}),
     dist.Laplace: Instances(dist.Laplace, LOCATION_SCALE),
+    dist.LKJCholesky: Instances(partial(dist.LKJCholesky, 3), {"concentration": POSITIVE}, nan=False, traced=False),
+    Logistic: Instances(Logistic, {"loc": REAL, "scale": ALIKE}),
+    LogitRelaxedBernoulli: Instances(LogitRelaxedBernoulli, {"temperature": ALIKE, "logits": REAL}),
     dist.LogNormal: Instances(dist.LogNormal, LOCATION_SCALE),
     dist.LowRankMultivariateNormal: Instances(dist.LowRankMultivariateNormal, FACTORS, halves=False, nan=False),
+    dist.Multinomial: Instances(partial(dist.Multinomial, 4), {"logits": between(-1, 1, 4)}, nan=False),
     dist.MultivariateNormal: Instances(dist.MultivariateNormal, {"loc": between(-1, 1, 3), "scale_tril": factor(3)}),
     dist.NegativeBinomial: Instances(
         dist.NegativeBinomial, {"total_count": COUNT, "probs": UNIT}, constants=("total_count",)
@@ -138,6 +150,7 @@ INSTANCES: dict[type[Distribution], Instances] = {
         as_p={"scale": between(0.05, 0.15), "alpha": POSITIVE},
     ),
     dist.Poisson: Instances(dist.Poisson, {"rate": POSITIVE}),
+    dist.StudentT: Instances(dist.StudentT, {"df": between(3, 6), **LOCATION_SCALE}, nan=False),
     dist.TransformedDistribution: Instances(exp_of_normal, LOCATION_SCALE),
     dist.Uniform: Instances(
         dist.Uniform,

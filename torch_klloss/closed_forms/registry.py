@@ -218,7 +218,7 @@ def _warn_if_ambiguous(q: Distribution, p: Distribution, chosen: Types) -> None:
     for type_p in type(p).__mro__:
         for type_q in type(q).__mro__:
             types = (type_q, type_p)
-            if types in _RULES or types in _TORCH_RULES:
+            if Distribution not in types and (types in _RULES or types in _TORCH_RULES):  # one for all yields to any
                 if _rule_at(types) is not _rule_at(chosen):
                     warnings.warn(
                         f"KL({type(q).__name__}‖{type(p).__name__}) is ambiguous between the rules for "

@@ -8,10 +8,7 @@ import torch
 from torch.distributions import Distribution
 
 from torch_klloss.estimate import KLEstimate
-
-
-class NotCertifiedError(ValueError):
-    """Raised by a method that found a number which it cannot vouch for."""
+from torch_klloss.estimate import NotCertifiedError as NotCertifiedError  # methods raise it, and closed forms too
 
 
 class Method(Protocol):

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch.distributions import Distribution, TransformedDistribution
+from torch.distributions import Distribution
 
 from torch_klloss.closed_forms.registry import Match, evaluate, find_rule, has_closed_form, refuse
+from torch_klloss.closed_forms.transformed import structural
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.rebuild import device_of
 from torch_klloss.rng import private_rng
-from torch_klloss.structure import check_pair, peel
+from torch_klloss.structure import check_pair, peel, simplify
 
 # Classes whose own log_prob was seen to differ from the one that a rule was written for.
 _DIFFERENT: weakref.WeakSet[type[Distribution]] = weakref.WeakSet()
@@ -63,12 +64,11 @@ def _applies(match: Match, q: Distribution, p: Distribution) -> bool:
     """Tell whether q and p have the densities that the rule was written for, down to what they are transformed from."""
     if not (_keeps_density(q, match.types[0]) and _keeps_density(p, match.types[1])):
         return False
-    generic = match.types == (TransformedDistribution, TransformedDistribution)
-    if not (generic and isinstance(q, TransformedDistribution) and isinstance(p, TransformedDistribution)):
+    if match.rule is not structural:
         return True
-    base_q, base_p, _ = peel(q.base_dist, p.base_dist)
-    base_match = find_rule(base_q, base_p)
-    return base_match is not None and _applies(base_match, base_q, base_p)
+    q, p, _ = simplify(q, p)
+    simple = find_rule(q, p)
+    return simple is not None and (simple.rule is structural or _applies(simple, q, p))
 
 
 def _keeps_density(d: Distribution, parent: type[Distribution]) -> bool:

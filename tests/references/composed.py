@@ -1,0 +1,500 @@
+"""Pairs that are composed from moments, in mpmath: each q brings its moments, each p its cross-entropy.
+
+At 40 digits nothing needs care. The mean and the variance of log x are no formulas but derivatives of E[x^k] at k = 0,
+and a moment is infinite where the integral diverges.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import mpmath as mp
+import numpy as np
+import torch
+import torch.distributions as dist
+
+from tests.references.harness import Exact, Reference, log_uniform
+
+Draw = Callable[[np.random.Generator, str, int], dict[str, Any]]
+DIGITS = 40
+
+
+class Moments:
+    """The moments of one q, from E[x^k] for low < k < high and from what a family adds."""
+
+    def __init__(self, power: Any = None, low: Any = -mp.inf, high: Any = mp.inf, **others: Any) -> None:
+        self._power, self._low, self._high, self._others = power, low, high, others
+
+    def power(self, k: Any) -> Any:
+        return self._power(k) if self._low < k < self._high else mp.inf
+
+    def mean(self) -> Any:
+        return self._others["mean"]() if "mean" in self._others else self.power(1)
+
+    def second(self) -> Any:
+        return self._others["second"]() if "second" in self._others else self.power(2)
+
+    @cached_property
+    def _mean_of_log(self) -> Any:
+        return mp.diff(self._power, 0)
+
+    def log(self) -> Any:
+        return self._mean_of_log
+
+    def log_second(self) -> Any:
+        return mp.diff(self._power, 0, 2)
+
+    def __getattr__(self, name: str) -> Any:
+        return self._others[name]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family: how its parameters are drawn, the ends of its support, and what it is as q and as p.
+
+    Args:
+        draw: (rng, regime, num_draws) -> parameters under torch's names.
+        support: parameters -> its two ends.
+        entropy: parameters -> differential entropy; None where the family is never q.
+        moments: parameters -> moments.
+        cross_entropy: (parameters, moments of q) -> E_q[-log p]; None where the family is never p.
+    """
+
+    draw: Draw
+    support: Callable[[Exact], tuple[Any, Any]]
+    entropy: Callable[[Exact], Any] | None = None
+    moments: Callable[[Exact], Moments] | None = None
+    cross_entropy: Callable[[Exact, Any], Any] | None = None
+
+
+def spread(low: float, high: float, wide_low: float, wide_high: float) -> Callable[..., Any]:
+    """Return a draw that is log-uniform between the two numbers of a regime."""
+    spans = {"moderate": (low, high), "wide": (wide_low, wide_high)}
+    return lambda rng, regime, n: log_uniform(rng, *spans[regime], n)
+
+
+positive = spread(0.2, 5, 1e-3, 1e3)
+shape = spread(0.3, 20, 1e-2, 1e3)
+
+
+def real(rng: np.random.Generator, regime: str, n: int) -> Any:
+    return rng.choice([-1, 1], n) * positive(rng, regime, n)
+
+
+def drawn(**parameters: Callable[..., Any]) -> Draw:
+    return lambda rng, regime, n: {key: draw(rng, regime, n) for key, draw in parameters.items()}
+
+
+def interval(low: Callable[..., Any]) -> Draw:
+    def draw(rng: np.random.Generator, regime: str, n: int) -> dict[str, Any]:
+        start = low(rng, regime, n)
+        return {"low": start, "high": start + positive(rng, regime, n)}
+
+    return draw
+
+
+def gamma_ratio(a: Any, k: Any) -> Any:
+    return mp.gamma(a + k) / mp.gamma(a)
+
+
+def beta_entropy(a: Any, b: Any) -> Any:
+    log_beta = mp.loggamma(a) + mp.loggamma(b) - mp.loggamma(a + b)
+    return log_beta - (a - 1) * mp.psi(0, a) - (b - 1) * mp.psi(0, b) + (a + b - 2) * mp.psi(0, a + b)
+
+
+def half_normal_deviation(s: Any, m: Any) -> Any:
+    mean = s * mp.sqrt(2 / mp.pi)
+    above = mean * mp.exp(-((m / s) ** 2) / 2) - m * mp.erfc(m / s / mp.sqrt(2))
+    return mean - m if m < 0 else m - mean + 2 * above
+
+
+def log_normal_deviation(loc: Any, scale: Any, m: Any) -> Any:
+    mean = mp.exp(loc + scale**2 / 2)
+    if m <= 0:
+        return mean - m
+    d = (loc - mp.log(m)) / scale
+    return m - mean + 2 * (mean * mp.ncdf(d + scale) - m * mp.ncdf(d))
+
+
+def pareto_deviation(s: Any, alpha: Any, m: Any) -> Any:
+    if alpha <= 1:
+        return mp.inf
+    mean = s * alpha / (alpha - 1)
+    return mean - m if m < s else m - mean + 2 * m * (s / m) ** alpha / (alpha - 1)
+
+
+def generalized_pareto_deviation(loc: Any, scale: Any, c: Any, m: Any) -> Any:
+    if c >= 1:
+        return mp.inf
+    mean, base = loc + scale / (1 - c), 1 + c * (m - loc) / scale
+    if m < loc:
+        return mean - m
+    return m - mean + (2 * scale / (1 - c) * base ** (1 - 1 / c) if base > 0 else 0)
+
+
+def gumbel_deviation(loc: Any, scale: Any, m: Any) -> Any:
+    z = (m - loc) / scale
+    w = mp.exp(-z)
+    return scale * (z - mp.euler + 2 * (mp.e1(w) + mp.log(w) + mp.euler))
+
+
+def uniform_moments(p: Exact) -> Moments:
+    low, high = p["low"], p["high"]
+    width = high - low
+
+    def power(k: Any) -> Any:
+        if k == -1:
+            return mp.log(high / low) / width
+        return (high ** (k + 1) - low ** (k + 1)) / (k + 1) / width
+
+    def between(primitive: Any) -> Any:
+        return (primitive(high) - primitive(low)) / width
+
+    def deviation(m: Any) -> Any:
+        return between(lambda x: (x - m) * abs(x - m) / 2)
+
+    def log_square(m: Any, c: Any) -> Any:
+        return between(lambda x: (x - m) * mp.log(c**2 + (x - m) ** 2) - 2 * (x - m) + 2 * c * mp.atan((x - m) / c))
+
+    return Moments(
+        power,
+        mean=lambda: (low + high) / 2,
+        second=lambda: (low**2 + low * high + high**2) / 3,
+        deviation=deviation,
+        log_square=log_square,
+        log_affine=lambda c: between(lambda x: (1 + c * x) * mp.log(1 + c * x) / c - x),
+        cosine=lambda m: between(lambda x: mp.sin(x - m)),
+    )
+
+
+def kumaraswamy_moments(p: Exact) -> Moments:
+    a, b = p["concentration1"], p["concentration0"]
+
+    def log1m() -> Any:
+        def at(t: Any) -> Any:
+            return mp.exp(-t) * mp.log(-mp.expm1(mp.log1p(-mp.exp(-t / b)) / a))
+
+        return mp.quad(at, sorted({mp.mpf(0), b / 10, b, 10 * b, mp.mpf(1), mp.mpf(10), mp.mpf(40), mp.mpf(150)}))
+
+    return Moments(lambda k: b * mp.beta(1 + k / a, b), -a, log1m=log1m)
+
+
+def tilt(p: Exact) -> Moments:
+    t = p["logits"]
+
+    def laplace(s: Any) -> Any:
+        return mp.expm1(t - s) / (t - s) * t / mp.expm1(t)
+
+    mean = mp.exp(t) / mp.expm1(t) - 1 / t
+    return Moments(
+        mean=lambda: mean,
+        second=lambda: mp.exp(t) / mp.expm1(t) - 2 * mean / t,
+        laplace=laplace,
+    )
+
+
+def location_scale() -> Draw:
+    return drawn(loc=real, scale=positive)
+
+
+def whole_line(p: Exact) -> tuple[Any, Any]:
+    return -mp.inf, mp.inf
+
+
+def half_line(p: Exact) -> tuple[Any, Any]:
+    return mp.mpf(0), mp.inf
+
+
+def unit(p: Exact) -> tuple[Any, Any]:
+    return mp.mpf(0), mp.mpf(1)
+
+
+def generalized_pareto_support(p: Exact) -> tuple[Any, Any]:
+    loc, scale, c = p["loc"], p["scale"], p["concentration"]
+    return loc, loc - scale / c if c < 0 else mp.inf
+
+
+def gamma_cross_entropy(a: Any, rate: Any, log: Any, mean: Any) -> Any:
+    return mp.loggamma(a) - a * mp.log(rate) - (a - 1) * log + rate * mean
+
+
+def student_t_cross_entropy(p: Exact, q: Any) -> Any:
+    nu, scale = p["df"], p["scale"]
+    log_norm = mp.log(mp.beta(nu / 2, mp.mpf(1) / 2)) + mp.log(nu) / 2 + mp.log(scale)
+    c = scale * mp.sqrt(nu)
+    return log_norm + (nu + 1) / 2 * (q.log_square(p["loc"], c) - 2 * mp.log(c))
+
+
+def fisher_cross_entropy(p: Exact, q: Any) -> Any:
+    a, b = p["df1"] / 2, p["df2"] / 2
+    return mp.log(mp.beta(a, b)) - a * mp.log(a / b) - (a - 1) * q.log() + (a + b) * q.log_affine(a / b)
+
+
+def log_normal_cross_entropy(p: Exact, q: Any) -> Any:
+    loc, scale, log = p["loc"], p["scale"], q.log()
+    return log + mp.log(2 * mp.pi * scale**2) / 2 + (q.log_second() - 2 * loc * log + loc**2) / scale**2 / 2
+
+
+def normal_cross_entropy(p: Exact, q: Any) -> Any:
+    second = q.second()
+    if mp.isinf(second):
+        return mp.inf
+    return (
+        mp.log(2 * mp.pi * p["scale"] ** 2) / 2
+        + (second - 2 * p["loc"] * q.mean() + p["loc"] ** 2) / p["scale"] ** 2 / 2
+    )
+
+
+def weibull_cross_entropy(p: Exact, q: Any) -> Any:
+    k, scale = p["concentration"], p["scale"]
+    return k * mp.log(scale) - mp.log(k) - (k - 1) * q.log() + q.power(k) / scale**k
+
+
+def fisher_entropy(p: Exact) -> Any:
+    a, b = p["df1"] / 2, p["df2"] / 2
+    bend = (1 - a) * mp.psi(0, a) - (1 + b) * mp.psi(0, b) + (a + b) * mp.psi(0, a + b)
+    return mp.log(mp.beta(a, b)) + bend + mp.log(b / a)
+
+
+FAMILIES: dict[type[dist.Distribution], Family] = {
+    dist.Beta: Family(
+        drawn(concentration1=shape, concentration0=shape),
+        unit,
+        lambda p: beta_entropy(p["concentration1"], p["concentration0"]),
+        lambda p: Moments(
+            lambda k: gamma_ratio(p["concentration1"], k) / gamma_ratio(p["concentration1"] + p["concentration0"], k),
+            -p["concentration1"],
+        ),
+        lambda p, q: (
+            mp.log(mp.beta(p["concentration1"], p["concentration0"]))
+            - (p["concentration1"] - 1) * q.log()
+            - (p["concentration0"] - 1) * q.log1m()
+        ),
+    ),
+    dist.Cauchy: Family(
+        location_scale(),
+        whole_line,
+        lambda p: mp.log(4 * mp.pi * p["scale"]),
+        lambda p: Moments(log_square=lambda m, c: mp.log((c + p["scale"]) ** 2 + (p["loc"] - m) ** 2)),
+        lambda p, q: mp.log(mp.pi / p["scale"]) + q.log_square(p["loc"], p["scale"]),
+    ),
+    dist.ContinuousBernoulli: Family(
+        drawn(logits=lambda rng, regime, n: rng.choice([-1, 1], n) * log_uniform(rng, 0.1, 20, n)),
+        unit,
+        lambda p: -p["logits"] * tilt(p).mean() + mp.log(mp.expm1(p["logits"]) / p["logits"]),
+        tilt,
+        lambda p, q: mp.log(mp.expm1(p["logits"]) / p["logits"]) - p["logits"] * q.mean(),
+    ),
+    dist.Exponential: Family(
+        drawn(rate=positive),
+        half_line,
+        lambda p: 1 - mp.log(p["rate"]),
+        lambda p: Moments(
+            lambda k: mp.gamma(1 + k) / p["rate"] ** k,
+            -1,
+            deviation=lambda m: (
+                (1 / p["rate"] - m) if m < 0 else m - 1 / p["rate"] + 2 * mp.exp(-p["rate"] * m) / p["rate"]
+            ),
+        ),
+        lambda p, q: p["rate"] * q.mean() - mp.log(p["rate"]),
+    ),
+    dist.FisherSnedecor: Family(
+        drawn(df1=shape, df2=spread(5, 30, 1e-1, 1e3)),
+        half_line,
+        fisher_entropy,
+        lambda p: Moments(
+            lambda k: (p["df2"] / p["df1"]) ** k * gamma_ratio(p["df1"] / 2, k) * gamma_ratio(p["df2"] / 2, -k),
+            -p["df1"] / 2,
+            p["df2"] / 2,
+        ),
+        fisher_cross_entropy,
+    ),
+    dist.Gamma: Family(
+        drawn(concentration=shape, rate=positive),
+        half_line,
+        lambda p: (
+            p["concentration"]
+            - mp.log(p["rate"])
+            + mp.loggamma(p["concentration"])
+            + (1 - p["concentration"]) * mp.psi(0, p["concentration"])
+        ),
+        lambda p: Moments(lambda k: gamma_ratio(p["concentration"], k) / p["rate"] ** k, -p["concentration"]),
+        lambda p, q: gamma_cross_entropy(p["concentration"], p["rate"], q.log(), q.mean()),
+    ),
+    dist.GeneralizedPareto: Family(
+        drawn(
+            loc=positive,
+            scale=positive,
+            concentration=lambda rng, regime, n: rng.uniform(-0.9, 0.9 if regime == "wide" else 0.4, n),
+        ),
+        generalized_pareto_support,
+        lambda p: mp.log(p["scale"]) + p["concentration"] + 1,
+        lambda p: Moments(
+            mean=lambda: p["loc"] + p["scale"] / (1 - p["concentration"]) if p["concentration"] < 1 else mp.inf,
+            second=lambda: (
+                (p["loc"] + p["scale"] / (1 - p["concentration"])) ** 2
+                + (p["scale"] / (1 - p["concentration"])) ** 2 / (1 - 2 * p["concentration"])
+                if 2 * p["concentration"] < 1
+                else mp.inf
+            ),
+            deviation=lambda m: generalized_pareto_deviation(p["loc"], p["scale"], p["concentration"], m),
+        ),
+    ),
+    dist.Gumbel: Family(
+        location_scale(),
+        whole_line,
+        lambda p: mp.log(p["scale"]) + 1 + mp.euler,
+        lambda p: Moments(deviation=lambda m: gumbel_deviation(p["loc"], p["scale"], m)),
+        lambda p, q: (
+            mp.log(p["scale"])
+            + (q.mean() - p["loc"]) / p["scale"]
+            + q.laplace(1 / p["scale"]) * mp.exp(p["loc"] / p["scale"])
+        ),
+    ),
+    dist.HalfCauchy: Family(
+        drawn(scale=positive),
+        half_line,
+        lambda p: mp.log(2 * mp.pi * p["scale"]),
+        lambda p: Moments(lambda k: p["scale"] ** k / mp.cos(mp.pi * k / 2), -1, 1),
+        lambda p, q: mp.log(mp.pi / 2 / p["scale"]) + q.log_square(mp.mpf(0), p["scale"]),
+    ),
+    dist.HalfNormal: Family(
+        drawn(scale=positive),
+        half_line,
+        lambda p: mp.log(mp.pi * mp.e * p["scale"] ** 2 / 2) / 2,
+        lambda p: Moments(
+            lambda k: (mp.sqrt(2) * p["scale"]) ** k * mp.gamma((k + 1) / mp.mpf(2)) / mp.sqrt(mp.pi),
+            -1,
+            laplace=lambda t: mp.exp((t * p["scale"]) ** 2 / 2) * mp.erfc(t * p["scale"] / mp.sqrt(2)),
+            deviation=lambda m: half_normal_deviation(p["scale"], m),
+        ),
+        lambda p, q: mp.log(mp.pi * p["scale"] ** 2 / 2) / 2 + q.second() / p["scale"] ** 2 / 2,
+    ),
+    dist.InverseGamma: Family(
+        drawn(concentration=shape, rate=positive),
+        half_line,
+        lambda p: (
+            p["concentration"]
+            + mp.log(p["rate"])
+            + mp.loggamma(p["concentration"])
+            - (1 + p["concentration"]) * mp.psi(0, p["concentration"])
+        ),
+        lambda p: Moments(lambda k: gamma_ratio(p["concentration"], -k) * p["rate"] ** k, -mp.inf, p["concentration"]),
+        lambda p, q: (
+            mp.loggamma(p["concentration"])
+            - p["concentration"] * mp.log(p["rate"])
+            + (p["concentration"] + 1) * q.log()
+            + p["rate"] * q.power(-1)
+        ),
+    ),
+    dist.Kumaraswamy: Family(
+        drawn(concentration1=spread(0.3, 10, 0.05, 50), concentration0=spread(0.3, 10, 0.05, 50)),
+        unit,
+        lambda p: (
+            (1 - 1 / p["concentration0"])
+            + (1 - 1 / p["concentration1"]) * (mp.psi(0, p["concentration0"] + 1) + mp.euler)
+            - mp.log(p["concentration1"] * p["concentration0"])
+        ),
+        kumaraswamy_moments,
+    ),
+    dist.Laplace: Family(
+        location_scale(),
+        whole_line,
+        lambda p: 1 + mp.log(2 * p["scale"]),
+        lambda p: Moments(
+            mean=lambda: p["loc"],
+            laplace=lambda t: mp.exp(-t * p["loc"]) / (1 - (t * p["scale"]) ** 2) if t * p["scale"] < 1 else mp.inf,
+        ),
+        lambda p, q: mp.log(2 * p["scale"]) + q.deviation(p["loc"]) / p["scale"],
+    ),
+    dist.LogNormal: Family(
+        drawn(loc=spread(0.2, 3, 1e-2, 10), scale=spread(0.2, 2, 1e-2, 5)),
+        half_line,
+        lambda p: p["loc"] + mp.log(2 * mp.pi * mp.e * p["scale"] ** 2) / 2,
+        lambda p: Moments(
+            lambda k: mp.exp(k * p["loc"] + (k * p["scale"]) ** 2 / 2),
+            deviation=lambda m: log_normal_deviation(p["loc"], p["scale"], m),
+        ),
+        log_normal_cross_entropy,
+    ),
+    dist.Normal: Family(location_scale(), whole_line, cross_entropy=normal_cross_entropy),
+    dist.Pareto: Family(
+        drawn(scale=positive, alpha=spread(0.5, 20, 1e-2, 1e3)),
+        lambda p: (p["scale"], mp.inf),
+        lambda p: mp.log(p["scale"] / p["alpha"]) + 1 / p["alpha"] + 1,
+        lambda p: Moments(
+            lambda k: p["scale"] ** k * p["alpha"] / (p["alpha"] - k),
+            -mp.inf,
+            p["alpha"],
+            deviation=lambda m: pareto_deviation(p["scale"], p["alpha"], m),
+        ),
+    ),
+    dist.StudentT: Family(
+        drawn(df=spread(0.5, 20, 1e-1, 1e3), loc=real, scale=positive),
+        whole_line,
+        lambda p: (
+            (p["df"] + 1) / 2 * (mp.psi(0, (p["df"] + 1) / 2) - mp.psi(0, p["df"] / 2))
+            + mp.log(mp.beta(p["df"] / 2, mp.mpf(1) / 2) * mp.sqrt(p["df"]) * p["scale"])
+        ),
+        lambda p: Moments(
+            mean=lambda: p["loc"],
+            second=lambda: p["loc"] ** 2 + p["scale"] ** 2 * p["df"] / (p["df"] - 2) if p["df"] > 2 else mp.inf,
+        ),
+        student_t_cross_entropy,
+    ),
+    dist.Uniform: Family(
+        interval(positive),
+        lambda p: (p["low"], p["high"]),
+        lambda p: mp.log(p["high"] - p["low"]),
+        uniform_moments,
+        lambda p, q: mp.log(p["high"] - p["low"]),
+    ),
+    dist.VonMises: Family(
+        drawn(loc=lambda rng, regime, n: rng.uniform(-3, 3, n), concentration=positive),
+        lambda p: (-mp.pi, mp.pi),
+        lambda p: (
+            mp.log(2 * mp.pi * mp.besseli(0, p["concentration"]))
+            - p["concentration"] * mp.besseli(1, p["concentration"]) / mp.besseli(0, p["concentration"])
+        ),
+        lambda p: Moments(),
+        lambda p, q: mp.log(2 * mp.pi * mp.besseli(0, p["concentration"])) - p["concentration"] * q.cosine(p["loc"]),
+    ),
+    dist.Weibull: Family(
+        drawn(scale=positive, concentration=spread(0.4, 5, 0.1, 30)),
+        half_line,
+        lambda p: mp.euler * (1 - 1 / p["concentration"]) + mp.log(p["scale"] / p["concentration"]) + 1,
+        lambda p: Moments(lambda k: p["scale"] ** k * mp.gamma(1 + k / p["concentration"]), -p["concentration"]),
+        weibull_cross_entropy,
+    ),
+}
+
+
+def before(rng: np.random.Generator, regime: str, n: int) -> Any:
+    return -4 - positive(rng, regime, n)
+
+
+# How p is drawn where its support is to contain that of q.
+AS_P: dict[type[dist.Distribution], Draw] = {
+    dist.GeneralizedPareto: drawn(loc=before, scale=positive, concentration=positive),
+    dist.Uniform: drawn(low=before, high=lambda rng, regime, n: 2 + positive(rng, regime, n)),
+}
+
+
+def pair(type_q: type[dist.Distribution], type_p: type[dist.Distribution]) -> Reference:
+    """Describe a pair; a Uniform p is drawn around [-4, 2]."""
+    q, p = FAMILIES[type_q], FAMILIES[type_p]
+
+    def kl(by_q: Exact, by_p: Exact) -> Any:
+        (low, high), (p_low, p_high) = q.support(by_q), p.support(by_p)
+        if low < p_low or high > p_high:
+            return mp.inf
+        cross_entropy = p.cross_entropy(by_p, q.moments(by_q))
+        return mp.inf if mp.isinf(cross_entropy) else cross_entropy - q.entropy(by_q)
+
+    def draw(regime: str, n: int, rng: np.random.Generator, dtype: torch.dtype) -> tuple[Any, Any]:
+        return q.draw(rng, regime, n), AS_P.get(type_p, p.draw)(rng, regime, n)
+
+    return Reference(
+        f"{type_q.__name__}‖{type_p.__name__}", type_q, type_p, draw, kl, regimes=("moderate", "wide"), digits=DIGITS
+    )

@@ -1,0 +1,111 @@
+"""Logistic‖Logistic of equal scale, and the relaxed Bernoulli of equal temperature, which is one behind a sigmoid."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributions.relaxed_bernoulli import LogitRelaxedBernoulli
+
+from torch_klloss.closed_forms.alike import where_alike
+from torch_klloss.closed_forms.analytic import analytic
+from torch_klloss.closed_forms.bernoulli import log_odds
+from torch_klloss.closed_forms.elementary import common_dtype, log_ratio
+from torch_klloss.closed_forms.given import Given, both_as_given
+from torch_klloss.closed_forms.registry import register_kl
+from torch_klloss.logistic import Logistic
+
+_LEVELS = tuple(range(25, 3, -2))  # of the continued fraction of coth, good to 1e-17 for t ≤ 2
+_NEAR = 2.0
+
+
+@register_kl(Logistic, Logistic)
+def _logistic_logistic(q: Logistic, p: Logistic) -> Tensor:
+    """That is 2 (t coth t - 1) with t = (μq - μp)/(2s).
+
+    The gradient reaches both scales as well, of which unequal ones have no closed form, hence no second derivative by
+    them; under `torch.compile` and `torch.func`, which cannot look, such an element is NaN.
+
+    Raises:
+        NotImplementedError: if the scales differ somewhere.
+    """
+    q_loc, q_scale, p_loc, p_scale = (t.double() for t in (q.loc, q.scale, p.loc, p.scale))
+    value = _kl((q_loc - p_loc) / p_scale, (q_scale - p_scale) / p_scale)
+    value = where_alike(q_scale, p_scale, value, "scales")
+    return value.to(common_dtype(q.loc, q.scale, p.loc, p.scale))
+
+
+@register_kl(LogitRelaxedBernoulli, LogitRelaxedBernoulli)
+def _relaxed_relaxed(q: LogitRelaxedBernoulli, p: LogitRelaxedBernoulli) -> Tensor:
+    """That of Logistics of the location logit/temperature and the scale 1/temperature.
+
+    The gradient reaches both temperatures as well, as with the scales of Logistics.
+
+    Raises:
+        NotImplementedError: if the temperatures differ somewhere.
+
+    References:
+        *The concrete distribution* (Maddison, Mnih and Teh, 2017), appendix B, for the Logistic.
+    """
+    q_param, p_param, given = both_as_given(q, p)
+    q_temperature, p_temperature = q.temperature.double(), p.temperature.double()
+    excess = (p_temperature - q_temperature) / q_temperature  # of q's scale over p's
+    d, q_odds = _gap_of_log_odds(q_param, p_param, given)
+    value = where_alike(q_temperature, p_temperature, _kl(d + q_odds * excess, excess), "temperatures")
+    return value.to(common_dtype(q.temperature, q_param, p.temperature, p_param))
+
+
+def _kl(d: Tensor, excess: Tensor) -> Tensor:
+    """Return 2 (t coth t - 1) of t = d/2, with a derivative by the excess of q's scale, which is 0."""
+    return _shift_kl(d) + excess * _by_scale(d)
+
+
+@analytic(lambda needs, d: (_slope(d),))
+def _shift_kl(d: Tensor) -> Tensor:
+    t = d / 2
+    near = t.clamp(-_NEAR, _NEAR)
+    far = t.abs().clamp_min(_NEAR)
+    return 2 * torch.where(t.abs() < _NEAR, near * near * _fraction(near), far / torch.tanh(far) - 1)
+
+
+def _slope(d: Tensor) -> Tensor:
+    """Return coth t - t/sinh² t."""
+    t = d / 2
+    near = t.clamp(-_NEAR, _NEAR)
+    square, c = near * near, _fraction(near)
+    far = torch.where(t < 0, t.clamp_max(-_NEAR), t.clamp_min(_NEAR))
+    slope = 1 / torch.tanh(far) - far / torch.sinh(far.clamp(-350, 350)).square()
+    return torch.where(t.abs() < _NEAR, near * (1 - (1 + square * c) * c), slope)
+
+
+def _by_scale(d: Tensor) -> Tensor:
+    """Return t²/sinh² t - 1."""
+    t = d / 2
+    near = t.clamp(-_NEAR, _NEAR)
+    square = near * near
+    c = _fraction(near)
+    far = t.abs().clamp(_NEAR, 350)
+    return torch.where(t.abs() < _NEAR, square * (2 * c + square * c * c - 1), (far / torch.sinh(far)).square() - 1)
+
+
+def _fraction(t: Tensor) -> Tensor:
+    """Return (t coth t - 1)/t², the continued fraction 1/(3 + t²/(5 + t²/(7 + …))), whose terms are all positive."""
+    square = t * t
+    tail = torch.full_like(t, _LEVELS[0])
+    for level in _LEVELS[1:]:
+        tail = level + square / tail
+    return 1 / (3 + square / tail)
+
+
+def _gap_of_log_odds(q_param: Tensor, p_param: Tensor, given: Given) -> tuple[Tensor, Tensor]:
+    """Return the difference of the log-odds, and those of q; torch keeps probabilities from 0 and 1."""
+    q, p = (_inside(t) if is_probs else t for t, is_probs in zip((q_param, p_param), given, strict=True))
+    q_odds, p_odds = log_odds(q, given.q_is_probs), log_odds(p, given.p_is_probs)
+    if not (given.q_is_probs and given.p_is_probs):
+        return q_odds - p_odds, q_odds
+    q, p = q.double(), p.double()
+    return log_ratio(q, p, q - p) - log_ratio(1 - q, 1 - p, p - q), q_odds
+
+
+def _inside(probs: Tensor) -> Tensor:
+    eps = torch.finfo(probs.dtype).eps
+    return probs.clamp(eps, 1 - eps)
