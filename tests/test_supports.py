@@ -55,6 +55,11 @@ BOUNDS = {
     "minus_exp": (transformed(Normal(0.0, 1.0), ExpTransform(), AffineTransform(3.0, -1.0)), -math.inf, 3.0),
     "squashed": (transformed(Normal(0.0, 1.0), TanhTransform(), AffineTransform(0.0, 2.0)), -2.0, 2.0),
     "shifted": (transformed(dist.Gamma(1.0, 1.0), AffineTransform(1.0, 2.0)), 1.0, math.inf),
+    "mixture of angles": (
+        dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), dist.VonMises(torch.zeros(2), 1.0)),
+        -math.pi,
+        math.pi,
+    ),
     "mixture": (
         dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), Normal(torch.zeros(2), 1.0)),
         -math.inf,
@@ -129,6 +134,8 @@ def test_discrete_and_continuous_are_told_apart():
     assert is_discrete(dist.OneHotCategorical(torch.ones(3))) is True
     assert is_discrete(dist.Multinomial(3, torch.ones(3))) is True
     assert is_discrete(dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), dist.Poisson(torch.ones(2)))) is True
+    assert is_discrete(transformed(dist.Poisson(1.0), AffineTransform(1.0, 1.0))) is True
+    assert is_discrete(transformed(Normal(0.0, 1.0), ExpTransform())) is False
     assert is_discrete(Normal(0.0, 1.0)) is False
     assert is_discrete(dist.Wishart(torch.tensor(4.0), torch.eye(3))) is False
 

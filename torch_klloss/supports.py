@@ -55,6 +55,8 @@ def support_of(d: Distribution) -> constraints.Constraint | None:
 
 def is_discrete(d: Distribution) -> bool | None:
     """Tell whether d lives on separate points; None where its support does not say."""
+    if isinstance(d, TransformedDistribution):  # torch names the whole line for counts that were moved
+        return is_discrete(d.base_dist)
     support = support_of(d)
     return None if support is None else bool(_innermost(support).is_discrete)
 
@@ -68,6 +70,8 @@ def bounds_of(d: Distribution) -> Bounds | None:
             return bounds
     if isinstance(d, TransformedDistribution) and type(d).support is TransformedDistribution.support:
         return _pushed_bounds(d)
+    if isinstance(d, MixtureSameFamily):
+        return _shared_bounds(bounds_of(d.component_distribution))
     support = support_of(d)
     return None if support is None else _constraint_bounds(support)
 
@@ -188,7 +192,6 @@ def _innermost(support: constraints.Constraint) -> Any:
 
 
 def _constraint_bounds(support: constraints.Constraint) -> Bounds | None:
-    is_mixture = "Mixture" in type(support).__name__
     support = _innermost(support)
     if support is constraints.real:
         return _LINE
@@ -199,9 +202,13 @@ def _constraint_bounds(support: constraints.Constraint) -> Bounds | None:
     lower, upper = getattr(support, "lower_bound", -math.inf), getattr(support, "upper_bound", math.inf)
     if isinstance(lower, float) and isinstance(upper, float) and math.isinf(lower) and math.isinf(upper):
         return None  # neither end is declared: not an interval
-    if is_mixture and any(isinstance(end, Tensor) and end.dim() for end in (lower, upper)):
-        return None  # the intervals of the components may leave gaps
     return Bounds(lower, upper)
+
+
+def _shared_bounds(of_components: Bounds | None) -> Bounds | None:
+    """Return the ends of a mixture; None where its components have ends of their own, which may leave gaps."""
+    ends = () if of_components is None else (of_components.lower, of_components.upper)
+    return None if any(isinstance(end, Tensor) and end.dim() for end in ends) else of_components
 
 
 def _pushed_bounds(d: TransformedDistribution) -> Bounds | None:

@@ -36,23 +36,36 @@ class Points:
     weights: Tensor
     num_replicates: int | None
 
-    def expectation(self, f: Tensor) -> Tensor:
-        """Return Σ wᵢ fᵢ over the points. Shape: f is `[n, *batch]`, the result `[*batch]`."""
-        return (self.weights * f).sum(0)
+    def expectation(self, f: Tensor, summed: int = 0) -> Tensor:
+        """Return Σ wᵢ fᵢ over the points. Shape: f is `[n, *batch]`, the result `[*batch]`.
 
-    def std_error(self, f: Tensor) -> Tensor | None:
+        Args:
+            f: the values at the points.
+            summed: how many of the last dimensions of the result are summed.
+        """
+        return _sum_last((self.weights * f).sum(0), summed)
+
+    def std_error(self, f: Tensor, summed: int = 0) -> Tensor | None:
         """Return the standard error of the expectation, from the spread of the replicates' means.
 
         None where nothing is random; NaN where a single replicate cannot tell. No gradient flows through it.
+
+        Args:
+            f: the values at the points, `[n, *batch]`.
+            summed: as in `expectation`. The sum is taken point by point, before its spread.
         """
         replicates = self.num_replicates
         if replicates is None:
             return None
         if replicates == 1 or f.numel() == 0:
-            return torch.full_like(f[0], torch.nan, requires_grad=False)
+            return torch.full_like(_sum_last(f[0], summed), torch.nan, requires_grad=False)
         terms = (self.weights * f).detach().unflatten(0, (replicates, -1))
-        means = terms.sum(1) * replicates
+        means = _sum_last(terms.sum(1), summed) * replicates
         return means.std(0) / replicates**0.5
+
+
+def _sum_last(t: Tensor, dims: int) -> Tensor:
+    return t.sum(tuple(range(-dims, 0))) if dims else t
 
 
 class Sampler(Protocol):

@@ -1,0 +1,95 @@
+"""Points of a mixture, drawn from every component in turn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, MixtureSameFamily, TransformedDistribution
+
+from torch_klloss.samplers.points import Points, Sampler
+
+
+@dataclass(frozen=True)
+class ComponentDraw:
+    """Hold points of a mixture, as many of each of its K components.
+
+    Attributes:
+        points: n points of the first draw of every component, then of the second, …, `[n K, *batch, *event]`. Each
+            weighs its share of the draws times the probability of its component, through which a gradient flows.
+        component: the distribution of the components, `[*batch, K, *event]`.
+        drawn: what was drawn from it, `[n, *batch, K, *event]`.
+    """
+
+    points: Points
+    component: Distribution
+    drawn: Tensor
+
+    @property
+    def num_components(self) -> int:
+        """K."""
+        return self.component.batch_shape[-1]
+
+    def log_component(self) -> Tensor:
+        """Return the log-density of every point under the component that it was drawn from, `[n K, *batch]`."""
+        return self.component.log_prob(self.drawn.detach()).movedim(-1, 1).flatten(0, 1)
+
+
+def mixture_of(q: Distribution) -> MixtureSameFamily | None:
+    """Return the mixture that q is, or is transformed from with its event shape kept; None where there is none."""
+    base = q
+    while isinstance(base, TransformedDistribution):
+        base = base.base_dist
+    return base if isinstance(base, MixtureSameFamily) and len(base.event_shape) == len(q.event_shape) else None
+
+
+def draw_by_component(sampler: Sampler, q: Distribution, num_samples: int, *, differentiable: bool) -> ComponentDraw:
+    """Return `num_samples` points of every component of a mixture q; E_q[f] = Σ_k π_k E_k[f] is exact in π.
+
+    Args:
+        sampler: draws from the components.
+        q: a `MixtureSameFamily`, or transformed from one: `mixture_of(q)` finds it.
+        num_samples: of every component.
+        differentiable: whether the points carry a gradient to the components (`rsample`); the weights always do.
+
+    Raises:
+        ValueError: if q is not a mixture.
+
+    Example:
+        >>> import torch
+        >>> from torch.distributions import Categorical, MixtureSameFamily, Normal
+        >>> from torch_klloss.samplers import IID
+        >>> from torch_klloss.samplers.components import draw_by_component
+        >>> q = MixtureSameFamily(Categorical(torch.tensor([0.25, 0.75])), Normal(torch.zeros(2), 1.0))
+        >>> points = draw_by_component(IID(), q, 2, differentiable=True).points
+        >>> points.x.shape, points.weights
+        (torch.Size([4]), tensor([0.1250, 0.3750, 0.1250, 0.3750]))
+    """
+    mixture = mixture_of(q)
+    if mixture is None:
+        raise ValueError(f"draw_by_component needs a MixtureSameFamily, got {type(q).__name__}.")
+    component, dim = mixture.component_distribution, len(mixture.batch_shape) + 1
+    drawn = sampler.draw(component, num_samples, differentiable=differentiable)
+    probs = mixture.mixture_distribution.probs.expand(component.batch_shape)
+    x = _transformed(q, _possible(drawn.x, probs, dim).movedim(dim, 1).flatten(0, 1))
+    weights = (drawn.weights * probs).movedim(-1, 1).flatten(0, 1)
+    return ComponentDraw(Points(x, weights, drawn.num_replicates), component, drawn.x)
+
+
+def _possible(x: Tensor, probs: Tensor, dim: int) -> Tensor:
+    """Replace the points of components that are never drawn, and may be anywhere, by those of the likeliest one."""
+    best, never = (
+        t.reshape(t.shape + (1,) * (x.dim() - dim - 1)) for t in (probs.argmax(-1, keepdim=True), probs == 0)
+    )
+    return torch.where(never, torch.take_along_dim(x, best.unsqueeze(0), dim), x)
+
+
+def _transformed(q: Distribution, x: Tensor) -> Tensor:
+    """Return points of the mixture as points of q."""
+    if not isinstance(q, TransformedDistribution):
+        return x
+    x = _transformed(q.base_dist, x)
+    for transform in q.transforms:
+        x = transform(x)
+    return x
