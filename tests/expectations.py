@@ -39,6 +39,12 @@ def log_density(d: Distribution, x: Tensor) -> Tensor:
     return torch.where(d.support.check(x), d.log_prob(x), -math.inf)
 
 
+def log_density_on_line(d: Distribution, x: Tensor) -> Tensor:
+    """Return log d(x), -inf outside the support, and NaN where it overflows inside, as torch does."""
+    log_d = log_density(d, x)
+    return torch.where(log_d.isinf() & d.support.check(x), math.nan, log_d)
+
+
 def sum_over(q: Distribution, p: Distribution, x: Tensor) -> Reference:
     """Return Σ_x q(x) (log q(x) - log p(x)) over the points x `[n, *event]`."""
     event = x.shape[1:]

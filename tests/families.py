@@ -16,7 +16,7 @@ import torch.distributions as dist
 from torch import Tensor
 from torch.distributions import Distribution
 
-from tests.expectations import Density, Ends, Reference, integrate, is_infinite, log_density, sum_over
+from tests.expectations import Density, Ends, Reference, integrate, is_infinite, log_density_on_line, sum_over
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Line:
     """A continuous family on the line: where its density begins, has a kink or a peak, and ends."""
 
     ends: Callable[[Distribution], Ends]
-    density: Density = log_density
+    density: Density = log_density_on_line
 
     def __call__(self, q: Distribution, p: Distribution) -> Reference:
         return self.against(self, q, p)

@@ -5,15 +5,17 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from typing import get_args
 
 import pytest
 import torch
 
-from torch_klloss import __version__, cli, comparison
+from torch_klloss import __version__, cli, comparison, pairs
 from torch_klloss.cli import main
 from torch_klloss.comparison import compare_methods
 from torch_klloss.methods.monte_carlo import Gradient
+from torch_klloss.pairs import Pair, routes
 from torch_klloss.question import question_curves
 
 NUM_GRADIENTS = len(get_args(Gradient))
@@ -214,6 +216,56 @@ def test_a_place_that_cannot_be_written_gives_one_line_and_status_2(capsys, tmp_
     assert "error: cannot write" in error_of(capsys, "demo", "--out", str(tmp_path / "file"))
 
 
+# --- pairs ------------------------------------------------------------------------------------------------------------
+
+
+def test_pairs_prints_the_routes_of_a_type(capsys):
+    assert main(["pairs", "--type", "Gumbel"]) == 0
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed
+    rows = re.sub(" +", " ", printed)
+    for row in ("\n Gumbel closed form Normal", "\n quadrature Cauchy, StudentT", "\n Normal closed form Gumbel \n"):
+        assert row in rows
+    assert "Poisson" not in printed  # undefined: counted, not listed
+    num_undefined = sum(pair.route == "undefined" for pair in routes(type_name="Gumbel"))
+    assert f" {num_undefined} undefined: one is discrete" in printed
+
+
+def test_pairs_prints_the_whole_table_by_q_and_route(capsys, monkeypatch):
+    few = [Pair("Normal", "Normal", "closed form"), Pair("Normal", "Beta", "infinite")]
+    few += [Pair("Normal", "Wishart", "infinite"), Pair("Poisson", "Normal", "undefined")]
+    monkeypatch.setattr(pairs, "routes", lambda type_name: few)
+    assert main(["pairs"]) == 0
+    printed = re.sub(" +", " ", capsys.readouterr().out)
+    for row in ("\n Normal closed form Normal ", "\n infinite Beta, Wishart ", "\n Poisson undefined Normal "):
+        assert row in printed
+    assert " 2 infinite: q has mass where p has none" in printed
+
+
+def test_pairs_as_json_has_every_row(capsys):
+    assert main(["pairs", "--type", "Beta", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["rows"] == [asdict(pair) for pair in routes(type_name="Beta")]
+    assert {row["route"] for row in report["rows"]} <= set(report["routes"])
+
+
+def test_pairs_writes_the_page(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(pairs, "routes", lambda type_name: [Pair("Normal", "Beta", "infinite")])
+    assert main(["pairs", "--json", "--write-docs", str(tmp_path / "pairs.md")]) == 0
+    assert "### Normal\n\n- infinite: Beta\n" in (tmp_path / "pairs.md").read_text()
+    capsys.readouterr()
+    assert "error: cannot write" in error_of(capsys, "pairs", "--write-docs", str(tmp_path / "none" / "pairs.md"))
+
+
+def test_a_page_of_a_part_of_the_table_is_refused(capsys, tmp_path):
+    message = error_of(capsys, "pairs", "--type", "Gamma", "--write-docs", str(tmp_path / "pairs.md"))
+    assert "--write-docs writes the whole table: leave out --type" in message
+
+
+def test_an_unknown_type_gives_one_line_and_status_2(capsys):
+    assert error_of(capsys, "pairs", "--type", "Gama").endswith("got 'Gama'.")
+
+
 # --- the program ------------------------------------------------------------------------------------------------------
 
 
@@ -221,7 +273,7 @@ def test_without_a_command_the_help_is_printed(capsys):
     assert main([]) == 0
     printed = capsys.readouterr().out
     assert "usage: python -m torch_klloss" in printed
-    for command in ("demo", "compare"):
+    for command in ("demo", "compare", "pairs"):
         assert re.search(rf"^ +{command} ", printed, re.MULTILINE)
 
 
@@ -251,7 +303,7 @@ def test_options_that_do_not_parse_exit_with_status_2(capsys, argv, message):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", [["demo", "--out", "x"], ["compare", "Normal(0, 1)", "Normal(0, 1)"]])
+@pytest.mark.parametrize("argv", [["demo", "--out", "x"], ["compare", "Normal(0, 1)", "Normal(0, 1)"], ["pairs"]])
 def test_a_missing_package_is_named_with_its_extra(capsys, monkeypatch, argv):
     monkeypatch.setitem(sys.modules, "rich.console", None)
     assert main(argv) == 1

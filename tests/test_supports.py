@@ -104,8 +104,8 @@ CONTAINED = {
     "more counts": (dist.Poisson(1.0), dist.Binomial(3, HALF), False),
     "simplex": (dist.Dirichlet(torch.ones(3)), dist.Dirichlet(torch.ones(3)), True),
     "squashed in its interval": (transformed(Normal(0.0, 1.0), SigmoidTransform()), Uniform(0.0, 1.0), True),
-    "independent": (Independent(Normal(torch.zeros(2), 1.0), 1), dist.Dirichlet(torch.ones(2)), None),
-    "simplex in space": (dist.Dirichlet(torch.ones(2)), dist.MultivariateNormal(torch.zeros(2), torch.eye(2)), None),
+    "independent": (Independent(Normal(torch.zeros(2), 1.0), 1), dist.Dirichlet(torch.ones(2)), False),
+    "simplex in space": (dist.Dirichlet(torch.ones(2)), dist.MultivariateNormal(torch.zeros(2), torch.eye(2)), False),
 }
 
 

@@ -97,6 +97,8 @@ def contained(q: Distribution, p: Distribution) -> bool | Tensor | None:
         where the constraints cannot tell.
     """
     q_support, p_support = support_of(q), support_of(p)
+    if q_support and p_support and _num_bound(q, q_support) != _num_bound(p, p_support):
+        return False  # one lives on a set, such as the simplex, to which the other gives no mass
     overridden = type(q) in _OVERRIDES or type(p) in _OVERRIDES
     if q_support is p_support is not None and not overridden and not vars(q_support):
         return True  # one constant: the real line, the simplex, …
@@ -108,6 +110,29 @@ def contained(q: Distribution, p: Distribution) -> bool | Tensor | None:
     if isinstance(fits, Tensor) and 0 < event_dims <= fits.dim():
         return fits.flatten(-event_dims).all(-1)
     return fits
+
+
+def _num_bound(d: Distribution, support: constraints.Constraint) -> int:
+    """Return how many coordinates of an event the others determine: one for every simplex in it."""
+    if not d.event_shape or is_discrete(d):
+        return 0
+    constraint, n, numel = _innermost(support), d.event_shape[-1], d.event_shape.numel()
+    if constraint is constraints.simplex:
+        return numel // n
+    if constraint is constraints.corr_cholesky:
+        return numel // (n * n) * (n * (n + 1) // 2)
+    if constraint in _TRIANGLES:
+        return numel // (n * n) * (n * (n - 1) // 2)
+    return 0
+
+
+_TRIANGLES = (
+    constraints.lower_cholesky,
+    constraints.lower_triangular,
+    constraints.positive_definite,
+    constraints.positive_semidefinite,
+    constraints.symmetric,
+)
 
 
 def log_prob_within(p: Distribution, x: Tensor, reach: bool | Tensor | None) -> Tensor:

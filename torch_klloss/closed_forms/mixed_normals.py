@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, LowRankMultivariateNormal, MultivariateNormal, Normal
 
 from torch_klloss.closed_forms.elementary import isd
-from torch_klloss.closed_forms.registry import kl_divergence, register_kl
+from torch_klloss.closed_forms.registry import has_closed_form, kl_divergence, register_kl
 from torch_klloss.closed_forms.transformed import structural, structural_supports
 from torch_klloss.distributions import LogVarNormal
 from torch_klloss.images import is_a
@@ -28,7 +28,7 @@ def _diagonal(d: Distribution) -> Normal | None:
 
 def _supports(q: Distribution, p: Distribution) -> bool:
     is_mixed = _diagonal(q) is not None or _diagonal(p) is not None
-    return is_mixed or structural_supports(q, p)
+    return is_mixed or structural_supports(q, p) or _marginals_match(q, p)
 
 
 @register_kl(Independent, MultivariateNormal, supports=_supports)
@@ -43,7 +43,7 @@ def _diagonal_mvn(q: Independent, p: MultivariateNormal) -> Tensor:
     """
     base = _diagonal(q)
     if base is None:
-        return structural(q, p)
+        return structural(q, p) if structural_supports(q, p) else _by_marginals(q, p)
     L = p._unbroadcasted_scale_tril.double()
     scale, diagonal = _scale(base), L.diagonal(dim1=-2, dim2=-1)
     identity = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
@@ -64,7 +64,7 @@ def _mvn_diagonal(q: MultivariateNormal, p: Independent) -> Tensor:
     """
     base = _diagonal(p)
     if base is None:
-        return structural(q, p)
+        return structural(q, p) if structural_supports(q, p) else _by_marginals(q, p)
     L, scale = q._unbroadcasted_scale_tril.double(), _scale(base)
     below = (L.tril(-1).square().sum(-1) / scale.square()).sum(-1)
     distance = ((q.loc.double() - base.loc.double()) / scale).square().sum(-1)
@@ -82,12 +82,51 @@ def _diagonal_low_rank(q: Any, p: Any) -> Tensor:
     """
     base = _diagonal(q if isinstance(q, Independent) else p)
     if base is None:
-        return structural(q, p)
+        return structural(q, p) if structural_supports(q, p) else _by_marginals(q, p)
     scale = _scale(base)
     is_nan = scale.isnan()  # no matrix with a NaN has a Cholesky factor
     diagonal = _as_low_rank(base.loc.double(), torch.where(is_nan, 1.0, scale).square())
     value = kl_divergence(*(diagonal if isinstance(d, Independent) else d for d in (q, p)))
     return torch.where(is_nan.any(-1), torch.nan, value).to(_dtype(q, p))
+
+
+def _between(q: Distribution, p: Distribution) -> tuple[Normal, Distribution]:
+    """Return independent Normals with the means and variances of q's components, and the independent side's own."""
+    product = q if isinstance(q, Independent) else p
+    if product.reinterpreted_batch_ndims != 1:
+        raise NotImplementedError("its components must be scalars")
+    moments: Any = product.base_dist if product is q else q
+    scale = moments.variance.sqrt()
+    return Normal(moments.mean, scale, validate_args=False), product.base_dist
+
+
+def _marginals_match(q: Distribution, p: Distribution) -> bool:
+    try:
+        between, base = _between(q, p)
+        return has_closed_form(base, between) if isinstance(q, Independent) else has_closed_form(between, base)
+    except NotImplementedError:
+        return False
+
+
+def _by_marginals(q: Distribution, p: Distribution) -> Tensor:
+    """Go by the independent Normals m with the moments of q: log m is a sum over components, log(m/p) quadratic.
+
+    E_q[log(m/p)] is a matter of q's moments, which are those of m, where p is Gaussian; where q is, m has its marginals,
+    and E_q[log(m/p)] is a sum over them. Either way KL(q‖p) = KL(q‖m) + KL(m‖p), both ≥ 0, and inf without a variance.
+
+    Raises:
+        NotImplementedError: if the independent side's components have no closed form with a Normal.
+    """
+    between, base = _between(q, p)
+    joint = Independent(between, 1)
+    if not isinstance(q, Independent):
+        return kl_divergence(q, joint) + kl_divergence(between, base).sum(-1)
+    has_variance = between.scale.isfinite() | between.scale.isnan()
+    kept = Normal(
+        torch.where(has_variance, between.loc, 0.0), torch.where(has_variance, between.scale, 1.0), validate_args=False
+    )
+    value = kl_divergence(base, kept).sum(-1) + kl_divergence(Independent(kept, 1), p)
+    return torch.where(has_variance.all(-1), value, torch.inf)
 
 
 def _as_low_rank(loc: Tensor, variance: Tensor) -> LowRankMultivariateNormal:
