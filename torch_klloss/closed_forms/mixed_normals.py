@@ -111,8 +111,8 @@ def _marginals_match(q: Distribution, p: Distribution) -> bool:
 def _by_marginals(q: Distribution, p: Distribution) -> Tensor:
     """Go by the independent Normals m with the moments of q: log m is a sum over components, log(m/p) quadratic.
 
-    E_q[log(m/p)] is a matter of q's moments, which are those of m, where p is Gaussian; where q is, m has its marginals,
-    and E_q[log(m/p)] is a sum over them. Either way KL(q‖p) = KL(q‖m) + KL(m‖p), both ≥ 0, and inf without a variance.
+    E_q[log(m/p)] is a matter of the moments that q and m share where p is Gaussian, and a sum over the marginals that
+    they share where q is. Either way KL(q‖p) = KL(q‖m) + KL(m‖p), both ≥ 0, and inf without a variance.
 
     Raises:
         NotImplementedError: if the independent side's components have no closed form with a Normal.
