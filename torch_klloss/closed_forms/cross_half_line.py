@@ -18,6 +18,7 @@ from torch_klloss.closed_forms.moments import (
     itakura_saito,
     pareto_tail_drop,
     product_gap,
+    quotient_error,
     stirling,
     stirling_bregman_gap,
     stirling_gap,
@@ -108,7 +109,12 @@ def _pareto_gamma(start: Tensor, alpha: Tensor, shape: Tensor, rate: Tensor) -> 
 @cross(Pareto, Exponential, infinite=lambda start, alpha, rate: alpha <= 1)
 def _pareto_exponential(start: Tensor, alpha: Tensor, rate: Tensor) -> Tensor:
     """With E[x] = sα/(α - 1), infinite up to α = 1, it is isd(λ E[x], 1) + D + log α."""
-    return _to_exponential(rate, start * (alpha / (alpha - 1))) - 1 + pareto_tail_drop(alpha) + alpha.log()
+    less = alpha - 1
+    ratio = alpha / less
+    mean = start * ratio
+    lost_ratio = quotient_error(alpha, less, ratio) - ratio / less * sum_error(alpha, -torch.ones_like(alpha), less)
+    lost = (product_error(start, ratio, mean) + start * lost_ratio).detach()
+    return _to_exponential(rate, mean, lost) - 1 + pareto_tail_drop(alpha) + alpha.log()
 
 
 @cross(Uniform, Gamma, infinite=lambda low, high, shape, rate: low < 0)
