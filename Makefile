@@ -18,7 +18,7 @@ demo: $(VENV)/.demo
 	@echo "figures: $(OUT)/vae_digits/images.png $(OUT)/vae_digits/kl_gap.png $(OUT)/question/question.png"
 
 test: $(VENV)/.dev
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses auto
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff format --check .

@@ -1,6 +1,7 @@
 """Diagonal covariances against full and low-rank ones, without a matrix for the diagonal one."""
 
 import itertools
+import math
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +14,7 @@ from torch.distributions import (
     LowRankMultivariateNormal,
     MultivariateNormal,
     Normal,
+    StudentT,
     TransformedDistribution,
 )
 
@@ -159,21 +161,46 @@ def test_a_shared_covariance_is_not_copied_for_every_diagonal_one():
 
 
 @pytest.mark.parametrize("dense_of", DENSE.values(), ids=DENSE)
-def test_only_normals_of_one_event_dimension_are_taken(dense_of):
+def test_normals_are_told_from_what_they_are_not(dense_of):
     torch.manual_seed(0)
     p = dense_of(*(t.detach() for t in parameters(())))
-    laplace = Independent(Laplace(torch.zeros(DIM), 1.0), 1)
     moved = TransformedDistribution(
         Independent(Normal(torch.zeros(DIM, dtype=torch.float64), 1.0), 1), [AffineTransform(1.0, 2.0)]
     )
     direct = Independent(Normal(torch.ones(DIM, dtype=torch.float64), 2.0), 1)
-    assert not has_closed_form(laplace, p)
-    assert not has_closed_form(p, laplace)
+    student = Independent(StudentT(torch.full((DIM,), 4.0)), 1)
+    assert not has_closed_form(p, student)
     with pytest.raises(NotImplementedError, match="No closed form is registered"):
-        kl_divergence(laplace, p)
+        kl_divergence(p, student)
     assert torch.equal(kl_divergence(moved, p), kl_divergence(direct, p))
     assert torch.equal(kl_divergence(p, moved), kl_divergence(p, direct))
     assert ClosedForm().supports(direct, p)
+
+
+@pytest.mark.parametrize("dense_of", DENSE.values(), ids=DENSE)
+def test_independent_components_that_are_no_normals_go_by_their_moments(dense_of):
+    """Beside a Gaussian p only the covariance of q counts; beside a Gaussian q only its marginals do."""
+    torch.manual_seed(0)
+    normal = dense_of(*(t.detach() for t in parameters(())))
+    loc, b = torch.randn(DIM, dtype=torch.float64), torch.rand(DIM, dtype=torch.float64) + 0.5
+    laplace = Independent(Laplace(loc, b), 1)
+    inverse, gap = torch.linalg.inv(normal.covariance_matrix), loc - normal.loc
+    quadratic = (inverse.diagonal() * 2 * b**2).sum() + gap @ inverse @ gap
+    constant = DIM * math.log(2 * math.pi) + normal.covariance_matrix.logdet()
+    forward = (quadratic + constant) / 2 - laplace.entropy()
+    torch.testing.assert_close(kl_divergence(laplace, normal), forward, rtol=1e-9, atol=0)
+    marginals = Normal(normal.loc, normal.covariance_matrix.diagonal().sqrt())
+    cross_entropy = (kl_divergence(marginals, Laplace(loc, b)) + marginals.entropy()).sum()
+    backward = cross_entropy - normal.entropy()
+    torch.testing.assert_close(kl_divergence(normal, laplace), backward, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("dense_of", DENSE.values(), ids=DENSE)
+def test_components_without_a_variance_are_infinitely_far_from_a_gaussian(dense_of):
+    p = dense_of(*(t.detach() for t in parameters(())))
+    df = torch.full((DIM,), 3.0, dtype=torch.float64).index_fill(0, torch.tensor([1]), 1.5)
+    q = Independent(StudentT(torch.stack([df, torch.full_like(df, 3.0)])), 1)
+    assert kl_divergence(q, p).isinf().tolist() == [True, False]
 
 
 def test_a_subclass_with_a_density_of_its_own_is_not_taken_for_a_normal():

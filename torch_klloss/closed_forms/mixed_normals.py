@@ -95,6 +95,8 @@ def _between(q: Distribution, p: Distribution) -> tuple[Normal, Distribution]:
     product = q if isinstance(q, Independent) else p
     if product.reinterpreted_batch_ndims != 1:
         raise NotImplementedError("its components must be scalars")
+    if not type(product.base_dist).log_prob.__module__.startswith("torch.distributions."):
+        raise NotImplementedError("its components have a density of their own, whose moments nobody knows")
     moments: Any = product.base_dist if product is q else q
     scale = moments.variance.sqrt()
     return Normal(moments.mean, scale, validate_args=False), product.base_dist
