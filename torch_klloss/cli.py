@@ -28,6 +28,8 @@ from torch_klloss.structure import check_common_measure, check_pair
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from torch_klloss.pairs import Pair
+
 
 class InputError(Exception):
     """Raised for what the user can put right; the command line prints its one line and exits with status 2."""
@@ -226,6 +228,64 @@ def _cells(row: Row) -> list[str]:
     return words + ["" if n is None else format(n, spec) for n, spec in zip(numbers, formats, strict=True)]
 
 
+# --- pairs ------------------------------------------------------------------------------------------------------------
+
+
+def _add_pairs(commands: Any) -> None:
+    about = "Every ordered pair of torch's distributions, and the route that its KL takes."
+    parser = commands.add_parser("pairs", help=about, description=about)
+    parser.add_argument("--type", metavar="NAME", help="only the pairs in which q or p is a NAME, such as Gamma")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("--write-docs", type=Path, metavar="FILE", help="write the table into FILE, as Markdown")
+    parser.set_defaults(run=_pairs)
+
+
+def _pairs(args: argparse.Namespace) -> None:
+    from torch_klloss.pairs import ROUTES, routes, write_docs
+
+    if args.type is not None and args.write_docs is not None:
+        raise InputError("--write-docs writes the whole table: leave out --type")
+    console = None if args.json else _console()
+    try:
+        pairs = routes(type_name=args.type)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if args.write_docs is not None:
+        try:
+            write_docs(pairs, args.write_docs)
+        except OSError as error:
+            raise InputError(f"cannot write {args.write_docs}: {error.strerror}") from error
+    if console is None:
+        report = {
+            "fallback": "quadrature, else monte_carlo",
+            "routes": ROUTES,
+            "rows": [asdict(pair) for pair in pairs],
+        }
+        print(json.dumps(report, indent=2))
+    else:
+        _print_pairs(console, pairs, args.type)
+
+
+def _print_pairs(console: Console, pairs: Sequence[Pair], type_name: str | None) -> None:
+    from rich import box
+    from rich.table import Table
+
+    from torch_klloss.pairs import ROUTES, grouped
+
+    console.print("KL(q‖p) by AutoKL(fallback=[Quadrature(), MonteCarlo()]): the route of every pair of examples")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("q", max_width=36, overflow="fold")
+    table.add_column("route", no_wrap=True)
+    table.add_column("p", overflow="fold")
+    for q, found in grouped(pairs).items():
+        shown = {route: names for route, names in found.items() if type_name is None or route != "undefined"}
+        for first, (route, names) in enumerate(shown.items()):
+            table.add_row("" if first else q, route, ", ".join(names))
+    console.print(table)
+    for route, how in ROUTES.items():
+        console.print(f"{sum(pair.route == route for pair in pairs):5} {route}: {how}")
+
+
 def _print_table(
     console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], num_words: int = 0
 ) -> None:
@@ -251,4 +311,4 @@ def _console() -> Console:
     return Console(markup=False, highlight=False, emoji=False, width=None if sys.stdout.isatty() else 100)
 
 
-_COMMANDS = (_add_demo, _add_compare)
+_COMMANDS = (_add_demo, _add_compare, _add_pairs)

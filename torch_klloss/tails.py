@@ -74,7 +74,7 @@ def is_infinite(q: Distribution, p: Distribution) -> Tensor | None:
         >>> is_infinite(StudentT(torch.tensor([1.0, 2.0, 3.0])), Normal(0.0, 1.0))
         tensor([ True,  True, False])
     """
-    shape = torch.broadcast_shapes(q.batch_shape, p.batch_shape)
+    shape = _broadcast(q, p)
     if isinstance(q, dist.Independent) and isinstance(p, dist.Independent):
         inner = is_infinite(q.base_dist, p.base_dist)
         dims = q.reinterpreted_batch_ndims
@@ -95,7 +95,13 @@ def compare(q: Distribution, p: Distribution, q_tails: Tails, p_tails: Tails) ->
     for end, q_tail, p_tail in zip(("lower", "upper"), q_tails, p_tails, strict=True):
         q_end, p_end = (torch.as_tensor(getattr(bounds_of(d), end)) for d in (q, p))
         mask = mask | ((q_end == p_end) & _diverges(q_tail, p_tail))
-    return mask.expand(torch.broadcast_shapes(q.batch_shape, p.batch_shape))
+    return mask.expand(_broadcast(q, p))
+
+
+def _broadcast(q: Distribution, p: Distribution) -> torch.Size:
+    """Return the broadcast batch shape; torch's function imports sympy, and is asked where the shapes differ."""
+    same = q.batch_shape == p.batch_shape
+    return q.batch_shape if same else torch.broadcast_shapes(q.batch_shape, p.batch_shape)
 
 
 def tails_of(d: Distribution) -> Tails | None:

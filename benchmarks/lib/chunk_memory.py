@@ -1,0 +1,86 @@
+"""The memory that a step in chunks allocates at its peak, and its time, against all draws at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Independent, Normal, StudentT
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from torch_klloss.methods.chunks import expectation_in_chunks
+from torch_klloss.samplers import Sampler
+from torch_klloss.samplers.draws import prepare
+
+_BATCH = (256, 32)
+
+
+def extra_memory(samplers: Mapping[str, Sampler]) -> list[dict[str, Any]]:
+    """Return the ratios for every sampler: peak of 4096 draws in chunks to 64 draws, time to 4096 draws at once."""
+    rows = []
+    for name, sampler in samplers.items():
+        few, chunked = _peak(sampler, 64, None), _peak(sampler, 4096, 64)
+        seconds = {size: min(_seconds(sampler, 4096, size) for _ in range(3)) for size in (64, None)}
+        rows.append({"sampler": name, "memory": chunked / few, "time": seconds[64] / seconds[None]})
+    return rows
+
+
+def _step(sampler: Sampler, num_samples: int, chunk_size: int | None) -> None:
+    loc, log_scale = (torch.zeros(_BATCH, requires_grad=True) for _ in range(2))
+    q, p = Independent(Normal(loc, log_scale.exp()), 1), Independent(StudentT(torch.full(_BATCH[1:], 4.0)), 1)
+    draws = prepare(sampler, q, num_samples, differentiable=True)
+
+    def evaluate(start: int, stop: int) -> tuple[Any, Tensor]:
+        points = draws.part(start, stop)
+        return points, q.log_prob(points.x) - p.log_prob(points.x)
+
+    torch.autograd.grad(expectation_in_chunks(evaluate, num_samples, chunk_size).value.sum(), (loc, log_scale))
+
+
+def _seconds(sampler: Sampler, num_samples: int, chunk_size: int | None) -> float:
+    begin = time.perf_counter()
+    _step(sampler, num_samples, chunk_size)
+    return time.perf_counter() - begin
+
+
+def _peak(sampler: Sampler, num_samples: int, chunk_size: int | None) -> int:
+    _step(sampler, 64, None)  # nets and rules that are kept
+    _step(sampler, num_samples, chunk_size)
+    with _Allocated() as allocated:
+        _step(sampler, num_samples, chunk_size)
+    return allocated.peak
+
+
+class _Allocated(TorchDispatchMode):
+    """Counts the bytes of all storages that are alive, whoever holds them: what an allocator cannot do without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        import weakref
+
+        key = storage._cdata
+        if key in self._alive:
+            return
+        size = storage.nbytes()
+        self._alive[key] = weakref.finalize(storage, self._free, key, size)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def _free(self, key: int, size: int) -> None:
+        if self._alive.pop(key, None) is not None:
+            self.now -= size
