@@ -1,4 +1,4 @@
-# make demo   train the digits VAE, answer the question, say where the figures are
+# make demo   train the digits VAE, answer the question, prevent a collapse, say where the figures are
 # make test   the whole test suite
 # make lint   format, lint, types
 # make bench  every benchmark in full
@@ -15,7 +15,9 @@ PIP := $(RUN) -m pip install --quiet --constraint constraints.txt
 demo: $(VENV)/.demo
 	$(RUN) examples/vae_digits.py --out $(OUT)/vae_digits
 	$(RUN) -m torch_klloss demo --out $(OUT)/question
-	@echo "figures: $(OUT)/vae_digits/images.png $(OUT)/vae_digits/kl_gap.png $(OUT)/question/question.png"
+	$(RUN) examples/vae_collapse.py --out $(OUT)/vae_collapse
+	@echo "figures: $(OUT)/vae_digits/images.png $(OUT)/vae_digits/kl_gap.png $(OUT)/question/question.png \
+	$(OUT)/vae_collapse/annealing.png $(OUT)/vae_collapse/collapse_plain.png $(OUT)/vae_collapse/collapse_annealing.png"
 
 test: $(VENV)/.dev
 	$(RUN) -m pytest --numprocesses auto

@@ -3,7 +3,7 @@
     python examples/vae_digits.py --out runs/vae_digits
     python examples/vae_digits.py --prior mixture --num-samples 4      # no closed form: the same script samples
 
-Everything that concerns the KL is in `VAE.__init__` and `VAE.terms`: q, p, and self.kl(q, p).
+Everything that concerns the loss is in `VAE.__init__` and `VAE.terms`: q, p, p(x|z), and self.loss(p_x, x, q, p).
 """
 
 from __future__ import annotations
@@ -36,7 +36,16 @@ from torch.distributions import (
 )
 from torch.utils.data import DataLoader, TensorDataset
 
-from torch_klloss import AnalyticKL, AutoKL, KLLoss, MonteCarloKL, diagonal_normal, standard_normal_like
+from torch_klloss import (
+    AnalyticKL,
+    AutoKL,
+    ELBOLoss,
+    ELBOTerms,
+    KLLoss,
+    MonteCarloKL,
+    diagonal_normal,
+    standard_normal_like,
+)
 from torch_klloss.callbacks import EstimatorGap
 from torch_klloss.methods import MonteCarlo
 from torch_klloss.plots import gap_figure, reconstruction_figure
@@ -90,6 +99,7 @@ class VAE(pl.LightningModule):
         latent_dim: int = 8,
         hidden_dim: int = 128,
         beta: float = 1.0,
+        free_nats: float = 0.0,
         learning_rate: float = 2e-3,
     ) -> None:
         super().__init__()
@@ -98,7 +108,12 @@ class VAE(pl.LightningModule):
         self.decoder = nn.Sequential(nn.Linear(latent_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, PIXELS))
         self.pixel_log_scale = nn.Parameter(torch.tensor(-1.5))  # of the Gaussian likelihood
         self.prior = Prior(prior, latent_dim)
-        self.kl = kl_loss(kl, num_samples)
+        self.loss = ELBOLoss(
+            kl_loss(kl, num_samples),
+            beta=beta,
+            free_nats=free_nats,
+            free_nats_per="dimension" if free_nats else "example",  # a KL that does not split has no dimensions
+        )
 
     def posterior(self, x: Tensor) -> Distribution:
         """Return q(z|x)."""
@@ -112,21 +127,19 @@ class VAE(pl.LightningModule):
             return Independent(Bernoulli(logits=output), 1)
         return Independent(Normal(output, self.pixel_log_scale.exp()), 1)
 
-    def terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the reconstruction term -E_q[log p(x|z)] and KL(q(z|x)‖p(z)), in nats per image."""
+    def terms(self, x: Tensor) -> ELBOTerms:
+        """Return reconstruction -E_q[log p(x|z)], KL(q(z|x)‖p(z)) and the loss, in nats per image."""
         q = self.posterior(x)
-        p = self.prior(q)
-        reconstruction = -self.likelihood(q.rsample()).log_prob(x).mean()
-        return reconstruction, self.kl(q, p)
+        return self.loss(self.likelihood(q.rsample()), x, q, self.prior(q))
 
     def step(self, batch: list[Tensor], stage: str) -> Tensor:
         """Log the terms and return the loss."""
-        reconstruction, kl = self.terms(batch[0])
-        loss = reconstruction + self.hparams.beta * kl
-        metrics = {"elbo": -(reconstruction + kl), "reconstruction": reconstruction, "kl": kl, "loss": loss}
+        terms = self.terms(batch[0])
+        elbo = -(terms.reconstruction + terms.kl)
+        metrics = {"elbo": elbo, "reconstruction": terms.reconstruction, "kl": terms.kl, "loss": terms.loss}
         self.log_dict({f"{stage}/{k}": v for k, v in metrics.items()}, on_epoch=True, on_step=False)
-        self.log(f"{stage}_elbo", metrics["elbo"], prog_bar=True, logger=False, on_epoch=True, on_step=False)
-        return loss
+        self.log(f"{stage}_elbo", elbo, prog_bar=True, logger=False, on_epoch=True, on_step=False)
+        return terms.loss
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         """Train on one batch."""
@@ -181,7 +194,7 @@ def report(rows: list[dict[str, float]], route: str, console: Console) -> None:
     for stage in ("train", "val"):
         table.add_row(stage, *(f"{last(rows, f'{stage}/{key}'):.2f}" for key in ("elbo", "reconstruction", "kl")))
     console.print(table)
-    gap = {key: last(rows, f"kl/kl/{key}") for key in ("value", "reference", "gap_mean", "gap_std_error", "gap_z")}
+    gap = {key: last(rows, f"kl/loss.kl/{key}") for key in ("value", "reference", "gap_mean", "gap_std_error", "gap_z")}
     console.print(
         f"KL in training ({route}) {gap['value']:.3f}, estimated again {gap['reference']:.3f}: "
         f"gap {gap['gap_mean']:+.3f} ± {gap['gap_std_error']:.3f} nats (z = {gap['gap_z']:+.1f}), last logged step.",
@@ -202,8 +215,8 @@ def draw_images(model: VAE, images: Tensor) -> Figure:
 
 def draw_gap(rows: list[dict[str, float]], route: str, num_samples: int) -> Figure:
     """Return the figure of the KL and its gap over the steps."""
-    logged = [row for row in rows if "kl/kl/value" in row]
-    names = ("step", "kl/kl/value", "kl/kl/reference", "kl/kl/gap_std_error")
+    logged = [row for row in rows if "kl/loss.kl/value" in row]
+    names = ("step", "kl/loss.kl/value", "kl/loss.kl/reference", "kl/loss.kl/gap_std_error")
     columns = [[row[name] for row in logged] for name in names]
     trained_exactly = route != "monte_carlo"
     return gap_figure(
@@ -254,7 +267,7 @@ def main(argv: list[str] | None = None) -> None:
     with torch.no_grad():
         q = model.posterior(train[:2])
         try:
-            route = model.kl.route(q, model.prior(q))
+            route = model.loss.kl.route(q, model.prior(q))
         except NotImplementedError as error:
             raise SystemExit(f"{error} With --kl auto the same script samples.") from None
     console.print(f"prior {args.prior}: the KL takes the route {route!r}")

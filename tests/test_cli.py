@@ -53,14 +53,14 @@ def test_compare_has_a_row_for_every_method_and_gradient(capsys):
     rows = report_of(capsys, "Normal(1, 1)", "Normal(0, 1)")["rows"]
     labels = [(row["method"], row["gradient"]) for row in rows]
     sampled = [("monte_carlo", gradient) for gradient in get_args(Gradient)]
-    assert labels == [("closed_form", None), ("enumeration", None), *sampled]
+    assert labels == [("closed_form", None), ("enumeration", None), ("quadrature", None), *sampled]
 
 
 @pytest.mark.usefixtures("_untimed")
 def test_compare_measures_the_gap_to_the_closed_form_in_standard_errors(capsys):
-    closed_form, enumeration, *sampled = report_of(capsys, "Normal(2, 1)", "Normal(0, 1)", "--num-samples", "50")[
-        "rows"
-    ]
+    report = report_of(capsys, "Normal(2, 1)", "Normal(0, 1)", "--num-samples", "50")
+    closed_form, enumeration, quadrature, *sampled = report["rows"]
+    assert abs(quadrature["gap"]) <= 2 * torch.finfo(torch.float32).eps * closed_form["value"]
     assert closed_form["value"] == 2**2 / 2
     assert (closed_form["gap"], closed_form["std_error"], closed_form["z"]) == (0, None, None)
     assert enumeration["value"] is None
@@ -89,9 +89,17 @@ def test_compare_says_why_a_row_does_not_apply(capsys):
 
 
 @pytest.mark.usefixtures("_untimed")
-def test_compare_without_an_exact_method_has_no_gap(capsys):
+def test_compare_measures_the_gap_to_the_quadrature_where_nothing_is_exact(capsys):
     report = report_of(capsys, "Normal(0, 1)", "StudentT(4)")
     assert report["auto_route"] == "monte_carlo"
+    rows = {row["gradient"] or row["method"]: row for row in report["rows"]}
+    assert rows["quadrature"]["gap"] == 0
+    assert abs(rows["pathwise"]["z"]) < 6
+
+
+@pytest.mark.usefixtures("_untimed")
+def test_compare_without_a_deterministic_method_has_no_gap(capsys):
+    report = report_of(capsys, "Dirichlet([2, 3, 4])", "RelaxedOneHotCategorical(0.7, [0.2, 0.3, 0.5])")
     assert {row["gap"] for row in report["rows"]} == {None}
     assert {row["z"] for row in report["rows"]} == {None}
 
@@ -113,7 +121,7 @@ def test_compare_writes_what_is_not_finite_as_words(capsys):
     rows = report_of(capsys, "Uniform(1, 2)", "Uniform(0, 1)", "--num-samples", "1")["rows"]
     assert rows[0]["value"] == "inf"
     assert rows[0]["gap"] == 0
-    assert rows[2]["std_error"] == "nan"
+    assert rows[3]["std_error"] == "nan"
 
 
 @pytest.mark.usefixtures("_untimed")
@@ -127,7 +135,7 @@ def test_compare_of_a_distribution_with_itself_is_zero_without_noise(capsys):
 @pytest.mark.usefixtures("_untimed")
 def test_the_seed_decides_the_samples(capsys):
     first, again, other = (
-        report_of(capsys, "Normal(1, 1)", "Normal(0, 1)", "--seed", seed)["rows"][2]["value"] for seed in "778"
+        report_of(capsys, "Normal(1, 1)", "Normal(0, 1)", "--seed", seed)["rows"][3]["value"] for seed in "778"
     )
     assert first == again != other
 

@@ -1,18 +1,30 @@
 """The examples, run short on their real data."""
 
 import csv
+import re
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch.distributions import Bernoulli
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import bayesian_regression
+import circular_latent
+import discrete_latent
+import distillation
+import vae_cli
+import vae_collapse
 import vae_digits
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # the example's own filter does not reach here
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),  # resumed on purpose
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated"),  # Lightning's own affair
+    pytest.mark.filterwarnings("ignore:.*the posterior collapses"),  # in one of the examples, on purpose
+    pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
 ]
 
 
@@ -35,7 +47,7 @@ def run(out, *options):
 )
 def test_every_prior_trains_and_logs_its_gap(tmp_path, capsys, options, route):
     rows = run(tmp_path, *options)
-    gaps = [float(row["kl/kl/gap_z"]) for row in rows if row["kl/kl/gap_z"]]
+    gaps = [float(row["kl/loss.kl/gap_z"]) for row in rows if row["kl/loss.kl/gap_z"]]
     assert len(gaps) == 2  # steps 0 and 10 of 12
     assert all(abs(z) < 6 for z in gaps)
     assert f"the KL takes the route {route!r}" in capsys.readouterr().out
@@ -72,3 +84,48 @@ def test_the_seed_decides_the_run(tmp_path):
         [row["val/kl"] for row in run(tmp_path / str(i), "--seed", seed)] for i, seed in enumerate("001")
     )
     assert first == again != other
+
+
+def test_annealing_and_free_nats_keep_the_units_that_a_plain_vae_loses(tmp_path, capsys):
+    vae_collapse.main(["--epochs", "6", "--out", str(tmp_path)])
+    active = re.findall(r"(\d) of 8", capsys.readouterr().out)
+    assert int(active[0]) <= 2
+    assert active[1] == "8"
+    assert len(list(tmp_path.glob("*.png"))) == 3
+
+
+def test_the_command_line_trains_from_yaml(tmp_path, monkeypatch):
+    config = Path(vae_cli.__file__).with_suffix(".yaml").resolve()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["vae_cli.py"])
+    short = ["--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false"]
+    with pytest.warns(UserWarning, match="The warm-up of .* takes 240 steps, but the Trainer plans 12"):
+        cli = vae_cli.main(["fit", "--config", str(config), *short])
+    assert cli.model.loss.beta == pytest.approx(4 * 11 / 240)
+    folder = tmp_path / "runs" / "vae_cli"
+    header = (folder / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"kl/beta", "kl/loss.kl/gap_z", "kl/loss.kl/exact", "collapse/loss.kl/active_units"} <= set(header)
+    assert len(list(folder.glob("*.png"))) == 2
+
+
+def test_the_student_learns_from_its_teacher_alone():
+    results = distillation.main(["--epochs", "8"])
+    assert results["student"] > results["twin"]
+    assert results["teacher"] > 0.9
+
+
+def test_the_bound_of_the_regression_lacks_the_kl_to_the_exact_posterior():
+    results = bayesian_regression.main(["--epochs", "20"])
+    missing = results["evidence"] - results["bound"]
+    # both sides sample: 4096 draws, each with a spread of a few nats
+    assert missing == pytest.approx(results["distance"], abs=0.5)
+    assert results["distance"] > 0
+
+
+@pytest.mark.parametrize("example", [circular_latent, discrete_latent])
+def test_a_latent_without_reparametrisation_tells_more_than_none(tmp_path, example):
+    results = example.main(["--epochs", "25", "--out", str(tmp_path)])
+    pixels = (torch.as_tensor(load_digits().data) > 8).double().mean(0).clamp(1e-9, 1 - 1e-9)
+    without_latent = Bernoulli(pixels).entropy().sum().item()
+    assert results["reconstruction"] + results["kl"] < without_latent - 1
+    assert len(list(tmp_path.glob("*.png"))) == 1

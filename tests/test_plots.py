@@ -9,7 +9,13 @@ import sys
 import pytest
 import torch
 
-from torch_klloss.plots import gap_figure, question_figure, reconstruction_figure
+from torch_klloss.plots import (
+    annealing_figure,
+    collapse_figure,
+    gap_figure,
+    question_figure,
+    reconstruction_figure,
+)
 from torch_klloss.question import question_curves
 
 STEPS, VALUE, REFERENCE, STD_ERROR = [10, 20, 30], [2.0, 3.0, 4.0], [2.5, 2.75, 4.0], [0.1, 0.2, 0.3]
@@ -110,6 +116,54 @@ def test_the_gap_refuses_series_that_do_not_belong_together():
         gap_figure([], [], [], [])
     with pytest.raises(ValueError, match="sampled must be 'value' or 'reference', got 'both'"):
         gap_figure(STEPS, VALUE, REFERENCE, STD_ERROR, sampled="both")
+
+
+def test_the_units_are_a_heat_map_with_the_largest_on_top():
+    kl = [[0.3, 0.1, 0.2], [0.5, 0.0, 2.0], [0.5, 0.0, 1.5]]
+    figure = collapse_figure([0, 10, 30], kl, [3, 2, 2])
+    top, bottom, scale = figure.axes
+    (mesh,) = top.collections
+    assert mesh.get_array().tolist() == [[0.2, 2.0, 1.5], [0.3, 0.5, 0.5], [0.1, 0.0, 0.0]]
+    assert [label.get_text() for label in top.get_yticklabels()] == ["2", "0", "1"]
+    assert top.yaxis_inverted()
+    assert mesh.get_clim() == (0, 2.0)
+    assert mesh.get_coordinates()[0, :, 0].tolist() == [-5, 5, 20, 40]  # every step has its own width
+    (line,) = bottom.get_lines()
+    assert line.get_ydata().tolist() == [3, 2, 2]
+    assert (bottom.get_xlabel(), scale.get_ylabel()) == ("training step", "KL in nats")
+    png_size(figure)
+
+
+def test_a_latent_of_which_nothing_is_left_stays_dark():
+    (mesh,) = collapse_figure([0, 1], [[0.001], [0.002]]).axes[0].collections
+    assert mesh.get_clim() == (0, 0.1)
+
+
+def test_a_single_step_without_counts_and_many_units_are_drawn():
+    top, _ = collapse_figure([7], [[float(j) for j in range(100)]]).axes
+    assert len(top.get_yticks()) == 16
+    png_size(top.figure)
+
+
+def test_units_that_do_not_belong_together_are_refused():
+    with pytest.raises(ValueError, match=r"same length, at least 1, .* got \[2, 1\] and \[1\] units"):
+        collapse_figure([0, 1], [[1.0]])
+    with pytest.raises(ValueError, match=r"got \[2, 2\] and \[1, 2\] units"):
+        collapse_figure([0, 1], [[1.0], [1.0, 2.0]])
+    with pytest.raises(ValueError, match=r"got \[0, 0\]"):
+        collapse_figure([], [])
+
+
+def test_the_weight_is_drawn_above_what_it_does():
+    figure = annealing_figure(STEPS, [0.0, 0.5, 1.0], [3.0, 2.0, 1.0], [30.0, 31.0, 32.0])
+    top, bottom = figure.axes
+    assert [line.get_ydata().tolist() for line in top.get_lines()] == [[0.0, 0.5, 1.0]]
+    assert lines(bottom).keys() == {"KL(q‖p)", "reconstruction, −log p(x|z)"}
+    assert lines(bottom)["KL(q‖p)"].tolist() == [3.0, 2.0, 1.0]
+    assert (bottom.get_xlabel(), bottom.get_ylabel()) == ("training step", "nats per example")
+    png_size(annealing_figure([1], [0.0], [1.0], [2.0]))
+    with pytest.raises(ValueError, match=r"same length, at least 1, got \[3, 2, 3, 3\]"):
+        annealing_figure(STEPS, [0.0, 1.0], [1.0] * 3, [1.0] * 3)
 
 
 def test_images_stand_side_by_side_in_labelled_rows():

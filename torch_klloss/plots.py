@@ -141,6 +141,128 @@ def gap_figure(
     return figure
 
 
+def collapse_figure(
+    steps: Sequence[float],
+    kl: Sequence[Sequence[float]],
+    active: Sequence[int] | None = None,
+    *,
+    title: str = "KL by latent unit",
+) -> Figure:
+    """Draw the KL of every latent unit over training as a heat map, the unit that ends highest on top.
+
+    The colour is linear in nats, from 0 to the largest KL, but at least to 0.1: a latent of which nothing is left stays
+    dark. Below it, how many units are active.
+
+    Args:
+        steps: the training steps, `[n]`, rising.
+        kl: the KL of every unit at these steps, in nats, `[n, units]`.
+        active: how many units were active at these steps, `[n]`.
+        title: what stands above the figure.
+
+    Raises:
+        ImportError: if matplotlib is missing.
+        ValueError: if the lengths differ or are zero.
+
+    Example:
+        >>> from torch_klloss.plots import collapse_figure
+        >>> figure = collapse_figure([0, 50], [[0.1, 0.2], [1.5, 0.0]], [2, 1])
+        >>> [axes.get_ylabel() for axes in figure.axes]
+        ['latent unit', 'active units', 'KL in nats']
+    """
+    lengths = [len(series) for series in (steps, kl, *([] if active is None else [active]))]
+    if len(set(lengths)) > 1 or lengths[0] == 0 or len({len(row) for row in kl}) > 1 or len(kl[0]) == 0:
+        raise ValueError(
+            f"steps, kl and active must have the same length, at least 1, and kl the same units at every step, got "
+            f"{lengths} and {sorted({len(row) for row in kl})} units."
+        )
+    values = np.asarray(kl, dtype=float)
+    order = np.argsort(-values[-1], kind="stable")
+    figure = _new_figure(9, 4.2 if active is None else 5.4)
+    panels = figure.subplots(1 if active is None else 2, 1, sharex=True, squeeze=False, height_ratios=_heights(active))
+    top = panels[0, 0]
+    edges = _edges(np.asarray(steps, dtype=float))
+    rows, brightest = np.arange(values.shape[1] + 1) - 0.5, max(0.1, np.nanmax(values, initial=0))
+    mesh = top.pcolormesh(edges, rows, values[:, order].T, cmap="inferno", vmin=0, vmax=brightest)
+    units = np.unique(np.linspace(0, values.shape[1] - 1, min(values.shape[1], 16)).round().astype(int))
+    top.set(ylabel="latent unit", yticks=units, yticklabels=[str(order[j]) for j in units])
+    top.invert_yaxis()
+    figure.suptitle(title)
+    if active is not None:
+        line: dict[str, Any] = {"marker": "o" if len(steps) <= 50 else None, "markersize": 3}
+        panels[1, 0].plot(steps, active, color=_BLUE, linewidth=1.6, **line)
+        most = max(values.shape[1], *active)
+        ticks = np.unique(np.linspace(0, most, 5).round())
+        panels[1, 0].set(ylabel="active units", ylim=(-0.05 * most, 1.05 * most), yticks=ticks)
+        _tidy(panels[1, 0])
+    panels[-1, 0].set_xlabel("training step")
+    figure.colorbar(mesh, ax=top, label="KL in nats", pad=0.01)
+    return figure
+
+
+def _heights(active: Sequence[int] | None) -> list[int]:
+    return [1] if active is None else [5, 2]
+
+
+def _edges(centres: np.ndarray) -> np.ndarray:
+    """Return the borders between the steps, and one beyond either end."""
+    between = (centres[1:] + centres[:-1]) / 2
+    first = centres[0] - (between[0] - centres[0] if len(between) else 0.5)
+    last = centres[-1] + (centres[-1] - between[-1] if len(between) else 0.5)
+    return np.concatenate([[first], between, [last]])
+
+
+def annealing_figure(
+    steps: Sequence[float],
+    weights: Sequence[float],
+    kl: Sequence[float],
+    reconstruction: Sequence[float],
+    *,
+    title: str = "The weight of the KL in training",
+) -> Figure:
+    """Draw the weight of the KL over training, and below it what it does to KL and reconstruction.
+
+    Args:
+        steps: the training steps, `[n]`.
+        weights: the weight β at these steps, `[n]`.
+        kl: the unweighted KL, in nats per example, `[n]`.
+        reconstruction: the negative log-likelihood, in nats per example, `[n]`.
+        title: what stands above the figure.
+
+    Raises:
+        ImportError: if matplotlib is missing.
+        ValueError: if the lengths differ or are zero.
+
+    Example:
+        >>> from torch_klloss.plots import annealing_figure
+        >>> figure = annealing_figure([0, 50], [0.0, 1.0], [9.0, 5.0], [30.0, 25.0])
+        >>> [axes.get_ylabel() for axes in figure.axes]
+        ['weight β', 'nats per example']
+    """
+    lengths = [len(series) for series in (steps, weights, kl, reconstruction)]
+    if len(set(lengths)) > 1 or lengths[0] == 0:
+        raise ValueError(f"steps, weights, kl and reconstruction must have the same length, at least 1, got {lengths}.")
+    figure = _new_figure(9, 5.2)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[2, 3])
+    figure.suptitle(title)
+    top.plot(steps, weights, color=_INK, linewidth=1.6)
+    top.set(ylabel="weight β", ylim=(0, 1.08 * max(*weights, 1e-12)))
+    bottom.plot(steps, kl, color=_BLUE, linewidth=1.6, label="KL(q‖p)")
+    bottom.plot(
+        steps,
+        reconstruction,
+        color=_VERMILION,
+        linewidth=1.6,
+        linestyle=(0, (4, 2)),
+        label="reconstruction, −log p(x|z)",
+    )
+    bottom.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderaxespad=0)
+    bottom.set(xlabel="training step", ylabel="nats per example")
+    bottom.set_ylim(bottom=0)
+    for axes in (top, bottom):
+        _tidy(axes)
+    return figure
+
+
 def reconstruction_figure(originals: Tensor, reconstructions: Tensor, samples: Tensor) -> Figure:
     """Draw three rows of grey images: data, what the model makes of them, and what it makes of draws from the prior.
 

@@ -11,7 +11,16 @@ from torch import nn
 from torch.distributions import Categorical, Distribution, Independent, MixtureSameFamily, Normal, StudentT
 from torch.utils.data import DataLoader, TensorDataset
 
-from torch_klloss import AnalyticKL, AutoKL, KLEstimate, KLLoss, MonteCarloKL, diagonal_normal, standard_normal_like
+from torch_klloss import (
+    AnalyticKL,
+    AutoKL,
+    ELBOLoss,
+    KLEstimate,
+    KLLoss,
+    MonteCarloKL,
+    diagonal_normal,
+    standard_normal_like,
+)
 from torch_klloss.callbacks import EstimatorGap
 from torch_klloss.methods import MonteCarlo
 
@@ -183,7 +192,7 @@ def test_the_hooks_are_gone_after_fit_raised():
     seen = []
 
     class Boom(pytorch_lightning.Callback):
-        def on_train_batch_end(self, trainer, pl_module, *args):
+        def on_train_batch_start(self, trainer, pl_module, *args):
             seen.append(hooks(pl_module))
             raise RuntimeError("boom")
 
@@ -235,6 +244,71 @@ def test_a_compiled_loss_is_hooked_outside_of_the_graph(monkeypatch):
     assert abs(got["gap_z"]) < 6
 
 
+def test_sampled_exact_and_quadrature_are_logged_side_by_side():
+    callback = EstimatorGap(1, num_samples=256, side_by_side=("sampled", "exact", "quadrature"))
+    metrics = fit(pytorch_lightning, make_module(pytorch_lightning, MonteCarloKL(4)), [callback]).callback_metrics
+    exact, sampled = metrics["kl/kl/exact"].item(), metrics["kl/kl/sampled"].item()
+    assert exact == pytest.approx(metrics["kl/kl/reference"].item(), rel=1e-6)
+    assert metrics["kl/kl/quadrature"].item() == pytest.approx(exact, rel=2e-6)  # vouched for to 1e-6
+    assert 0 < abs(sampled - exact) < 6 * metrics["kl/kl/sampled_std_error"].item()
+
+
+def test_a_column_without_a_route_is_nan_and_told_once():
+    callback = EstimatorGap(1, side_by_side=("exact", "sampled"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = fit(pytorch_lightning, make_module(pytorch_lightning, AutoKL(), prior=student_prior), [callback])
+    assert math.isnan(trainer.callback_metrics["kl/kl/exact"].item())
+    assert math.isfinite(trainer.callback_metrics["kl/kl/sampled"].item())
+    assert len([w for w in caught if "logs NaN as kl/exact" in str(w.message)]) == 1
+
+
+def test_the_columns_are_reduced_as_the_loss_is():
+    mask = torch.arange(8) < 3
+    for loss in (AutoKL(), AutoKL(reduction="sum")):
+        module = make_module(pytorch_lightning, loss, mask=mask)
+        metrics = fit(pytorch_lightning, module, [EstimatorGap(1, side_by_side=["exact"])], steps=1).callback_metrics
+        assert metrics["kl/kl/exact"].item() == pytest.approx(metrics["kl/kl/value"].item(), rel=1e-6)
+
+
+def test_what_was_logged_is_kept_and_comes_back_with_the_checkpoint(tmp_path):
+    callback = EstimatorGap(every_n_steps=2)
+    trainer = fit(pytorch_lightning, make_module(pytorch_lightning, AutoKL()), [callback])
+    rows = callback.history["kl"]
+    assert [row["step"] for row in rows] == [0, 2, 4]
+    assert rows[-1]["value"] == pytest.approx(logged(trainer)["value"])
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]["EstimatorGap"]
+    again = EstimatorGap()
+    again.load_state_dict(state)
+    assert again.history == callback.history
+
+
+def test_an_elbo_loss_is_watched_through_the_kl_inside_of_it():
+    class Model(pytorch_lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.vae = make_module(pytorch_lightning, None)
+            self.loss = ELBOLoss()
+            self.seen = []
+
+        def training_step(self, batch, batch_idx):
+            q, p = self.vae.pair(batch[0])
+            p_x = Independent(Normal(q.rsample().mean(-1, keepdim=True).expand(-1, 5), 1.0), 1)
+            terms = self.loss(p_x, batch[0], q, p)
+            self.seen.append(terms.kl.item())
+            return terms.loss
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.05)
+
+    model = Model()
+    trainer = fit(pytorch_lightning, model, [EstimatorGap(every_n_steps=5, num_samples=512)])
+    got = logged(trainer, "loss.kl")
+    assert got["value"] == pytest.approx(model.seen[5], rel=1e-6)
+    assert abs(got["gap_z"]) < 6
+
+
 def test_a_prefix_of_ones_own():
     trainer = fit(pytorch_lightning, make_module(pytorch_lightning, AutoKL()), [EstimatorGap(1, prefix="check")])
     assert abs(logged(trainer, prefix="check")["gap_z"]) < 6
@@ -267,6 +341,7 @@ def test_a_mixture_prior_and_a_bf16_trainer_work():
     [
         ({"every_n_steps": 0}, "every_n_steps must be at least 1, got 0"),
         ({"num_samples": 0}, "num_samples must be .* got 0"),
+        ({"side_by_side": ["analytic"]}, "side_by_side may hold .* got 'analytic'"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -11,15 +12,26 @@ from torch.distributions import Bernoulli
 from torch.nn.functional import logsigmoid
 
 from torch_klloss.closed_forms.analytic import Partials, Value, analytic
-from torch_klloss.closed_forms.elementary import common_dtype, gkl, gkl_of_log_ratio, has_float64, log_ratio
+from torch_klloss.closed_forms.elementary import (
+    common_dtype,
+    gkl,
+    gkl_of_log_ratio,
+    has_float64,
+    log_ratio,
+    may_be_infinite,
+    may_fall_to,
+    sign_of,
+)
 from torch_klloss.closed_forms.given import GIVEN, Given, both_as_given
 from torch_klloss.closed_forms.registry import register_kl
-from torch_klloss.tracing import is_traced
 
 TrialKL = Callable[[Tensor, Tensor, bool], Tensor]
 
 
 LARGEST = 700.0  # of what the exponential is taken of
+_LARGEST_SHIFT = 600.0  # beyond it a probability that is multiplied by its exponential may have lost its digits
+_NEAR = 2.0**-16  # of the shift, where the first two cumulants and the difference are both good to ten digits
+HUGE = 1e100  # stands for an infinite log-odds in a value
 BOUND = 645.0  # stands for an infinite log-odds in a derivative; log_ratio has the same bound
 
 
@@ -50,14 +62,18 @@ def log_odds(param: Tensor, is_probs: bool) -> Tensor:
     return torch.where(is_end, ends, torch.log(inside) - torch.log1p(-inside))
 
 
-def may_hold_anywhere(condition: Tensor) -> bool:
-    """Tell whether the condition holds somewhere, or is out of sight: whether its case has to be computed."""
-    return is_traced() or not condition.is_cpu or bool(condition.any())
+def shift_between(q: Tensor, p: Tensor, infinity: float) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return p, the shift p - q of the log-odds, and where p never has an outcome that q has; None if nowhere.
 
-
-def shift_between(q: Tensor, p: Tensor) -> Tensor:
-    """Return p - q of log-odds, and 0 where both are the same infinity."""
-    return torch.where((q == p) & q.isinf(), 0.0, p - q)
+    There p is replaced by q. A shift from an infinite q to a finite p is the number that stands for infinity.
+    """
+    shift = p - q
+    if not may_be_infinite(shift):
+        return p, shift, None
+    missed = p.isinf() & (q != p)
+    p = torch.where(missed, q, p)
+    shift = torch.where((q == p) & q.isinf(), 0.0, p - q)
+    return p, shift.nan_to_num(nan=math.nan, posinf=infinity, neginf=-infinity), missed
 
 
 def _probs_kl(q_probs: Tensor, p_probs: Tensor, series: bool) -> Tensor:
@@ -69,14 +85,15 @@ def _probs_partials(needs: Sequence[bool], q: Tensor, p: Tensor) -> Sequence[Ten
     by_q = by_p = None
     q, p = q.double(), p.double()
     gap = q - p
-    missed = ((p == 0) & (q > 0)) | ((p == 1) & (q < 1))
+    variance = p * (1 - p)
+    has_ends = may_fall_to(variance, 0)
+    is_end = variance == 0
     if needs[0]:
         by_q = log_ratio(q, p, gap) - log_ratio(1 - q, 1 - p, -gap)
-        by_q = torch.where(missed, 0.0, by_q)
+        by_q = torch.where(is_end & (gap != 0), 0.0, by_q) if has_ends else by_q
     if needs[1]:
-        is_end = (p == 0) | (p == 1)
-        by_p = -gap / torch.where(is_end, 1.0, p * (1 - p))
-        by_p = torch.where(is_end, torch.where(missed, 0.0, 1 - 2 * p), by_p)
+        by_p = -gap / (torch.where(is_end, 1.0, variance) if has_ends else variance)
+        by_p = torch.where(is_end, torch.where(gap == 0, 1 - 2 * p, 0.0), by_p) if has_ends else by_p
     return by_q, by_p
 
 
@@ -87,18 +104,27 @@ def _log_odds_kl(given: Given, q_param: Tensor, p_param: Tensor, series: bool) -
     p/q are -L and t - L with L = log(1 + m (exp(t) - 1)).
     """
     q, p = log_odds(q_param, given.q_is_probs), log_odds(p_param, given.p_is_probs)
-    missed = p.isinf() & (q != p)
-    p = torch.where(missed, q, p)
-    rare = torch.where(q >= 0, -1.0, 1.0).to(q.dtype)  # the sign of the log-odds of the outcome that q finds rarer
-    q_rare, p_rare, t = rare * q, rare * p, rare * shift_between(q, p)
-    m = torch.sigmoid(q_rare)
-    reach = 1.0 if series else LARGEST  # of t, beyond which its rounding would show in exp(t)
+    p, shift, missed = shift_between(q, p, infinity=HUGE)
+    rare = sign_of(-q)  # of the log-odds of the outcome that q finds rarer
+    m, t = torch.sigmoid(rare * q), rare * shift
+    reach = 1.0 if series else _LARGEST_SHIFT  # of t, beyond which its rounding would show in exp(t)
     L = torch.log1p(m * torch.expm1(t.clamp(max=reach)))
-    if may_hold_anywhere(t > reach):
-        L = torch.where(t > reach, logsigmoid(-q_rare) - logsigmoid(-p_rare), L)
-    value = gkl_of_log_ratio(torch.sigmoid(-q_rare), torch.sigmoid(-p_rare), -L, series=series)
-    value = value + gkl_of_log_ratio(m, torch.sigmoid(p_rare), t - L, series=series)
-    return torch.where(missed, torch.inf, value)
+    if may_fall_to(-t, -reach):
+        L = torch.where(t > reach, torch.log1p(-m) - logsigmoid(-rare * p), L)
+    if series:
+        value = gkl_of_log_ratio(1 - m, torch.sigmoid(-rare * p), -L)
+        value = value + gkl_of_log_ratio(m, torch.sigmoid(rare * p), t - L)
+    else:
+        value = torch.addcmul(L, m, t, value=-1)
+        if may_fall_to(t.abs(), _NEAR):
+            value = torch.where(t.abs() < _NEAR, _trial_kl_near_zero(m, t), value)
+    return value if missed is None else torch.where(missed, torch.inf, value)
+
+
+def _trial_kl_near_zero(m: Tensor, t: Tensor) -> Tensor:
+    """log(1 + m (exp(t) - 1)) - mt = m (1 - m) (t²/2 + (1 - 2m) t³/6 + …), of the cumulants of one trial."""
+    rest = 1 - m
+    return m * rest * t * t * (0.5 + (rest - m) * t / 6)
 
 
 def _log_odds_partials(
@@ -106,18 +132,15 @@ def _log_odds_partials(
 ) -> Sequence[Tensor | None]:
     by_q = by_p = None
     q, p = log_odds(q_param, given.q_is_probs), log_odds(p_param, given.p_is_probs)
-    shift, missed = shift_between(q, p), p.isinf() & (q != p)
+    p, shift, _ = shift_between(q, p, infinity=BOUND)
     if needs[0]:
-        bounded = torch.where(shift.isinf(), BOUND * shift.sign(), shift)
-        by_q = -bounded if given.q_is_probs else -torch.sigmoid(q) * torch.sigmoid(-q) * bounded
-        by_q = torch.where(missed, 0.0, by_q)
+        by_q = -shift if given.q_is_probs else -torch.sigmoid(q) * torch.sigmoid(-q) * shift
     if needs[1]:
-        rising = shift >= 0
-        weight = torch.where(rising, torch.sigmoid(p) * torch.sigmoid(-q), -torch.sigmoid(q) * torch.sigmoid(-p))
-        by_p = -weight * torch.expm1(-torch.where(rising, shift, -shift))  # p - q, as it was before both were rounded
+        sign = sign_of(shift)  # p - q of the probabilities, as it was before both were rounded
+        by_p = -sign * torch.sigmoid(sign * p) * torch.sigmoid(-sign * q) * torch.expm1(-sign * shift)
         if given.p_is_probs:
-            by_p = by_p / torch.where(p.isinf(), 1.0, torch.sigmoid(p) * torch.sigmoid(-p))
-        by_p = torch.where(missed, 0.0, by_p)
+            variance = torch.sigmoid(p) * torch.sigmoid(-p)
+            by_p = by_p / (torch.where(variance == 0, 1.0, variance) if may_fall_to(variance, 0) else variance)
     return by_q, by_p
 
 

@@ -6,10 +6,13 @@ neighbours, which float64 subtracts without a series; only float64 itself needs 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from torch_klloss.tracing import is_recorded_by_operation, is_traced
 
 # A parameter below this counts as this much in the derivative of a logarithm, which stays finite at 0.
 _TINY = 1e-280
@@ -34,9 +37,14 @@ _COTH = (
 
 def horner(x: Tensor, coefficients: Sequence[float]) -> Tensor:
     """Return the polynomial of x whose coefficients are given from the constant one up."""
-    value = torch.full_like(x, coefficients[-1])
-    for c in reversed(coefficients[:-1]):
-        value = value * x + c
+    if is_recorded_by_operation():  # a compiler prefers numbers, which cost eager mode an operation each
+        value = torch.full_like(x, coefficients[-1])
+        for c in reversed(coefficients[:-1]):
+            value = value * x + c
+        return value
+    *lower, value = x.new_tensor(coefficients).unbind()
+    for constant in reversed(lower):
+        value = torch.addcmul(constant, value, x)
     return value
 
 
@@ -64,6 +72,21 @@ def difference_error(a: Tensor, b: Tensor) -> Tensor:
     return (a - (difference - minus_b)) - (b + minus_b)
 
 
+def may_fall_to(x: Tensor, bound: float) -> bool:
+    """Tell whether a number is not above the bound somewhere, or out of sight: whether its case has to be computed."""
+    return is_traced() or not x.is_cpu or not (x.numel() == 0 or x.amin().item() > bound)
+
+
+def may_be_infinite(x: Tensor) -> bool:
+    """Tell whether a number is not finite somewhere, or out of sight; nothing is cheaper to look at than the sum."""
+    return is_traced() or not x.is_cpu or not math.isfinite(x.sum().item())
+
+
+def sign_of(x: Tensor) -> Tensor:
+    """Return 1 or -1, at zero one of them, with the derivative 0."""
+    return torch.copysign(x.new_ones(()), x)
+
+
 def magnitude(x: Tensor) -> Tensor:
     """Return |x| with the derivative 1 at zero, where that of `abs` is 0: for mirrored halves that meet there."""
     return torch.where(x < 0, -x, x)
@@ -75,10 +98,10 @@ def log_ratio(a: Tensor, b: Tensor, gap: Tensor) -> Tensor:
     The logarithm is taken of 1 plus the gap over the smaller of the two, which loses no digits however near or far
     they are.
     """
-    rising = gap >= 0
-    x = gap / torch.where(rising, b, a).clamp_min(_TINY)
-    size = torch.log1p(torch.where(rising, x, -x))
-    return torch.where(rising, size, -size)
+    sign = sign_of(gap)
+    is_differentiated = torch.is_grad_enabled() or is_recorded_by_operation()  # where a tie must not be split
+    smaller = torch.where(sign > 0, b, a) if is_differentiated else torch.minimum(a, b)
+    return sign * torch.log1p(sign * gap / smaller.clamp_min(_TINY))
 
 
 def isd(a: Tensor, b: Tensor, *, series: bool | None = None) -> Tensor:
@@ -115,22 +138,21 @@ def gkl(a: Tensor, b: Tensor, gap: Tensor, *, series: bool) -> Tensor:
         series: whether a and b may be nearer to one another than float32 numbers can be.
     """
     # Of an a far below b the logarithm, and how it is clamped, cannot be seen beside b.
-    far = a * torch.log1p((gap / b.clamp_min(_TINY)).clamp_min(ABOVE_MINUS_ONE)) - gap
+    value = a * torch.log1p((gap / b.clamp_min(_TINY)).clamp_min(ABOVE_MINUS_ONE)) - gap
     if series:
         s = gap / (a + b).clamp_min(_TINY)
-        near = s.abs() < _MAX_S
-        x = torch.where(near, -gap / a.clamp_min(_TINY), 0.0)
-        far = torch.where(near, a * _x_minus_log1p_near_zero(x, -s), far)
-    return torch.where((b == 0) & (a > 0), torch.inf, far)
+        square = s * s
+        near = s * torch.addcmul(gap, a * square, horner(square, _ARTANH), value=2)
+        value = torch.where(s.abs() < _MAX_S, near, value)
+    return torch.where((b == 0) & (a > 0), torch.inf, value) if may_fall_to(b, 0) else value
 
 
-def gkl_of_log_ratio(q: Tensor, p: Tensor, z: Tensor, *, series: bool = True) -> Tensor:
-    """Return q log(q/p) - q + p, given z = log(p/q) as well, in float64; p where q is 0, whatever z is there.
+def gkl_of_log_ratio(q: Tensor, p: Tensor, z: Tensor) -> Tensor:
+    """Return q log(q/p) - q + p, given a finite z = log(p/q) as well, in float64.
 
     The two forms agree; the first keeps its digits near equality and the second where p is far above q.
     """
-    z_far = torch.where(q == 0, 0.0, z)
-    return torch.where(z.abs() < 1, q * e2(z.clamp(-1, 1), series=series), p - q - q * z_far)
+    return torch.where(z.abs() < 1, q * _e2_near_zero(z), torch.addcmul(p - q, q, z, value=-1))
 
 
 def x_minus_log1p(x: Tensor) -> Tensor:
@@ -152,14 +174,18 @@ def e2(x: Tensor, *, series: bool = True) -> Tensor:
     if not series:
         near = x * x * (0.5 + x * (1 / 6 + x * (1 / 24)))
         return torch.where(x.abs() < 2.0**-10, near, torch.expm1(x) - x)
-    t = x.clamp(-1, 1)
-    square = t * t
+    return torch.where(x.abs() < 1, _e2_near_zero(x), torch.expm1(x) - x)
+
+
+def _e2_near_zero(x: Tensor) -> Tensor:
+    """Return exp(x) - 1 - x of |x| < 1, and something finite elsewhere."""
+    x = x.clamp(-1, 1)
+    square = x * x
     g = horner(square, _COTH)
-    near = square * (1 - t * g) / (2 - t + square * g)
-    return torch.where(x.abs() < 1, near, torch.expm1(x) - x)
+    return square * (1 - x * g) / torch.addcmul(2 - x, square, g)
 
 
 def _x_minus_log1p_near_zero(x: Tensor, s: Tensor) -> Tensor:
     """With s = x/(2 + x), log(1 + x) = 2 artanh s and x = 2s/(1 - s): xs - 2s³ (1/3 + s²/5 + s⁴/7 + …)."""
     square = s * s
-    return s * (x - 2 * square * horner(square, _ARTANH))
+    return s * torch.addcmul(x, square, horner(square, _ARTANH), value=-2)

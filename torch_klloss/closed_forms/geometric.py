@@ -11,12 +11,19 @@ from torch.distributions import Geometric
 from torch.nn.functional import logsigmoid
 
 from torch_klloss.closed_forms.analytic import Value, analytic
-from torch_klloss.closed_forms.bernoulli import BOUND, LARGEST, TRIAL, log_odds, may_hold_anywhere, shift_between
-from torch_klloss.closed_forms.elementary import ABOVE_MINUS_ONE, common_dtype, has_float64, log_ratio
+from torch_klloss.closed_forms.bernoulli import BOUND, HUGE, LARGEST, TRIAL, log_odds, shift_between
+from torch_klloss.closed_forms.elementary import (
+    ABOVE_MINUS_ONE,
+    common_dtype,
+    has_float64,
+    log_ratio,
+    may_be_infinite,
+    may_fall_to,
+)
 from torch_klloss.closed_forms.given import GIVEN, Given, both_as_given
 from torch_klloss.closed_forms.registry import register_kl
 
-_RARE, _UNDERFLOWS = -40.0, -700.0  # log-odds
+_RARE = -40.0  # log-odds
 
 
 @register_kl(Geometric, Geometric)
@@ -31,29 +38,35 @@ def _geometric_geometric(q: Geometric, p: Geometric) -> Tensor:
 
 def _kl(given: Given, q: Tensor, p: Tensor) -> Tensor:
     dtype, series = common_dtype(q, p), has_float64(q, p)
-    q, p = _raised(given, q, p)
+    q, p, may_overflow = _raised(given, q, p)
     value = TRIAL[given][0](q, p, series)
-    is_infinite = value.isinf() if given.q_is_probs else value.isinf() | ((q < -LARGEST) & (value > 0))
     trials, _ = _num_trials(given, q)
+    if not (may_overflow or may_be_infinite(value)):
+        return (value * trials).to(dtype)
+    is_infinite = value.isinf() | ((q < -LARGEST) & (value > 0)) if may_overflow else value.isinf()
     return torch.where(is_infinite, torch.inf, torch.where(is_infinite, 0.0, value) * trials).to(dtype)
 
 
 def _partials(given: Given, needs: Sequence[bool], q: Tensor, p: Tensor) -> Sequence[Tensor | None]:
-    q, p = _raised(given, q, p)
+    q, p, _ = _raised(given, q, p)
     trials, by_param = _num_trials(given, q)
     by_q = _log_failures(given, q, p) * by_param if needs[0] else None
     by_trial = TRIAL[given][1]((False, needs[1]), q, p)[1]
     return by_q, None if by_trial is None else by_trial * trials
 
 
-def _raised(given: Given, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    """Spare the exponential an underflow: of two very rare successes only the ratio matters."""
-    if given.q_is_probs or given.p_is_probs or not may_hold_anywhere(q < _UNDERFLOWS):
-        return q, p
+def _raised(given: Given, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Spare the exponential an underflow: of two very rare successes only the ratio matters.
+
+    Also tell whether q may have rarer ones than that, by its log-odds.
+    """
+    may_overflow = not given.q_is_probs and may_fall_to(q, -LARGEST)
+    if given.p_is_probs or not may_overflow:
+        return q, p, may_overflow
     q, p = q.double(), p.double()
     likelier = torch.maximum(q, p)
-    raised_by = torch.where((q < _UNDERFLOWS) & (likelier < _RARE), _RARE - likelier, 0.0)
-    return q + raised_by, p + raised_by
+    raised_by = torch.where((q < -LARGEST) & (likelier < _RARE), _RARE - likelier, 0.0)
+    return q + raised_by, p + raised_by, True
 
 
 def _num_trials(given: Given, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,16 +82,17 @@ def _log_failures(given: Given, q: Tensor, p: Tensor) -> Tensor:
     """Return log((1 - p)/(1 - q)), the other factor of the derivative by q; 0 where the KL is infinite."""
     if given.q_is_probs and given.p_is_probs:
         q, p = q.double(), p.double()
-        return torch.where((p == 1) & (q < 1), 0.0, log_ratio(1 - p, 1 - q, q - p))
+        fails, ratio = 1 - p, log_ratio(1 - p, 1 - q, q - p)
+        return torch.where((p == 1) & (q < 1), 0.0, ratio) if may_fall_to(fails, 0) else ratio
     q, p = log_odds(q, given.q_is_probs), log_odds(p, given.p_is_probs)
-    shift = shift_between(q, p)
+    p, shift, _ = shift_between(q, p, infinity=HUGE)
     # Where 1 - p is far below 1 - q, and the clamp is felt, it is multiplied by nearly nothing.
     growth = (torch.sigmoid(q) * torch.expm1(shift.clamp(max=LARGEST))).clamp_min(ABOVE_MINUS_ONE)
     ratio = -torch.log1p(growth)
-    if may_hold_anywhere(shift > LARGEST):
+    if may_fall_to(-shift, -LARGEST):
         far = (logsigmoid(-p) - logsigmoid(-q)).clamp(-BOUND, BOUND)
         ratio = torch.where(shift > LARGEST, far, ratio)
-    return torch.where(p.isinf() & (q != p), 0.0, ratio)
+    return ratio
 
 
 def _analytic(given: Given) -> Value:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import Poisson
 
 from torch_klloss.closed_forms.analytic import analytic
-from torch_klloss.closed_forms.elementary import common_dtype, gkl, has_float64, log_ratio
+from torch_klloss.closed_forms.elementary import common_dtype, gkl, has_float64, log_ratio, may_fall_to
 from torch_klloss.closed_forms.registry import register_kl
 
 
@@ -29,8 +29,11 @@ def _partials(needs: Sequence[bool], q_rate: Tensor, p_rate: Tensor) -> Sequence
     if needs[0]:
         by_q = log_ratio(q_rate, p_rate, gap)
     if needs[1]:
-        nonzero = torch.where(p_rate == 0, 1.0, p_rate)
-        by_p = torch.where(p_rate == 0, (q_rate == 0).double(), -gap / nonzero)
+        if may_fall_to(p_rate, 0):
+            nonzero = torch.where(p_rate == 0, 1.0, p_rate)
+            by_p = torch.where(p_rate == 0, (q_rate == 0).double(), -gap / nonzero)
+        else:
+            by_p = -gap / p_rate
     return by_q, by_p
 
 

@@ -55,7 +55,8 @@ def _partials(needs: Sequence[bool], loc: Tensor, logvar: Tensor) -> Sequence[Te
 
 @analytic(_partials)
 def _careful_kl(loc: Tensor, logvar: Tensor) -> Tensor:
-    return torch.addcmul(e2(logvar.double()).to(logvar.dtype), loc, loc) / 2
+    lead = e2(logvar.double(), series=logvar.dtype == torch.float64)
+    return torch.addcmul(lead.to(logvar.dtype), loc, loc) / 2
 
 
 class _CompiledKL(torch.autograd.Function):

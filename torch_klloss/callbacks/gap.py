@@ -1,0 +1,95 @@
+"""The gap between two estimates of the same per-example KLs, summed over examples and ranks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torch_klloss.callbacks.moments import wide
+from torch_klloss.callbacks.watching import AllRanks
+from torch_klloss.estimate import KLEstimate
+from torch_klloss.losses import KLLoss
+from torch_klloss.reduction import reduce_estimate
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Hold two estimates of the same per-example KLs, `[examples]`, not yet summed over examples or ranks."""
+
+    weights: Tensor
+    gaps: Tensor
+    variances: Tensor  # of the gaps; NaN where a single draw has no error
+    references: Tensor
+    total: Tensor  # Σ w · value, from what the loss returned
+    is_sum: bool
+    sampled: str  # which of the two the standard error belongs to: "value" or "reference"
+    others: dict[str, tuple[Tensor, Tensor | None]]  # by name: values, and variances where they were sampled
+
+    @classmethod
+    def of(
+        cls,
+        loss: KLLoss,
+        used: KLEstimate,
+        reference: KLEstimate,
+        output: Tensor,
+        mask: Tensor | None,
+        others: dict[str, KLEstimate] | None = None,
+    ) -> Gap:
+        """Reduce the estimates to the examples, and keep those that the mask keeps."""
+        values, references = (reduce_estimate(e, "none", loss.batch_dims) for e in (used, reference))
+        weights = torch.ones_like(values.value) if mask is None else mask.to(values.value.dtype)
+        weights, value, other = (wide(t).flatten() for t in (weights, values.value, references.value))
+        kept = weights != 0
+        total = wide(output).sum() * (weights.sum() if loss.reduction == "mean" else 1)
+        per_example = {name: reduce_estimate(e, "none", loss.batch_dims) for name, e in (others or {}).items()}
+        return cls(
+            weights[kept],
+            (value - other)[kept],
+            (_variance(values) + _variance(references))[kept],
+            other[kept],
+            total,
+            loss.reduction == "sum",
+            "reference" if used.exact else "value",
+            {
+                name: (wide(e.value).flatten()[kept], None if e.std_error is None else _variance(e)[kept])
+                for name, e in per_example.items()
+            },
+        )
+
+    def metrics(self, all_ranks: AllRanks) -> dict[str, float]:
+        """Return the reduced values; `all_ranks` sums a tensor over the ranks."""
+        w, gaps = self.weights, self.gaps
+        sums = all_ranks(
+            torch.stack([w.sum(), self.total, (w * self.references).sum(), (w * gaps).sum(), w.new_tensor(len(w))])
+        )
+        weight, total, reference, gap, count = sums.tolist()
+        spread = (w * (gaps - gap / (weight or math.nan))).square().sum() * count / (count - 1 or math.nan)
+        spread, variance = all_ranks(torch.stack([spread, (w.square() * self.variances).sum()])).tolist()
+        scale = 1.0 if self.is_sum else weight or math.nan
+        value, reference = total / scale, reference / scale
+        error = math.sqrt(spread if math.isnan(variance) else variance) / scale
+        gap_mean = value - reference
+        return {
+            "value": value,
+            "reference": reference,
+            "gap_mean": gap_mean,
+            "gap_std_error": error,
+            "gap_z": gap_mean / error if error else math.nan,
+        } | self._others(all_ranks, scale)
+
+    def _others(self, all_ranks: AllRanks, scale: float) -> dict[str, float]:
+        metrics = {}
+        for name, (values, variances) in self.others.items():
+            metrics[name] = all_ranks((self.weights * values).sum()).item() / scale
+            if variances is not None:
+                variance = all_ranks((self.weights.square() * variances).sum()).item()
+                metrics[f"{name}_std_error"] = math.sqrt(variance) / scale
+        return metrics
+
+
+def _variance(estimate: KLEstimate) -> Tensor:
+    error = torch.zeros_like(estimate.value) if estimate.std_error is None else estimate.std_error
+    return wide(error).flatten().square()

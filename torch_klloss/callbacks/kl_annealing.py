@@ -1,0 +1,195 @@
+"""A weight that changes while Lightning trains."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from torch_klloss.callbacks.base import Callback
+from torch_klloss.callbacks.watching import publish, steps_taken
+from torch_klloss.elbo import ELBOLoss
+from torch_klloss.schedules import Schedule
+
+Interval = Literal["step", "epoch"]
+
+
+class KLAnnealing(Callback):
+    """Set the weight of the KL before every training batch, by a schedule.
+
+    Drives the `beta` of every `ELBOLoss` in the LightningModule, or the one attribute that you name. The step is
+    counted as Lightning's own callbacks count it (batches that stepped an optimiser, so that accumulated gradients
+    count once) and comes back with a checkpoint: a resumed run goes on in mid-schedule. A validation sees the weight of
+    the training batch before it; `trainer.validate` and `trainer.test` from a checkpoint see the one that it was saved
+    with.
+
+    Logged as `kl/beta` on every n-th step. A warm-up that outlasts the training that the Trainer plans gets a warning
+    with the weight that will be reached.
+
+    Args:
+        schedule: takes a step and returns a weight: one of `torch_klloss.schedules`, or a function.
+        attribute: what to set instead of `ELBOLoss.beta`: a path from the LightningModule, such as "beta",
+            "loss.weight" or "hparams.beta". A tensor is filled in place, everything else is replaced by a float.
+        interval: whether the schedule counts in steps or in epochs.
+        every_n_steps: log the weight of the first step and of every n-th after it.
+        prefix: what the logged name begins with.
+
+    Raises:
+        TypeError: if `schedule` cannot be called.
+        ValueError: if `interval` is neither word or `every_n_steps` is below 1; when training starts, if there is no
+            such attribute, or the schedule gives a weight that is negative or not finite.
+
+    References:
+        *Generating sentences from a continuous space* (Bowman et al., 2016), section 3.1.
+        *Ladder variational autoencoders* (Sønderby et al., 2016).
+
+    Example:
+        >>> from torch_klloss.callbacks import KLAnnealing
+        >>> from torch_klloss.schedules import Linear
+        >>> callback = KLAnnealing(Linear(steps=1000))  # Trainer(callbacks=[callback])
+        >>> by_epoch = KLAnnealing(Linear(stop=4.0, steps=10), attribute="beta", interval="epoch")
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule | Callable[[float], float],
+        attribute: str | None = None,
+        interval: Interval = "step",
+        every_n_steps: int = 50,
+        prefix: str = "kl",
+    ) -> None:
+        super().__init__()
+        if not callable(schedule):
+            raise TypeError(
+                f"schedule must take a step and return a weight, as Linear(steps=1000) does, got {schedule!r}."
+            )
+        if interval not in get_args(Interval):
+            raise ValueError(f"interval must be 'step' or 'epoch', got {interval!r}.")
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}.")
+        self.schedule = schedule
+        self.attribute = attribute
+        self.interval = interval
+        self.every_n_steps = every_n_steps
+        self.prefix = prefix
+        self._targets: list[tuple[Any, str]] = []
+        self._weight: float | None = None
+        self._last_step = -1
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Find what to drive, and warn if there is nothing."""
+        self._last_step = -1
+        self._targets = self._find(pl_module)
+        if not self._targets:
+            warnings.warn(
+                f"KLAnnealing found no ELBOLoss in {type(pl_module).__name__} and drives nothing. Keep the loss as an "
+                "attribute of the module (self.loss = ELBOLoss()), or name what to set: KLAnnealing(schedule, "
+                "attribute='beta').",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def on_sanity_check_start(self, trainer: Any, pl_module: Any) -> None:
+        """Let the first validation see the first weight."""
+        self._drive(trainer)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Set the weight of where training starts or goes on, and warn if there is too little of it."""
+        self._drive(trainer)
+        planned = _planned(trainer, self.interval)
+        warm_up = getattr(self.schedule, "total_steps", 0)
+        if self._targets and warm_up > planned:
+            reached, meant = self.schedule(max(0, planned - 1)), self.schedule(warm_up)
+            warnings.warn(
+                f"The warm-up of {self.schedule!r} takes {warm_up:g} {self.interval}s, but the Trainer plans "
+                f"{planned:g}: the weight ends at {reached:.3g} instead of {meant:.3g}. Shorten the schedule or train "
+                "longer.",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Set the weight of the batch."""
+        self._drive(trainer)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log the weight that the batch has used."""
+        step = steps_taken(trainer)
+        if self._targets and step % self.every_n_steps == 0 and step != self._last_step:
+            self._last_step = step
+            publish(trainer, {f"{self.prefix}/beta": self._weight or 0.0}, step)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Set the weight of the checkpoint, where this is no part of a training."""
+        self._restore(trainer, pl_module)
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        """Set the weight of the checkpoint."""
+        self._restore(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the weight that was set last."""
+        return {"weight": self._weight}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember the weight that was set last."""
+        self._weight = state_dict["weight"]
+
+    def _find(self, pl_module: nn.Module) -> list[tuple[Any, str]]:
+        """Return what to set: objects with the name of an attribute."""
+        if self.attribute is None:
+            return [(module, "beta") for module in pl_module.modules() if isinstance(module, ELBOLoss)]
+        *path, name = self.attribute.split(".")
+        owner: Any = pl_module
+        for part in path:
+            owner = getattr(owner, part, None)
+        if not hasattr(owner, name):
+            raise ValueError(
+                f"KLAnnealing(attribute={self.attribute!r}) must name an attribute of {type(pl_module).__name__}, "
+                "which has none of that name: set it in the module's __init__, or leave the argument out to drive "
+                "every ELBOLoss.beta."
+            )
+        return [(owner, name)]
+
+    def _drive(self, trainer: Any) -> None:
+        """Set the weight of the present step."""
+        if not self._targets:
+            return
+        step = trainer.current_epoch if self.interval == "epoch" else steps_taken(trainer)
+        weight = float(self.schedule(step))
+        if not 0 <= weight < math.inf:
+            raise ValueError(
+                f"the weight of a KL must be at least 0 and finite, got {weight!r} from {self.schedule!r} at "
+                f"{self.interval} {step}."
+            )
+        if weight != self._weight or step == 0:
+            self._set(weight)
+
+    def _restore(self, trainer: Any, pl_module: nn.Module) -> None:
+        if self._weight is not None and trainer.state.fn != "fit":
+            self._targets = self._find(pl_module)
+            self._set(self._weight)
+
+    def _set(self, weight: float) -> None:
+        self._weight = weight
+        for owner, name in self._targets:
+            present = getattr(owner, name)
+            if isinstance(present, Tensor):
+                with torch.no_grad():
+                    present.fill_(weight)
+            else:
+                setattr(owner, name, weight)
+
+
+def _planned(trainer: Any, interval: Interval) -> float:
+    """Return for how many steps, or epochs, the Trainer means to train; infinite where it cannot tell."""
+    steps = trainer.estimated_stepping_batches
+    if not 0 <= steps < math.inf:
+        return math.inf
+    if interval == "step":
+        return steps
+    return math.ceil(steps / math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches))

@@ -1,0 +1,93 @@
+"""Which method every loss takes, and whether a better one was at hand."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch_klloss.callbacks.watching import AllRanks, Call, LossWatcher
+from torch_klloss.estimate import KLEstimate
+from torch_klloss.methods import ClosedForm, Enumeration, FirstOf
+from torch_klloss.rebuild import device_of
+from torch_klloss.rng import replayed_rng
+from torch_klloss.structure import name
+
+_EXACT = FirstOf(ClosedForm(), Enumeration())
+
+
+class KLRoute(LossWatcher):
+    """Say which method every loss has taken, and warn where one samples in training although an exact route exists.
+
+    Watches every `KLLoss` of the LightningModule in training steps. A route is printed when it is seen first and
+    whenever it changes, and is in `routes`, by path, and in checkpoints. Weights and random stream come out as without
+    the callback.
+
+    Logged for the loss at module path `<path>` (a second call in the same step is `<path>.1`, and so on):
+
+    - `kl/<path>/exact`: 1 where the KL is free of sampling and truncation error, else 0.
+    - `kl/<path>/num_evaluations`: at how many points a batch element the log-densities were evaluated.
+
+    Args:
+        every_n_steps: look at the first training step and at every n-th after it.
+        prefix: what the names begin with.
+
+    Raises:
+        ValueError: if `every_n_steps` is below 1.
+
+    Example:
+        >>> from torch_klloss.callbacks import KLRoute
+        >>> callback = KLRoute()  # Trainer(callbacks=[callback])
+    """
+
+    def __init__(self, every_n_steps: int = 500, prefix: str = "kl") -> None:
+        super().__init__(every_n_steps, prefix)
+        self.routes: dict[str, str] = {}
+        self._metrics: dict[str, float] = {}
+        self._news: list[str] = []
+        self._warned: set[str] = set()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log the routes, and print those that are new."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        for line in self._news:
+            trainer.print(line)
+        self._news.clear()
+
+    def observe(self, call: Call) -> None:
+        """Repeat the draws of the call, and look at how they were come by."""
+        with replayed_rng(call.random_state, device_of(call.q)) as generator:
+            used = call.loss.estimate(call.q, call.p, generator=generator)
+        self._metrics[f"{call.name}/exact"] = float(used.exact)
+        self._metrics[f"{call.name}/num_evaluations"] = float(used.num_evaluations)
+        if self.routes.get(call.name) != used.method:
+            self.routes[call.name] = used.method
+            self._news.append(f"KLRoute: {call.name!r} takes KL({name(call.q)}‖{name(call.p)}) by {used.method}")
+        self._warn_of_sampling(call, used)
+
+    def collect(self, all_ranks: AllRanks) -> dict[str, float]:
+        """Return what was seen."""
+        return dict(self._metrics)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the routes seen last."""
+        return {"routes": self.routes}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember the routes, to print only what has changed."""
+        self.routes = state_dict["routes"]
+
+    def _warn_of_sampling(self, call: Call, used: KLEstimate) -> None:
+        sampled = used.std_error is not None
+        if call.name in self._warned or not sampled or not _EXACT.supports(call.q, call.p):
+            return
+        self._warned.add(call.name)
+        warnings.warn(
+            f"{call.name!r} samples KL({name(call.q)}‖{name(call.p)}) in training ({used.method}), although "
+            f"{_EXACT.route(call.q, call.p)} is exact: AutoKL() takes it, without the noise in value and gradient.",
+            UserWarning,
+            stacklevel=2,
+        )
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._metrics.clear()

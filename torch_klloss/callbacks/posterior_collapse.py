@@ -1,0 +1,237 @@
+"""Which latent units carry something, and which have died."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+
+from torch_klloss.callbacks.figures import log_figure
+from torch_klloss.callbacks.latent import kl_per_unit, mutual_information, posterior_means
+from torch_klloss.callbacks.moments import Moments
+from torch_klloss.callbacks.watching import AllRanks, Call, LossWatcher, publish, steps_taken, sum_over_ranks
+from torch_klloss.rebuild import device_of
+from torch_klloss.rng import private_rng
+from torch_klloss.structure import check_pair
+
+Stage = Literal["train", "validation"]
+
+
+class PosteriorCollapse(LossWatcher):
+    """Log how much every latent unit is used, draw it over training, and warn once when most units have died.
+
+    Watches every `KLLoss` of the LightningModule as `EstimatorGap` does, on the batches of every n-th training step, or
+    on the whole of the validation data. Weights and random stream come out as without it.
+
+    Logged for the loss at module path `<path>` (a second call in the same step is `<path>.1`, and so on), over all
+    ranks, and over the examples that the call's mask keeps:
+
+    - `collapse/<path>/kl/<j>`: the mean KL of unit j, in nats. The units are the dimensions that q and p both
+      factorise over; a pair that does not factorise is one unit.
+    - `collapse/<path>/collapsed_units`: how many of these are below `collapsed_below`.
+    - `collapse/<path>/active_units`: how many units of q have Cov_x(E[z|x]) above `active_above`. Absent where q has
+      no mean, as Categorical.
+    - `collapse/<path>/mutual_information`: an estimate of I(x; z) within a batch, in nats: at most the logarithm of the
+      number of examples that one rank sees at a time; the mean over batches and ranks.
+
+    At the end of training the heat map `collapse/<path>/units` goes to TensorBoard, WandB or MLflow, or beside the log
+    as a PNG. What was logged is in `history`, by path, and in checkpoints: a resumed run draws the whole, and does not
+    warn again.
+
+    Args:
+        every_n_steps: measure the first training step and every n-th after it; not used on validation data.
+        stage: "train", or "validation": at the end of every validation epoch, over all of its batches.
+        active_above: a unit is active where the variance of its posterior means is above this.
+        collapsed_below: a unit is collapsed where its KL is below this, in nats.
+        patience: the warning comes when fewer than half of the units are active in so many measurements in a row.
+            Where q has no mean, those count that have not collapsed.
+        num_draws: how many draws a batch the mutual information is estimated with.
+        prefix: what the names begin with.
+        seed: of these draws.
+        figure: whether the heat map is drawn, where there are matplotlib and a logger.
+
+    Raises:
+        ValueError: if `every_n_steps`, `patience` or `num_draws` is below 1, or `stage` is neither word.
+
+    References:
+        *Importance weighted autoencoders* (Burda et al., 2016), appendix C, for active units and their threshold.
+        *ELBO surgery* (Hoffman and Johnson, 2016), for the mutual information.
+
+    Example:
+        >>> from torch_klloss.callbacks import PosteriorCollapse
+        >>> callback = PosteriorCollapse(stage="validation")  # Trainer(callbacks=[callback])
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 50,
+        stage: Stage = "train",
+        active_above: float = 0.01,
+        collapsed_below: float = 0.01,
+        patience: int = 3,
+        num_draws: int = 32,
+        prefix: str = "collapse",
+        seed: int = 0,
+        figure: bool = True,
+    ) -> None:
+        super().__init__(every_n_steps, prefix)
+        if stage not in get_args(Stage):
+            raise ValueError(f"stage must be 'train' or 'validation', got {stage!r}.")
+        for word, value in (("patience", patience), ("num_draws", num_draws)):
+            if value < 1:
+                raise ValueError(f"{word} must be at least 1, got {value}.")
+        self.stage = stage
+        self.active_above = active_above
+        self.collapsed_below = collapsed_below
+        self.patience = patience
+        self.num_draws = num_draws
+        self.seed = seed
+        self.figure = figure
+        self.history: dict[str, list[dict[str, Any]]] = {}
+        self._warned: list[str] = []
+        self._statistics: dict[str, _Statistics] = {}
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Decide whether this step is measured."""
+        if self.stage == "train":
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def on_validation_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Measure the batch, where validation is what is measured."""
+        if self.stage == "validation" and not trainer.sanity_checking:
+            seen = dict(self._statistics)
+            self._open(1_000_003 * steps_taken(trainer) + batch_idx)
+            self._statistics = seen
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log what the batches of the epoch have shown."""
+        if self._step is None:
+            return
+        self._last_step = steps_taken(trainer)
+        metrics = self.collect(sum_over_ranks(trainer))
+        self._close()
+        publish(trainer, self._prefixed(metrics), self._last_step)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Draw the heat maps."""
+        for path, rows in self.history.items() if self.figure else ():
+            log_figure(trainer, f"{self.prefix}/{path}/units", partial(_draw, path, rows), steps_taken(trainer))
+
+    def observe(self, call: Call) -> None:
+        """Add what the call shows of its latent."""
+        shape = check_pair(call.q, call.p)
+        dims = min(call.loss.batch_dims, len(shape))
+        if dims == 0:
+            return  # no examples: nothing varies
+        with private_rng(self._seed(self.seed), device_of(call.q)):
+            statistics = _Statistics.of(call, shape, dims, self.num_draws)
+        seen = self._statistics.get(call.name)
+        self._statistics[call.name] = statistics if seen is None else seen.merged(statistics)
+
+    def collect(self, all_ranks: AllRanks) -> dict[str, float]:
+        """Return the measurements, remember them, and warn where most units have died."""
+        metrics = {}
+        for path, statistics in self._statistics.items():
+            row = statistics.over_ranks(all_ranks).row(self.active_above, self.collapsed_below)
+            self.history.setdefault(path, []).append({"step": self._last_step, **row})
+            scalars = {key: value for key, value in row.items() if isinstance(value, (int, float))}
+            units = {f"kl/{j}": value for j, value in enumerate(row["kl"])}
+            metrics.update({f"{path}/{key}": float(value) for key, value in (scalars | units).items()})
+            self._warn_of_collapse(path)
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was logged so far, and for which losses a warning was given."""
+        return {"history": self.history, "warned": self._warned}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with what was logged."""
+        self.history, self._warned = state_dict["history"], state_dict["warned"]
+
+    def _warn_of_collapse(self, path: str) -> None:
+        last = self.history[path][-self.patience :]
+        if path in self._warned or len(last) < self.patience:
+            return
+        alive = [_alive(row) for row in last]
+        if all(2 * count < total for count, total in alive):
+            self._warned.append(path)
+            count, total = alive[-1]
+            warnings.warn(
+                f"{count} of the {total} latent units of {path!r} are in use after step {last[-1]['step']}: the "
+                "posterior collapses. Let β rise from 0 (KLAnnealing), grant free nats (ELBOLoss(free_nats=...)), or "
+                "take a smaller β or a weaker decoder.",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._statistics.clear()
+
+
+@dataclass(frozen=True)
+class _Statistics:
+    """Hold what is known of one latent: KL by unit, posterior means by unit, mutual information."""
+
+    kl: Moments
+    means: Moments | None
+    information: Moments
+
+    @classmethod
+    def of(cls, call: Call, shape: torch.Size, dims: int, num_draws: int) -> _Statistics:
+        """Measure one call on pairs of the batch shape `shape`, whose first `dims` dimensions are examples."""
+        q = call.q if call.q.batch_shape == shape else call.q.expand(shape)
+        kl = kl_per_unit(q, call.p, dims).flatten(0, dims - 1)
+        weights = torch.ones_like(kl[:, 0]) if call.mask is None else call.mask.to(kl.dtype).flatten()
+        means = posterior_means(q, dims)
+        information = mutual_information(q, (weights != 0).view(shape[:dims]), num_draws)
+        return cls(
+            Moments.of(kl, weights),
+            None if means is None else Moments.of(means.flatten(0, dims - 1), weights),
+            Moments.of(information.unsqueeze(-1), torch.ones_like(information)),
+        )
+
+    def merged(self, other: _Statistics) -> _Statistics:
+        """Return the statistics of both."""
+        means = None if self.means is None or other.means is None else self.means + other.means
+        return _Statistics(self.kl + other.kl, means, self.information + other.information)
+
+    def over_ranks(self, all_ranks: AllRanks) -> _Statistics:
+        """Return the statistics of all ranks."""
+        means = None if self.means is None else self.means.over_ranks(all_ranks)
+        return replace(
+            self, kl=self.kl.over_ranks(all_ranks), means=means, information=self.information.over_ranks(all_ranks)
+        )
+
+    def row(self, active_above: float, collapsed_below: float) -> dict[str, Any]:
+        """Return plain numbers, as they go into logs and checkpoints."""
+        row: dict[str, Any] = {
+            "kl": self.kl.mean.tolist(),
+            "collapsed_units": int((self.kl.mean < collapsed_below).sum()),
+            "mutual_information": self.information.mean.item(),
+        }
+        if self.means is not None:
+            row["variances"] = self.means.variance.tolist()
+            row["active_units"] = int((self.means.variance > active_above).sum())
+        return row
+
+
+def _alive(row: dict[str, Any]) -> tuple[int, int]:
+    """Return how many units are in use, and how many there are."""
+    if "active_units" in row:
+        return row["active_units"], len(row["variances"])
+    return len(row["kl"]) - row["collapsed_units"], len(row["kl"])
+
+
+def _draw(path: str, rows: list[dict[str, Any]]) -> Any:
+    from torch_klloss.plots import collapse_figure
+
+    active = [row["active_units"] for row in rows] if "active_units" in rows[0] else None
+    return collapse_figure(
+        [row["step"] for row in rows], [row["kl"] for row in rows], active, title=f"KL of {path} by unit"
+    )

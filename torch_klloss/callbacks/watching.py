@@ -1,0 +1,226 @@
+"""Seeing the (q, p) of every KL in a LightningModule, without a change to the module."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from torch_klloss.callbacks.base import Callback
+from torch_klloss.losses import KLLoss
+from torch_klloss.rebuild import device_of
+from torch_klloss.rng import RngState, rng_state
+
+AllRanks = Callable[[Tensor], Tensor]  # sums a tensor over the ranks
+
+
+@dataclass(frozen=True)
+class Call:
+    """Hold one call of a loss: a second call in the same step has the name `<path>.1`, and so on."""
+
+    name: str
+    loss: KLLoss
+    q: Distribution
+    p: Distribution
+    mask: Tensor | None
+    output: Tensor  # what the loss returned
+    random_state: RngState  # where the random streams stood before
+
+
+class LossWatcher(Callback):
+    """Base of the callbacks that watch losses: hooks in, a measurement, hooks out, on every n-th step.
+
+    Subclasses say what they do with a call (`observe`, run under `no_grad`) and what is logged at the end of the step
+    (`collect`). On all other steps there is no hook. Only where something is compiled the hooks stay: what was traced
+    without them would never call them.
+
+    Args:
+        every_n_steps: measure the first step and every n-th after it.
+        prefix: what the logged names begin with.
+
+    Raises:
+        ValueError: if `every_n_steps` is below 1.
+    """
+
+    way_out = "Keep the loss as an attribute of the module (self.kl = AutoKL())."
+
+    def __init__(self, every_n_steps: int, prefix: str) -> None:
+        super().__init__()
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}.")
+        self.every_n_steps = every_n_steps
+        self.prefix = prefix
+        self._watched: list[tuple[str, nn.Module, KLLoss]] = []
+        self._is_compiled = False
+        self._handles: list[Any] = []
+        self._step: int | None = None  # the step that is being measured, None on all others
+        self._last_step = -1
+        self._rank = 0
+        self._calls: Counter[str] = Counter()
+        self._random_states: list[RngState] = []
+
+    def observe(self, call: Call) -> None:
+        """Take what is needed from a call; training's random stream must stay where it is."""
+        raise NotImplementedError
+
+    def collect(self, all_ranks: AllRanks) -> dict[str, float]:
+        """Return what is to be logged, by name without the prefix, and forget the step."""
+        raise NotImplementedError
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Find every `KLLoss`, or warn that there is none."""
+        self._remove_hooks()
+        self._last_step, self._rank = -1, trainer.global_rank
+        self._watched = list(losses_of(pl_module))
+        self._is_compiled = any(_is_compiled(module) for module in pl_module.modules())
+        if self._is_compiled:
+            self._add_hooks()
+        if not self._watched and not self._has_other_source():
+            warnings.warn(
+                f"{type(self).__name__} found no KLLoss in {type(pl_module).__name__} and will log nothing. "
+                f"{self.way_out}",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Decide whether this step is measured."""
+        step = steps_taken(trainer)
+        if step % self.every_n_steps == 0 and step != self._last_step:
+            self._open(step)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log what the hooks have seen."""
+        if self._step is not None:
+            self._last_step = self._step
+            metrics = self.collect(sum_over_ranks(trainer))
+            self._close()
+            publish(trainer, self._prefixed(metrics), self._last_step)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Remove the hooks."""
+        self._remove_hooks()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Remove the hooks: Lightning calls no teardown where `fit` raises."""
+        self._remove_hooks()
+
+    @torch.compiler.disable
+    def _before_call(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._step is not None:
+            q, _, _, generator = _arguments(*args, **kwargs)
+            self._random_states.append(rng_state(device_of(q), generator))
+
+    @torch.compiler.disable
+    def _after_call(self, path: str, loss: KLLoss, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        if self._step is None:
+            return
+        q, p, mask, _ = _arguments(*args, **kwargs)
+        q, p, mask = loss.drop_masked(q, p, mask)
+        calls = self._calls[path]
+        self._calls[path] += 1
+        name = f"{path}.{calls}" if calls else path
+        with torch.no_grad():
+            self.observe(Call(name, loss, q, p, mask, output.detach(), self._random_states.pop()))
+
+    def _seed(self, seed: int) -> int:
+        """Return a seed for every (seed, rank, step, call): draws that nothing else in training shares."""
+        words = (seed, self._rank, self._step or 0, self._calls.total())
+        mixed = 0
+        for word in words:
+            mixed = (mixed * 1_000_003 + word + 1) % (2**63 - 1)
+        return mixed
+
+    def _has_other_source(self) -> bool:
+        """Tell whether there is something to log without a hook."""
+        return False
+
+    def _prefixed(self, metrics: dict[str, float]) -> dict[str, float]:
+        return {f"{self.prefix}/{name}": value for name, value in metrics.items()}
+
+    def _open(self, step: int) -> None:
+        """Begin to measure; `step` tells this measurement's draws from those of others."""
+        self._forget()
+        self._step = step
+        self._add_hooks()
+
+    def _close(self) -> None:
+        """Cease to measure."""
+        if not self._is_compiled:
+            self._remove_hooks()
+        self._step = None
+        self._forget()
+
+    def _add_hooks(self) -> None:
+        if self._handles:
+            return
+        for path, module, loss in self._watched:
+            self._handles += [
+                module.register_forward_pre_hook(self._before_call, with_kwargs=True),
+                module.register_forward_hook(partial(self._after_call, path, loss), with_kwargs=True),
+            ]
+
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._step = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._calls.clear()
+        self._random_states.clear()
+
+
+def losses_of(pl_module: nn.Module) -> Iterator[tuple[str, nn.Module, KLLoss]]:
+    """Yield path, module to hook and loss; a compiled loss is hooked outside of what is compiled."""
+    compiled: set[nn.Module] = set()
+    for path, module in pl_module.named_modules():
+        path = path.replace("_fsdp_wrapped_module.", "")
+        inner = getattr(module, "_orig_mod", None)
+        if isinstance(inner, KLLoss):
+            compiled.add(inner)
+            yield path, module, inner
+        elif isinstance(module, KLLoss) and module not in compiled:
+            yield path, module, module
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
+def steps_taken(trainer: Any) -> int:
+    """Return how many batches have stepped an optimiser: what Lightning's own callbacks count, resumed with it."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def sum_over_ranks(trainer: Any) -> AllRanks:
+    """Return the function that sums a tensor over the ranks."""
+    return partial(trainer.strategy.reduce, reduce_op="sum")
+
+
+def publish(trainer: Any, metrics: dict[str, float], step: int) -> None:
+    """Put the metrics where callbacks find them (`trainer.callback_metrics`), and send them to every logger once.
+
+    Not by the module's `log_dict`: it takes ten times as long, and would send a step's value to the loggers again,
+    stale, at every `log_every_n_steps`.
+    """
+    if not metrics:
+        return
+    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step=step)
+
+
+def _arguments(
+    q: Distribution, p: Distribution, mask: Tensor | None = None, generator: torch.Generator | None = None
+) -> tuple[Distribution, Distribution, Tensor | None, torch.Generator | None]:
+    """Bind the arguments of a call, by position or by name, as `KLLoss.forward` does."""
+    return q, p, mask, generator

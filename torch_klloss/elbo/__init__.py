@@ -1,0 +1,9 @@
+"""The loss of a VAE: reconstruction plus a weighted KL, and what keeps the KL in its place."""
+
+from torch_klloss.elbo.control import GECO, PIControl
+from torch_klloss.elbo.decomposition import KLDecomposition, decompose_kl
+from torch_klloss.elbo.importance import IWAELoss
+from torch_klloss.elbo.loss import ELBOLoss
+from torch_klloss.elbo.terms import ELBOTerms
+
+__all__ = ["GECO", "ELBOLoss", "ELBOTerms", "IWAELoss", "KLDecomposition", "PIControl", "decompose_kl"]

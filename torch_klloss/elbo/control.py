@@ -1,0 +1,187 @@
+"""Weights of the KL that the training itself drives: each holds its state in buffers, and so in the state_dict.
+
+A controller is an `nn.Module` called once a step with the reconstruction and the KL, both in nats per example, without
+gradient; it returns the weight of that step. In training mode it then moves on; in evaluation it stays. Where
+`torch.distributed` is at work, it sees the means over all ranks, so that every rank has the same weight.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, distributed, nn
+
+
+class BetaController(nn.Module):
+    """A weight of the KL with a state. Derive from it, with buffers for the state and a `forward`."""
+
+    @property
+    def beta(self) -> Tensor:
+        """The weight as it stands, without a step."""
+        raise NotImplementedError(f"{type(self).__name__} must define the property beta.")
+
+    def forward(self, reconstruction: Tensor, kl: Tensor) -> Tensor:
+        """Return the weight of this step, a scalar; move on if in training mode."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward(reconstruction, kl).")
+
+
+class GECO(BetaController):
+    """Keep the reconstruction at a tolerance: β falls while it is worse, and rises once it is better.
+
+    GECO minimises KL + λ · (reconstruction - tolerance) with a Lagrange multiplier λ that grows by the factor exp(rate
+    · C) a step, C the moving average of reconstruction - tolerance. Here β = 1/λ weighs the KL: the same objective,
+    divided by λ.
+
+    Args:
+        tolerance: the reconstruction to reach, in nats per example.
+        rate: how fast log λ moves, per nat and step.
+        momentum: of the moving average, in [0, 1).
+        initial: the first β.
+        bounds: the least and the largest β.
+
+    Raises:
+        ValueError: if a number is out of its range.
+
+    References:
+        *Taming VAEs* (Rezende and Viola, 2018), algorithm 1.
+
+    Example:
+        >>> import torch
+        >>> from torch_klloss.elbo import GECO
+        >>> weight = GECO(tolerance=20.0, rate=0.1, momentum=0.0)
+        >>> [round(weight(torch.tensor(nats), torch.tensor(3.0)).item(), 3) for nats in (25.0, 20.0, 18.0, 18.0)]
+        [1.0, 0.607, 0.607, 0.741]
+    """
+
+    def __init__(
+        self,
+        tolerance: float,
+        *,
+        rate: float = 0.01,
+        momentum: float = 0.99,
+        initial: float = 1.0,
+        bounds: tuple[float, float] = (1e-4, 1e4),
+    ) -> None:
+        super().__init__()
+        _check_bounds(bounds, positive=True)
+        if not math.isfinite(tolerance) or not rate > 0 or not 0 <= momentum < 1:
+            raise ValueError(
+                "GECO needs a finite tolerance, a rate above 0 and a momentum in [0, 1), got "
+                f"{tolerance!r}, {rate!r} and {momentum!r}."
+            )
+        if not bounds[0] <= initial <= bounds[1]:
+            raise ValueError(f"initial must lie within the bounds {bounds}, got {initial!r}.")
+        self.tolerance, self.rate, self.momentum, self.bounds = tolerance, rate, momentum, tuple(bounds)
+        self.log_beta: Tensor
+        self.excess: Tensor
+        self.register_buffer("log_beta", torch.tensor(math.log(initial)))
+        self.register_buffer("excess", torch.tensor(math.nan))  # no average before the first step
+
+    @property
+    def beta(self) -> Tensor:
+        """The weight as it stands."""
+        return self.log_beta.exp().float()
+
+    def forward(self, reconstruction: Tensor, kl: Tensor) -> Tensor:
+        """Return the weight of this step; the reconstruction moves the next one."""
+        beta = self.beta
+        if self.training:
+            now = _mean_over_ranks(reconstruction).to(self.excess) - self.tolerance
+            average = self.momentum * self.excess + (1 - self.momentum) * now
+            self.excess = torch.where(self.excess.isnan(), now, average)
+            low, high = (math.log(end) for end in self.bounds)
+            self.log_beta = (self.log_beta - self.rate * self.excess).clamp(low, high)
+        return beta
+
+    def extra_repr(self) -> str:
+        """Return the settings, for `repr`."""
+        return f"tolerance={self.tolerance}, rate={self.rate}, momentum={self.momentum}, bounds={self.bounds}"
+
+
+class PIControl(BetaController):
+    """Keep the KL at a target: a proportional and an integral term of the error e = target - KL give β.
+
+    β = Kp / (1 + exp(e)) - Ki Σ e + β_min, kept within the bounds. While β is beyond one of them, the sum takes no
+    error that would drive it further out; those that lead back it takes, where the paper's rests and may never return.
+
+    Args:
+        target: the KL to hold, in nats per example.
+        proportional: Kp.
+        integral: Ki.
+        bounds: the least and the largest β.
+
+    Raises:
+        ValueError: if a number is out of its range.
+
+    References:
+        *ControlVAE: controllable variational autoencoder* (Shao et al., 2020), algorithm 1.
+
+    Example:
+        >>> import torch
+        >>> from torch_klloss.elbo import PIControl
+        >>> weight = PIControl(target=10.0, proportional=0.01, integral=0.001)
+        >>> [round(weight(torch.tensor(20.0), torch.tensor(kl)).item(), 4) for kl in (30.0, 30.0, 10.0)]
+        [0.03, 0.05, 0.045]
+    """
+
+    def __init__(
+        self,
+        target: float,
+        *,
+        proportional: float = 0.01,
+        integral: float = 0.0001,
+        bounds: tuple[float, float] = (0.0, 1.0),
+    ) -> None:
+        super().__init__()
+        _check_bounds(bounds, positive=False)
+        if (
+            not target >= 0
+            or not proportional >= 0
+            or not integral >= 0
+            or math.inf in (target, proportional, integral)
+        ):
+            raise ValueError(
+                f"PIControl needs target, proportional and integral to be finite and at least 0, got {target!r}, "
+                f"{proportional!r} and {integral!r}."
+            )
+        self.target, self.proportional, self.integral, self.bounds = target, proportional, integral, tuple(bounds)
+        self.error_sum: Tensor
+        self.last: Tensor
+        self.register_buffer("error_sum", torch.zeros(()))  # times Ki, with its sign
+        self.register_buffer("last", torch.tensor(float(bounds[0])))  # before it was bounded
+
+    @property
+    def beta(self) -> Tensor:
+        """The weight as it stands."""
+        return self.last.clamp(*self.bounds).float()
+
+    def forward(self, reconstruction: Tensor, kl: Tensor) -> Tensor:
+        """Return the weight of this step, which its own KL has moved."""
+        if self.training:
+            error = self.target - _mean_over_ranks(kl).to(self.last)
+            low, high = self.bounds
+            outward = ((self.last > high) & (error < 0)) | ((self.last < low) & (error > 0))
+            self.error_sum = torch.where(outward, self.error_sum, self.error_sum - self.integral * error)
+            self.last = self.proportional * torch.sigmoid(-error) + self.error_sum + low
+        return self.beta
+
+    def extra_repr(self) -> str:
+        """Return the settings, for `repr`."""
+        gains = f"proportional={self.proportional}, integral={self.integral}"
+        return f"target={self.target}, {gains}, bounds={self.bounds}"
+
+
+def _check_bounds(bounds: tuple[float, float], *, positive: bool) -> None:
+    low, high = bounds
+    if not (0 <= low <= high < math.inf) or (positive and low == 0):
+        least = "above 0" if positive else "at least 0"
+        raise ValueError(f"bounds must be finite, in order and {least}, got {bounds!r}.")
+
+
+def _mean_over_ranks(value: Tensor) -> Tensor:
+    value = value.detach().clone()
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(value)
+        value = value / distributed.get_world_size()
+    return value

@@ -1,0 +1,185 @@
+"""The KL of one level of latents, element by element, and dimension by dimension where it splits."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Independent
+
+from torch_klloss.distributions import LogVarNormal, StandardNormal
+from torch_klloss.elbo.batches import Batch
+from torch_klloss.losses import KLLoss
+from torch_klloss.methods import ClosedForm, FirstOf
+from torch_klloss.rebuild import device_of, replace_examples
+from torch_klloss.rng import private_rng
+from torch_klloss.structure import check_pair, name, peel
+from torch_klloss.tracing import is_traced
+
+_LARGEST_LOGVAR = 80.0  # exp(88.8) is infinite in float32
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Hold the KL of the elements of a batch.
+
+    Attributes:
+        value: `[*elements, …]`; dimensions after the elements are latent ones, still to be summed.
+        per_dimension: `[*elements, *latent]`, the very same tensor where all comes from one evaluation; None where the
+            KL does not split.
+    """
+
+    value: Tensor
+    per_dimension: Tensor | None
+
+    def reduce(self, batch: Batch, reduction: str, averages: Tensor | None) -> Tensor:
+        """Reduce the KL of the examples, given the batch means of its dimensions."""
+        if averages is not None and reduction == "mean" and self.value is self.per_dimension:
+            return averages.sum()
+        return batch.total(self.value, reduction)
+
+
+def divergence(
+    kl: KLLoss,
+    q: Distribution,
+    p: Distribution,
+    batch: Batch,
+    generator: torch.Generator | None = None,
+    *,
+    must_split: bool = False,
+) -> Divergence:
+    """Return the KL of the elements of a batch.
+
+    Args:
+        kl: the loss that computes it, with reduction="none".
+        q: the posterior, `[*elements, …]`.
+        p: the prior.
+        batch: which elements count.
+        generator: where a sampling method takes its randomness from.
+        must_split: whether the loss is made of the single dimensions: a sampling method then draws for them anew.
+            Otherwise they are a report, whose draws are made beside the caller's random stream, always the same.
+
+    Raises:
+        ValueError: if `must_split` and the KL does not split.
+    """
+    batch_shape = check_pair(q, p)
+    keep = None if batch.weights is None else batch.weights != 0
+    kept_q, kept_p = (d if keep is None else replace_examples(d, keep, batch_shape) for d in (q, p))
+    fast = _of_usual_pair(kl, kept_q, kept_p)
+    if fast is not None:
+        show(kl, q, p, batch)
+        return fast
+    _warn_of_extreme_logvar(kept_q)
+    if batch.has_parts:
+        value = kl.estimate(kept_q, kept_p, generator).value
+    else:
+        value = kl(q, p, mask=keep, generator=generator)
+    split = _split(kl, kept_q, kept_p, len(batch.elements), generator, is_report=not must_split)
+    if split is None and must_split:
+        raise ValueError(
+            "free nats of dimensions, or of groups of them, need a KL that splits into dimensions, which "
+            f"KL({name(q)}‖{name(p)}) does not: use free_nats_per='example', or 'group' without groups."
+        )
+    return Divergence(value, split)
+
+
+def show(kl: KLLoss, q: Distribution, p: Distribution, batch: Batch) -> None:
+    """Call the loss for those who watch it, where its value was found in another way.
+
+    Only where nothing is drawn: training is then bit for bit the same, watched or not.
+    """
+    if is_watched(kl) and not batch.has_parts:
+        with torch.no_grad():
+            kl(q, p, mask=None if batch.weights is None else batch.weights != 0)
+
+
+def is_watched(kl: KLLoss) -> bool:
+    """Tell whether somebody looks at the calls of the loss, as the callbacks do."""
+    return bool(kl._forward_hooks or kl._forward_pre_hooks)
+
+
+def of_standard_normal(mean: Tensor, logvar: Tensor) -> Divergence:
+    """Return the KL of `diagonal_normal(mean, logvar)` to the standard Normal, by one evaluation in all."""
+    terms: Tensor = _NormalTerms.apply(mean, logvar)
+    return Divergence(terms, terms)
+
+
+def is_plain_normal(kl: KLLoss, mean: Tensor, logvar: Tensor) -> bool:
+    """Tell whether there is nothing to choose and nothing to complain about: the closed form of float32 tensors."""
+    method = kl.method.methods[0] if type(kl.method) is FirstOf else kl.method
+    if type(method) is not ClosedForm or is_traced() or not mean.dtype == logvar.dtype == torch.float32:
+        return False
+    return mean.shape == logvar.shape and not mean.is_meta and mean.numel() > 0 and not _is_extreme(mean, logvar)
+
+
+def _of_usual_pair(kl: KLLoss, q: Distribution, p: Distribution) -> Divergence | None:
+    if not (type(q) is type(p) is Independent) or q.batch_shape != p.batch_shape:
+        return None
+    normal, standard = q.base_dist, p.base_dist
+    if type(normal) is not LogVarNormal or type(standard) is not StandardNormal or not q.event_shape:
+        return None
+    if not is_plain_normal(kl, normal.loc, normal.logvar):
+        return None
+    return of_standard_normal(normal.loc, normal.logvar)
+
+
+def _split(
+    kl: KLLoss, q: Distribution, p: Distribution, num_elements: int, generator: torch.Generator | None, is_report: bool
+) -> Tensor | None:
+    """Return the KL of the latent dimensions, None where there are none to be told apart."""
+    q, p, _ = peel(q, p)
+    if len(check_pair(q, p)) <= num_elements:
+        return None
+    if not is_report or is_traced():
+        return kl.estimate(q, p, generator).value
+    with private_rng(0, device_of(q)):
+        return kl.estimate(q, p).value
+
+
+class _NormalTerms(torch.autograd.Function):
+    """Compute ½ (μ² + exp(v) - 1 - v): float64 subtracts what is left of a float32 v near 0 without a series."""
+
+    @staticmethod
+    def forward(ctx: Any, loc: Tensor, logvar: Tensor) -> Tensor:
+        wide = logvar.double()
+        growth = torch.expm1(wide)
+        ctx.save_for_backward(loc, logvar)
+        ctx.growth = growth.float()
+        return growth.sub_(wide).clamp_(min=0).float().addcmul_(loc, loc).mul_(0.5)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        loc, logvar = ctx.saved_tensors
+        by_loc = grad * loc if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return by_loc, None
+        # A second derivative has to see where the first one comes from.
+        growth = logvar.expm1() if torch.is_grad_enabled() else ctx.growth
+        return by_loc, (grad * 0.5) * growth
+
+
+def _is_extreme(mean: Tensor, logvar: Tensor) -> bool:
+    """Tell whether a log-variance is out of bounds or a parameter is NaN, unless torch's validation is off."""
+    if not Distribution._validate_args:
+        return False
+    low, high = torch.aminmax(logvar.detach())
+    within = low.item() >= -_LARGEST_LOGVAR and high.item() <= _LARGEST_LOGVAR
+    return not within or math.isnan(mean.detach().sum().item())
+
+
+def _warn_of_extreme_logvar(q: Distribution) -> None:
+    while isinstance(q, Independent):
+        q = q.base_dist
+    if not isinstance(q, LogVarNormal) or isinstance(q, StandardNormal) or is_traced() or q.logvar.is_meta:
+        return
+    if q.logvar.numel() > 0 and _is_extreme(torch.zeros(()), q.logvar):
+        warnings.warn(
+            "logvar should stay within ±80, got values beyond: a variance of exp(±80) means that training diverges, or "
+            "that something else than the logarithm of a variance was passed. Lower the learning rate, or clamp it.",
+            UserWarning,
+            stacklevel=2,
+        )

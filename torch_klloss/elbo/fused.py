@@ -1,0 +1,139 @@
+"""The plain loss of a VAE in one node of the graph: small batches are a matter of how many operations are recorded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from torch_klloss.elbo.likelihoods import LikelihoodName, check_values, log_bernoulli
+from torch_klloss.elbo.terms import ELBOTerms
+
+_ENOUGH = 0.02  # nats a dimension: above, the float32 exp(v) - 1 - v has digits to spare
+
+
+def can_fuse(recon: Tensor, x: Tensor) -> bool:
+    """Tell whether recon and x are what `plain_elbo` takes."""
+    return recon.dtype == x.dtype == torch.float32 and not x.requires_grad
+
+
+def plain_elbo(
+    recon: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    logvar: Tensor,
+    beta: float,
+    likelihood: LikelihoodName,
+    batch_dims: int,
+) -> ELBOTerms:
+    """Return the terms of reconstruction + β · KL, means over the examples, of float32 tensors.
+
+    Args:
+        recon: the output of the decoder, `[*examples, …]`.
+        x: the data, of the same shape.
+        mean: of the posterior, `[*examples, *latent]`.
+        logvar: of the same shape.
+        beta: the weight of the KL.
+        likelihood: what recon is.
+        batch_dims: how many leading dimensions index examples.
+
+    Raises:
+        ValueError: if x or recon are not what the likelihood is about.
+    """
+    check_values(recon, x, likelihood)
+    loss, reconstruction, kl, each = _PlainELBO.apply(recon, x, mean, logvar, beta, likelihood, batch_dims)
+    return ELBOTerms(loss, reconstruction, kl, each, beta, (kl,))
+
+
+class _PlainELBO(torch.autograd.Function):
+    """Compute (loss, reconstruction, KL, KL per dimension)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, recon: Tensor, x: Tensor, mean: Tensor, logvar: Tensor, beta: float, likelihood: str, batch_dims: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the four terms."""
+        count = math.prod(mean.shape[:batch_dims])
+        ctx.save_for_backward(recon, x, mean, logvar)
+        ctx.settings = beta, likelihood, count
+        ctx.set_materialize_grads(False)
+        ctx.growth = torch.expm1(logvar)
+        each = _sum((ctx.growth - logvar).addcmul_(mean, mean), batch_dims)
+        if not each.amin().item() > 2 * count * _ENOUGH:
+            wide = logvar.double()
+            each = _sum(torch.expm1(wide).sub_(wide).clamp_(min=0).float().addcmul_(mean, mean), batch_dims)
+        each.mul_(0.5 / count)
+        reconstruction, kl = _SUMMED_NLL[likelihood](recon, x).div_(count), each.sum()
+        return torch.add(reconstruction, kl, alpha=beta), reconstruction, kl, each
+
+    @staticmethod
+    def backward(
+        ctx: Any, by_loss: Tensor | None, by_nll: Tensor | None, by_kl: Tensor | None, by_each: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients to recon, mean and logvar."""
+        recon, x, mean, logvar = ctx.saved_tensors
+        beta, likelihood, count = ctx.settings
+        needs_recon, _, needs_mean, needs_logvar, *_ = ctx.needs_input_grad
+        to_nll = _added((by_loss, 1 / count), (by_nll, 1 / count))
+        to_kl = _added((by_loss, beta / count), (by_kl, 1 / count), (by_each, 1 / count))
+        # A second derivative has to see where the first one comes from.
+        growth = logvar.expm1() if torch.is_grad_enabled() else ctx.growth
+        by_recon = None if to_nll is None or not needs_recon else _NLL_GRADIENT[likelihood](to_nll, recon, x)
+        if to_kl is None:
+            return by_recon, *(None,) * 6
+        by_mean = mean * to_kl if needs_mean else None
+        by_logvar = growth * (0.5 * to_kl) if needs_logvar else None
+        return by_recon, None, by_mean, by_logvar, *(None,) * 3
+
+
+def _sum(terms: Tensor, batch_dims: int) -> Tensor:
+    return terms.sum(tuple(range(batch_dims))) if batch_dims else terms
+
+
+def _added(*terms: tuple[Tensor | None, float]) -> Tensor | float | None:
+    """Return the sum of what there is; a number where it is one, on a processor that has it at hand."""
+    total: Tensor | float | None = None
+    for grad, factor in terms:
+        if grad is None:
+            continue
+        is_number = grad.dim() == 0 and grad.is_cpu and not torch.is_grad_enabled()
+        term = (grad.item() if is_number else grad) * factor
+        total = term if total is None else total + term
+    return total
+
+
+def _gaussian(recon: Tensor, x: Tensor) -> Tensor:
+    return 0.5 * functional.mse_loss(recon, x, reduction="sum") + x.numel() * 0.5 * math.log(2 * math.pi)
+
+
+def _logits_gradient(grad: Tensor | float, recon: Tensor, x: Tensor) -> Tensor:
+    if torch.is_grad_enabled():
+        return (recon.sigmoid() - x) * grad
+    return recon.sigmoid().sub_(x).mul_(grad)
+
+
+def _probs_gradient(grad: Tensor | float, recon: Tensor, x: Tensor) -> Tensor:
+    grad = torch.as_tensor(grad, dtype=recon.dtype, device=recon.device)
+    gradient: Tensor = torch.ops.aten.binary_cross_entropy_backward(grad, recon, x, None, 2)  # 2 stands for a sum
+    return gradient
+
+
+def _gaussian_gradient(grad: Tensor | float, recon: Tensor, x: Tensor) -> Tensor:
+    return (recon - x) * grad
+
+
+# Keyed by the name of the likelihood.
+_SUMMED_NLL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "bernoulli": lambda recon, x: -log_bernoulli(recon, x).sum(),
+    "bernoulli_logits": lambda recon, x: functional.binary_cross_entropy_with_logits(recon, x, reduction="sum"),
+    "gaussian": _gaussian,
+}
+_NLL_GRADIENT: dict[str, Callable[[Tensor | float, Tensor, Tensor], Tensor]] = {
+    "bernoulli": _probs_gradient,
+    "bernoulli_logits": _logits_gradient,
+    "gaussian": _gaussian_gradient,
+}

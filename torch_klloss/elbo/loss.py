@@ -1,0 +1,347 @@
+"""The drop-in loss of a VAE."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from torch_klloss.distributions import diagonal_normal, standard_normal_like
+from torch_klloss.elbo.arguments import Latents, check_moments, num_element_dims, pairs_of, same_shape, total
+from torch_klloss.elbo.batches import Batch, batch_of
+from torch_klloss.elbo.control import BetaController
+from torch_klloss.elbo.divergence import (
+    Divergence,
+    divergence,
+    is_plain_normal,
+    is_watched,
+    of_standard_normal,
+    show,
+)
+from torch_klloss.elbo.fused import can_fuse, plain_elbo
+from torch_klloss.elbo.likelihoods import (
+    LikelihoodName,
+    check_likelihood,
+    check_shape,
+    full_precision,
+    negative_log_prob,
+    tensor_nll,
+)
+from torch_klloss.elbo.terms import ELBOTerms
+from torch_klloss.elbo.weighting import FreeNats, FreeNatsPer, balanced
+from torch_klloss.losses import AutoKL, KLLoss
+from torch_klloss.rebuild import replace_examples
+from torch_klloss.schedules import Schedule
+from torch_klloss.structure import check_pair
+
+
+class ELBOLoss(nn.Module):
+    """Compute a VAE's loss: reconstruction + β · KL, the negative ELBO in nats per example.
+
+    The reconstruction is -log p(x|z), summed over all dimensions of x; the KL is summed over the latent dimensions;
+    both are means over the examples, and there is no other factor. With β = 1 and no free nats, capacity or balance,
+    the loss is an upper bound of -log p(x), unbiased in value and gradient wherever the KL is.
+
+    Half-precision tensors are computed with in float32, with autocast off. Values are checked (x within the
+    likelihood's support, a log-variance within ±80) as long as torch's own validation is on.
+
+    Args:
+        kl: computes the KL. Its `reduction` and `batch_dims` hold for all terms; a copy of it is the submodule `kl`.
+        beta: the weight of the KL, at least 0: a number, a Schedule, which needs `step`, or a controller
+            (`GECO`, `PIControl`). The attribute `beta` is the number in force, and may be set.
+        free_nats: nats that cost nothing; see `FreeNats`.
+        free_nats_per: "example", "dimension" or "group".
+        free_nats_groups: how many groups of equal size the dimensions of each level make up; with None, each (q, p)
+            pair is a group.
+        capacity: C ≥ 0, a number or a Schedule: β · |KL - C| takes the place of β · KL. The β there is the paper's γ,
+            and is large.
+        balance: which share of the KL's gradient the learned prior gets, in [0, 1]; the posterior gets the rest.
+            DreamerV2 has 0.8. Without it both get all of it.
+
+    Raises:
+        TypeError: if `kl` is no KLLoss.
+        ValueError: if a setting is out of its range, or two exclude one another.
+
+    References:
+        *Auto-encoding variational Bayes* (Kingma and Welling, 2014). *beta-VAE: learning basic visual concepts with a
+        constrained variational framework* (Higgins et al., 2017), for β. *Improved variational inference with inverse
+        autoregressive flow* (Kingma et al., 2016), for free nats. *Understanding disentangling in beta-VAE* (Burgess
+        et al., 2018), for the capacity. *Mastering Atari with discrete world models* (Hafner et al., 2021), for
+        balancing.
+
+    Example:
+        >>> import torch
+        >>> from torch.distributions import Bernoulli, Independent
+        >>> from torch_klloss import ELBOLoss, diagonal_normal, standard_normal_like
+        >>> x, logits = torch.ones(128, 64), torch.zeros(128, 64)  # an image, and the output of the decoder
+        >>> q = diagonal_normal(torch.ones(128, 8), torch.zeros(128, 8))
+        >>> terms = ELBOLoss(beta=2.0)(Independent(Bernoulli(logits=logits), 1), x, q, standard_normal_like(q))
+        >>> terms.reconstruction, terms.kl, terms.loss  # 64 log 2, 4, and their weighted sum
+        (tensor(44.3614), tensor(4.), tensor(52.3614))
+        >>> ELBOLoss().from_tensors(logits, x, q.mean, 0 * q.mean, likelihood="bernoulli_logits").loss
+        tensor(48.3614)
+    """
+
+    def __init__(
+        self,
+        kl: KLLoss | None = None,
+        *,
+        beta: float | Schedule | BetaController = 1.0,
+        free_nats: float = 0.0,
+        free_nats_per: FreeNatsPer = "example",
+        free_nats_groups: int | None = None,
+        capacity: float | Schedule | None = None,
+        balance: float | None = None,
+    ) -> None:
+        super().__init__()
+        kl = AutoKL() if kl is None else kl
+        if not isinstance(kl, KLLoss):
+            raise TypeError(f"kl must be a KLLoss, such as AutoKL() or KLLoss(method), got {kl!r}.")
+        self.reduction = kl.reduction
+        self.kl = copy.deepcopy(kl)
+        self.kl.reduction = "none"
+        self.schedule = beta if isinstance(beta, Schedule) else None
+        self.controller = beta if isinstance(beta, BetaController) else None
+        self._beta = None if isinstance(beta, (Schedule, BetaController)) else _checked_weight("beta", beta)
+        self.free_nats = FreeNats(free_nats, free_nats_per, free_nats_groups)
+        self.capacity = capacity if capacity is None or isinstance(capacity, Schedule) else _checked_capacity(capacity)
+        if balance is not None and not 0 <= balance <= 1:
+            raise ValueError(f"balance must lie in [0, 1], the prior's share of the gradient, got {balance!r}.")
+        self.balance = balance
+        self._check_combination()
+
+    @property
+    def beta(self) -> float:
+        """The weight of the KL in force without a `step`; set it to drive the weight from outside."""
+        if self.controller is not None:
+            return float(self.controller.beta)
+        if self._beta is None and self.schedule is not None:
+            return self.schedule(0)
+        return float(self._beta or 0.0)
+
+    @beta.setter
+    def beta(self, value: float) -> None:
+        if self.controller is not None:
+            raise ValueError(f"beta is driven by {self.controller!r}: build ELBOLoss with a number to set it.")
+        self._beta = _checked_weight("beta", value)
+
+    def forward(
+        self,
+        p_x: Distribution,
+        x: Tensor,
+        q: Latents,
+        p: Distribution | Sequence[Distribution] | None = None,
+        step: float | None = None,
+        mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        lengths: Tensor | None = None,
+    ) -> ELBOTerms:
+        """Return the loss and its terms.
+
+        Args:
+            p_x: the likelihood p(x|z) at a z that was drawn from q by `rsample`, `[*examples, …]`.
+            x: the data, of p_x's batch and event shape.
+            q: the posterior q(z|x), `[*examples, …]`; for a hierarchy a list of (q, p) pairs, or of posteriors.
+            p: the prior p(z); a list of them where q is one; None where q is a list of pairs.
+            step: where a Schedule stands.
+            mask: bool or weights: `[*examples]`, or with more dimensions, as `[batch, time]`. Steps of weight zero are
+                left out of the sums of their sequence. What counts for nothing may be NaN.
+            generator: where a sampled KL takes its randomness from.
+            lengths: in place of a mask `[batch, time]`, how many steps of each sequence count.
+
+        For sequences `[batch, time, latent]`, q and p of batch shape `[batch, time]`, the default `batch_dims=1` gives
+        nats a sequence (summed over its steps), and AutoKL(batch_dims=2) nats a step.
+
+        Raises:
+            TypeError: if an argument is of the wrong kind.
+            ValueError: if shapes do not fit, x lies outside the support of p_x, a schedule has no step, the mask drops
+                everything, or the KL does not split as free nats need it.
+            NotImplementedError: if `kl` has no route for a pair.
+        """
+        pairs = pairs_of(q, p)
+        with _without_autocast(x):
+            batch = batch_of(check_pair(*pairs[0]), self.kl.batch_dims, mask, lengths)
+            check_shape(p_x, x, batch.elements)
+            if batch.weights is not None:
+                p_x, x = replace_examples(p_x, batch.weights != 0, p_x.batch_shape), batch.take(x)
+            levels = [self._divergence(q, p, batch, generator) for q, p in pairs]
+            return self._terms(negative_log_prob(p_x, x), levels, batch, step)
+
+    def from_tensors(
+        self,
+        recon: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        logvar: Tensor,
+        likelihood: LikelihoodName = "bernoulli",
+        step: float | None = None,
+        mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        lengths: Tensor | None = None,
+    ) -> ELBOTerms:
+        """Return the loss and its terms from the tensors of a VAE, with a standard Normal prior.
+
+        Args:
+            recon: the output of the decoder, `[*examples, …]`: probabilities for "bernoulli" (their logarithms
+                clamped at -100, as in torch), logits for "bernoulli_logits", means for "gaussian".
+            x: the data, of the same shape (or one of the two flat); in [0, 1] for the first two.
+            mean: of the posterior, `[*examples, *latent]`.
+            logvar: the logarithm of its **variance**.
+            likelihood: "bernoulli", "bernoulli_logits", or "gaussian" with variance one, its constant included.
+            step: as in `forward`.
+            mask: as in `forward`.
+            generator: as in `forward`.
+            lengths: as in `forward`.
+
+        Raises:
+            TypeError, ValueError: as `forward`; and if recon and x, or mean and logvar, have different shapes.
+
+        Example:
+            >>> import torch
+            >>> from torch_klloss import ELBOLoss
+            >>> recon, x = torch.full((2, 3), 0.5), torch.tensor([[0.0, 1.0, 0.3], [1.0, 0.0, 0.9]])
+            >>> terms = ELBOLoss().from_tensors(recon, x, torch.zeros(2, 4), torch.zeros(2, 4))
+            >>> terms.reconstruction, terms.kl_per_dimension  # 3 log 2
+            (tensor(2.0794), tensor([0., 0., 0., 0.]))
+        """
+        check_likelihood(likelihood)
+        with _without_autocast(x):
+            recon, x, mean, logvar = (full_precision(t) for t in (recon, x, mean, logvar))
+            check_moments(mean, logvar)
+            kl = self.kl
+            element_dims = max(kl.batch_dims, num_element_dims(mask, lengths))
+            batch = batch_of(mean.shape[:element_dims], kl.batch_dims, mask, lengths)
+            recon, x = same_shape(recon, x, batch.elements)
+            recon, x, mean, logvar = (batch.take(t) for t in (recon, x, mean, logvar))
+            is_simple = self.balance is None and mean.dim() > element_dims and is_plain_normal(kl, mean, logvar)
+            if is_simple and self._is_plain(batch) and can_fuse(recon, x):
+                terms = plain_elbo(recon, x, mean, logvar, self._number(step), likelihood, element_dims)
+            else:
+                nll = tensor_nll(recon, x, likelihood)
+                if is_simple:
+                    level = of_standard_normal(mean, logvar)
+                else:
+                    q = diagonal_normal(mean, logvar, element_dims)
+                    level = self._divergence(q, standard_normal_like(q), batch, generator)
+                terms = self._terms(nll, [level], batch, step)
+            if is_simple and is_watched(kl):
+                q = diagonal_normal(mean, logvar, element_dims)
+                show(kl, q, standard_normal_like(q), batch)
+            return terms
+
+    def _is_plain(self, batch: Batch) -> bool:
+        """Tell whether the loss is reconstruction + β · KL and no more, with a number for β and no mask."""
+        has_option = self.controller is not None or self.capacity is not None or self.free_nats.nats > 0
+        return not has_option and self.reduction == "mean" and batch.weights is None
+
+    def _terms(self, nll: Tensor, levels: Sequence[Divergence], batch: Batch, step: float | None) -> ELBOTerms:
+        """Return the terms, given -log p(x) of the elements and the KL of every level."""
+        averages = tuple(
+            None if level.per_dimension is None else batch.average(level.per_dimension) for level in levels
+        )
+        reconstruction = batch.total(nll, self.reduction)
+        per_level = tuple(
+            level.reduce(batch, self.reduction, average) for level, average in zip(levels, averages, strict=True)
+        )
+        kl = total(per_level)
+        beta = self._weight(reconstruction, kl, step)
+        penalty = self._penalty(per_level, averages, levels, batch, step)
+        each = averages if len(levels) > 1 else averages[0]
+        return ELBOTerms(reconstruction + beta * penalty, reconstruction, kl, each, beta, per_level)
+
+    def _divergence(
+        self, q: Distribution, p: Distribution, batch: Batch, generator: torch.Generator | None
+    ) -> Divergence:
+        if self.balance is not None:
+            q, p = balanced(q, p, self.balance)
+        return divergence(self.kl, q, p, batch, generator, must_split=self.free_nats.must_split)
+
+    def _penalty(
+        self,
+        kl_per_level: Sequence[Tensor],
+        averages: Sequence[Tensor | None],
+        levels: Sequence[Divergence],
+        batch: Batch,
+        step: float | None,
+    ) -> Tensor:
+        """Return what β weighs: the KL, or what free nats or the capacity make of it."""
+        if self.capacity is not None:
+            return (total(kl_per_level) - _at_step("capacity", self.capacity, step)).abs()
+        if self.free_nats.nats == 0:
+            return total(kl_per_level)
+        if self.free_nats.averages:
+            return self.free_nats.floor_averages(kl_per_level, averages)
+        per_example = total([batch.per_example(level.value) for level in levels])
+        return batch.reduce(self.free_nats.floor_each(per_example), self.reduction)
+
+    def _weight(self, reconstruction: Tensor, kl: Tensor, step: float | None) -> float | Tensor:
+        if self.controller is not None:
+            beta: Tensor = self.controller(reconstruction.detach(), kl.detach())
+            return beta
+        return self._number(step)
+
+    def _number(self, step: float | None) -> float:
+        if self.schedule is not None and (step is not None or self._beta is None):
+            return _at_step("beta", self.schedule, step)
+        return self.beta
+
+    def _check_combination(self) -> None:
+        if self.free_nats.nats > 0 and self.capacity is not None:
+            raise ValueError("free_nats and capacity both say where the KL may stay: give one of them.")
+        averaging = {
+            "capacity": self.capacity is not None,
+            f"free_nats_per={self.free_nats.per!r}": self.free_nats.averages,
+            type(self.controller).__name__: self.controller is not None,
+        }
+        for option, is_set in averaging.items():
+            if is_set and self.reduction != "mean":
+                raise ValueError(
+                    f"{option} takes the mean over the batch: kl must have reduction='mean', got {self.reduction!r}."
+                )
+
+    def extra_repr(self) -> str:
+        """Return the settings, for `repr`."""
+        beta = self.beta if self.schedule is None else self.schedule
+        settings: dict[str, object] = {"reduction": self.reduction} | (
+            {} if self.controller is not None else {"beta": beta}
+        )
+        if self.free_nats.nats > 0:
+            settings["free_nats"] = self.free_nats
+        settings |= {k: v for k in ("capacity", "balance") if (v := getattr(self, k)) is not None}
+        return ", ".join(f"{key}={value!r}" for key, value in settings.items())
+
+
+def _at_step(which: str, value: float | Schedule, step: float | None) -> float:
+    if not isinstance(value, Schedule):
+        return value
+    if step is None:
+        raise ValueError(f"{which} is a schedule, {value!r}: pass step=…" + _OR_CALLBACK.get(which, "."))
+    return _checked_weight(which, value(step))
+
+
+_OR_CALLBACK = {"beta": ", or let the KLAnnealing callback set ELBOLoss.beta."}
+
+
+def _checked_weight(which: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{which} must be a number, or a Schedule or controller of ELBOLoss(...), got {value!r}.")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{which} must be finite and at least 0, got {value!r}.")
+    return float(value)
+
+
+def _checked_capacity(value: float) -> float:
+    return _checked_weight("capacity", value)
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    if not torch._C._is_any_autocast_enabled():
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)

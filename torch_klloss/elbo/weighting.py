@@ -1,0 +1,137 @@
+"""What the loss makes of the KL before it is weighted: free nats, a capacity, and balanced gradients."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from torch_klloss.rebuild import map_tensors, tensors_of
+
+FreeNatsPer = Literal["example", "dimension", "group"]
+
+
+@dataclass(frozen=True)
+class FreeNats:
+    """A number of nats that cost nothing: whatever the KL falls below, it is raised to, and has no gradient there.
+
+    - "example": Σ_n max(KL_n, λ) / N, each example by itself.
+    - "dimension": Σ_j max(mean_n KL_nj, λ); the mean over the batch comes before the maximum.
+    - "group": Σ_g max(mean_n Σ_{j in g} KL_nj, λ). A group is a level, a (q, p) pair, or one of `groups` equal runs of
+      its
+      dimensions: `groups` = channels for a latent `[channels, height, width]`.
+
+    Args:
+        nats: λ ≥ 0.
+        per: of what.
+        groups: how many groups each level is divided into.
+
+    References:
+        *Improved variational inference with inverse autoregressive flow* (Kingma et al., 2016), appendix C.8.
+    """
+
+    nats: float
+    per: FreeNatsPer = "example"
+    groups: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.nats) and self.nats >= 0):
+            raise ValueError(f"free_nats must be finite and at least 0, got {self.nats!r}.")
+        if self.per not in get_args(FreeNatsPer):
+            raise ValueError(f"free_nats_per must be 'example', 'dimension' or 'group', got {self.per!r}.")
+        if self.groups is None:
+            return
+        if self.per != "group":
+            raise ValueError(f"free_nats_groups needs free_nats_per='group', got {self.per!r}.")
+        if isinstance(self.groups, bool) or not isinstance(self.groups, int) or self.groups < 1:
+            raise ValueError(f"free_nats_groups must be an integer of at least 1, got {self.groups!r}.")
+
+    @property
+    def must_split(self) -> bool:
+        """Whether the KL has to come dimension by dimension."""
+        return self.nats > 0 and (self.per == "dimension" or self.groups is not None)
+
+    @property
+    def averages(self) -> bool:
+        """Whether the mean over the batch comes before the maximum."""
+        return self.nats > 0 and self.per != "example"
+
+    def floor_each(self, per_example: Tensor) -> Tensor:
+        """Return the KL of every example, raised to λ."""
+        return per_example.clamp(min=self.nats) if self.nats > 0 else per_example
+
+    def floor_averages(self, kl_per_level: Sequence[Tensor], averages: Sequence[Tensor | None]) -> Tensor:
+        """Return the sum of the batch means of the levels, dimensions or groups, each raised to λ."""
+        floored = [group.clamp(min=self.nats).sum() for group in self._groups(kl_per_level, averages)]
+        return torch.stack(floored).sum()
+
+    def _groups(self, kl_per_level: Sequence[Tensor], averages: Sequence[Tensor | None]) -> Sequence[Tensor]:
+        """Return the batch means that are raised one by one, level by level."""
+        if not self.must_split:
+            return kl_per_level
+        return [self._grouped(means.flatten()) for means in averages if means is not None]
+
+    def _grouped(self, means: Tensor) -> Tensor:
+        if self.groups is None:
+            return means
+        if len(means) % self.groups:
+            raise ValueError(
+                f"free_nats_groups={self.groups} must divide the number of latent dimensions, which is {len(means)}."
+            )
+        return means.unflatten(0, (self.groups, -1)).sum(-1)
+
+
+def balanced(q: Distribution, p: Distribution, prior_share: float) -> tuple[Distribution, Distribution]:
+    """Return the pair with KL balancing: p's parameters get `prior_share` of the gradient, q's the rest.
+
+    The same value and gradients as α KL(sg(q)‖p) + (1 - α) KL(q‖sg(p)) with the stop-gradients sg, from one evaluation
+    and one set of draws.
+
+    References:
+        *Mastering Atari with discrete world models* (Hafner et al., 2021), section 2.
+    """
+    if torch.is_grad_enabled() and _learns(q) and not _learns(p):
+        warnings.warn(
+            "balance needs a prior that learns, but no parameter of p requires a gradient: the KL's gradient to q is "
+            f"only multiplied by {1 - prior_share:g}. Leave balance=None for a fixed prior.",
+            UserWarning,
+            stacklevel=2,
+        )
+    return _with_scaled_gradient(q, 1 - prior_share), _with_scaled_gradient(p, prior_share)
+
+
+def _learns(d: Distribution) -> bool:
+    return any(t.requires_grad for t in tensors_of(d))
+
+
+def _with_scaled_gradient(d: Distribution, factor: float) -> Distribution:
+    scaled: Distribution = map_tensors(d, lambda t, *_: scale_gradient(t, factor) if t.requires_grad else t)
+    return scaled
+
+
+def scale_gradient(t: Tensor, factor: float) -> Tensor:
+    """Return t, whose gradient is multiplied by `factor` on the way back."""
+    scaled: Tensor = _ScaleGradient.apply(t, factor)
+    return scaled
+
+
+class _ScaleGradient(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(t: Tensor, factor: float) -> Tensor:
+        return t.view_as(t)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        ctx.factor = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None

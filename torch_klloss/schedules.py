@@ -1,0 +1,248 @@
+"""Weights that change while a model trains: small frozen values, called with a step.
+
+    weight = Linear(steps=1000)     # from 0 to 1 over 1000 steps
+    loss = ELBOLoss(beta=weight)    # driven by loss(…, step=…), or by the KLAnnealing callback
+
+A step is whatever the caller counts: optimiser steps, epochs, or parts of one. All of them begin at `start`, are at
+`stop` exactly once `step >= total_steps`, and stay there. They compare by value, pickle, and print as they are built.
+A schedule of one's own derives from `Schedule`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import KW_ONLY, dataclass
+
+
+class Schedule(ABC):
+    """A function from a step to a weight.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> from torch_klloss.schedules import Schedule
+        >>> @dataclass(frozen=True)
+        ... class Switch(Schedule):
+        ...     at: float
+        ...     def __call__(self, step: float) -> float:
+        ...         return float(step >= self.at)
+        ...     @property
+        ...     def total_steps(self) -> float:
+        ...         return self.at
+        >>> Switch(at=10)(9), Switch(at=10)(10)
+        (0.0, 1.0)
+    """
+
+    @abstractmethod
+    def __call__(self, step: float) -> float:
+        """Return the weight at a step >= 0."""
+
+    @property
+    @abstractmethod
+    def total_steps(self) -> float:
+        """The step from which on the weight no longer changes: where the warm-up ends."""
+
+    def curve(self, num_points: int = 201) -> tuple[list[float], list[float]]:
+        """Return steps from 0 to a tenth beyond the end, and the weights there: what a plot takes.
+
+        Example:
+            >>> from torch_klloss.schedules import Linear
+            >>> Linear(steps=10).curve(num_points=3)
+            ([0.0, 5.5, 11.0], [0.0, 0.55, 1.0])
+        """
+        last = 1.1 * self.total_steps or 1.0
+        steps = [last * k / (num_points - 1) for k in range(num_points)]
+        return steps, [self(step) for step in steps]
+
+
+@dataclass(frozen=True)
+class Constant(Schedule):
+    """The same weight at every step.
+
+    Example:
+        >>> from torch_klloss.schedules import Constant
+        >>> Constant(4.0)(0), Constant(4.0).total_steps
+        (4.0, 0)
+    """
+
+    value: float
+
+    def __post_init__(self) -> None:
+        _check_finite(value=self.value)
+
+    def __call__(self, step: float) -> float:
+        """Return the weight."""
+        _check_step(step)
+        return float(self.value)
+
+    @property
+    def total_steps(self) -> float:
+        """Zero: there is no warm-up."""
+        return 0
+
+
+@dataclass(frozen=True)
+class _Rise(Schedule):
+    """From `start` to `stop` over `steps` steps, after `delay` steps at `start`; `stop` from then on."""
+
+    start: float = 0.0
+    stop: float = 1.0
+    _: KW_ONLY
+    steps: float
+    delay: float = 0
+
+    def __post_init__(self) -> None:
+        _check_finite(start=self.start, stop=self.stop, steps=self.steps, delay=self.delay)
+        if self.steps <= 0:
+            raise ValueError(f"steps must be above 0, got {self.steps!r}; a weight without a warm-up is a Constant.")
+        if self.delay < 0:
+            raise ValueError(f"delay must be at least 0, got {self.delay!r}.")
+
+    def __call__(self, step: float) -> float:
+        """Return the weight at a step >= 0."""
+        _check_step(step)
+        fraction = (step - self.delay) / self.steps
+        if fraction <= 0:
+            return float(self.start)
+        if fraction >= 1:
+            return float(self.stop)
+        return self.start + (self.stop - self.start) * self._progress(fraction)
+
+    @property
+    def total_steps(self) -> float:
+        """The step from which on the weight is `stop`: where the warm-up ends."""
+        return self.delay + self.steps
+
+    @abstractmethod
+    def _progress(self, fraction: float) -> float:
+        """Return which part of the way is done after a fraction in (0, 1) of the steps."""
+
+
+@dataclass(frozen=True)
+class Linear(_Rise):
+    """Move in a straight line from `start` to `stop`.
+
+    Args:
+        start: the first weight.
+        stop: the last weight.
+        steps: how many steps the way takes.
+        delay: how many steps the weight stays at `start` before.
+
+    References:
+        *Ladder variational autoencoders* (Sønderby et al., 2016), "warm-up".
+
+    Example:
+        >>> from torch_klloss.schedules import Linear
+        >>> [Linear(steps=4)(step) for step in range(6)]
+        [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+    """
+
+    def _progress(self, fraction: float) -> float:
+        return fraction
+
+
+@dataclass(frozen=True)
+class Sigmoid(_Rise):
+    """Move from `start` to `stop` along a logistic curve, scaled to meet both ends exactly.
+
+    Args:
+        start: the first weight.
+        stop: the last weight.
+        steps: how many steps the way takes.
+        delay: how many steps the weight stays at `start` before.
+        sharpness: the range of the curve's argument: near 0 a straight line, the larger, the more of a step.
+
+    References:
+        *Generating sentences from a continuous space* (Bowman et al., 2016), section 3.1.
+
+    Example:
+        >>> from torch_klloss.schedules import Sigmoid
+        >>> [round(Sigmoid(steps=4)(step), 3) for step in range(6)]
+        [0.0, 0.07, 0.5, 0.93, 1.0, 1.0]
+    """
+
+    _: KW_ONLY
+    sharpness: float = 10.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_finite(sharpness=self.sharpness)
+        if self.sharpness <= 0:
+            raise ValueError(f"sharpness must be above 0, got {self.sharpness!r}; the straight line is Linear.")
+
+    def _progress(self, fraction: float) -> float:
+        # tanh(k/2 (2f - 1)) runs over the same curve, without the difference of two numbers near ½ at small k.
+        half = self.sharpness / 4
+        return 0.5 + 0.5 * math.tanh(half * (2 * fraction - 1)) / math.tanh(half)
+
+
+@dataclass(frozen=True)
+class Cosine(_Rise):
+    """Move from `start` to `stop` along half a period of a cosine, flat at both ends.
+
+    Args:
+        start: the first weight.
+        stop: the last weight.
+        steps: how many steps the way takes.
+        delay: how many steps the weight stays at `start` before.
+
+    References:
+        *SGDR: stochastic gradient descent with warm restarts* (Loshchilov and Hutter, 2017), for the shape.
+
+    Example:
+        >>> from torch_klloss.schedules import Cosine
+        >>> [round(Cosine(steps=4)(step), 3) for step in range(6)]
+        [0.0, 0.146, 0.5, 0.854, 1.0, 1.0]
+    """
+
+    def _progress(self, fraction: float) -> float:
+        return math.sin(math.pi * fraction / 2) ** 2
+
+
+@dataclass(frozen=True)
+class Cyclical(_Rise):
+    """Rise from `start` to `stop` again and again: each cycle is a straight line, then a rest at `stop`.
+
+    Args:
+        start: the weight at the beginning of a cycle.
+        stop: the weight at its end, and after the last cycle.
+        steps: how many steps all cycles take together.
+        delay: how many steps the weight stays at `start` before.
+        cycles: how many there are.
+        ramp: which part of a cycle the rise takes, in (0, 1].
+
+    References:
+        *Cyclical annealing schedule: a simple approach to mitigating KL vanishing* (Fu et al., 2019).
+
+    Example:
+        >>> from torch_klloss.schedules import Cyclical
+        >>> [Cyclical(steps=8, cycles=2)(step) for step in range(9)]
+        [0.0, 0.5, 1.0, 1.0, 0.0, 0.5, 1.0, 1.0, 1.0]
+    """
+
+    _: KW_ONLY
+    cycles: int = 4
+    ramp: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.cycles, bool) or not isinstance(self.cycles, int) or self.cycles < 1:
+            raise ValueError(f"cycles must be an integer of at least 1, got {self.cycles!r}.")
+        if not 0 < self.ramp <= 1:
+            raise ValueError(f"ramp must lie in (0, 1], the part of a cycle that rises, got {self.ramp!r}.")
+
+    def _progress(self, fraction: float) -> float:
+        return min(1.0, fraction * self.cycles % 1.0 / self.ramp)
+
+
+def _check_finite(**values: float) -> None:
+    for key, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{key} must be a number, got {type(value).__name__}.")
+        if not math.isfinite(value):
+            raise ValueError(f"{key} must be finite, got {value!r}.")
+
+
+def _check_step(step: float) -> None:
+    if not step >= 0:
+        raise ValueError(f"step must be at least 0, got {step!r}: training begins at step 0.")
