@@ -1,10 +1,10 @@
 """How much less error has each sampler for the same number of evaluations, and can its error bar be believed?
 
-Pairs without peeled structure, S = 4 … 256 points of q from every sampler, averaged by log q(x) - log p(x), gradient
-pathwise. The mean squared error of value and gradient is divided into that of independent draws. The reference is a
-mean over nets of 2^14 points, which has to agree with independent draws. Exit status 1 if an estimate is biased (|z| ≥ 6), a
-figure that is promised is not reached, or an interval of 95 % covers less than 92 % or more than 98 % where a t
-interval can be right: where the mean over a replicate has a skewness below 1.
+S = 4 … 256 points of q from every sampler, averaged by log q(x) - log p(x), gradient pathwise. The mean squared error
+of value and gradient is divided into that of independent draws. The reference is a mean over nets of 2^14 points,
+which has to agree with independent draws. Exit status 1 if an estimate is biased (|z| ≥ 6), a figure that is promised
+is not reached, or an interval of 95 % covers less than 92 % or more than 98 % where a t interval can be right: where
+the mean over a replicate has a skewness below 1.
 
 Then the time of a call against that of independent draws, and the time and memory of 4096 draws in chunks of 64 against
 all at once and against 64 draws. One thread.

@@ -1,12 +1,16 @@
 """kl_from_log_probs: what the question's formula should have been."""
 
 import itertools
+import re
+from typing import get_args
 
 import pytest
 import torch
 from torch.distributions import Categorical, Normal, kl_divergence
 
 from torch_klloss import kl_from_log_probs
+from torch_klloss.log_probs import Level, LogProbGradient, LogProbValue
+from torch_klloss.methods.tail_diagnostics import HeavyTailWarning
 
 Q, P = Normal(1.0, 1.0), Normal(0.0, 1.0)
 
@@ -94,7 +98,9 @@ def test_bad_input_is_an_error_that_says_what_came():
         kl_from_log_probs(torch.zeros(()), torch.zeros(()))
     with pytest.raises(ValueError, match=r"at least one sample along dim=1, got shape \(3, 0\)"):
         kl_from_log_probs(torch.zeros(3, 0), torch.zeros(3, 0), dim=1)
-    with pytest.raises(ValueError, match="gradient must be 'pathwise', 'score_function' or 'none', got 'reinforce'"):
+    with pytest.raises(
+        ValueError, match="gradient must be 'pathwise', 'score_function', 'k2' or 'none', got 'reinforce'"
+    ):
         kl_from_log_probs(torch.zeros(3), torch.zeros(3), gradient="reinforce")
 
 
@@ -111,3 +117,210 @@ def test_infinite_ratios_are_infinite_and_leave_no_nan_in_the_gradient():
     value = kl_from_log_probs(log_q, log_p, gradient="score_function")
     assert value == torch.inf
     assert torch.autograd.grad(value, log_q)[0].isfinite().all()
+
+
+# Value and gradient, chosen apart. All draws of a finite support, from q or from another distribution.
+
+B_LOGITS = torch.tensor([0.1, 0.5, -0.3], dtype=torch.float64)
+WORDS = itertools.product(get_args(LogProbValue), get_args(LogProbGradient))
+SAMPLED = [(value, gradient) for value, gradient in WORDS if gradient != "pathwise"]
+
+
+def moments(value, weights, q_logits, p_logits):
+    mean = (weights * value).sum()
+    if not mean.requires_grad:
+        return mean, torch.zeros(q_logits.shape[1:]).double(), torch.zeros(p_logits.shape[1:]).double()
+    return mean.detach(), *(g.sum(0) for g in torch.autograd.grad(mean, (q_logits, p_logits)))
+
+
+def over_all_draws(num_samples=2, off_policy=False, **options):
+    draws = torch.tensor(list(itertools.product(range(3), repeat=num_samples))).T
+    raw = [each.expand(draws.shape[1], -1).clone().requires_grad_() for each in (Q_LOGITS, P_LOGITS)]
+    q, p, b = Categorical(logits=raw[0]), Categorical(logits=raw[1]), Categorical(logits=B_LOGITS)
+    source = b if off_policy else q
+    if off_policy:
+        options["log_behavior"] = b.log_prob(draws)
+    weights = source.log_prob(draws).detach().sum(0).exp()
+    return moments(kl_from_log_probs(q.log_prob(draws), p.log_prob(draws), **options), weights, *raw)
+
+
+def exact_moments(value="k1", gradient="score_function"):
+    raw = [each.clone().requires_grad_() for each in (Q_LOGITS, P_LOGITS)]
+    q, p = (Categorical(logits=each) for each in raw)
+    kl = kl_divergence(q, p)
+    by_q, by_p = torch.autograd.grad(kl, raw)
+    if value == "k2":
+        kl = (q.probs * (q.logits - p.logits) ** 2).sum() / 2
+    return (kl.detach(), by_q, by_p) if gradient != "none" else (kl.detach(), 0 * by_q, 0 * by_p)
+
+
+def matches(actual, expected, tolerance=1e-13):
+    return all(torch.allclose(a, e, rtol=0, atol=tolerance) for a, e in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("off_policy", [False, True])
+@pytest.mark.parametrize("num_samples", [1, 2, 3])
+@pytest.mark.parametrize(("value", "gradient"), SAMPLED)
+def test_every_value_has_the_gradient_of_the_kl(value, gradient, num_samples, off_policy):
+    actual = over_all_draws(num_samples, off_policy, value=value, gradient=gradient)
+    assert matches(actual, exact_moments(value, gradient))
+
+
+def test_the_proof_rejects_samples_of_another_distribution_without_their_weights():
+    draws = torch.tensor(list(itertools.product(range(3), repeat=2))).T
+    raw = [each.expand(9, -1).clone().requires_grad_() for each in (Q_LOGITS, P_LOGITS)]
+    q, p, b = Categorical(logits=raw[0]), Categorical(logits=raw[1]), Categorical(logits=B_LOGITS)
+    value = kl_from_log_probs(q.log_prob(draws), p.log_prob(draws), gradient="score_function")
+    assert not matches(moments(value, b.log_prob(draws).sum(0).exp(), *raw), exact_moments(), 1e-2)
+
+
+@pytest.mark.parametrize("value", get_args(LogProbValue))
+def test_a_path_carries_the_gradient_of_k1_whatever_the_value(value):
+    loc = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    q, x = Normal(loc, 1.0), loc + torch.randn(64, dtype=torch.float64)
+    result = kl_from_log_probs(q.log_prob(x), P.log_prob(x), gradient="pathwise", value=value)
+    (grad,) = torch.autograd.grad(result, loc)
+    torch.testing.assert_close(grad, x.mean())
+
+
+@pytest.mark.parametrize(("gradient", "reason"), [("k1", "expected gradient of zero"), ("k3", "KL(p‖q)")])
+def test_a_gradient_that_is_not_that_of_the_kl_is_refused_with_the_right_one(gradient, reason):
+    with pytest.raises(ValueError, match=rf"{re.escape(reason)}.*gradient='score_function' \(or 'k2'\)"):
+        kl_from_log_probs(torch.zeros(4), torch.zeros(4), gradient=gradient)
+
+
+def test_a_path_through_samples_of_another_distribution_is_refused():
+    with pytest.raises(ValueError, match="log_behavior says that they came from elsewhere"):
+        kl_from_log_probs(torch.zeros(4), torch.zeros(4), gradient="pathwise", log_behavior=torch.zeros(4))
+
+
+# Masks.
+
+
+@pytest.mark.parametrize("gradient", ["score_function", "k2"])
+def test_what_the_mask_drops_is_as_if_it_were_not_there(gradient):
+    log_q, log_p = (torch.randn(5, dtype=torch.float64) for _ in range(2))
+    kept = torch.tensor([True, False, True, True, False])
+    bad = [torch.where(kept, t, torch.tensor([0, torch.nan, 0, 0, torch.inf])).requires_grad_() for t in (log_q, log_p)]
+    few = [t[kept].clone().requires_grad_() for t in (log_q, log_p)]
+    masked = kl_from_log_probs(*bad, gradient=gradient, mask=kept, value="k3")
+    plain = kl_from_log_probs(*few, gradient=gradient, value="k3")
+    torch.testing.assert_close(masked, plain)
+    for all_of_it, part in zip(torch.autograd.grad(masked, bad), torch.autograd.grad(plain, few), strict=True):
+        torch.testing.assert_close(all_of_it[kept], part)
+        assert all_of_it[~kept].tolist() == [0.0, 0.0]
+
+
+def test_weights_and_an_explicit_normalizer_scale_the_terms():
+    log_q, log_p = torch.tensor([1.0, 2.0, 4.0]), torch.zeros(3)
+    assert kl_from_log_probs(log_q, log_p, mask=torch.tensor([1.0, 1.0, 2.0])) == 11 / 4
+    assert kl_from_log_probs(log_q, log_p, mask=torch.tensor([1.0, 1.0, 2.0]), normalizer=10.0) == 11 / 10
+    with pytest.raises(ValueError, match="the mask must leave at least one sample"):
+        kl_from_log_probs(log_q, log_p, mask=torch.zeros(3))
+    assert kl_from_log_probs(log_q, log_p, mask=torch.zeros(3), normalizer=3.0) == 0
+
+
+# Sequences of two tokens: a first one, and a second one given the first.
+
+
+class Tokens:
+    """Distributions over sequences: logits `[..., 3]` of the first token and `[..., 3, 3]` of the second."""
+
+    def __init__(self, raw):
+        self.first, self.second = raw[..., :3].log_softmax(-1), raw[..., 3:].unflatten(-1, (3, 3)).log_softmax(-1)
+
+    def log_prob(self, first, second):
+        """Return the log-probabilities `[*, 2]` of the tokens, one sequence a row."""
+        row = torch.arange(len(first))
+        return torch.stack([self.first[row, first], self.second[row, first, second]], -1)
+
+
+RAW = torch.linspace(-1, 1, 12, dtype=torch.float64)
+Q_TOKENS, P_TOKENS, B_TOKENS = RAW.sin() * 2, RAW.roll(5), RAW.roll(3) / 2
+
+
+def over_all_sequences(num_samples=2, off_policy=False, **options):
+    sequences = list(itertools.product(range(3), repeat=2))
+    draws = torch.tensor(list(itertools.product(sequences, repeat=num_samples)))  # [N, S, 2]
+    raw = [each.expand(len(draws), -1).clone().requires_grad_() for each in (Q_TOKENS, P_TOKENS)]
+    q, p, b = Tokens(raw[0]), Tokens(raw[1]), Tokens(B_TOKENS.expand(len(draws), -1))
+    log_q, log_p, log_b = (torch.stack([d.log_prob(*draws[:, s].T) for s in range(num_samples)]) for d in (q, p, b))
+    if off_policy:
+        options["log_behavior"] = log_b
+    weights = (log_b if off_policy else log_q).detach().sum((0, 2)).exp()
+    return moments(kl_from_log_probs(log_q, log_p, token_dim=-1, **options), weights, *raw)
+
+
+def exact_sequences(hold_prefixes=False):
+    raw = [each.clone().requires_grad_() for each in (Q_TOKENS, P_TOKENS)]
+    q, p = (Tokens(each) for each in raw)
+    first = q.first.exp()
+    prefixes = first.detach() if hold_prefixes else first
+    second = (q.second.exp() * (q.second - p.second)).sum(-1)
+    kl = (first * (q.first - p.first)).sum() + (prefixes * second).sum()
+    return kl.detach(), *torch.autograd.grad(kl, raw)
+
+
+@pytest.mark.parametrize("off_policy", [False, True])
+@pytest.mark.parametrize("value", ["k1", "k3"])
+@pytest.mark.parametrize("gradient", ["score_function", "k2"])
+@pytest.mark.parametrize("level", get_args(Level))
+def test_a_level_has_the_gradient_that_it_names(level, gradient, value, off_policy):
+    actual = over_all_sequences(2, off_policy, level=level, gradient=gradient, value=value)
+    assert matches(actual, exact_sequences(hold_prefixes=level == "token"), 1e-12)
+
+
+def test_the_gradient_of_tokens_is_not_that_of_sequences():
+    whole, held = exact_sequences(), exact_sequences(hold_prefixes=True)
+    assert matches((whole[0], whole[2]), (held[0], held[2]))  # the value, and the gradient to p, are the same
+    assert (whole[1] - held[1])[:3].abs().max() > 0.05
+    torch.testing.assert_close(whole[1][3:], held[1][3:])
+
+
+def test_tokens_that_were_not_written_count_for_nothing():
+    log_q = torch.tensor([[1.0, 2.0, torch.nan], [4.0, torch.inf, 7.0]], requires_grad=True)
+    written = torch.tensor([[True, True, False], [True, False, False]])
+    for level in get_args(Level):
+        value = kl_from_log_probs(
+            log_q, torch.zeros(2, 3), gradient="k2", mask=written, token_dim=1, level=level, normalizer=None
+        )
+        assert value == 3.5
+        (grad,) = torch.autograd.grad(value, log_q)
+        expected = [[1.5, 1.5, 0], [2, 0, 0]] if level == "sequence" else [[0.5, 1.0, 0], [2, 0, 0]]
+        assert grad.tolist() == expected
+    per_token = kl_from_log_probs(
+        log_q, torch.zeros(2, 3), gradient="none", mask=written, token_dim=1, level="token", normalizer=written.sum()
+    )
+    torch.testing.assert_close(per_token, torch.tensor(7 / 3))
+
+
+def test_sequences_are_asked_about_in_full():
+    zeros = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match=r"belong together, got token_dim=1 and level=None.*prefix held fixed"):
+        kl_from_log_probs(zeros, zeros, token_dim=1)
+    with pytest.raises(ValueError, match="belong together, got token_dim=None and level='token'"):
+        kl_from_log_probs(zeros, zeros, level="token")
+    with pytest.raises(ValueError, match="level must be 'sequence' or 'token', got 'word'"):
+        kl_from_log_probs(zeros, zeros, token_dim=1, level="word")
+    with pytest.raises(ValueError, match="another dimension than dim, got -2 and 0"):
+        kl_from_log_probs(zeros, zeros, token_dim=-2, level="token")
+    with pytest.raises(ValueError, match=r"must be bool, got torch\.float32"):
+        kl_from_log_probs(zeros, zeros, token_dim=1, level="token", mask=torch.ones(2, 3))
+    with pytest.raises(ValueError, match="value must be 'k1', 'k2' or 'k3', got 'k4'"):
+        kl_from_log_probs(zeros, zeros, value="k4")
+    with pytest.raises(ValueError, match=r"log_behavior must have the shape of log_q, got \(2,\) and \(2, 3\)"):
+        kl_from_log_probs(zeros, zeros, log_behavior=torch.zeros(2))
+
+
+# Tails.
+
+
+def test_a_heavy_tail_of_what_is_exponentiated_is_warned_of():
+    level = (torch.arange(4096) + 0.5) / 4096
+    heavy = -0.9 * level.log()  # exp of it has a Pareto tail of shape 0.9
+    with pytest.warns(HeavyTailWarning, match=r"value='k3'.*shape 0\.[89]"):
+        kl_from_log_probs(torch.zeros(4096), heavy, value="k3")
+    with pytest.warns(HeavyTailWarning, match=r"log_behavior.*closer to q"):
+        kl_from_log_probs(heavy, torch.zeros(4096), log_behavior=torch.zeros(4096))
+    kl_from_log_probs(torch.zeros(4096), heavy)  # k1 exponentiates nothing
+    kl_from_log_probs(torch.zeros(4096), 0.2 * heavy, value="k3")

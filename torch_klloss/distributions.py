@@ -60,12 +60,12 @@ class StandardNormal(LogVarNormal):
         del self._validate_args
 
     @property
-    def loc(self) -> Tensor:
+    def loc(self) -> Tensor:  # type: ignore[override]
         """The mean."""
         return self._zero.expand(self._batch_shape)
 
     @property
-    def logvar(self) -> Tensor:
+    def logvar(self) -> Tensor:  # type: ignore[override]
         """The logarithm of the variance."""
         return self._zero.expand(self._batch_shape)
 

@@ -1,17 +1,33 @@
-"""The KL for people who hold nothing but log-probabilities at samples from q."""
+"""The KL for people who hold nothing but log-probabilities at samples."""
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
+import torch
 from torch import Tensor
 
-from torch_klloss.methods.monte_carlo import score_function_log_ratio
+from torch_klloss.methods.tail_diagnostics import untrusted
+from torch_klloss.tracing import is_traced
 
-LogProbGradient = Literal["pathwise", "score_function", "none"]
+LogProbGradient = Literal["pathwise", "score_function", "k2", "none"]
+LogProbValue = Literal["k1", "k2", "k3"]
+Level = Literal["sequence", "token"]
 
 
-def kl_from_log_probs(log_q: Tensor, log_p: Tensor, dim: int = 0, gradient: LogProbGradient | None = None) -> Tensor:
+def kl_from_log_probs(
+    log_q: Tensor,
+    log_p: Tensor,
+    dim: int = 0,
+    gradient: LogProbGradient | None = None,
+    *,
+    value: LogProbValue = "k1",
+    mask: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+    log_behavior: Tensor | None = None,
+    token_dim: int | None = None,
+    level: Level | None = None,
+) -> Tensor:
     """Estimate KL(q‖p) from log q(x) and log p(x) at samples x drawn from q, in nats.
 
     The question that this library began with computed, at samples from q,
@@ -22,30 +38,60 @@ def kl_from_log_probs(log_q: Tensor, log_p: Tensor, dim: int = 0, gradient: LogP
 
         kl_1 = (log_qx - log_px).mean()                       # kl_from_log_probs(log_qx, log_px)
 
-    The value is unbiased with variance Var_q[log q - log p] / S; a single one may be negative. The gradient depends on
-    how the samples were made, which their log-probabilities do not tell. So where `log_q` requires a gradient,
-    say it:
+    **The value**, with ℓ = log q - log p and r = p/q: "k1", the mean of ℓ, is unbiased with variance Var_q[ℓ] / S; a
+    single one may be negative. "k3", the mean of r - 1 + ℓ, is unbiased and never negative, but has an infinite
+    variance where q's tails are lighter than p's; a `HeavyTailWarning` tells when the ratios at hand look like
+    it. "k2", the mean of ℓ²/2, is biased.
 
-    - "pathwise": x came from `rsample`, and `log_q`, `log_p` are functions of it. Unbiased.
-    - "score_function": x came from `sample`, with no gradient of its own. Takes (log q - log p) ∇ log q, less the mean
-      of the other samples from two on. Unbiased; the samples must be independent.
+    **The gradient** is chosen apart, for each of them is a trap as a loss. Detached samples of k1 have an expected
+    gradient of zero, those of k3 the gradient of KL(p‖q), and k2 or k3 differentiated along a path that of something
+    else. What is offered has the gradient of KL(q‖p) in expectation, whatever the value. It depends on how the
+    samples were made, which their log-probabilities do not tell. So where `log_q` requires a gradient, say it:
+
+    - "pathwise": x came from `rsample`, and `log_q`, `log_p` are functions of it.
+    - "score_function": x came from `sample`, with no gradient of its own. Takes ℓ ∇ log q, less the mean of the other
+      samples from two on; these must be independent.
+    - "k2": the same without a baseline, which is the gradient of ℓ²/2 to q; noisier, for samples that depend on one
+      another.
     - "none": the number alone, for logging.
 
-    The mean of detached samples as a loss would have a gradient of expectation zero, which is why there is no
-    default. Without a gradient in `log_q` (a fixed q), the gradient to `log_p` is that of -E_q[log p].
+    Without a gradient in `log_q` (a fixed q), the gradient to `log_p` is that of -E_q[log p], as it is with every
+    choice but "none".
+
+    **Sequences.** With `token_dim`, log q and log p are those of tokens given what came before, and `level` says what
+    is estimated. "sequence" adds the tokens up first: x is the sequence, and value and gradient are those of the KL of
+    its distribution. "token" takes the estimator of each token and adds these up: Σ_t ℓ_t ∇ log q_t in the gradient,
+    that of every token's KL *with the prefixes held fixed*. The value is the same in expectation (with k3 it
+    spreads less). The gradient drops that an earlier token changes which prefixes later ones meet,
+    Σ_t (Σ_{u>t} ℓ_u) ∇ log q_t: it is not the gradient of the KL of the sequences, on purpose or not.
 
     Args:
-        log_q: log q at the samples, summed over the event: one number a draw. `[..., S, ...]`, with S at `dim`.
+        log_q: log q at the samples, summed over the event: one number a draw. `[..., S, ...]`, with S at `dim`; with
+            `token_dim` one number a token.
         log_p: log p at the same samples, of the same shape.
         dim: the dimension that counts the samples.
         gradient: what the gradient of the result shall be.
+        value: what the value of the result shall be.
+        mask: bool or weights, broadcasting to `log_q`. What has weight zero counts for nothing, inf and NaN included,
+            and is no baseline. It must not depend on x, except that it tells where a sequence ended.
+        normalizer: what the sum is divided by; by default the number of samples, or the sum of the mask over them.
+            Never the number of tokens, unless it is passed here.
+        log_behavior: log b(x), where the samples were drawn from b rather than q. They are weighted by q(x)/b(x),
+            without a gradient, which is unbiased where b covers q, and has heavy tails where q is wider. At the
+            level of tokens the weight of a token is that of its prefix, its own token included.
+        token_dim: the dimension that counts the tokens, other than `dim`.
+        level: "sequence" or "token"; to be given with `token_dim`.
 
     Returns:
-        The mean over `dim`, with `dim` removed. Half-precision inputs are computed with in float32.
+        The estimate, with `dim` and `token_dim` removed. Half-precision inputs are computed with in float32.
 
     Raises:
-        ValueError: if the shapes differ, there are no samples, `gradient` is not one of the words, or it is missing
-            where `log_q` requires a gradient.
+        ValueError: if shapes differ or do not fit, there are no samples, an option is not one of the words, is missing
+            where it is needed, or would have another gradient than that of the KL.
+
+    References:
+        *Approximating KL divergence* (Schulman, 2020). *On a few pitfalls in KL divergence gradient estimation for RL*
+        (Tang and Munos, 2025). *Buy 4 REINFORCE samples, get a baseline for free!* (Kool, van Hoof and Welling, 2019).
 
     Example:
         >>> import torch
@@ -57,26 +103,146 @@ def kl_from_log_probs(log_q: Tensor, log_p: Tensor, dim: int = 0, gradient: LogP
         tensor(0.5000)
         >>> (q.log_prob(x).exp() * (q.log_prob(x) - p.log_prob(x))).mean()  # the wrong line
         tensor(0.1410)
+        >>> log_q, log_p = torch.zeros(2, 3), torch.tensor([[-1.0, -2.0, 9.0], [-1.0, 9.0, 9.0]])
+        >>> written = torch.tensor([[True, True, False], [True, False, False]])  # a sequence of two tokens, and of one
+        >>> kl_from_log_probs(log_q, log_p, mask=written, token_dim=1, level="sequence")
+        tensor(2.)
     """
-    _check(log_q, log_p, dim, gradient)
-    log_q, log_p = (t.float() if t.element_size() < 4 else t for t in (log_q, log_p))
-    if gradient == "none":
-        log_q, log_p = log_q.detach(), log_p.detach()
-    if gradient == "score_function":
-        return score_function_log_ratio(log_q, log_p, dim).mean(dim)
-    return (log_q - log_p).mean(dim)
+    _check(log_q, log_p, dim, gradient, value, log_behavior)
+    _check_level(log_q, dim, mask, token_dim, level)
+    samples = _Samples.of(log_q, log_p, dim, mask, log_behavior, token_dim, level)
+    samples.warn_of_tails(value, weighted=log_behavior is not None)
+    terms = samples.number(value).detach() + samples.no_number(gradient)
+    terms = torch.where(samples.kept, terms, 0.0)
+    total = ((terms.sum(-1) if level == "token" else terms) * samples.weights).sum(0)
+    return total / (_count(samples.weights) if normalizer is None else normalizer)
 
 
-def _check(log_q: Tensor, log_p: Tensor, dim: int, gradient: str | None) -> None:
+class _Samples(NamedTuple):
+    """What is known of the samples, counted by the first dimension; at the level of tokens these are the last one.
+
+    Attributes:
+        log_q: log q, 0 where nothing is kept.
+        log_p: log p, likewise.
+        log_weight: log q - log b without a gradient, or 0.
+        kept: which of them count.
+        weights: of the samples.
+    """
+
+    log_q: Tensor
+    log_p: Tensor
+    log_weight: Tensor
+    kept: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        log_q: Tensor,
+        log_p: Tensor,
+        dim: int,
+        mask: Tensor | None,
+        log_behavior: Tensor | None,
+        token_dim: int | None,
+        level: str | None,
+    ) -> _Samples:
+        """Bring the arguments of `kl_from_log_probs` into order."""
+        log_q, log_p = (t.float() if t.element_size() < 4 else t for t in (log_q, log_p))
+        weights = torch.ones_like(log_q) if mask is None else mask.to(log_q).expand_as(log_q)
+        log_b = log_q if log_behavior is None else log_behavior
+        kept = weights != 0
+        log_q, log_p, log_b = (torch.where(kept, t, 0.0) for t in (log_q, log_p, log_b))
+        log_weight = torch.zeros_like(log_q) if log_behavior is None else (log_q - log_b).detach()
+        ends = (dim, 0) if token_dim is None else ((dim, token_dim), (0, -1))
+        log_q, log_p, log_weight, kept, weights = (t.movedim(*ends) for t in (log_q, log_p, log_weight, kept, weights))
+        if level == "sequence":
+            log_q, log_p, log_weight, kept = log_q.sum(-1), log_p.sum(-1), log_weight.sum(-1), kept.any(-1)
+        elif level == "token":
+            log_weight = log_weight.cumsum(-1)
+        return cls(log_q, log_p, log_weight, kept, weights if token_dim is None else weights.amax(-1))
+
+    def number(self, value: str) -> Tensor:
+        """Return the terms that the value averages."""
+        log_ratio = self.log_q - self.log_p
+        if value == "k2":
+            log_ratio = log_ratio**2 / 2
+        elif value == "k3":
+            log_ratio = torch.expm1(-log_ratio) + log_ratio
+        return log_ratio * self.log_weight.exp()
+
+    def no_number(self, gradient: str | None) -> Tensor:
+        """Return terms of value zero that have the gradient."""
+        if gradient == "none":
+            return torch.zeros_like(self.log_q)
+        by_q = 1.0 if gradient in (None, "pathwise") else self._advantage(baseline=gradient == "score_function")
+        return self.log_weight.exp() * (by_q * _zero(self.log_q) - _zero(self.log_p))
+
+    def _advantage(self, baseline: bool) -> Tensor:
+        """Return log q - log p, less the mean of the other samples where there are any."""
+        log_ratio = (self.log_q - self.log_p).detach()
+        if baseline:
+            weighted = log_ratio * self.log_weight.exp()
+            num_others = self.kept.sum(0) - self.kept.to(log_ratio)
+            others = (weighted.sum(0) - weighted) / num_others.clamp_min(1)
+            log_ratio = log_ratio - torch.where(num_others > 0, others, 0.0)
+        return torch.where(log_ratio.isfinite(), log_ratio, 0.0)
+
+    def warn_of_tails(self, value: str, weighted: bool) -> None:
+        """Warn where what is exponentiated has a heavy tail."""
+        exponents = []
+        if weighted:
+            way_out = "Draw the samples from q, or from something closer to q."
+            exponents.append((self.log_weight, "kl_from_log_probs(log_behavior=...)", way_out))
+        if value == "k3":
+            exponent = self.log_p - self.log_q + self.log_weight
+            exponents.append((exponent, "kl_from_log_probs(value='k3')", "Use value='k1'."))
+        for exponent, what, way_out in exponents:
+            untrusted(torch.where(self.kept, exponent, -torch.inf), what, way_out)
+
+
+def _zero(t: Tensor) -> Tensor:
+    """Return zeros with the gradient of t."""
+    finite = torch.where(t.isfinite(), t, 0.0)
+    return finite - finite.detach()
+
+
+def _count(weights: Tensor) -> Tensor:
+    total = weights.sum(0)
+    if not is_traced() and bool((total == 0).any()):
+        raise ValueError(
+            "the mask must leave at least one sample along dim, got one that leaves none; pass normalizer."
+        )
+    return total
+
+
+def _check(
+    log_q: Tensor, log_p: Tensor, dim: int, gradient: str | None, value: str, log_behavior: Tensor | None
+) -> None:
     if log_q.shape != log_p.shape:
         raise ValueError(
             f"log_q and log_p must have the same shape, got {tuple(log_q.shape)} and {tuple(log_p.shape)}: sum both "
             "over the event's dimensions (Independent does), or expand one of them on purpose."
         )
+    if log_behavior is not None and log_behavior.shape != log_q.shape:
+        raise ValueError(
+            f"log_behavior must have the shape of log_q, got {tuple(log_behavior.shape)} and {tuple(log_q.shape)}."
+        )
     if log_q.dim() == 0 or log_q.shape[dim] == 0:
         raise ValueError(f"log_q must hold at least one sample along dim={dim}, got shape {tuple(log_q.shape)}.")
+    if value not in get_args(LogProbValue):
+        raise ValueError(f"value must be 'k1', 'k2' or 'k3', got {value!r}.")
+    if gradient in _WRONG:
+        raise ValueError(
+            f"gradient={gradient!r} is refused: differentiated at samples without a gradient, {_WRONG[gradient]}. "
+            "Take gradient='score_function' (or 'k2'), which is that of KL(q‖p)."
+        )
     if gradient not in (None, *get_args(LogProbGradient)):
-        raise ValueError(f"gradient must be 'pathwise', 'score_function' or 'none', got {gradient!r}.")
+        raise ValueError(f"gradient must be 'pathwise', 'score_function', 'k2' or 'none', got {gradient!r}.")
+    if gradient == "pathwise" and log_behavior is not None:
+        raise ValueError(
+            "gradient='pathwise' needs samples of q itself, and log_behavior says that they came from elsewhere: a "
+            "path through them is none of q's. Take gradient='score_function'."
+        )
     if gradient is None and log_q.requires_grad:
         raise ValueError(
             "log_q requires a gradient, and its values do not tell how the samples were made: pass "
@@ -84,3 +250,26 @@ def _check(log_q: Tensor, log_p: Tensor, dim: int, gradient: str | None) -> None
             "q.sample, without a gradient of their own), or gradient='none' (the number alone). The plain mean over "
             "samples without a gradient would be a loss whose expected gradient is zero."
         )
+
+
+_WRONG = {
+    "k1": "the mean of log q - log p has an expected gradient of zero",
+    "k3": "r - 1 - log r has the gradient of KL(p‖q), the other direction",
+}
+
+
+def _check_level(log_q: Tensor, dim: int, mask: Tensor | None, token_dim: int | None, level: str | None) -> None:
+    if (token_dim is None) != (level is None):
+        raise ValueError(
+            f"token_dim and level belong together, got token_dim={token_dim!r} and level={level!r}: level='sequence' "
+            "has the gradient of the KL of the sequences, level='token' that of every token's with its prefix held "
+            "fixed."
+        )
+    if level is not None and level not in get_args(Level):
+        raise ValueError(f"level must be 'sequence' or 'token', got {level!r}.")
+    if token_dim is None:
+        return
+    if token_dim % log_q.dim() == dim % log_q.dim():
+        raise ValueError(f"token_dim must be another dimension than dim, got {token_dim} and {dim}.")
+    if mask is not None and mask.dtype is not torch.bool:
+        raise ValueError(f"with token_dim the mask says which tokens were written, and must be bool, got {mask.dtype}.")

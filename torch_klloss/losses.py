@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from torch_klloss.estimate import KLEstimate
-from torch_klloss.methods import ClosedForm, Enumeration, FirstOf, Method, MonteCarlo
+from torch_klloss.methods import ClosedForm, Enumeration, FirstOf, Method, MonteCarlo, Quadrature
 from torch_klloss.methods.base import route_of
 from torch_klloss.methods.first_of import Announced, check_method
-from torch_klloss.methods.monte_carlo import Gradient
+from torch_klloss.methods.mixed import MixedGradient
+from torch_klloss.methods.monte_carlo import Gradient, Value
 from torch_klloss.rebuild import device_of, dtype_of, in_full_precision, replace_examples, tensors_of
 from torch_klloss.reduction import (
     ReductionName,
@@ -187,14 +188,17 @@ class AnalyticKL(KLLoss):
 class MonteCarloKL(KLLoss):
     """Estimate the KL by sampling from q: unbiased in value and in gradient. See `KLLoss` for shapes and reduction.
 
-    `MonteCarlo` says what each `gradient` computes and which pairs it refuses. `estimate(q, p)` gives the standard
-    error.
+    `MonteCarlo` says what each `gradient` and `value` computes, and what it refuses. `estimate(q, p)` gives the
+    standard error.
 
     Args:
         num_samples: how many points are drawn for every batch element.
         sampler: where the points come from.
         gradient: "auto" (pathwise where q has `rsample`, else the score function), "pathwise",
-            "sticking_the_landing", "score_function" or "none".
+            "sticking_the_landing", "mixed", "score_function" or "none"; or a `MixedGradient()`, whose memory of earlier
+            steps then is part of the `state_dict`.
+        value: "log_ratio", "entropy", "control_variate", "taylor", "k2" (biased) or "k3".
+        chunk_size: how many draws are evaluated at once; None for all.
         reduction: as in `KLLoss`.
         batch_dims: as in `KLLoss`.
 
@@ -212,12 +216,48 @@ class MonteCarloKL(KLLoss):
         num_samples: int = 1,
         *,
         sampler: Sampler | None = None,
-        gradient: Gradient = "auto",
+        gradient: Gradient | MixedGradient = "auto",
+        value: Value = "log_ratio",
+        chunk_size: int | None = None,
         reduction: ReductionName = "mean",
         batch_dims: int = 1,
     ) -> None:
-        method = MonteCarlo(num_samples, sampler=IID() if sampler is None else sampler, gradient=gradient)
+        sampler = IID() if sampler is None else sampler
+        method = MonteCarlo(num_samples, sampler=sampler, gradient=gradient, value=value, chunk_size=chunk_size)
         super().__init__(method, reduction=reduction, batch_dims=batch_dims)
+        if isinstance(gradient, MixedGradient):
+            self.mixture = gradient  # a submodule: its state belongs to that of the loss
+
+
+class QuadratureKL(KLLoss):
+    """Compute the KL of one-dimensional pairs by a quadrature that certifies its error. See `KLLoss` for shapes.
+
+    Deterministic, with value and gradient right to `rtol`; a batch with an element that it cannot vouch for raises a
+    `NotCertifiedError`, a pair that does not simplify to one dimension a `NotImplementedError`. `Quadrature` says how.
+
+    Args:
+        num_nodes: how many nodes the first rule has.
+        rtol: the relative error that is vouched for.
+        reduction: as in `KLLoss`.
+        batch_dims: as in `KLLoss`.
+
+    Example:
+        >>> import torch
+        >>> from torch.distributions import Normal, StudentT
+        >>> from torch_klloss import QuadratureKL
+        >>> QuadratureKL()(Normal(torch.zeros(32, 4), 1.0), StudentT(4.0))
+        tensor(0.1851)
+    """
+
+    def __init__(
+        self,
+        num_nodes: int = 64,
+        *,
+        rtol: float = 1e-6,
+        reduction: ReductionName = "mean",
+        batch_dims: int = 1,
+    ) -> None:
+        super().__init__(Quadrature(num_nodes, rtol=rtol), reduction=reduction, batch_dims=batch_dims)
 
 
 class AutoKL(KLLoss):

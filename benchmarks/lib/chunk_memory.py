@@ -24,7 +24,7 @@ def extra_memory(samplers: Mapping[str, Sampler]) -> list[dict[str, Any]]:
     rows = []
     for name, sampler in samplers.items():
         few, chunked = _peak(sampler, 64, None), _peak(sampler, 4096, 64)
-        seconds = {size: min(_seconds(sampler, 4096, size) for _ in range(3)) for size in (64, None)}
+        seconds = {size: min(_seconds(sampler, 4096, size) for _ in range(2)) for size in (64, None)}
         rows.append({"sampler": name, "memory": chunked / few, "time": seconds[64] / seconds[None]})
     return rows
 

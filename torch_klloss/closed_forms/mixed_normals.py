@@ -92,7 +92,7 @@ def _diagonal_low_rank(q: Any, p: Any) -> Tensor:
 
 def _between(q: Distribution, p: Distribution) -> tuple[Normal, Distribution]:
     """Return independent Normals with the means and variances of q's components, and the independent side's own."""
-    product = q if isinstance(q, Independent) else p
+    product: Any = q if isinstance(q, Independent) else p
     if product.reinterpreted_batch_ndims != 1:
         raise NotImplementedError("its components must be scalars")
     if not type(product.base_dist).log_prob.__module__.startswith("torch.distributions."):

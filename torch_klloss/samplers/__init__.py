@@ -1,6 +1,10 @@
 """Where points come from, together with the weights that they carry."""
 
+from torch_klloss.samplers import families as families  # registers the transports
+from torch_klloss.samplers.antithetic import Antithetic
 from torch_klloss.samplers.iid import IID
 from torch_klloss.samplers.points import Points, Sampler
+from torch_klloss.samplers.sobol import Sobol
+from torch_klloss.samplers.stratified import Stratified
 
-__all__ = ["IID", "Points", "Sampler"]
+__all__ = ["IID", "Antithetic", "Points", "Sampler", "Sobol", "Stratified"]

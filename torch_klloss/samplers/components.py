@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, MixtureSameFamily, TransformedDistribution
 
+from torch_klloss.samplers.draws import Draws, prepare
 from torch_klloss.samplers.points import Points, Sampler
 
 
@@ -66,15 +67,46 @@ def draw_by_component(sampler: Sampler, q: Distribution, num_samples: int, *, di
         >>> points.x.shape, points.weights
         (torch.Size([4]), tensor([0.1250, 0.3750, 0.1250, 0.3750]))
     """
+    draws = prepare_by_component(sampler, q, num_samples, differentiable=differentiable)
+    return draws.part(0, num_samples)
+
+
+def prepare_by_component(
+    sampler: Sampler, q: Distribution, num_samples: int, *, differentiable: bool
+) -> DrawsByComponent:
+    """Return what `draw_by_component` draws, to be had in parts: `part(start, stop)` of draws from every component.
+
+    Arguments and errors are those of `draw_by_component`.
+    """
     mixture = mixture_of(q)
     if mixture is None:
         raise ValueError(f"draw_by_component needs a MixtureSameFamily, got {type(q).__name__}.")
-    component, dim = mixture.component_distribution, len(mixture.batch_shape) + 1
-    drawn = sampler.draw(component, num_samples, differentiable=differentiable)
-    probs = mixture.mixture_distribution.probs.expand(component.batch_shape)
-    x = _transformed(q, _possible(drawn.x, probs, dim).movedim(dim, 1).flatten(0, 1))
-    weights = (drawn.weights * probs).movedim(-1, 1).flatten(0, 1)
-    return ComponentDraw(Points(x, weights, drawn.num_replicates), component, drawn.x)
+    component = mixture.component_distribution
+    return DrawsByComponent(q, mixture, prepare(sampler, component, num_samples, differentiable=differentiable))
+
+
+@dataclass(frozen=True)
+class DrawsByComponent:
+    """Draws from every component of a mixture, whose randomness is decided.
+
+    Attributes:
+        q: the mixture, or transformed from it.
+        mixture: the mixture itself.
+        draws: those from the components.
+    """
+
+    q: Distribution
+    mixture: MixtureSameFamily
+    draws: Draws
+
+    def part(self, start: int, stop: int) -> ComponentDraw:
+        """Return draws start … stop - 1 of every component, the same at every call."""
+        drawn = self.draws.part(start, stop)
+        component, dim = self.mixture.component_distribution, len(self.mixture.batch_shape) + 1
+        probs = self.mixture.mixture_distribution.probs.expand(component.batch_shape)
+        x = _transformed(self.q, _possible(drawn.x, probs, dim).movedim(dim, 1).flatten(0, 1))
+        weights = (drawn.weights * probs).movedim(-1, 1).flatten(0, 1)
+        return ComponentDraw(Points(x, weights, drawn.num_replicates), component, drawn.x)
 
 
 def _possible(x: Tensor, probs: Tensor, dim: int) -> Tensor:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 from torch.distributions import Distribution
 
-from torch_klloss.rebuild import dtype_of
-from torch_klloss.samplers.points import Points
+from torch_klloss.rebuild import device_of
+from torch_klloss.samplers.blocks import Part, in_blocks
+from torch_klloss.samplers.draws import Draws
+from torch_klloss.samplers.points import Points, evenly_weighted
 
 
 @dataclass(frozen=True)
 class IID:
     """Draw independent samples from q, each with the weight 1/S.
 
-    The error of an expectation falls as S^-1/2.
+    The error of an expectation falls as S^-1/2, and is read off the spread of the draws.
 
     Example:
         >>> import torch
@@ -27,7 +29,22 @@ class IID:
 
     def draw(self, q: Distribution, num_samples: int, *, differentiable: bool) -> Points:
         """Return independent points of q, reparameterised (`rsample`) if `differentiable`."""
-        x = q.rsample((num_samples,)) if differentiable else q.sample((num_samples,))
-        shape = (num_samples,) + (1,) * len(q.batch_shape)
-        weights = torch.full(shape, 1 / num_samples, dtype=dtype_of(q), device=x.device)
-        return Points(x, weights, num_replicates=num_samples)
+        return self.prepare(q, num_samples, differentiable=differentiable).part(0, num_samples)
+
+    def prepare(self, q: Distribution, num_samples: int, *, differentiable: bool) -> Draws:
+        """Return the draws, to be had in parts."""
+
+        def make(n: int) -> Tensor:
+            return q.rsample((n,)) if differentiable else q.sample((n,))
+
+        return _Independent(q, num_samples, in_blocks(make, num_samples, device_of(q)))
+
+
+@dataclass(frozen=True)
+class _Independent:
+    q: Distribution
+    num_samples: int
+    noise: Part
+
+    def part(self, start: int, stop: int) -> Points:
+        return evenly_weighted(self.q, self.noise(start, stop), self.num_samples, self.num_samples)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from torch_klloss.rebuild import dtype_of
+
 
 @dataclass(frozen=True)
 class Points:
@@ -22,7 +24,8 @@ class Points:
         x: the points, `[n, *batch, *event]`.
         weights: non-negative, summing to one over the n; `[n, *batch]`, or broadcasting to it.
         num_replicates: how many independent randomisations the points are made of, each n / num_replicates points
-            long; n itself for independent draws, and None where nothing is random.
+            long; n itself for independent draws, and None where nothing is random. In a part of a longer draw (see
+            samplers/draws.py) weights and replicates are those of all of it.
 
     Example:
         >>> import torch
@@ -43,7 +46,7 @@ class Points:
             f: the values at the points.
             summed: how many of the last dimensions of the result are summed.
         """
-        return _sum_last((self.weights * f).sum(0), summed)
+        return sum_last((self.weights * f).sum(0), summed)
 
     def std_error(self, f: Tensor, summed: int = 0) -> Tensor | None:
         """Return the standard error of the expectation, from the spread of the replicates' means.
@@ -58,19 +61,53 @@ class Points:
         if replicates is None:
             return None
         if replicates == 1 or f.numel() == 0:
-            return torch.full_like(_sum_last(f[0], summed), torch.nan, requires_grad=False)
+            return torch.full_like(sum_last(f[0], summed), torch.nan, requires_grad=False)
         terms = (self.weights * f).detach().unflatten(0, (replicates, -1))
-        means = _sum_last(terms.sum(1), summed) * replicates
+        means = sum_last(terms.sum(1), summed) * replicates
         return means.std(0) / replicates**0.5
 
 
-def _sum_last(t: Tensor, dims: int) -> Tensor:
+def sum_last(t: Tensor, dims: int) -> Tensor:
+    """Return t summed over its last `dims` dimensions."""
     return t.sum(tuple(range(-dims, 0))) if dims else t
 
 
 class Sampler(Protocol):
-    """An object that hands out points of q together with their weights."""
+    """An object that hands out points of q together with their weights.
+
+    `draw` is all that is needed. Randomness comes from torch's global streams, which the methods set by their
+    `generator`; processes that train together draw different points if each has a seed of its own, as in
+    `torch.manual_seed(seed + rank)`. Batch elements must be independent of one another, and
+    `num_replicates` has to count what is independent: a spread of dependent points is no error. A sampler that also has
+    `prepare` (samplers/draws.py) can be evaluated in chunks without holding all of its points.
+
+    Example:
+        The middles of S strata, all turned by the same random amount:
+
+        >>> import torch
+        >>> from torch.distributions import Normal, StudentT
+        >>> from torch_klloss.methods import MonteCarlo
+        >>> from torch_klloss.samplers import Points
+        >>> from torch_klloss.samplers.transport import num_uniforms, transport
+        >>> class Systematic:
+        ...     def draw(self, q, num_samples, *, differentiable):
+        ...         strata = torch.arange(num_samples).reshape(-1, *(1,) * len(q.batch_shape), 1)
+        ...         u = (strata + torch.rand(*q.batch_shape, num_uniforms(q))) / num_samples
+        ...         x = transport(q, u.clamp(1e-7, 1 - 1e-7), differentiable=differentiable)
+        ...         weights = torch.full((num_samples, *(1,) * len(q.batch_shape)), 1 / num_samples)
+        ...         return Points(x, weights, num_replicates=1)
+        >>> estimate = MonteCarlo(4096, sampler=Systematic()).estimate(Normal(0.0, 1.0), StudentT(4.0))
+        >>> round(estimate.value.item(), 2), estimate.std_error
+        (0.05, tensor(nan))
+    """
 
     def draw(self, q: Distribution, num_samples: int, *, differentiable: bool) -> Points:
         """Return `num_samples` points of q, reparameterised (`rsample`) if `differentiable`."""
         ...
+
+
+def evenly_weighted(q: Distribution, x: Tensor, num_samples: int, num_replicates: int) -> Points:
+    """Return points of q that weigh 1/S each, S being `num_samples`; x may be some of them."""
+    shape = (len(x),) + (1,) * len(q.batch_shape)
+    weights = torch.full(shape, 1 / num_samples, dtype=dtype_of(q), device=x.device)
+    return Points(x, weights, num_replicates)

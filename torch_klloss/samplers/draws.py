@@ -1,0 +1,51 @@
+"""Draws that can be handed out in parts, the same ones each time: what a long expectation is chunked by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch.distributions import Distribution
+
+from torch_klloss.samplers.points import Points, Sampler
+
+
+class Draws(Protocol):
+    """S draws from q whose randomness is decided, but whose points need not have been computed."""
+
+    def part(self, start: int, stop: int) -> Points:
+        """Return the points of draws start … stop - 1, the same at every call.
+
+        Their weights and `num_replicates` are those of all S draws. No random stream is touched.
+        """
+        ...
+
+
+@runtime_checkable
+class PreparedSampler(Protocol):
+    """A sampler that decides all randomness first, and computes points when they are asked for."""
+
+    def prepare(self, q: Distribution, num_samples: int, *, differentiable: bool) -> Draws:
+        """Return draws of which `part(0, num_samples)` is what `draw` would have returned."""
+        ...
+
+
+def prepare(sampler: Sampler, q: Distribution, num_samples: int, *, differentiable: bool) -> Draws:
+    """Return draws from q that can be had in parts; a sampler that knows no parts computes all points now."""
+    if isinstance(sampler, PreparedSampler):
+        return sampler.prepare(q, num_samples, differentiable=differentiable)
+    return Held(sampler.draw(q, num_samples, differentiable=differentiable))
+
+
+@dataclass(frozen=True)
+class Held:
+    """Draws whose points exist already."""
+
+    points: Points
+
+    def part(self, start: int, stop: int) -> Points:
+        """Return a slice of the points."""
+        weights = self.points.weights
+        if len(weights) > 1:
+            weights = weights[start:stop]
+        return Points(self.points.x[start:stop], weights, self.points.num_replicates)

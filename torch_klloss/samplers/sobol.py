@@ -1,0 +1,89 @@
+"""Randomised quasi-Monte Carlo: nets that fill the unit cube evenly, shifted at random."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from torch_klloss.samplers.draws import Draws
+from torch_klloss.samplers.nets import sobol_net
+from torch_klloss.samplers.points import Points
+from torch_klloss.samplers.uniform import Transported, cells_of
+
+
+@dataclass(frozen=True)
+class Sobol:
+    """Draw scrambled Sobol points, shifted digitally and independently for every batch element.
+
+    Each point is uniform in the unit cube, and hence each point of q a draw from q: expectations are unbiased. Together
+    the points fill the cube more evenly than independent ones. For a smooth integrand the variance falls
+    as S^-3 up to logarithms instead of S^-1, most so at S a power of two; for one that is kinked or of many dimensions
+    it falls less. The dimensions of one event share a net, of at most 21,201 dimensions.
+
+    A net tells nothing about its own error: the spread of its points is that of q, not of their mean. With R
+    `replicates` the S points are R nets of S/R points, independent of one another; the error of their mean has R - 1
+    degrees of freedom, and is NaN for R = 1. Eight nets of eight points give an error that can be believed.
+
+    Args:
+        replicates: R.
+
+    References:
+        *Randomly permuted (t, m, s)-nets and (t, s)-sequences* (Owen, 1995). *Recent advances in randomized
+        quasi-Monte Carlo methods* (L'Ecuyer and Lemieux, 2002).
+
+    Example:
+        >>> import torch
+        >>> from torch.distributions import Uniform
+        >>> from torch_klloss.samplers import Sobol
+        >>> points = Sobol().draw(Uniform(torch.zeros(3), 1.0), 8, differentiable=False)
+        >>> (points.x.sort(0).values * 8).int()[:, 0]
+        tensor([0, 1, 2, 3, 4, 5, 6, 7], dtype=torch.int32)
+    """
+
+    replicates: int = 1
+
+    def __post_init__(self) -> None:
+        check_replicates("Sobol", self.replicates)
+
+    def draw(self, q: Distribution, num_samples: int, *, differentiable: bool) -> Points:
+        """Return `num_samples` points of q, the replicates one after the other."""
+        return self.prepare(q, num_samples, differentiable=differentiable).part(0, num_samples)
+
+    def prepare(self, q: Distribution, num_samples: int, *, differentiable: bool) -> Draws:
+        """Return the draws, to be had in parts."""
+        n = points_each("Sobol", num_samples, self.replicates)
+        cells = cells_of(q)
+        net = sobol_net(n, cells.shape[-1], cells.bits).to(cells.device)
+        net = net.reshape(n, *(1,) * len(q.batch_shape), cells.shape[-1])
+        shifts = cells.random(self.replicates)
+
+        def noise(start: int, stop: int) -> Tensor:
+            if self.replicates == 1:
+                return net[start:stop] ^ shifts
+            draws = torch.arange(start, stop, device=cells.device)
+            return net[draws % n] ^ shifts[draws // n]
+
+        return Transported(q, cells, noise, num_samples, self.replicates, differentiable)
+
+
+def check_replicates(name: str, replicates: int) -> None:
+    """Raise a ValueError unless `replicates` is a positive integer."""
+    if isinstance(replicates, bool) or not isinstance(replicates, int) or replicates < 1:
+        raise ValueError(f"{name}(replicates=...) must be an integer of at least 1, got {replicates!r}.")
+
+
+def points_each(name: str, num_samples: int, replicates: int) -> int:
+    """Return how many points a replicate has.
+
+    Raises:
+        ValueError: if the points cannot be shared out evenly.
+    """
+    if num_samples % replicates:
+        raise ValueError(
+            f"{name}(replicates={replicates}) needs a num_samples that is a multiple of {replicates}, got "
+            f"{num_samples}; use {replicates * -(-num_samples // replicates)}."
+        )
+    return num_samples // replicates

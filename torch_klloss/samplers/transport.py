@@ -1,0 +1,168 @@
+"""From uniform numbers to points of q: which maps are known, and how they are put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Independent, TransformedDistribution
+
+from torch_klloss.structure import name
+
+D = TypeVar("D", bound=Distribution)
+
+
+@dataclass(frozen=True)
+class Transport:
+    """Hold how a family is made from uniform numbers.
+
+    Attributes:
+        num_uniforms: d, how many of them make one event of q.
+        points: (q, u) -> x, from u strictly inside (0, 1), `[n, *batch, d]`, to points `[n, *batch, *event]` with a
+            gradient to q. If u is uniform, x is distributed as q.
+        differentiable: whether that gradient is right; it is not where points are discrete.
+    """
+
+    num_uniforms: Callable[[Any], int]
+    points: Callable[[Any, Tensor], Tensor]
+    differentiable: bool = True
+
+
+_TRANSPORTS: dict[type[Distribution], Transport] = {}
+
+
+def register_transport(
+    family: type[D], num_uniforms: Callable[[D], int] | None = None, *, differentiable: bool = True
+) -> Callable[[Callable[[D, Tensor], Tensor]], Callable[[D, Tensor], Tensor]]:
+    """Return a decorator that registers the map from uniform numbers to points of a family.
+
+    A family of single numbers that has an `icdf` needs none.
+
+    Args:
+        family: its class; subclasses that leave the law alone inherit.
+        num_uniforms: how many uniform numbers make one event. None: one, and the map is from u `[n, *batch]`.
+        differentiable: as in `Transport`.
+
+    Example:
+        >>> import torch
+        >>> from torch_klloss.samplers import Sobol
+        >>> from torch_klloss.samplers.transport import register_transport
+        >>> class Triangular(torch.distributions.Distribution):
+        ...     arg_constraints, has_rsample = {}, True
+        >>> @register_transport(Triangular)
+        ... def triangular(q, u):
+        ...     return u.sqrt()
+        >>> Sobol().draw(Triangular(torch.Size([5]), validate_args=False), 8, differentiable=True).x.shape
+        torch.Size([8, 5])
+    """
+
+    def register(points: Callable[[D, Tensor], Tensor]) -> Callable[[D, Tensor], Tensor]:
+        if num_uniforms is None:
+            one = Transport(lambda _: 1, lambda q, u: points(q, u.squeeze(-1)), differentiable)
+            _TRANSPORTS[family] = one
+        else:
+            _TRANSPORTS[family] = Transport(num_uniforms, points, differentiable)
+        return points
+
+    return register
+
+
+def num_uniforms(q: Distribution) -> int:
+    """Return how many uniform numbers make one event of q.
+
+    Raises:
+        NotImplementedError: if no way from uniform numbers to q is known.
+    """
+    return _transport_of(q).num_uniforms(q)
+
+
+def transport(q: Distribution, u: Tensor, *, differentiable: bool) -> Tensor:
+    """Return points of q, `[n, *batch, *event]`, made from numbers in (0, 1), `[n, *batch, d]`.
+
+    Args:
+        q: the distribution.
+        u: strictly between 0 and 1, d = `num_uniforms(q)` of them for every event.
+        differentiable: whether the points carry a gradient to q's parameters.
+
+    Raises:
+        NotImplementedError: if no way from uniform numbers to q is known, or it has no gradient and one is asked for.
+
+    Example:
+        >>> import torch
+        >>> from torch.distributions import Normal
+        >>> from torch_klloss.samplers.transport import transport
+        >>> transport(Normal(torch.ones(2), 1.0), torch.full((1, 2, 1), 0.5), differentiable=False)
+        tensor([[1., 1.]])
+    """
+    if differentiable and not is_differentiable(q):
+        raise NotImplementedError(
+            f"{name(q)} is discrete in part: its points carry no gradient. Use gradient='score_function' or 'none'."
+        )
+    with nullcontext() if differentiable else torch.no_grad():
+        return _transport_of(q).points(q, u)
+
+
+def is_differentiable(q: Distribution) -> bool:
+    """Tell whether the points that `transport` makes can carry a gradient to q."""
+    base = getattr(q, "base_dist", None)
+    return _transport_of(q).differentiable and (base is None or is_differentiable(base))
+
+
+def _transport_of(q: Distribution) -> Transport:
+    for cls in type(q).__mro__:
+        if cls in _TRANSPORTS:
+            if _keeps_the_law(type(q), cls):
+                return _TRANSPORTS[cls]
+            break
+    if isinstance(q, Independent):
+        return _INDEPENDENT
+    if _has_quantiles(q):
+        return _QUANTILES
+    if isinstance(q, TransformedDistribution) and _keeps_the_law(type(q), TransformedDistribution):
+        return _TRANSFORMED
+    raise NotImplementedError(
+        f"no way from uniform numbers to {name(q)} is known: it has neither an icdf nor a transport. Draw with IID(), "
+        "or add one with torch_klloss.samplers.transport.register_transport."
+    )
+
+
+def _keeps_the_law(subclass: type, cls: type) -> bool:
+    """Tell whether a subclass draws its points as its parent does."""
+    return subclass is cls or all(
+        getattr(subclass, method) is getattr(cls, method) for method in ("rsample", "sample", "log_prob")
+    )
+
+
+def _has_quantiles(q: Distribution) -> bool:
+    """Tell whether q is single numbers with an icdf of their own."""
+    own = type(q).icdf not in (Distribution.icdf, TransformedDistribution.icdf)
+    return own and not q.event_shape
+
+
+_QUANTILES = Transport(lambda q: 1, lambda q, u: q.icdf(u.squeeze(-1)))
+
+
+def _independent_num_uniforms(q: Independent) -> int:
+    base = q.base_dist
+    return num_uniforms(base) * base.batch_shape[len(q.batch_shape) :].numel()
+
+
+def _independent_points(q: Independent, u: Tensor) -> Tensor:
+    base = q.base_dist
+    u = u.reshape(*u.shape[:-1], *base.batch_shape[len(q.batch_shape) :], num_uniforms(base))
+    return _transport_of(base).points(base, u)
+
+
+def _transformed_points(q: TransformedDistribution, u: Tensor) -> Tensor:
+    x = _transport_of(q.base_dist).points(q.base_dist, u)
+    for t in q.transforms:
+        x = t(x)
+    return x
+
+
+_INDEPENDENT = Transport(_independent_num_uniforms, _independent_points)
+_TRANSFORMED = Transport(lambda q: num_uniforms(q.base_dist), _transformed_points)
