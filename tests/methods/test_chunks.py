@@ -20,6 +20,9 @@ SAMPLERS = [IID(), Antithetic(), Stratified(), Stratified(8), Sobol(), Sobol(8)]
 class Plain:
     """A user's sampler that knows no parts."""
 
+    def __repr__(self):
+        return "Plain()"
+
     def draw(self, q, num_samples, *, differentiable):
         x = q.rsample((num_samples,)) if differentiable else q.sample((num_samples,))
         return Points(x, torch.full((num_samples, 1), 1 / num_samples, dtype=F64), num_replicates=num_samples)

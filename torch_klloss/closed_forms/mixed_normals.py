@@ -92,12 +92,13 @@ def _diagonal_low_rank(q: Any, p: Any) -> Tensor:
 
 def _between(q: Distribution, p: Distribution) -> tuple[Normal, Distribution]:
     """Return independent Normals with the means and variances of q's components, and the independent side's own."""
-    product: Any = q if isinstance(q, Independent) else p
+    is_q: bool = isinstance(q, Independent)
+    product: Any = q if is_q else p
     if product.reinterpreted_batch_ndims != 1:
         raise NotImplementedError("its components must be scalars")
     if not type(product.base_dist).log_prob.__module__.startswith("torch.distributions."):
         raise NotImplementedError("its components have a density of their own, whose moments nobody knows")
-    moments: Any = product.base_dist if product is q else q
+    moments: Any = product.base_dist if is_q else q
     scale = moments.variance.sqrt()
     return Normal(moments.mean, scale, validate_args=False), product.base_dist
 

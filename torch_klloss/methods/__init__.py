@@ -4,8 +4,8 @@ from torch_klloss.methods.base import Method, NotCertifiedError
 from torch_klloss.methods.closed_form import ClosedForm
 from torch_klloss.methods.enumeration import Enumeration
 from torch_klloss.methods.first_of import FirstOf
-from torch_klloss.methods.mixture_bound import MixtureBound
 from torch_klloss.methods.mixed import MixedGradient
+from torch_klloss.methods.mixture_bound import MixtureBound
 from torch_klloss.methods.monte_carlo import MonteCarlo
 from torch_klloss.methods.quadrature import Quadrature
 
