@@ -16,7 +16,7 @@ import torch.distributions as dist
 from torch import Tensor
 from torch.distributions import Distribution
 
-from torch_klloss.rebuild import dtype_of
+from torch_klloss.rebuild import device_of, dtype_of
 from torch_klloss.supports import bounds_of, contained, is_discrete
 
 Number = float | Tensor
@@ -91,10 +91,11 @@ def compare(q: Distribution, p: Distribution, q_tails: Tails, p_tails: Tails) ->
     within = contained(q, p)
     if within is None:
         return None
-    mask = ~torch.as_tensor(within)
+    device = device_of(q)
+    mask = ~torch.as_tensor(within, device=device)
     for end, q_tail, p_tail in zip(("lower", "upper"), q_tails, p_tails, strict=True):
-        q_end, p_end = (torch.as_tensor(getattr(bounds_of(d), end)) for d in (q, p))
-        mask = mask | ((q_end == p_end) & _diverges(q_tail, p_tail))
+        q_end, p_end = (torch.as_tensor(getattr(bounds_of(d), end), device=device) for d in (q, p))
+        mask = mask | ((q_end == p_end) & _diverges(q_tail, p_tail).to(device))
     return mask.expand(_broadcast(q, p))
 
 
@@ -145,7 +146,7 @@ def _mixture_tails(d: dist.MixtureSameFamily) -> Tails | None:
     bounds, tails = bounds_of(d.component_distribution), tails_of(d.component_distribution)
     if bounds is None or tails is None or not all(isinstance(end, float) for end in (bounds.lower, bounds.upper)):
         return None
-    like = torch.zeros(d.component_distribution.batch_shape, dtype=dtype_of(d))
+    like = torch.zeros(d.component_distribution.batch_shape, dtype=dtype_of(d), device=device_of(d))
     lower, upper = (Tail(*((like + value).amin(-1) for value in tail)) for tail in tails)
     return lower, upper
 

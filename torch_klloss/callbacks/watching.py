@@ -20,6 +20,8 @@ from torch_klloss.rng import RngState, rng_state
 
 AllRanks = Callable[[Tensor], Tensor]  # sums a tensor over the ranks
 
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # what wrappers call the module in them
+
 
 @dataclass(frozen=True)
 class Call:
@@ -180,16 +182,24 @@ class LossWatcher(Callback):
 
 
 def losses_of(pl_module: nn.Module) -> Iterator[tuple[str, nn.Module, KLLoss]]:
-    """Yield path, module to hook and loss; a compiled loss is hooked outside of what is compiled."""
-    compiled: set[nn.Module] = set()
+    """Yield path, module to hook and loss.
+
+    A loss that is wrapped, by the compiler or by FSDP, is hooked at its outermost wrapper, which is what the model
+    calls; its path is the one it has without.
+    """
+    seen: set[nn.Module] = set()
     for path, module in pl_module.named_modules():
-        path = path.replace("_fsdp_wrapped_module.", "")
-        inner = getattr(module, "_orig_mod", None)
-        if isinstance(inner, KLLoss):
-            compiled.add(inner)
-            yield path, module, inner
-        elif isinstance(module, KLLoss) and module not in compiled:
-            yield path, module, module
+        loss = _unwrapped(module)
+        if isinstance(loss, KLLoss) and loss not in seen:
+            seen.add(loss)
+            yield ".".join(part for part in path.split(".") if part not in _WRAPPED), module, loss
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    for name in _WRAPPED:
+        if isinstance(inner := module._modules.get(name), nn.Module):
+            return _unwrapped(inner)
+    return module
 
 
 def _is_compiled(module: nn.Module) -> bool:
