@@ -1,7 +1,10 @@
 """The examples, run short on their real data."""
 
+import copy
 import csv
+import math
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from torch.distributions import Bernoulli
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import bayesian_regression
 import circular_latent
+import ddp_digits
 import discrete_latent
 import distillation
 import vae_cli
@@ -129,3 +133,24 @@ def test_a_latent_without_reparametrisation_tells_more_than_none(tmp_path, examp
     without_latent = Bernoulli(pixels).entropy().sum().item()
     assert results["reconstruction"] + results["kl"] < without_latent - 1
     assert len(list(tmp_path.glob("*.png"))) == 1
+
+
+def test_one_process_and_two_log_the_same_and_a_difference_is_seen(tmp_path):
+    command = [sys.executable, ddp_digits.__file__, "--epochs", "1", "--out", str(tmp_path)]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert "one process and two are the same" in process.stdout
+    alone, both = (ddp_digits.read_log(tmp_path / "csv" / f"processes_{n}" / "metrics.csv") for n in (1, 2))
+    assert ddp_digits.report(ddp_digits.compare(alone, both), len(both))
+    last = max(both)
+    for name, wrong in {
+        "kl/beta": both[last]["kl/beta"] * (1 + 1e-15),
+        "kl/loss.kl/value": both[last]["kl/loss.kl/value"] + 1e-6,
+        "collapse/loss.kl/kl/7": math.nan,
+        ddp_digits.GAP: both[last][ddp_digits.GAP] + 10 * both[last][ddp_digits.GAP_ERROR],
+    }.items():
+        other = copy.deepcopy(both)
+        other[last][name] = wrong
+        assert not ddp_digits.report(ddp_digits.compare(alone, other), len(both)), name
+    with pytest.raises(SystemExit, match="have not logged the same names"):
+        ddp_digits.compare(alone, {step: row for step, row in both.items() if step != last})
