@@ -229,7 +229,8 @@ def main(options: argparse.Namespace) -> int:
     show("Forward and backward, 128 x 32 batch, S = 64", timed, columns)
     chunked = [] if options.quick else extra_memory(SAMPLERS)
     if chunked:
-        columns = {"sampler": "sampler", "memory": "memory ÷ S = 64|.2f", "time": "time ÷ unchunked|.2f"}
+        columns = {"sampler": "sampler", "memory": "tensors ÷ S = 64|.2f", "resident": "resident ÷ S = 64|.2f"}
+        columns |= {"time": "time ÷ unchunked|.2f"}
         show("S = 4096 in chunks of 64, 256 x 32", chunked, columns)
     if options.figures:
         figure(errors, options.figures)

@@ -26,7 +26,7 @@ class KLEstimate:
         std_error: the standard error of `value`; None for a deterministic method, NaN where
             sampling cannot tell, as with a single draw.
         dof: the degrees of freedom of `std_error`: a number, or a tensor that broadcasts to `value`.
-        error_bound: a checked estimate of the truncation error of a quadrature; None elsewhere.
+        error_bound: a checked bound of the truncation error, of a quadrature or of a sum without end; None elsewhere.
         method: the name of the route that was taken.
         num_evaluations: how many points the log-densities were evaluated at, per batch element.
 

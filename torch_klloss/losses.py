@@ -264,7 +264,8 @@ class AutoKL(KLLoss):
     """Compute the KL exactly where that is possible, and by the fallback where it is not. See `KLLoss`.
 
     The closed form is taken where one is registered, an exact sum where q's support is finite and small, and the
-    fallback otherwise. `route(q, p)` says which it would be.
+    fallback otherwise. `route(q, p)` says which it would be. `AutoKL(fallback=[Quadrature(), MonteCarlo(64)])` samples
+    only where nothing else gives a certified number: it also sums counts without end, and integrates.
 
     Args:
         fallback: a method, or a sequence of methods that are asked in turn; by default `MonteCarlo(1)`.
@@ -303,7 +304,8 @@ class AutoKL(KLLoss):
             fallbacks = (Announced(FirstOf(*fallbacks)),)
         elif on_fallback == "error":
             fallbacks = ()
-        super().__init__(FirstOf(ClosedForm(), Enumeration(), *fallbacks), reduction=reduction, batch_dims=batch_dims)
+        exact = ClosedForm(), Enumeration(max_terms=0)
+        super().__init__(FirstOf(*exact, *fallbacks), reduction=reduction, batch_dims=batch_dims)
 
 
 def _no_gradient(q: Distribution, p: Distribution) -> Tensor:

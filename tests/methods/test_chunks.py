@@ -11,7 +11,7 @@ from torch_klloss.methods.chunks import expectation_in_chunks
 from torch_klloss.samplers import IID, Antithetic, Points, Sobol, Stratified
 from torch_klloss.samplers.blocks import in_blocks
 from torch_klloss.samplers.components import prepare_by_component
-from torch_klloss.samplers.draws import prepare
+from torch_klloss.samplers.draws import Held, prepare
 
 F64 = torch.float64
 SAMPLERS = [IID(), Antithetic(), Stratified(), Stratified(8), Sobol(), Sobol(8)]
@@ -135,6 +135,125 @@ def test_the_draws_of_a_block_do_not_depend_on_the_others():
     part = in_blocks(lambda n: torch.randn(n, 3), 300, torch.device("cpu"))
     assert torch.equal(part(100, 200), part(0, 300)[100:200])
     assert part(0, 300).unique().numel() == 900
+
+
+class Square(torch.autograd.Function):
+    """Hides what it is given from whoever looks on."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return 2 * upstream * ctx.saved_tensors[0]
+
+
+def through_a_network(chunk_size, hidden):
+    """Return a function of the sum, its leaves, and what hooks saw."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)).double()
+    raw = torch.zeros(5, 3, dtype=F64, requires_grad=True)
+    scale, seen = raw.exp(), []
+    scale.retain_grad()
+    scale.register_hook(lambda gradient: seen.append(gradient.clone()))
+    raw.register_hook(lambda gradient: 3 * gradient)
+    q = Independent(Normal(raw * 1.0, scale), 1)
+    draws = prepare(IID(), q, 130, differentiable=True)
+
+    def evaluate(start, stop):
+        points = draws.part(start, stop)
+        f = q.log_prob(points.x) - network(points.x).squeeze(-1)
+        return points, f + Square.apply(raw).sum(-1) if hidden else f
+
+    value = expectation_in_chunks(evaluate, 130, chunk_size).value.square().sum()
+    return value, scale, seen, [raw, *network.parameters()]
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_parameters_of_a_network_and_hooks_get_the_whole_gradient_once(hidden):
+    def run(chunk_size):
+        value, scale, seen, leaves = through_a_network(chunk_size, hidden)
+        value.backward()
+        assert len(seen) == 1
+        return [value, scale.grad, seen[0], *(leaf.grad for leaf in leaves)]
+
+    for part, full in zip(run(32), run(None), strict=True):
+        torch.testing.assert_close(part, full, rtol=1e-11, atol=1e-13)
+
+
+def test_the_gradient_can_be_differentiated_again():
+    def run(chunk_size):
+        value, _, _, (raw, *weights) = through_a_network(chunk_size, False)
+        (gradient,) = torch.autograd.grad(value, raw, create_graph=True)
+        return gradient, *torch.autograd.grad(gradient.square().sum(), [raw, *weights[:3]])
+
+    for part, full in zip(run(32), run(None), strict=True):
+        torch.testing.assert_close(part, full, rtol=1e-11, atol=1e-12)
+
+
+def test_chunks_leave_a_single_node_in_the_graph():
+    value = step_value(8)
+    assert type(value.grad_fn).__name__ == "_RecomputationBackward"
+    with torch.no_grad():
+        assert step_value(8).grad_fn is None
+
+
+def step_value(chunk_size):
+    leaf = torch.linspace(0.5, 2.0, 5, requires_grad=True)
+    draws = prepare(IID(), Normal(leaf, 1.0), 100, differentiable=True)
+
+    def evaluate(start, stop):
+        points = draws.part(start, stop)
+        return points, points.x**2
+
+    return expectation_in_chunks(evaluate, 100, chunk_size).value
+
+
+def test_a_chunk_that_reads_other_tensors_in_the_backward_pass_is_an_error():
+    leaf, calls = torch.ones(4, requires_grad=True), []
+
+    def evaluate(start, stop):
+        calls.append(start)
+        x = leaf if len(calls) <= 3 else torch.ones(4, requires_grad=True)
+        return Points(x[start:stop], torch.tensor(0.25), 4), x[start:stop]
+
+    value = expectation_in_chunks(evaluate, 4, 2).value
+    with pytest.raises(RuntimeError, match="expected it to read the tensors that it read"):
+        value.backward()
+
+
+def test_under_autocast_the_gradient_is_that_of_a_single_chunk():
+    def run(chunk_size):
+        torch.manual_seed(0)
+        layer, x = torch.nn.Linear(3, 1), torch.randn(12, 3)
+
+        def evaluate(start, stop):
+            return Points(x[start:stop], torch.tensor(1 / 12), 12), layer(x[start:stop]).squeeze(-1).float() ** 2
+
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            value = expectation_in_chunks(evaluate, 12, chunk_size).value
+        return torch.autograd.grad(value, layer.weight)[0]
+
+    torch.testing.assert_close(run(5), run(None), rtol=3 * 2**-8, atol=3 * 2**-8)
+
+
+class Doubling(IID):
+    """Draws in its own way, and inherits `prepare`."""
+
+    def draw(self, q, num_samples, *, differentiable):
+        return Held(super().draw(q, num_samples, differentiable=differentiable)).part(0, 1)
+
+
+class Renamed(IID):
+    """Leaves all as it is."""
+
+
+def test_a_draw_of_ones_own_is_not_passed_over_for_an_inherited_prepare():
+    q = Normal(torch.zeros(2), 1.0)
+    assert len(prepare(Doubling(), q, 8, differentiable=False).part(0, 8).x) == 1
+    assert not isinstance(prepare(Renamed(), q, 8, differentiable=False), Held)
 
 
 class Peak(TorchDispatchMode):

@@ -21,6 +21,7 @@ from torch.distributions import (
     LogNormal,
     MixtureSameFamily,
     MultivariateNormal,
+    NegativeBinomial,
     Normal,
     Poisson,
     StudentT,
@@ -424,18 +425,26 @@ def test_nan_parameters_give_nan_and_an_empty_batch_nothing():
     assert Quadrature().estimate(Normal(torch.zeros(0), 1.0), StudentT(4.0)).value.shape == (0,)
 
 
-@pytest.mark.parametrize(
-    ("q", "p"),
-    [
-        (Poisson(3.0), Poisson(2.0)),
-        (MultivariateNormal(torch.zeros(2), torch.eye(2)), MultivariateNormal(torch.ones(2), torch.eye(2))),
-    ],
-    ids=["discrete", "plane"],
-)
-def test_what_is_not_a_continuous_line_is_no_route(q, p):
+def test_a_plane_is_no_route():
+    q, p = (MultivariateNormal(torch.full((2,), loc), torch.eye(2)) for loc in (0.0, 1.0))
     assert Quadrature().supports(q, p) is False
     with pytest.raises(NotImplementedError, match=r"simplify to one dimension.*use AutoKL"):
         Quadrature().estimate(q, p)
+
+
+def test_counts_without_end_are_summed():
+    q, p = Poisson(torch.tensor(3.0)), Poisson(torch.tensor(2.0))
+    estimate = Quadrature().estimate(q, p)
+    assert (estimate.method, Quadrature().route(q, p)) == ("enumeration", "enumeration")
+    torch.testing.assert_close(estimate.value, kl_divergence(q, p))
+
+
+def test_the_plain_loss_samples_counts_without_end_and_the_careful_one_sums_them():
+    q, p = Poisson(torch.tensor(3.0)), NegativeBinomial(3, torch.tensor(0.4))
+    assert AutoKL().route(q, p) == "monte_carlo"
+    careful = AutoKL(fallback=[Quadrature(), MonteCarlo(64)])
+    assert careful.route(q, p) == "enumeration, else monte_carlo"
+    assert careful.estimate(q, p).method == "enumeration"
 
 
 def test_under_tracing_there_is_no_route():

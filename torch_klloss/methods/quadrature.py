@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution, MixtureSameFamily
 
 from torch_klloss.estimate import KLEstimate, NotCertifiedError
+from torch_klloss.methods.enumeration import Enumeration
 from torch_klloss.quadrature.certificate import refusal
 from torch_klloss.quadrature.integrand import Integrand, integrand
 from torch_klloss.quadrature.solver import solve
@@ -20,6 +21,7 @@ from torch_klloss.structure import check_common_measure, check_pair, name, simpl
 from torch_klloss.supports import bounds_of, contained, is_discrete
 from torch_klloss.tracing import is_traced
 
+_SUM = Enumeration()
 _CHUNK = 2**17  # elements times nodes that are worked on at a time: 1 MB a tensor, which the caches hold
 
 
@@ -29,10 +31,10 @@ class Quadrature:
 
     Deterministic, for every q and p with a `log_prob` and a support that is an interval, a half line, the line or the
     circle; what is one-dimensional after `Independent` and shared transforms are taken off is summed back. A mixture
-    q is integrated component by component. Neither `sample` nor `icdf` is needed: the nodes are placed by what q says
-    of its mean and spread, and by a scan of the densities from one end of float64 to the other. Where both are smooth
-    a trapezoidal rule of `num_nodes` does; otherwise Gauss-Legendre panels are split at kinks and halved until the
-    error is below the tolerance, at up to forty times as many nodes.
+    q is integrated component by component; a discrete q is summed by `Enumeration`. Neither `sample` nor `icdf` is
+    needed: the nodes are placed by what q says of its mean and spread, and by a scan of the densities from one end of
+    float64 to the other. Where both are smooth a trapezoidal rule of `num_nodes` does; otherwise Gauss-Legendre panels
+    are split at kinks and halved until the error is below the tolerance, at up to forty times as many nodes.
 
     The value is right to `rtol`, or there is none: an element whose error cannot be brought below `rtol`, or cannot be
     told, is refused with a `NotCertifiedError`, and the whole batch with it. `KLEstimate.error_bound` is the checked
@@ -84,13 +86,15 @@ class Quadrature:
         Raises:
             NotCertifiedError: if the error of any batch element is above `rtol`, or cannot be told; it names the error
                 reached, the reason, and the way out.
-            NotImplementedError: if the pair is discrete or not one-dimensional, or under `torch.compile` and
-                `torch.func`, where nothing can be refused for its value.
+            NotImplementedError: if the pair is not one-dimensional, or q a discrete law without a sum; under
+                `torch.compile` and `torch.func`, where nothing can be refused for its value.
             ValueError: if the shapes do not fit, or q is discrete and p continuous, or the reverse.
             TypeError: if q or p is not a distribution.
         """
         batch_shape = check_pair(q, p)
         check_common_measure(q, p)
+        if is_discrete(q) and _SUM.supports(q, p) is not False:
+            return _SUM.estimate(q, p)
         inner_q, inner_p, peeled = simplify(q, p)
         if not _is_open_to(inner_q, inner_p):
             _refuse(q, p)
@@ -114,7 +118,15 @@ class Quadrature:
 
     def supports(self, q: Distribution, p: Distribution) -> bool | None:
         """Tell that the pair is not one-dimensional or cannot be looked at; otherwise only computing can tell."""
+        if is_discrete(q):
+            return _SUM.supports(q, p)
         return None if _is_open_to(*simplify(q, p)[:2]) else False
+
+    def route(self, q: Distribution, p: Distribution) -> str | None:
+        """Return "quadrature", or "enumeration" for a discrete q, which is summed; None for a pair that is refused."""
+        if self.supports(q, p) is False:
+            return None
+        return _SUM.name if is_discrete(q) else self.name
 
     def _integrate(self, f: Integrand) -> tuple[Tensor, Tensor, int]:
         """Return values and bounds of the flat batch, and how many points the element that took most was looked at."""
@@ -163,7 +175,7 @@ def _refuse(q: Distribution, p: Distribution) -> None:
             "not allow; call it outside of them, or use AnalyticKL or MonteCarloKL inside."
         )
     raise NotImplementedError(
-        f"Quadrature needs a continuous q and p that simplify to one dimension, on a support that is an interval, got "
+        f"Quadrature needs counts, or a q and p that simplify to one dimension, on a support that is an interval, got "
         f"KL({name(q)}‖{name(p)}); use AutoKL, which takes an exact route where there is one, or MonteCarloKL."
     )
 

@@ -31,10 +31,21 @@ class PreparedSampler(Protocol):
 
 
 def prepare(sampler: Sampler, q: Distribution, num_samples: int, *, differentiable: bool) -> Draws:
-    """Return draws from q that can be had in parts; a sampler that knows no parts computes all points now."""
-    if isinstance(sampler, PreparedSampler):
+    """Return draws from q that can be had in parts; a sampler that knows no parts computes all points now.
+
+    It knows none if a subclass has its own `draw`, and `prepare` is only inherited.
+    """
+    if isinstance(sampler, PreparedSampler) and _is_current(sampler):
         return sampler.prepare(q, num_samples, differentiable=differentiable)
     return Held(sampler.draw(q, num_samples, differentiable=differentiable))
+
+
+def _is_current(sampler: PreparedSampler) -> bool:
+    """Tell whether `prepare` was written knowing what `draw` does: no subclass has overridden `draw` alone."""
+    first = next(
+        (vars(cls) for cls in type(sampler).__mro__ if {"draw", "prepare"} & vars(cls).keys()), {"prepare": None}
+    )
+    return "prepare" in first
 
 
 @dataclass(frozen=True)
