@@ -146,3 +146,15 @@ def rebuilt(leaves):
     if len(leaves) == 2:
         return MultivariateNormal(leaves[0], scale_tril=leaves[1].tril(), validate_args=False)
     return LowRankMultivariateNormal(*leaves)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_parameter_of_low_rank_that_is_nan_gives_nan_to_its_own_element_alone(rank):
+    q, p = (
+        LowRankMultivariateNormal(torch.zeros(2, 3), torch.ones(2, 3, rank), torch.full((2, 3), d)) for d in (1.0, 2.0)
+    )
+    expected = kl_divergence(q, p)
+    p._unbroadcasted_cov_diag = torch.tensor([[2.0, 2.0, torch.nan], [2.0, 2.0, 2.0]])  # torch's constructor raises
+    value = kl_divergence(q, p)
+    assert value[0].isnan()
+    assert value[1] == expected[1]

@@ -199,7 +199,9 @@ def _x_minus_log_ratio(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _cholesky_of_one_plus(x: Tensor) -> Tensor:
-    return torch.linalg.cholesky(x + torch.eye(x.shape[-1], dtype=x.dtype, device=x.device))
+    """Return the factor of I + x, NaN where a parameter is: nothing else can keep it from having one."""
+    L, failed = torch.linalg.cholesky_ex(x + torch.eye(x.shape[-1], dtype=x.dtype, device=x.device))
+    return torch.where((failed > 0)[..., None, None], torch.nan, L)
 
 
 def _conjugate(L: Tensor, x: Tensor) -> Tensor:
