@@ -12,7 +12,7 @@ from torch.distributions import Distribution
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.methods import ClosedForm, Enumeration, FirstOf, Method, MonteCarlo, Quadrature
 from torch_klloss.methods.base import route_of
-from torch_klloss.methods.first_of import Announced, check_method
+from torch_klloss.methods.first_of import Announced, Withheld, check_method
 from torch_klloss.methods.mixed import MixedGradient
 from torch_klloss.methods.monte_carlo import Gradient, Value
 from torch_klloss.rebuild import device_of, dtype_of, in_full_precision, replace_examples, tensors_of
@@ -303,7 +303,7 @@ class AutoKL(KLLoss):
         if on_fallback == "warn":
             fallbacks = (Announced(FirstOf(*fallbacks)),)
         elif on_fallback == "error":
-            fallbacks = ()
+            fallbacks = (Withheld(FirstOf(*fallbacks)),)
         exact = ClosedForm(), Enumeration(max_terms=0)
         super().__init__(FirstOf(*exact, *fallbacks), reduction=reduction, batch_dims=batch_dims)
 

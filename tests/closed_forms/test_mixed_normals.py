@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 from torch.distributions import (
     AffineTransform,
+    FisherSnedecor,
+    GeneralizedPareto,
     Independent,
+    InverseGamma,
     Laplace,
     LowRankMultivariateNormal,
     MultivariateNormal,
     Normal,
+    Pareto,
     StudentT,
     TransformedDistribution,
 )
@@ -195,12 +199,31 @@ def test_independent_components_that_are_no_normals_go_by_their_moments(dense_of
     torch.testing.assert_close(kl_divergence(normal, laplace), backward, rtol=1e-9, atol=0)
 
 
+def _each(x):
+    """Return six components, in two elements, of which the first's second one alone has the parameter x."""
+    found = torch.full((2, DIM), 6.0, dtype=torch.float64)
+    found[0, 1] = x
+    return found
+
+
+WITHOUT_A_VARIANCE = {
+    "StudentT, no mean": StudentT(_each(0.9)),
+    "StudentT": StudentT(_each(1.5)),
+    "FisherSnedecor": FisherSnedecor(_each(6.0), _each(3.5)),
+    "InverseGamma": InverseGamma(_each(1.5), _each(6.0)),
+    "Pareto": Pareto(_each(6.0), _each(0.9)),
+    "GeneralizedPareto": GeneralizedPareto(0 * _each(6.0), _each(6.0), _each(36.0) / 60),
+}
+
+
 @pytest.mark.parametrize("dense_of", DENSE.values(), ids=DENSE)
-def test_components_without_a_variance_are_infinitely_far_from_a_gaussian(dense_of):
+@pytest.mark.parametrize("components", WITHOUT_A_VARIANCE.values(), ids=WITHOUT_A_VARIANCE)
+def test_components_without_a_variance_are_infinitely_far_from_a_gaussian(components, dense_of):
     p = dense_of(*(t.detach() for t in parameters(())))
-    df = torch.full((DIM,), 3.0, dtype=torch.float64).index_fill(0, torch.tensor([1]), 1.5)
-    q = Independent(StudentT(torch.stack([df, torch.full_like(df, 3.0)])), 1)
-    assert kl_divergence(q, p).isinf().tolist() == [True, False]
+    value = kl_divergence(Independent(components, 1), p)
+    finite = components.variance.isfinite().all(-1)
+    assert not finite[0]
+    assert value.isinf().tolist() == (~finite).tolist()
 
 
 def test_a_subclass_with_a_density_of_its_own_is_not_taken_for_a_normal():

@@ -91,7 +91,10 @@ def _diagonal_low_rank(q: Any, p: Any) -> Tensor:
 
 
 def _between(q: Distribution, p: Distribution) -> tuple[Normal, Distribution]:
-    """Return independent Normals with the means and variances of q's components, and the independent side's own."""
+    """Return independent Normals with the means and variances of q's components, and the independent side's own.
+
+    A component without moments has a standard Normal.
+    """
     is_q: bool = isinstance(q, Independent)
     product: Any = q if is_q else p
     if product.reinterpreted_batch_ndims != 1:
@@ -99,8 +102,10 @@ def _between(q: Distribution, p: Distribution) -> tuple[Normal, Distribution]:
     if not type(product.base_dist).log_prob.__module__.startswith("torch.distributions."):
         raise NotImplementedError("its components have a density of their own, whose moments nobody knows")
     moments: Any = product.base_dist if is_q else q
-    scale = moments.variance.sqrt()
-    return Normal(moments.mean, scale, validate_args=False), product.base_dist
+    mean, scale = moments.mean, moments.variance.sqrt()
+    exist = mean.isfinite() & scale.isfinite()  # torch says inf or NaN where not; the KL of the components tells then
+    kept = torch.where(exist, mean, 0.0), torch.where(exist, scale, 1.0)
+    return Normal(*kept, validate_args=False), product.base_dist
 
 
 def _marginals_match(q: Distribution, p: Distribution) -> bool:
@@ -124,12 +129,8 @@ def _by_marginals(q: Distribution, p: Distribution) -> Tensor:
     joint = Independent(between, 1)
     if not isinstance(q, Independent):
         return kl_divergence(q, joint) + kl_divergence(between, base).sum(-1)
-    has_variance = between.scale.isfinite() | between.scale.isnan()
-    kept = Normal(
-        torch.where(has_variance, between.loc, 0.0), torch.where(has_variance, between.scale, 1.0), validate_args=False
-    )
-    value = kl_divergence(base, kept).sum(-1) + kl_divergence(Independent(kept, 1), p)
-    return torch.where(has_variance.all(-1), value, torch.inf)
+    apart = kl_divergence(base, between).sum(-1)  # inf without a variance
+    return torch.where(apart.isinf(), apart, apart + kl_divergence(joint, p))
 
 
 def _as_low_rank(loc: Tensor, variance: Tensor) -> LowRankMultivariateNormal:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.distributions import Distribution
@@ -110,6 +110,25 @@ class Announced:
     def supports(self, q: Distribution, p: Distribution) -> bool | None:
         """Return what `method` supports."""
         return supports(self.method, q, p)
+
+
+@dataclass(frozen=True)
+class Withheld:
+    """Refuse what another method would take: what AutoKL(on_fallback="error") puts in place of its fallback."""
+
+    method: Method
+    name: ClassVar[str] = "fallback"
+
+    def estimate(self, q: Distribution, p: Distribution, generator: torch.Generator | None = None) -> KLEstimate:
+        """Raise a `NotImplementedError` that names `method` and the way out."""
+        raise NotImplementedError(
+            f"on_fallback='error' keeps AutoKL from {route_of(self.method, q, p)}; take it with on_fallback='warn' or "
+            "'allow', or register a closed form with @register_kl."
+        )
+
+    def supports(self, q: Distribution, p: Distribution) -> bool:
+        """Return False."""
+        return False
 
 
 def check_method(method: Any) -> None:
