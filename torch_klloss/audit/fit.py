@@ -1,0 +1,351 @@
+"""Which mistakes explain what a loss returned: every hypothesis's prediction, times a factor, held against it.
+
+A prediction is a core (what is computed for each example) times batch^a · latent^b · c. The exponents and the constant
+are found from the evidence; a convention, such as the sum over the batch, is one of them that is not a mistake.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torch_klloss.audit.expectations import (
+    FACTORS,
+    Core,
+    analytic,
+    at_log_probs,
+    at_points,
+    categorical,
+    expected,
+    misread,
+)
+from torch_klloss.audit.experiment import Arrangement, Asked, Observation
+from torch_klloss.audit.mistake import ANALYTIC, CATEGORICAL, SAMPLED, Hypothesis, Mistake, hypotheses
+from torch_klloss.audit.mistakes import CATALOGUE
+from torch_klloss.audit.probes import Layout
+
+TOLERANCE = 5e-4
+"""Relative, of a deterministic loss: far above rounding, and above what an eps of 1e-6 inside a logarithm does."""
+
+_FIRST_STANDARD_ERRORS = 6.0  # a hypothesis stays in the running within so many standard errors on every value
+_NEAR_BEST = 12.0  # in χ², of which a hypothesis that is as simple as the best is not told from it
+_UNNAMED = 1.5  # mistakes that a constant without a name counts for
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Hold a hypothesis and what it predicts for every example."""
+
+    hypothesis: Hypothesis
+    core: Core
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Hold an explanation of the values.
+
+    Attributes:
+        candidate: the hypothesis about the core.
+        mistakes: all of them, those of the factor included; none where the value is the KL's.
+        batch: the exponent a of the batch size, beside the mean over the batch.
+        latent: the exponent b of the latent size.
+        scale: the constant c.
+        repeated: whether every example got its batch's value.
+        chi2: the squared deviations in standard errors (or tolerances), summed.
+        cost: how much is wrong: the number of mistakes, a nameless constant counting a little more than one.
+    """
+
+    candidate: Candidate
+    mistakes: tuple[Mistake, ...]
+    batch: int
+    latent: int
+    scale: float
+    repeated: bool
+    chi2: float
+    cost: float
+
+    @property
+    def ids(self) -> frozenset[str]:
+        """The names of the mistakes."""
+        return frozenset(mistake.id for mistake in self.mistakes)
+
+    def predict(self, layout: Layout, arrangement: Arrangement) -> Tensor:
+        """Return what it predicts for every observed value, differentiable where the core is."""
+        prediction = arranged(self.candidate.core, layout, arrangement, self.repeated)
+        if prediction is None:
+            raise RuntimeError(f"a fit to values by {arrangement} came from a core without any")
+        return prediction * _powers(layout, arrangement, self.batch, self.latent) * self.scale
+
+
+def right_cores(asked: Asked, observation: Observation) -> list[Candidate]:
+    """Return what a right loss may return: the KL, and on given samples also what has it for its expectation."""
+    signature, layout, leaves = asked.call.signature, asked.layout, asked.leaves
+    right = Hypothesis()
+    if signature.categorical:
+        return [Candidate(right, categorical(misread(signature, leaves, layout, {}), layout, {}))]  # type: ignore[arg-type]
+    return [Candidate(right, analytic(misread(signature, leaves, layout, {}), layout, {}))]  # type: ignore[arg-type]
+
+
+def unbiased_on_samples(asked: Asked, observation: Observation) -> list[Candidate]:
+    """Return, on given samples, the integrands whose expectation is the KL: k1 and k3."""
+    found = []
+    for integrand in (lambda log_q, log_p: log_q - log_p, _k3):
+        for core in _on_samples(asked, observation, {"integrand": integrand}):
+            found.append(Candidate(Hypothesis(), core))
+    return found
+
+
+def _k3(log_q: Tensor, log_p: Tensor) -> Tensor:
+    log_r = log_p - log_q
+    return torch.expm1(log_r) - log_r
+
+
+def wrong_cores(asked: Asked, observation: Observation, *, on_samples: bool, at_most: int = 2) -> list[Candidate]:
+    """Return what every catalogued mistake of the core, and `at_most` of them together, predict."""
+    signature, layout, leaves = asked.call.signature, asked.layout, asked.leaves
+    mistakes = [mistake for mistake in CATALOGUE if mistake.gradient is None and not _is_factor(mistake)]
+
+    def all_of(form: str) -> list[Hypothesis]:
+        return hypotheses(mistakes, form, signature.name, at_most)
+
+    if signature.categorical:
+        return [
+            Candidate(h, categorical(misread(signature, leaves, layout, h.parts), layout, h.parts))  # type: ignore[arg-type]
+            for h in all_of(CATEGORICAL)
+        ]
+    found = []
+    if signature.name != "log_probs":
+        for h in all_of(ANALYTIC):
+            found.append(Candidate(h, analytic(misread(signature, leaves, layout, h.parts), layout, h.parts)))  # type: ignore[arg-type]
+    seen = {candidate.hypothesis.ids for candidate in found}
+    if on_samples:
+        for h in all_of(SAMPLED):
+            if "direction" not in h.parts:
+                found += [Candidate(h, core) for core in _on_samples(asked, observation, h.parts)]
+    elif observation.stochastic:
+        for h in all_of(SAMPLED):
+            if h.ids in seen:
+                continue
+            pair = misread(signature, leaves, layout, h.parts)
+            if signature.name == "log_probs" and "direction" in h.parts:
+                continue
+            cores = expected(pair, layout, h.parts, seed=0)  # type: ignore[arg-type]
+            found += [Candidate(h, core) for core in (cores[-1:] if signature.name == "log_probs" else cores)]
+    return found
+
+
+def _on_samples(asked: Asked, observation: Observation, parts: dict) -> list[Core]:
+    signature, layout = asked.call.signature, asked.layout
+    columns = [torch.cat([a[i].reshape(-1) for a in observation.arguments]) for i in range(len(signature.roles))]
+    by_role = dict(zip((signature.roles[role] for role in asked.call.order), columns, strict=True))
+    if signature.name == "log_probs":
+        return at_log_probs(by_role["log_q"], by_role["log_p"], parts)
+    pair = misread(signature, asked.leaves, layout, parts)
+    return at_points(by_role["z"], pair, layout, parts)  # type: ignore[arg-type]
+
+
+def _is_factor(mistake: Mistake) -> bool:
+    return any(parts.keys() <= FACTORS for parts in (mistake.analytic, mistake.categorical, mistake.sampled) if parts)
+
+
+_FACTOR_MISTAKES = {
+    next(iter((mistake.analytic or {}).items())): mistake for mistake in CATALOGUE if _is_factor(mistake)
+}
+_SCALES = [(value, mistake) for (part, value), mistake in _FACTOR_MISTAKES.items() if part == "scale"]
+_NAMED_SCALES: list[tuple[float, tuple[Mistake, ...]]] = [
+    (1.0, ()),
+    *((value, (mistake,)) for value, mistake in _SCALES),
+    *(
+        (a * b, (one, other))
+        for (a, one), (b, other) in itertools.combinations(_SCALES, 2)
+        if a * b != 0 and not math.isclose(a * b, 1.0)
+    ),
+]
+
+
+def constant_factor(scale: float) -> Mistake:
+    """Return the mistake of a constant that no other explains, measured."""
+    inverse = 1 / scale if scale else math.inf
+    number = f"{scale:.4g}" if abs(scale) >= 1 or abs(inverse - round(inverse)) > 0.01 else f"1/{round(inverse)}"
+    return Mistake(
+        id="constant-factor",
+        what=f"it is {number} times the KL on all probes",
+        fix=f"Look for a factor of {number}, such as a number of pixels, of samples or of data, or a weight.",
+        signature="mean_logvar",
+        wrong="",
+    )
+
+
+# --- the fit ----------------------------------------------------------------------------------------------------------
+
+_LEGITIMATE: dict[Arrangement, dict[int, str]] = {
+    "total": {0: "the mean over the batch", 1: "the sum over the batch"},
+    "example": {0: "a value for each example"},
+    "element": {0: "a value for each element, which are still to be summed over the latent dimensions"},
+    "latent": {0: "a value for each latent dimension, the mean over the batch", 1: "a value for each latent dimension"},
+}
+
+
+def convention(fit: Fit, arrangement: Arrangement) -> str:
+    """Return how the loss reduces, in words."""
+    legitimate = _LEGITIMATE[arrangement]
+    return legitimate.get(min(max(fit.batch, 0), max(legitimate)), legitimate[0])
+
+
+def arranged(core: Core, layout: Layout, arrangement: Arrangement, repeated: bool = False) -> Tensor | None:
+    """Return a core's values as the loss arranges them; means over the batch where it reduces over it."""
+    if repeated:
+        return layout.means(core.examples)[layout.probe_of_example]
+    if arrangement == "total":
+        return layout.means(core.examples)
+    if arrangement == "example":
+        return core.examples
+    if core.elements is None:
+        return None
+    if arrangement == "element":
+        return core.elements
+    return torch.cat([part.mean(0).reshape(-1) for part in layout.split(core.elements)])
+
+
+def _powers(layout: Layout, arrangement: Arrangement, batch: int, latent: int) -> Tensor:
+    probe = _probe_of(layout, arrangement)
+    return layout.batch[probe] ** batch * layout.latent[probe] ** latent
+
+
+def _probe_of(layout: Layout, arrangement: Arrangement) -> Tensor:
+    if arrangement == "total":
+        return torch.arange(len(layout.shapes))
+    if arrangement == "example":
+        return layout.probe_of_example
+    if arrangement == "element":
+        return layout.probe_of_example[layout.example_of_element]
+    return torch.arange(len(layout.shapes)).repeat_interleave(layout.latent.long())
+
+
+def best_fits(
+    candidates: Sequence[Candidate],
+    layout: Layout,
+    observation: Observation,
+    *,
+    only_right: bool = False,
+    accept: float = _FIRST_STANDARD_ERRORS,
+) -> list[Fit]:
+    """Return the simplest explanations of the values; several where nothing tells them apart, none where none fits.
+
+    Args:
+        candidates: the cores, in any order.
+        layout: of the probes.
+        observation: what was returned.
+        only_right: whether only conventions are tried for the factor, and no mistakes.
+        accept: how many standard errors a value of a stochastic loss may be off.
+    """
+    found: list[Fit] = []
+    for repeated in (False, True) if observation.arrangement == "example" and not only_right else (False,):
+        kept = [
+            (candidate, prediction)
+            for candidate in candidates
+            if (prediction := arranged(candidate.core, layout, observation.arrangement, repeated)) is not None
+        ]
+        if not kept:
+            continue
+        predictions = torch.stack([prediction.detach() for _, prediction in kept])
+        errors = torch.stack([_error(candidate, layout, observation.arrangement) for candidate, _ in kept])
+        found += _fits([c for c, _ in kept], predictions, errors, layout, observation, repeated, only_right, accept)
+    return _simplest(found, observation.stochastic)
+
+
+def _error(candidate: Candidate, layout: Layout, arrangement: Arrangement) -> Tensor:
+    """Return the standard error of a candidate's own prediction, of the same shape."""
+    error = candidate.core.std_error
+    count = len(_probe_of(layout, arrangement))
+    if error is None:
+        return torch.zeros(count, dtype=torch.float64)
+    if arrangement == "total":  # the same net serves all examples: the errors add up
+        return layout.means(error)
+    return error if arrangement == "example" else error.mean().expand(count)
+
+
+def _fits(
+    candidates: list[Candidate],
+    predictions: Tensor,
+    errors: Tensor,
+    layout: Layout,
+    observation: Observation,
+    repeated: bool,
+    only_right: bool,
+    accept: float,
+) -> list[Fit]:
+    legitimate = _LEGITIMATE[observation.arrangement]
+    batches = (0, 1) if repeated else tuple(legitimate) if only_right else (-1, 0, 1, *((2,) if 1 in legitimate else ()))
+    found = []
+    finite = observation.value.isfinite()
+    for batch, latent in itertools.product(batches, (0,) if only_right else (-1, 0, 1)):
+        powers = _powers(layout, observation.arrangement, batch, latent)
+        P = predictions * powers
+        for index, scale, named, chi2 in _scales(P, errors * powers, observation, finite, only_right, accept):
+            mistakes = list(candidates[index].hypothesis.mistakes)
+            cost = float(len(mistakes) + len(named) if named is not None else len(mistakes) + _UNNAMED)
+            mistakes += named if named is not None else [constant_factor(scale)]
+            if latent:
+                mistakes.append(_FACTOR_MISTAKES["latent", latent])
+                cost += 1
+            if repeated:
+                mistakes.append(_FACTOR_MISTAKES["repeated", True])
+                cost += 1
+            elif batch not in legitimate:
+                mistakes.append(_FACTOR_MISTAKES["batch", -1 if batch < 0 else 1])
+                cost += 1
+            found.append(Fit(candidates[index], tuple(mistakes), batch, latent, scale, repeated, chi2, cost))
+    return found
+
+
+def _scales(
+    P: Tensor, errors: Tensor, observation: Observation, finite: Tensor, only_right: bool, accept: float
+) -> list[tuple[int, float, tuple[Mistake, ...] | None, float]]:
+    """Return the candidates that fit with some constant: index, constant, its mistakes (None for no name), χ²."""
+    y = observation.value[finite]
+    P, errors = P[:, finite], errors[:, finite]
+    usable = P.isfinite().all(1)
+    P = torch.where(usable[:, None], P, 0.0)
+    floor = 1e-2 * y.abs().median().clamp(min=1e-12) if len(y) else torch.tensor(1.0)
+    if observation.stochastic:
+        std_error = observation.std_error[finite]
+        sigma = torch.sqrt(std_error**2 + errors**2 + (TOLERANCE * y) ** 2 / 9 + 1e-20)
+        limit = accept
+    else:
+        sigma = (TOLERANCE * (y.abs() + floor)).expand_as(P)
+        limit = 1.0
+    found = []
+    for constant, named in _NAMED_SCALES[: 1 if only_right else None]:
+        deviations = (y - constant * P) / sigma
+        worst = deviations.abs().amax(1) if deviations.shape[1] else torch.zeros(len(P))
+        for index in torch.nonzero(usable & (worst <= limit)).flatten().tolist():
+            found.append((index, constant, named, float(deviations[index].square().sum())))
+    if only_right:
+        return found
+    free = (P * y / sigma**2).sum(1) / (P.square() / sigma**2).sum(1)
+    deviations = (y - free[:, None] * P) / sigma
+    worst = deviations.abs().amax(1) if deviations.shape[1] else torch.zeros(len(P))
+    already = {index for index, *_ in found}
+    for index in torch.nonzero(usable & (worst <= limit) & free.isfinite() & (free.abs() > 1e-9)).flatten().tolist():
+        if index not in already:
+            found.append((index, float(free[index]), None, float(deviations[index].square().sum())))
+    return found
+
+
+def _simplest(found: list[Fit], stochastic: bool) -> list[Fit]:
+    if not found:
+        return []
+    cheapest = min(fit.cost for fit in found)
+    near = sorted((fit for fit in found if fit.cost <= cheapest), key=lambda fit: fit.chi2)
+    best = [fit for fit in near if not stochastic or fit.chi2 <= near[0].chi2 + _NEAR_BEST]
+    unique: dict[frozenset[str], Fit] = {}
+    for fit in best:
+        unique.setdefault(fit.ids, fit)
+    return list(unique.values())
+

@@ -1,0 +1,220 @@
+"""Whether the gradient is the KL's, and if not, what it is the gradient of.
+
+Every parameter's gradient is compared with the KL's, with zero, with that of the other direction, with their
+difference, and with a multiple of the KL's; what the parameters of q and of p show together names the mistake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from torch_klloss.audit.expectations import analytic, categorical, misread
+from torch_klloss.audit.experiment import GROUPS, Asked, Observation, weights_like
+from torch_klloss.audit.fit import Candidate, Fit, right_cores
+from torch_klloss.audit.mistake import Hypothesis, Mistake
+from torch_klloss.audit.mistakes import CATALOGUE
+from torch_klloss.special import student_t_quantile
+
+_TOLERANCE = 2e-3  # relative to a probe's gradient, of a deterministic loss
+_BY_KIND = {(group, kind): m for m in CATALOGUE if m.gradient for group, kind in m.gradient.items()}
+
+
+@dataclass(frozen=True)
+class GradientFinding:
+    """Hold what was found about the gradient.
+
+    Attributes:
+        summary: in words.
+        mistakes: those of the gradient alone; none where it is the KL's, or follows from the wrong value.
+        kinds: what each parameter gets.
+    """
+
+    summary: str
+    mistakes: tuple[Mistake, ...]
+    kinds: Mapping[str, str]
+
+
+def judge_gradient(asked: Asked, observation: Observation, fit: Fit | None, false_alarm: float) -> GradientFinding:
+    """Compare the gradients with the KL's, reduced and scaled as the values are.
+
+    Args:
+        asked: the loss and its probes.
+        observation: what it returned for them.
+        fit: the explanation of its values; None where there is none.
+        false_alarm: the probability to call a right gradient wrong.
+    """
+    scaled = _reduction_only(fit, asked, observation)
+    right = _gradients_of(scaled, asked, observation)
+    kinds = {name: _kind(name, right, asked, observation, scaled, false_alarm) for name in asked.leaves}
+    if fit is not None and fit.candidate.hypothesis.mistakes and not observation.stochastic:
+        own = _gradients_of(fit, asked, observation)
+        kinds = {
+            name: "the value's" if kind not in ("right", "none") and _close(name, own, asked, observation, 0) else kind
+            for name, kind in kinds.items()
+        }
+    return _summarise(kinds, scaled, fit)
+
+
+def _reduction_only(fit: Fit | None, asked: Asked, observation: Observation) -> Fit:
+    """Return the fit with the KL itself for its core: what its gradient would be if only the factor were wrong."""
+    core = right_cores(asked, observation)[0]
+    if fit is None:
+        return Fit(core, (), 0, 0, 1.0, False, 0.0, 0.0)
+    return replace(fit, candidate=core)
+
+
+def _gradients_of(fit: Fit, asked: Asked, observation: Observation, *, other: bool = False) -> dict[str, Tensor]:
+    """Return the gradients by leaf that a loss with this fit would have, weighted as the observed ones are."""
+    leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in asked.leaves.items()}
+    live = replace_leaves(asked, leaves)
+    if fit.candidate.hypothesis.mistakes:
+        candidate = _rebuilt(fit.candidate, live, observation)
+    else:
+        candidate = right_cores(live, observation)[0] if not other else _other_direction(live)
+    predicted = replace(fit, candidate=candidate).predict(live.layout, observation.arrangement)
+    weights = torch.cat([weights_like(part.detach()) for part in predicted.split(_counts(observation))])
+    found = torch.autograd.grad((predicted * weights).sum(), list(leaves.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(leaf) if grad is None else grad
+        for (name, leaf), grad in zip(leaves.items(), found, strict=True)
+    }
+
+
+def _counts(observation: Observation) -> list[int]:
+    return torch.bincount(observation.probe_of_value).tolist()
+
+
+def replace_leaves(asked: Asked, leaves: dict[str, Tensor]) -> Asked:
+    """Return what is asked with other leaves."""
+    return Asked(asked.fn, asked.call, asked.layout, leaves, asked.rank, asked.dtype, asked.gradient)
+
+
+def _other_direction(asked: Asked) -> Candidate:
+    signature = asked.call.signature
+    pair = misread(signature, asked.leaves, asked.layout, {})
+    parts = {"direction": ((1.0, True),)}
+    form = categorical if signature.categorical else analytic
+    return Candidate(Hypothesis(), form(pair, asked.layout, parts))  # type: ignore[arg-type]
+
+
+def _rebuilt(candidate: Candidate, asked: Asked, observation: Observation) -> Candidate:
+    signature, parts = asked.call.signature, candidate.hypothesis.parts
+    pair = misread(signature, asked.leaves, asked.layout, parts)
+    form = categorical if signature.categorical else analytic
+    return Candidate(candidate.hypothesis, form(pair, asked.layout, parts))  # type: ignore[arg-type]
+
+
+def _kind(
+    name: str,
+    right: dict[str, Tensor],
+    asked: Asked,
+    observation: Observation,
+    fit: Fit,
+    false_alarm: float,
+) -> str:
+    found = observation.gradients[name]
+    if found is None or (not found.any() and not observation.gradient_errors[name].any()):
+        return "none"
+    if _close(name, right, asked, observation, false_alarm):
+        return "right"
+    zero = {name: torch.zeros_like(found)}
+    if observation.stochastic and _close(name, zero, asked, observation, false_alarm):
+        return "zero"
+    other = _gradients_of(fit, asked, observation, other=True)
+    if _close(name, other, asked, observation, false_alarm):
+        return "other direction"
+    difference = {name: right[name] - other[name]}
+    if _close(name, difference, asked, observation, false_alarm):
+        return "difference"
+    weight = 1 / observation.gradient_errors[name].square().clamp(min=1e-12)
+    scale = float((weight * found * right[name]).sum() / (weight * right[name] ** 2).sum())
+    if _close(name, {name: scale * right[name]}, asked, observation, false_alarm):
+        return f"{scale:.4g} times"
+    return "other"
+
+
+def _close(
+    name: str, predicted: dict[str, Tensor], asked: Asked, observation: Observation, false_alarm: float
+) -> bool:
+    found, expected = observation.gradients[name], predicted[name]
+    if found is None or not bool(found.isfinite().all()):
+        return False
+    if not observation.stochastic:
+        pairs = zip(asked.layout.split(found), asked.layout.split(expected), strict=True)
+        return all(float((a - b).norm()) <= _TOLERANCE * float(b.norm() + 1e-3 * expected.norm()) for a, b in pairs)
+    errors = observation.gradient_errors[name]
+    limit = float(student_t_quantile(1 - false_alarm / (2 * len(found)), GROUPS - 1.0))
+    return bool(((found - expected).abs() <= limit * errors + _TOLERANCE * expected.abs() + 1e-12).all())
+
+
+def _summarise(kinds: dict[str, str], scaled: Fit, fit: Fit | None) -> GradientFinding:
+    groups: dict[str, set[str]] = {}
+    for name, kind in kinds.items():
+        groups.setdefault(name.split(".")[0] if "." in name else "q", set()).add(kind)
+    times = _times(scaled)
+    if all(kind == "right" for kind in kinds.values()):
+        return GradientFinding(f"the KL's{times}.", (), kinds)
+    every = {kind for found in groups.values() for kind in found}
+    if every == {"none"}:
+        return GradientFinding("none: no gradient flows to any argument.", (_BY_KIND["q", "none"],), kinds)
+    if every <= {"right", "none"} and all(len(found) == 1 for found in groups.values()):
+        alive = next(group for group, found in groups.items() if found == {"right"})
+        fixed = next(group for group, found in groups.items() if found == {"none"})
+        return GradientFinding(f"the KL's{times} to {alive}; {fixed} is fixed and gets none.", (), kinds)
+    if fit is not None and fit.candidate.hypothesis.mistakes and every <= {"right", "the value's", "none"}:
+        return GradientFinding("that of what it returns, not the KL's.", (), kinds)
+    mistakes: list[Mistake] = []
+    words = []
+    for group, found in groups.items():
+        kind = _group_kind(found)
+        if kind == "right":
+            continue
+        mistake = _BY_KIND.get(("q", kind))
+        if mistake is not None and mistake not in mistakes:
+            mistakes.append(mistake)
+        words.append(f"{group} gets {_WORDS.get(kind, kind)}")
+    return GradientFinding("; ".join(words) + ".", tuple(mistakes), kinds)
+
+
+_WORDS = {
+    "none": "none",
+    "zero": "one that is zero on average",
+    "other direction": "that of KL(p‖q)",
+    "difference": "that of KL(q‖p) - KL(p‖q)",
+    "partly none": "none to one of its parameters",
+    "scaled": "a multiple of the KL's",
+    "reversed": "the KL's with the wrong sign",
+    "other": "one that is not the KL's",
+    "the value's": "that of the wrong value",
+}
+
+
+def _group_kind(found: set[str]) -> str:
+    if len(found) == 1:
+        (kind,) = found
+        if kind.endswith(" times"):
+            return "reversed" if kind == "-1 times" else "scaled"
+        return kind
+    if found == {"right", "none"}:
+        return "partly none"
+    if found <= {"zero", "none"}:
+        return "zero"
+    if all(kind.endswith(" times") for kind in found):
+        return "scaled"
+    return "other"
+
+
+def _times(fit: Fit) -> str:
+    """Return the factor of a wrong reduction in words, or nothing."""
+    words = []
+    if fit.scale != 1:
+        words.append(f"{fit.scale:.4g}")
+    if fit.latent:
+        words.append("1/latent size" if fit.latent < 0 else "the latent size")
+    if any("batch" in (mistake.analytic or {}) for mistake in fit.mistakes):
+        words.append("1/batch size" if fit.batch < 0 else "the batch size")
+    return ", times " + " times ".join(words) if words else ""

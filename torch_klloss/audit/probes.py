@@ -1,0 +1,180 @@
+"""The pairs (q, p) that a loss is asked about: drawn from a seed, and laid end to end.
+
+A *probe* is one call: a batch of examples, each with its latent dimensions (or classes, or samples). The elements of
+all probes lie in one flat tensor, so that a hypothesis about the loss is computed for all of them in one go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...]
+
+# Batch and latent sizes that are all unlike, so that a factor of one is not taken for a factor of the other.
+_SIZES = ((16, 8), (5, 3), (7, 12), (3, 2), (12, 5), (6, 4), (9, 7), (4, 10))
+_FEW_DIMS = ((8, 2), (6, 3), (5, 4), (12, 2), (4, 5), (10, 3), (7, 2), (3, 4), (9, 5), (2, 3))
+_LATENT = {2: {8: (2, 4), 12: (3, 4), 10: (5, 2), 4: (2, 2), 5: (5, 1), 3: (3, 1), 7: (7, 1), 2: (2, 1)}}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Say which element belongs to which example, and which example to which probe.
+
+    Attributes:
+        shapes: of every probe, `[batch, *latent]`.
+    """
+
+    shapes: tuple[Shape, ...]
+
+    @cached_property
+    def batch(self) -> Tensor:
+        """Examples in each probe, `[num_probes]`."""
+        return torch.tensor([shape[0] for shape in self.shapes], dtype=torch.float64)
+
+    @cached_property
+    def latent(self) -> Tensor:
+        """Elements in each example of a probe, `[num_probes]`."""
+        return self._counts / self.batch
+
+    @cached_property
+    def _counts(self) -> Tensor:
+        return torch.tensor([torch.Size(shape).numel() for shape in self.shapes], dtype=torch.float64)
+
+    @cached_property
+    def probe_of_example(self) -> Tensor:
+        """The probe that an example belongs to, `[num_examples]`."""
+        return torch.arange(len(self.shapes)).repeat_interleave(self.batch.long())
+
+    @cached_property
+    def example_of_element(self) -> Tensor:
+        """The example that an element belongs to, `[num_elements]`."""
+        sizes = self.latent.long()[self.probe_of_example]
+        return torch.arange(len(self.probe_of_example)).repeat_interleave(sizes)
+
+    def examples(self, elements: Tensor) -> Tensor:
+        """Return the sums over the latent dimensions, `[..., num_examples]`."""
+        shape = (*elements.shape[:-1], len(self.probe_of_example))
+        return elements.new_zeros(shape).index_add(-1, self.example_of_element, elements)
+
+    def means(self, examples: Tensor) -> Tensor:
+        """Return the means over the batch, `[..., num_probes]`."""
+        shape = (*examples.shape[:-1], len(self.shapes))
+        return examples.new_zeros(shape).index_add(-1, self.probe_of_example, examples) / self.batch
+
+    def split(self, elements: Tensor) -> list[Tensor]:
+        """Return the elements of every probe, in its shape."""
+        parts = elements.split([int(count) for count in self._counts])
+        return [part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def row_wise(self, function: Callable[[Tensor], Tensor], elements: Tensor) -> Tensor:
+        """Return `function` of every probe's elements, laid end to end again."""
+        return torch.cat([function(part).reshape(-1) for part in self.split(elements)])
+
+
+@dataclass(frozen=True)
+class Normals:
+    """Hold two diagonal Normals for every element, by mean and log-variance, each `[num_elements]`."""
+
+    q_mean: Tensor
+    q_logvar: Tensor
+    p_mean: Tensor
+    p_logvar: Tensor
+
+    @property
+    def q_var(self) -> Tensor:
+        """The variance of q."""
+        return self.q_logvar.exp()
+
+    @property
+    def p_var(self) -> Tensor:
+        """The variance of p."""
+        return self.p_logvar.exp()
+
+    @property
+    def swapped(self) -> Normals:
+        """The pair (p, q)."""
+        return Normals(self.p_mean, self.p_logvar, self.q_mean, self.q_logvar)
+
+
+@dataclass(frozen=True)
+class Categoricals:
+    """Hold two categorical distributions for every example, by their raw scores, one an element, `[num_elements]`."""
+
+    q_logits: Tensor
+    p_logits: Tensor
+    layout: Layout
+
+    @property
+    def log_q(self) -> Tensor:
+        """The log-probabilities of q."""
+        return self.layout.row_wise(lambda part: part.log_softmax(-1), self.q_logits)
+
+    @property
+    def log_p(self) -> Tensor:
+        """The log-probabilities of p."""
+        return self.layout.row_wise(lambda part: part.log_softmax(-1), self.p_logits)
+
+    @property
+    def swapped(self) -> Categoricals:
+        """The pair (p, q)."""
+        return Categoricals(self.p_logits, self.q_logits, self.layout)
+
+
+def shapes_of_rank(rank: int, *, gentle: bool = False) -> tuple[Shape, ...]:
+    """Return batch and latent shapes with `rank` dimensions: `[latent]`, `[batch, latent]`, `[batch, …, latent]`."""
+    sizes = _FEW_DIMS if gentle else _SIZES * 3
+    if rank == 1:
+        return tuple((1, latent) for _, latent in sizes)
+    ones = (1,) * max(rank - 3, 0)
+    return tuple((batch, *((latent,) if rank == 2 else (*ones, *_LATENT[2][latent]))) for batch, latent in sizes)
+
+
+def draw_normals(shapes: Sequence[Shape], seed: int, *, gentle: bool, standard: bool) -> tuple[Layout, Normals]:
+    """Draw pairs of Normals near and far from one another, narrow and wide, off centre.
+
+    Args:
+        shapes: of the probes.
+        seed: of the draws.
+        gentle: whether every q is a little wider than its p and not far from it, so that p/q has all the moments that
+            a test of the mean of a sampled estimate relies on.
+        standard: whether p is the standard Normal.
+    """
+    layout, rng = Layout(tuple(shapes)), torch.Generator().manual_seed(seed)
+
+    def normal(size: int) -> Tensor:
+        return torch.randn(size, generator=rng, dtype=torch.float64)
+
+    def uniform(size: int, low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(size, generator=rng, dtype=torch.float64)
+
+    parts = []
+    for index, shape in enumerate(shapes):
+        size = torch.Size(shape).numel()
+        p_mean = torch.zeros(size, dtype=torch.float64) if standard else 0.7 * normal(size) - 0.2
+        p_logvar = torch.zeros(size, dtype=torch.float64) if standard else uniform(size, -1.0, 0.9)
+        if gentle:
+            p_logvar = 0.5 * p_logvar
+            gap = uniform(size, 0.1, 0.7) + 0.2 * (index % 3)
+            parts.append((p_mean + 0.35 * normal(size) + 0.25 * (1 + index % 2), p_logvar + gap, p_mean, p_logvar))
+            continue
+        regime = index * 3 // len(shapes)
+        spread, off_centre, low, high = ((0.4, 0.2, -0.5, 0.6), (1.2, 0.5, -2.5, -0.2), (1.0, -0.3, 0.2, 1.6))[regime]
+        q_mean = p_mean + spread * normal(size) + off_centre
+        parts.append((q_mean, uniform(size, low, high), p_mean, p_logvar))
+    return layout, Normals(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def draw_categoricals(shapes: Sequence[Shape], seed: int) -> tuple[Layout, Categoricals]:
+    """Draw pairs of categorical distributions, flat and peaked, with raw scores that are not centred."""
+    layout, rng = Layout(tuple(shapes)), torch.Generator().manual_seed(seed)
+    q, p = [], []
+    for index, shape in enumerate(shapes):
+        scale = (0.5, 1.0, 1.8)[index % 3]
+        q.append(scale * torch.randn(shape, generator=rng, dtype=torch.float64).reshape(-1) + 0.3)
+        p.append(scale * torch.randn(shape, generator=rng, dtype=torch.float64).reshape(-1) - 0.4)
+    return layout, Categoricals(torch.cat(q), torch.cat(p), layout)

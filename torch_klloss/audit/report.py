@@ -1,0 +1,131 @@
+"""What an audit found, and how it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Verdict = Literal["right", "wrong value", "wrong gradient", "wrong value and gradient", "not judged"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Hold one mistake that was found.
+
+    Attributes:
+        id: its name in the catalogue (docs/mistakes.md), or "constant-factor", "affine", "unknown", "not-a-number",
+            "wrong-shape" or "changes-its-inputs", which are measured.
+        explanation: what the loss does.
+        evidence: the numbers that show it.
+        fix: what to do.
+        alternatives: other mistakes that nothing tells from this one.
+    """
+
+    id: str
+    explanation: str
+    evidence: str
+    fix: str
+    alternatives: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ProbePoint:
+    """Hold one point of the figure: the KL of a probe and what the loss returned, in nats for each example."""
+
+    shape: tuple[int, ...]
+    kl: float
+    got: float
+    fitted: float | None
+    std_error: float
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """Hold what `audit` found; `print` it, or `assert report.ok`.
+
+    Attributes:
+        name: the loss with its parameters.
+        signature: what it was called with.
+        verdict: "right", "wrong value", "wrong gradient", "wrong value and gradient", or "not judged" where it could
+            not be called or returned no number.
+        mistakes: what is wrong, the value's first.
+        convention: how it reduces, in words; none of them is a mistake.
+        gradient: whose gradient it has, in words.
+        remarks: what its user should know: digits lost near equality, overflow, shapes that it does not take.
+        reason: why it was not judged.
+        num_probes: how many batches it was asked about.
+        num_calls: how often it was called for each, more than once where it draws its own samples.
+        false_alarm: the probability to call a right loss wrong.
+        points: one for each probe, for the figure.
+    """
+
+    name: str
+    signature: str
+    verdict: Verdict
+    mistakes: tuple[Finding, ...] = ()
+    convention: str = ""
+    gradient: str = ""
+    remarks: tuple[str, ...] = ()
+    reason: str = ""
+    num_probes: int = 0
+    num_calls: int = 0
+    false_alarm: float = 0.0
+    points: tuple[ProbePoint, ...] = field(default=(), repr=False)
+
+    @property
+    def ok(self) -> bool:
+        """Whether value and gradient are the KL's."""
+        return self.verdict == "right"
+
+    def __str__(self) -> str:
+        """Return the report as text, a paragraph."""
+        lines = [f"{self.name}: {self.verdict.upper()}. {self._headline()}"]
+        for finding in self.mistakes:
+            lines += [f"  {line}" for line in (finding.evidence, f"fix: {finding.fix}") if line]
+        if self.gradient:
+            lines.append(f"  gradient: {self.gradient}")
+        lines += [f"  note: {remark}" for remark in self.remarks]
+        return "\n".join(lines)
+
+    def _headline(self) -> str:
+        if self.verdict == "not judged":
+            return f"{_capitalised(self.reason)}."
+        if self.ok:
+            return f"It is the KL(q‖p) in nats, {self.convention}."
+        said = [finding.explanation for finding in self.mistakes]
+        return " ".join(f"{_capitalised(sentence)}." for sentence in said)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain numbers, strings, lists and dictionaries, for JSON."""
+        plain: dict[str, Any] = _plain(asdict(self))
+        plain["ok"] = self.ok
+        return plain
+
+    def figure(self) -> Figure:
+        """Draw what the loss returned against the KL, one point a probe, and what was found as a line.
+
+        Raises:
+            ImportError: if matplotlib is missing.
+            ValueError: if the loss was not judged, so that there are no points.
+        """
+        if not self.points:
+            raise ValueError(f"there is nothing to draw: {self.reason or 'no value was compared with the KL'}.")
+        from torch_klloss.plots import audit_figure
+
+        return audit_figure(self)
+
+
+def _capitalised(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(part) for part in value]
+    return value
