@@ -3,8 +3,9 @@
 S = 4 … 256 points of q from every sampler, averaged by log q(x) - log p(x), gradient pathwise. The mean squared error
 of value and gradient is divided into that of independent draws. The reference is a mean over nets of 2^14 points,
 which has to agree with independent draws. Exit status 1 if an estimate is biased (|z| ≥ 6), a figure that is promised
-is not reached, or an interval of 95 % covers less than 92 % or more than 98 % where a t interval can be right: where
-the mean over a replicate has a skewness below 1.
+is not reached, or an interval of 95 % covers less than 92 % or more than 98 %. Where the skewness of an estimate is
+over 0.7, draws that are too rare to be seen carry much of its variance, and 83 % has to do. The coverage of the plain
+t interval, which knows no skewness, stands beside.
 
 Then the time of a call against that of independent draws, and the time and memory of 4096 draws in chunks of 64 against
 all at once and against 64 draws. One thread.
@@ -13,6 +14,7 @@ all at once and against 64 draws. One thread.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +35,7 @@ from torch.distributions import (
     StudentT,
 )
 
+from torch_klloss import KLEstimate
 from torch_klloss.methods import MonteCarlo
 from torch_klloss.samplers import IID, Antithetic, Sampler, Sobol, Stratified
 
@@ -50,7 +53,8 @@ WITH_ERROR: dict[str, Sampler] = {
     "Sobol(8)": Sobol(8),
 }
 COVERAGE = 0.92, 0.98
-MODERATE = 1.0  # skewness
+SKEWED, SKEWED_COVERAGE = 0.7, 0.83
+INTERVALS = 20_000  # the standard error of a coverage of 98 % is 0.1 %
 
 
 @dataclass(frozen=True)
@@ -96,12 +100,10 @@ def pairs() -> list[Pair]:
 
 @dataclass(frozen=True)
 class Estimates:
-    """Hold repeated estimates `[repetitions]` with errors, and gradients `[parameters, repetitions]`."""
+    """Hold repeated estimates `[repetitions]`, and gradients `[parameters, repetitions]`."""
 
     value: Tensor
     gradient: Tensor
-    covers: float | None
-    skewness: float
 
     def mse(self, truth: Estimates) -> tuple[float, float]:
         """Return the mean squared errors of value and gradient."""
@@ -110,29 +112,22 @@ class Estimates:
         return value.mean().item(), gradient.sum(0).mean().item()
 
 
-def estimates(pair: Pair, sampler: Sampler, num_samples: int, repetitions: int, truth: Tensor | None) -> Estimates:
+def estimates(pair: Pair, sampler: Sampler, num_samples: int, repetitions: int) -> Estimates:
     """Return repeated estimates, all drawn at once."""
     leaves = pair.leaves(repetitions)
     estimate = MonteCarlo(num_samples, sampler=sampler).estimate(pair.q_family(*leaves), pair.p)
-    covers = None
-    if truth is not None and not estimate.std_error.isnan().any():
-        low, high = estimate.interval(0.95)
-        covers = ((low <= truth) & (truth <= high)).double().mean().item()
     gradients = torch.autograd.grad(estimate.value.sum(), leaves)
-    value, replicates = estimate.value.detach(), 1 if estimate.dof is None else estimate.dof + 1
-    centred = value - value.mean()
-    skewness = (centred**3).mean() / (centred**2).mean() ** 1.5 * replicates**0.5
-    return Estimates(value, torch.stack(gradients), covers, skewness.item())
+    return Estimates(estimate.value.detach(), torch.stack(gradients))
 
 
 def errors_of(pair: Pair, sizes: Sequence[int], repetitions: int) -> tuple[list[Row], list[str]]:
     """Return how much less the squared errors are than those of independent draws, and what is not as promised."""
-    truth = estimates(pair, Sobol(), 2**14, 16, None)
+    truth = estimates(pair, Sobol(), 2**14, 16)
     rows, disagreements = [], []
     for num_samples in sizes:
         baseline: tuple[float, float] | None = None
         for name, sampler in SAMPLERS.items():
-            found = estimates(pair, sampler, num_samples, repetitions, None)
+            found = estimates(pair, sampler, num_samples, repetitions)
             mse = found.mse(truth)
             baseline = baseline or mse
             z = (found.value.mean() - truth.value.mean()) / (mse[0] / repetitions) ** 0.5
@@ -148,18 +143,32 @@ def errors_of(pair: Pair, sizes: Sequence[int], repetitions: int) -> tuple[list[
     return rows, disagreements
 
 
-def coverage_of(pair: Pair, repetitions: int) -> tuple[list[Row], list[str]]:
+def coverage_of(pair: Pair) -> tuple[list[Row], list[str]]:
     """Return how often intervals of 95 % contain the truth, at S = 64."""
-    truth = estimates(pair, Sobol(), 2**14, 16, None).value.mean()
+    truth = estimates(pair, Sobol(), 2**14, 16).value.mean()
     rows, disagreements = [], []
     for name, sampler in WITH_ERROR.items():
-        found = estimates(pair, sampler, 64, repetitions, truth)
-        covers = found.covers or 0.0
-        met = "yes" if COVERAGE[0] <= covers <= COVERAGE[1] else "NO"
-        rows.append({"pair": pair.name, "sampler": name, "covers": covers, "skewness": found.skewness, "met": met})
-        if abs(found.skewness) < MODERATE and not COVERAGE[0] <= covers <= COVERAGE[1]:
+        with torch.no_grad():
+            q = pair.q_family(*pair.leaves(INTERVALS))
+            estimate = MonteCarlo(64, sampler=sampler, gradient="none").estimate(q, pair.p)
+        symmetric = dataclasses.replace(estimate, skewness=None)
+        covers, width = coverage_and_width(estimate, truth)
+        student, student_width = coverage_and_width(symmetric, truth)
+        centred = estimate.value - truth
+        skewness = ((centred**3).mean() / (centred**2).mean() ** 1.5).item()
+        least = COVERAGE[0] if abs(skewness) < SKEWED else SKEWED_COVERAGE
+        met = COVERAGE[0] <= covers <= COVERAGE[1]
+        row = {"pair": pair.name, "sampler": name, "covers": covers, "student": student, "skewness": skewness}
+        rows.append(row | {"width": width / student_width, "met": "yes" if met else "NO"})
+        if not least <= covers <= COVERAGE[1]:
             disagreements.append(f"{name} on {pair.name}: intervals of 95 % cover {covers:.1%}")
     return rows, disagreements
+
+
+def coverage_and_width(estimate: KLEstimate, truth: Tensor) -> tuple[float, float]:
+    """Return how often an interval of 95 % contains the truth, and how wide it is on average."""
+    low, high = estimate.interval(0.95)
+    return ((low <= truth) & (truth <= high)).double().mean().item(), (high - low).mean().item()
 
 
 def times(rounds: int) -> list[Row]:
@@ -214,18 +223,15 @@ def main(options: argparse.Namespace) -> int:
     sizes = (4, 64) if options.quick else SIZES
     errors, covered, disagreements = [], [], []
     for pair in pairs():
-        for rows, (found, wrong) in ((errors, errors_of(pair, sizes, repetitions)), (covered, coverage_of(pair, 4000))):
+        for rows, (found, wrong) in ((errors, errors_of(pair, sizes, repetitions)), (covered, coverage_of(pair))):
             rows += found
             disagreements += wrong
     shown = [row for row in errors if row["S"] in (4, 64)]
     columns = {"pair": "pair", "sampler": "sampler", "S": "S", "value": "value|.1f", "gradient": "gradient|.1f"}
     show("How many times less squared error than independent draws", shown, columns)
-    show(
-        "Intervals of 95 %, S = 64",
-        covered,
-        {"pair": "pair", "sampler": "sampler", "covers": "cover|.1%", "skewness": "skewness of a replicate|.1f"}
-        | {"met": "92 to 98 %"},
-    )
+    columns = {"pair": "pair", "sampler": "sampler", "covers": "cover|.1%", "met": "92 to 98 %"}
+    columns |= {"student": "t alone|.1%", "width": "width ÷ t|.2f", "skewness": "skewness|.2f"}
+    show("Intervals of 95 %, S = 64", covered, columns)
     timed = times(5 if options.quick else 40)
     columns = {"family": "q", "sampler": "sampler", "ms": "ms|.2f", "ratio": "÷ IID|.2f"}
     show("Forward and backward, 128 x 32 batch, S = 64", timed, columns)

@@ -63,9 +63,9 @@ def _peak_resident() -> int:
     return int(status.split("VmHWM:")[1].split()[0])
 
 
-def _step(sampler: Sampler, num_samples: int, chunk_size: int | None) -> None:
-    loc, log_scale = (torch.zeros(_BATCH, requires_grad=True) for _ in range(2))
-    q, p = Independent(Normal(loc, log_scale.exp()), 1), Independent(StudentT(torch.full(_BATCH[1:], 4.0)), 1)
+def _step(sampler: Sampler, num_samples: int, chunk_size: int | None, batch: tuple[int, int] = _BATCH) -> None:
+    loc, log_scale = (torch.zeros(batch, requires_grad=True) for _ in range(2))
+    q, p = Independent(Normal(loc, log_scale.exp()), 1), Independent(StudentT(torch.full(batch[1:], 4.0)), 1)
     draws = prepare(sampler, q, num_samples, differentiable=True)
 
     def evaluate(start: int, stop: int) -> tuple[Any, Tensor]:
@@ -82,8 +82,7 @@ def _seconds(sampler: Sampler, num_samples: int, chunk_size: int | None) -> floa
 
 
 def _peak(sampler: Sampler, num_samples: int, chunk_size: int | None) -> int:
-    _step(sampler, 64, None)  # nets and rules that are kept
-    _step(sampler, num_samples, chunk_size)
+    _step(sampler, num_samples, chunk_size, batch=(1, _BATCH[1]))  # nets and rules that are kept
     with _Allocated() as allocated:
         _step(sampler, num_samples, chunk_size)
     return allocated.peak

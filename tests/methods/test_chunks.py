@@ -1,5 +1,7 @@
 """Expectations in chunks: the same draws, value, error and gradient, with the memory of a chunk."""
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,6 +9,7 @@ from torch.distributions import Categorical, Gamma, Independent, MixtureSameFami
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.processes import run as in_a_new_process
 from torch_klloss.methods.chunks import expectation_in_chunks
 from torch_klloss.samplers import IID, Antithetic, Points, Sobol, Stratified
 from torch_klloss.samplers.blocks import in_blocks
@@ -150,8 +153,8 @@ class Square(torch.autograd.Function):
         return 2 * upstream * ctx.saved_tensors[0]
 
 
-def through_a_network(chunk_size, hidden):
-    """Return a function of the sum, its leaves, and what hooks saw."""
+def through_a_network(chunk_size, hidden=None):
+    """Return a function of the sum, its leaves, and what hooks saw; `hidden` names what a custom function reads."""
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)).double()
     raw = torch.zeros(5, 3, dtype=F64, requires_grad=True)
@@ -159,38 +162,61 @@ def through_a_network(chunk_size, hidden):
     scale.retain_grad()
     scale.register_hook(lambda gradient: seen.append(gradient.clone()))
     raw.register_hook(lambda gradient: 3 * gradient)
+    free = torch.full((5, 3), 0.5, dtype=F64, requires_grad=True)
+    shared = torch.full((5, 3), 0.25, dtype=F64, requires_grad=True)
+    read = {"a leaf": free, "a leaf read twice": shared, "a leaf with a hook": raw, "a result": scale}
     q = Independent(Normal(raw * 1.0, scale), 1)
     draws = prepare(IID(), q, 130, differentiable=True)
 
     def evaluate(start, stop):
         points = draws.part(start, stop)
-        f = q.log_prob(points.x) - network(points.x).squeeze(-1)
-        return points, f + Square.apply(raw).sum(-1) if hidden else f
+        f = q.log_prob(points.x) - network(points.x * shared).squeeze(-1)
+        return points, f + Square.apply(read[hidden]).sum(-1) if hidden else f
 
-    value = expectation_in_chunks(evaluate, 130, chunk_size).value.square().sum()
-    return value, scale, seen, [raw, *network.parameters()]
+    value = expectation_in_chunks(evaluate, 130, chunk_size).value.square()
+    return value.sum(), scale, seen, [raw, free, shared, *network.parameters()]
 
 
-@pytest.mark.parametrize("hidden", [False, True])
+HIDDEN = pytest.mark.parametrize("hidden", [None, "a leaf", "a leaf read twice", "a leaf with a hook", "a result"])
+
+
+@HIDDEN
 def test_parameters_of_a_network_and_hooks_get_the_whole_gradient_once(hidden):
     def run(chunk_size):
         value, scale, seen, leaves = through_a_network(chunk_size, hidden)
         value.backward()
         assert len(seen) == 1
-        return [value, scale.grad, seen[0], *(leaf.grad for leaf in leaves)]
+        return [value, scale.grad, seen[0], *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
     for part, full in zip(run(32), run(None), strict=True):
         torch.testing.assert_close(part, full, rtol=1e-11, atol=1e-13)
 
 
-def test_the_gradient_can_be_differentiated_again():
+@HIDDEN
+def test_the_gradient_can_be_differentiated_again(hidden):
     def run(chunk_size):
-        value, _, _, (raw, *weights) = through_a_network(chunk_size, False)
-        (gradient,) = torch.autograd.grad(value, raw, create_graph=True)
-        return gradient, *torch.autograd.grad(gradient.square().sum(), [raw, *weights[:3]])
+        value, _, _, (raw, free, shared, *weights) = through_a_network(chunk_size, hidden)
+        wrt = [raw, shared, *([free] if hidden == "a leaf" else [])]
+        gradients = torch.autograd.grad(value, wrt, create_graph=True)
+        return *gradients, *torch.autograd.grad(sum(g.square().sum() for g in gradients), [*wrt, *weights[:3]])
 
     for part, full in zip(run(32), run(None), strict=True):
         torch.testing.assert_close(part, full, rtol=1e-11, atol=1e-12)
+
+
+def test_a_leaf_that_a_custom_function_reads_needs_no_checkpoints():
+    assert nodes_of(through_a_network(32, "a leaf")[0]) == nodes_of(through_a_network(32)[0]) + 1  # the leaf
+    assert nodes_of(through_a_network(32, "a result")[0]) > 2 * nodes_of(through_a_network(32)[0])
+
+
+def nodes_of(value):
+    todo, seen = [value.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [parent for parent, _ in node.next_functions]
+    return len(seen)
 
 
 def test_chunks_leave_a_single_node_in_the_graph():
@@ -216,7 +242,7 @@ def test_a_chunk_that_reads_other_tensors_in_the_backward_pass_is_an_error():
 
     def evaluate(start, stop):
         calls.append(start)
-        x = leaf if len(calls) <= 3 else torch.ones(4, requires_grad=True)
+        x = leaf if len(calls) <= 5 else torch.ones(4, requires_grad=True)
         return Points(x[start:stop], torch.tensor(0.25), 4), x[start:stop]
 
     value = expectation_in_chunks(evaluate, 4, 2).value
@@ -225,18 +251,26 @@ def test_a_chunk_that_reads_other_tensors_in_the_backward_pass_is_an_error():
 
 
 def test_under_autocast_the_gradient_is_that_of_a_single_chunk():
+    seen = []
+
     def run(chunk_size):
         torch.manual_seed(0)
-        layer, x = torch.nn.Linear(3, 1), torch.randn(12, 3)
+        layer, x, dtypes = torch.nn.Linear(3, 1), torch.randn(12, 3), []
 
         def evaluate(start, stop):
-            return Points(x[start:stop], torch.tensor(1 / 12), 12), layer(x[start:stop]).squeeze(-1).float() ** 2
+            y = layer(x[start:stop]).squeeze(-1)
+            dtypes.append(y.dtype)
+            return Points(x[start:stop], torch.tensor(1 / 12), 12), y.float() ** 2
 
         with torch.autocast("cpu", dtype=torch.bfloat16):
             value = expectation_in_chunks(evaluate, 12, chunk_size).value
-        return torch.autograd.grad(value, layer.weight)[0]
+        assert chunk_size is None or type(value.grad_fn).__name__ == "_RecomputationBackward"
+        (gradient,) = torch.autograd.grad(value, layer.weight)
+        seen.append(dtypes[-1])
+        return gradient
 
     torch.testing.assert_close(run(5), run(None), rtol=3 * 2**-8, atol=3 * 2**-8)
+    assert seen == [torch.bfloat16] * 2  # in the backward pass, too, which is outside of the autocast
 
 
 class Doubling(IID):
@@ -300,3 +334,37 @@ def test_many_draws_in_chunks_take_the_memory_of_one_chunk(sampler):
     few = peak(64, None, sampler)
     assert peak(1024, 64, sampler) <= 1.2 * few
     assert peak(1024, None, sampler) > 8 * few
+
+
+RESIDENT = """
+import json, os, torch
+torch.set_num_threads(1)
+from torch.distributions import Normal, StudentT
+from torch_klloss import MonteCarloKL
+
+def status(key):
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return int(lines[key].split()[0])
+
+def peak(loss, steps):
+    open("/proc/self/clear_refs", "w").write("5")  # the peak is counted from here
+    before = status("VmRSS")
+    for _ in range(steps):
+        loss(Normal(mean, logvar.exp()), StudentT(torch.full((32,), 4.0))).backward()
+    return status("VmHWM") - before
+
+mean, logvar = torch.zeros(2, 2, requires_grad=True), torch.zeros(2, 2, requires_grad=True)
+for num_samples, chunk_size in ((3, None), (200, 64)):  # what the first calls load is no part of it
+    loss = MonteCarloKL(num_samples, chunk_size=chunk_size)
+    loss(Normal(mean, logvar.exp()), StudentT(torch.full((2,), 4.0))).backward()
+mean, logvar = (torch.zeros(256, 32, requires_grad=True) for _ in range(2))
+mean.grad, logvar.grad = torch.zeros(256, 32), torch.zeros(256, 32)
+print(json.dumps(peak(MonteCarloKL(%s), %s)))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak of the resident memory from /proc")
+def test_the_resident_memory_of_chunks_is_that_of_steps_with_as_many_draws():
+    steps = in_a_new_process(RESIDENT % ("64", 8))
+    assert in_a_new_process(RESIDENT % ("512, chunk_size=64", 1)) <= 1.2 * steps
+    assert in_a_new_process(RESIDENT % ("512", 1)) > 4 * steps

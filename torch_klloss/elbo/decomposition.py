@@ -13,6 +13,7 @@ from torch.distributions import Distribution
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.rebuild import device_of, in_full_precision, unvalidated
 from torch_klloss.rng import draw_seed, private_rng
+from torch_klloss.samplers import Points
 from torch_klloss.structure import check_pair, name, peel
 from torch_klloss.supports import log_prob_within
 
@@ -135,12 +136,13 @@ def _estimate(terms: Tensor) -> KLEstimate:
     """Return the mean over sweeps and examples, `[num_samples, N, …]`, with the error that the sweeps tell."""
     sweeps = terms.mean(1)
     num_samples = len(sweeps)
-    spread = sweeps.std(0) / num_samples**0.5 if num_samples > 1 else torch.full_like(sweeps[0], math.nan)
+    points = Points(sweeps, sweeps.new_full((), 1 / num_samples), num_samples)
     return KLEstimate(
         sweeps.mean(0),
         exact=False,
-        std_error=spread,
+        std_error=points.std_error(sweeps),
         dof=num_samples - 1,
         method="monte_carlo",
         num_evaluations=terms.shape[0] * terms.shape[1],
+        skewness=points.skewness(sweeps),
     )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from torch_klloss.estimate import KLEstimate
 from torch_klloss.methods.chunks import ChunkedExpectation, expectation_in_chunks
 from torch_klloss.methods.sampling import Pair, Plan, Sampled
 from torch_klloss.methods.surrogates import Quadratic, ScoreRegression, diagonal_normal_of, taylor, with_score
@@ -36,7 +37,7 @@ def _with_taylor(pair: Pair, plan: Plan, source: AbstractContextManager[None]) -
         draws = prepare(plan.sampler, pair.q, plan.num_samples, differentiable=True)
     h = taylor(pair.log_p, *_moments(pair.q))
     rest = expectation_in_chunks(_rest(pair, draws, h), plan.num_samples, plan.chunk_size)
-    return Sampled(_exact(pair.q, h) + rest.value, rest.std_error, rest.dof, rest.num_points + 1)
+    return Sampled(_exact(pair.q, h) + rest.value, rest.std_error, rest.dof, rest.skewness, rest.num_points + 1)
 
 
 def _with_regression(pair: Pair, plan: Plan, source: AbstractContextManager[None]) -> Sampled:
@@ -88,7 +89,7 @@ def _joined(folds: Tensor, rest: ChunkedExpectation) -> Sampled:
 
     The difference of the folds would be none: each leans on the fit to the other, so that they err alike.
     """
-    value, num_points = folds.mean(0), 2 * rest.num_points
-    if rest.std_error is None or rest.dof is None:
-        return Sampled(value, None, None, num_points)
-    return Sampled(value, rest.std_error.square().sum(0).sqrt() / 2, 2 * rest.dof, num_points)
+    each = KLEstimate(folds, exact=False, std_error=rest.std_error, skewness=rest.skewness)
+    mean = each.combine(torch.full_like(folds, 0.5), (0,))
+    dof = None if rest.dof is None else 2 * rest.dof
+    return Sampled(mean.value, mean.std_error, dof, mean.skewness, 2 * rest.num_points)

@@ -136,7 +136,8 @@ def estimate_mixed(
     value = points.expectation(log_ratio, pair.peeled) + sum_last(carrier, pair.peeled)
     components = 1 if (mixture := mixture_of(pair.q)) is None else mixture.component_distribution.batch_shape[-1]
     std_error = points.std_error(log_ratio, pair.peeled)
-    return Sampled(value, std_error, plan.num_samples - 1, plan.num_samples * components)
+    skewness = points.skewness(log_ratio, pair.peeled)
+    return Sampled(value, std_error, plan.num_samples - 1, skewness, plan.num_samples * components)
 
 
 def _sample(pair: Pair, plan: Plan, state: MixedGradient | None) -> tuple[Tensor, Tensor]:

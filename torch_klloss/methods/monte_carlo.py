@@ -15,13 +15,13 @@ from torch_klloss.methods.chunks import check_chunk_size
 from torch_klloss.methods.control_variate import estimate_with_surrogate
 from torch_klloss.methods.gradients import REPARAMETERISED
 from torch_klloss.methods.mixed import MixedGradient, check_mixed, estimate_mixed
-from torch_klloss.methods.options import SURROGATES, Gradient, Value, check_options, refuse_value
+from torch_klloss.methods.options import SURROGATES, Gradient, Value, check_options, refuse_transforms, refuse_value
 from torch_klloss.methods.plain import estimate_plain
 from torch_klloss.methods.sampling import Pair, Plan, Sampled
 from torch_klloss.methods.tail_diagnostics import has_infinite_variance
 from torch_klloss.rebuild import device_of, unvalidated
 from torch_klloss.rng import draw_seed, private_rng
-from torch_klloss.samplers import IID, Sampler
+from torch_klloss.samplers import IID, Antithetic, Sampler, Sobol, Stratified
 from torch_klloss.samplers.components import mixture_of
 from torch_klloss.structure import check_common_measure, check_pair, name, peel
 from torch_klloss.supports import contained, has_moving_support, is_discrete
@@ -84,8 +84,8 @@ class MonteCarlo:
         sampler: where the points come from.
         gradient: how the gradient to q's parameters is estimated; a word, or a `MixedGradient`.
         value: which form of the estimate.
-        chunk_size: how many draws are evaluated at once, each chunk again in the backward pass; None for all. It
-            bounds the memory and does not change the result.
+        chunk_size: how many draws are evaluated at once, at most, each chunk again in the backward pass; None for all.
+            The memory is that of so many draws, and the result does not change.
 
     Raises:
         ValueError: for an option that is none, or a combination whose gradient would be wrong or undefined.
@@ -131,11 +131,13 @@ class MonteCarlo:
             q: the distribution that is sampled.
             p: the other one.
             generator: where the randomness comes from, which then leaves the global stream alone; by default the
-                global stream.
+                global stream. Processes that train together under one global seed draw the same noise; a generator
+                kept by each, `torch.Generator().manual_seed(seed + rank)`, gives them their own.
 
         Raises:
             NotImplementedError: if q cannot be sampled in the way that `gradient` and `value` need, or that gradient
-                would be wrong for it or for the points of the sampler.
+                would be wrong for it or for the points of the sampler; or under `torch.func` and in forward mode, if
+                derivatives are taken ahead ("control_variate", "taylor", "mixed").
             ValueError: if the shapes do not fit, or q is discrete and p continuous, or the reverse.
             TypeError: if q or p is not a distribution.
         """
@@ -163,15 +165,19 @@ class MonteCarlo:
             dof=sampled.dof,
             method=self.name,
             num_evaluations=sampled.num_points,
+            skewness=sampled.skewness,
         )
 
-    def supports(self, q: Distribution, p: Distribution) -> bool:
-        """Tell whether q can be sampled in the way that `gradient` and `value` need."""
+    def supports(self, q: Distribution, p: Distribution) -> bool | None:
+        """Tell whether q can be sampled in the way that `gradient` and `value` need.
+
+        None where only a draw can tell: of a sampler of one's own, whether its points are independent.
+        """
         try:
-            self._gradient_for(_peel_mixture(q, p)[0])
+            gradient = self._gradient_for(_peel_mixture(q, p)[0])
         except NotImplementedError:
             return False
-        return True
+        return self._draws_are_independent() if gradient == "score_function" and self.num_samples > 1 else True
 
     @property
     def _gradient_name(self) -> Gradient:
@@ -185,6 +191,14 @@ class MonteCarlo:
             state = self.gradient if isinstance(self.gradient, MixedGradient) else None
             return estimate_mixed(pair, plan, state, source)
         return estimate_plain(pair, plan, source)
+
+    def _draws_are_independent(self) -> bool | None:
+        kind = type(self.sampler)
+        if kind in (IID, Antithetic):
+            return kind is IID
+        if isinstance(self.sampler, (Sobol, Stratified)) and kind in (Sobol, Stratified):
+            return self.sampler.replicates == self.num_samples
+        return None
 
     def _gradient_for(self, q: Distribution) -> Gradient:
         """Resolve "auto", and refuse what would be wrong for q."""
@@ -213,6 +227,7 @@ class MonteCarlo:
         if gradient == "mixed":
             check_mixed(q, self.sampler)
         refuse_value(self.value, q)
+        refuse_transforms(gradient, self.value)
         return gradient
 
 

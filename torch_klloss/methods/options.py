@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+import torch
 from torch.distributions import Distribution
 
 from torch_klloss.methods.surrogates import diagonal_normal_of
@@ -49,6 +50,17 @@ def refuse_value(value: str, q: Distribution) -> None:
     if value == "entropy" and not _has_entropy(q):
         raise NotImplementedError(
             f"MonteCarlo(value='entropy') needs q.entropy(), which {name(q)} lacks; use value='log_ratio'."
+        )
+
+
+def refuse_transforms(gradient: str, value: str) -> None:
+    """Raise a NotImplementedError where derivatives are taken ahead of those that `torch.func` is taking."""
+    if gradient != "mixed" and value not in SURROGATES:
+        return
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            f"MonteCarlo(value={value!r}, gradient={gradient!r}) takes derivatives of its own, which works neither "
+            "under torch.func (vmap, grad, ...) nor in forward mode; use value='log_ratio' with gradient='pathwise'."
         )
 
 

@@ -38,7 +38,7 @@ def estimate_plain(pair: Pair, plan: Plan, source: AbstractContextManager[None])
         if plan.in_chunks:
             terms.find_mean()
     result = expectation_in_chunks(terms.evaluate, plan.num_samples, plan.chunk_size, pair.peeled)
-    return Sampled(result.value, terms.trusted(result.std_error), result.dof, result.num_points)
+    return Sampled(result.value, terms.trusted(result.std_error), result.dof, result.skewness, result.num_points)
 
 
 class _Terms:

@@ -62,4 +62,5 @@ class Sampled(NamedTuple):
     value: Tensor
     std_error: Tensor | None
     dof: int | None
+    skewness: Tensor | None
     num_points: int

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Independent, Normal
 
+from torch_klloss.images import is_a
 from torch_klloss.rebuild import device_of
 from torch_klloss.samplers.blocks import Part, in_blocks
 from torch_klloss.samplers.draws import Draws
@@ -32,12 +34,27 @@ class IID:
         return self.prepare(q, num_samples, differentiable=differentiable).part(0, num_samples)
 
     def prepare(self, q: Distribution, num_samples: int, *, differentiable: bool) -> Draws:
-        """Return the draws, to be had in parts."""
+        """Return the draws, to be had in parts.
+
+        Under `torch.func`, where the draws of torch know no randomness="different", those of a Normal are made of noise
+        that does.
+        """
 
         def make(n: int) -> Tensor:
+            if torch._C._are_functorch_transforms_active() and (normal := _normal_of(q)) is not None:
+                loc, scale = normal.loc, normal.scale
+                x = loc + scale * torch.randn(n, *loc.shape, dtype=loc.dtype, device=loc.device)
+                return x if differentiable else x.detach()
             return q.rsample((n,)) if differentiable else q.sample((n,))
 
         return _Independent(q, num_samples, in_blocks(make, num_samples, device_of(q)))
+
+
+def _normal_of(q: Distribution) -> Normal | None:
+    """Return the Normal that q is, under any `Independent`; None where q is something else."""
+    while isinstance(q, Independent):
+        q = q.base_dist
+    return q if is_a(q, Normal) else None
 
 
 @dataclass(frozen=True)

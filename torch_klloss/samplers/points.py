@@ -62,9 +62,39 @@ class Points:
             return None
         if replicates == 1 or f.numel() == 0:
             return torch.full_like(sum_last(f[0], summed), torch.nan, requires_grad=False)
+        return self._means(f, replicates, summed).std(0) / replicates**0.5
+
+    def skewness(self, f: Tensor, summed: int = 0) -> Tensor | None:
+        """Return the skewness of the expectation: the sample skewness of the replicates' means, over √R.
+
+        None where nothing is random; 0 where nothing spreads, or where one or two replicates cannot tell. No
+        gradient flows through it.
+
+        Args:
+            f: the values at the points, `[n, *batch]`.
+            summed: as in `std_error`.
+        """
+        replicates = self.num_replicates
+        if replicates is None:
+            return None
+        if replicates < 3 or f.numel() == 0:
+            return torch.zeros_like(sum_last(f[0], summed), requires_grad=False)
+        means = self._means(f, replicates, summed)
+        centred = means - means.mean(0)
+        return skewness_of_mean((centred**2).sum(0), (centred**3).sum(0))
+
+    def _means(self, f: Tensor, replicates: int, summed: int) -> Tensor:
+        """Return the means over the replicates, `[R, *batch]`."""
         terms = (self.weights * f).detach().unflatten(0, (replicates, -1))
-        means = sum_last(terms.sum(1), summed) * replicates
-        return means.std(0) / replicates**0.5
+        return sum_last(terms.sum(1), summed) * replicates
+
+
+def skewness_of_mean(squares: Tensor, cubes: Tensor) -> Tensor:
+    """Return the skewness of a mean over independent numbers, from the sums of powers of their deviations.
+
+    It is 1/√n of theirs, √n Σd³ / (Σd²)^1.5, and 0 where they do not spread.
+    """
+    return (cubes / (squares * squares.sqrt())).nan_to_num(0.0, 0.0, 0.0)
 
 
 def sum_last(t: Tensor, dims: int) -> Tensor:

@@ -25,7 +25,8 @@ class Sobol:
 
     A net tells nothing about its own error: the spread of its points is that of q, not of their mean. With R
     `replicates` the S points are R nets of S/R points, independent of one another; the error of their mean has R - 1
-    degrees of freedom, and is NaN for R = 1. Eight nets of eight points give an error that can be believed.
+    degrees of freedom, and is NaN for R = 1. Eight nets of eight points give an error that can be believed, unless a
+    tail that few of them meet carries the variance: more nets of fewer points then tell it better.
 
     Args:
         replicates: R.
