@@ -8,8 +8,7 @@ its 50 steps to a CSV file. Two answers:
 - "blocks": how much longer its blocks of 50 steps are than the ones without, as the median over the rounds, with
   quartiles. It also sees what the callback costs elsewhere, and is noisier.
 
-Blocks are measured in processor time, which other programs do not stretch as they do the time on the wall; what is too
-short for that clock, inside, by the wall, where a median forgets the few calls that were interrupted.
+Both are measured in processor time, which other programs do not stretch as they do the time on the wall.
 
 Before anything is timed: the weights come out bit for bit as without the callbacks, the gap is within its error, and
 the KL of the units adds up to the KL that training used. Otherwise exit status 1. One thread.
@@ -18,12 +17,10 @@ the KL of the units adds up to the KL that training used. Otherwise exit status 
 from __future__ import annotations
 
 import gc
-import logging
 import random
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -39,6 +36,7 @@ from torch_klloss.callbacks import EstimatorGap, KLAnnealing, KLRoute, Posterior
 from torch_klloss.schedules import Linear
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from quiet import quiet
 from vae_digits import VAE, load_images
 
 BLOCK = 50
@@ -116,9 +114,9 @@ class Switch(pl.Callback):
         self._begin = time.process_time()
 
     def _timed(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        begin = time.perf_counter()
+        begin = time.process_time()
         method(*args, **kwargs)
-        self._inside += time.perf_counter() - begin
+        self._inside += time.process_time() - begin
 
 
 def train(steps: int, callbacks: list[Any], folder: str | None) -> VAE:
@@ -196,11 +194,7 @@ def main() -> int:
     """Check, time, print; return the exit status."""
     arguments = argument_parser(__doc__).parse_args()
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the images are in memory
-    warnings.filterwarnings("ignore", ".*have no `val_dataloader`.*")  # nothing but steps
-    warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")  # Lightning's own affair
-    for logger in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero"):
-        logging.getLogger(logger).setLevel(logging.WARNING)
+    quiet(".*have no `val_dataloader`.*")  # nothing but steps
     wrong = disagreements()
     rows = measure(3 if arguments.quick else 30)
     show("digits VAE, batches of 128, one row a callback", rows, COLUMNS)

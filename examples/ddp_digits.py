@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import argparse
 import csv
-import logging
 import math
 import os
 import shutil
-import warnings
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import CSVLogger
+from quiet import quiet
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -157,12 +156,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/ddp_digits"), help="folder for the logs")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # small models are several times slower on two
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the images are in memory
-    warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")  # Lightning's own affair
-    warnings.filterwarnings("ignore", ".*have no `val_dataloader`.*")  # training is what is compared
-    warnings.filterwarnings("ignore", ".*the posterior collapses.*")  # so it begins
-    for logger in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric", "lightning_fabric"):
-        logging.getLogger(logger).setLevel(logging.WARNING)
+    quiet(".*have no `val_dataloader`.*", ".*the posterior collapses.*")  # training is compared; so it begins
 
     alone: Log = {}
     if "LOCAL_RANK" not in os.environ:  # the strategy "ddp" runs this script again for the second process

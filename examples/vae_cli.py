@@ -7,7 +7,6 @@ python examples/vae_cli.py fit --config examples/vae_cli.yaml --model.prior lapl
 from __future__ import annotations
 
 import sys
-import warnings
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -16,6 +15,7 @@ from pytorch_lightning.cli import ArgsType, LightningCLI
 from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parent))  # where vae_digits is, wherever this is called from
+from quiet import quiet
 from vae_digits import VAE, load_images
 
 
@@ -43,8 +43,7 @@ class Digits(pl.LightningDataModule):
 def main(args: ArgsType = None) -> LightningCLI:
     """Run the command line."""
     torch.set_num_threads(1)  # small models are several times slower on two
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the images are in memory
-    warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")  # Lightning's own affair
+    quiet()
     return LightningCLI(VAE, Digits, seed_everything_default=0, save_config_kwargs={"overwrite": True}, args=args)
 
 

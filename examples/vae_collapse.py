@@ -8,12 +8,11 @@ A unit of the latent is active if the variance of its posterior means over the v
 from __future__ import annotations
 
 import argparse
-import logging
-import warnings
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+from quiet import quiet
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader, TensorDataset
@@ -75,11 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/vae_collapse"), help="folder for the figures")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # small models are several times slower on two
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the images are in memory
-    warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")  # Lightning's own affair
-    warnings.filterwarnings("ignore", ".*the posterior collapses.*")  # which is what this is about
-    for logger in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero"):
-        logging.getLogger(logger).setLevel(logging.WARNING)
+    quiet(".*the posterior collapses.*")  # which is what this is about
     args.out.mkdir(parents=True, exist_ok=True)
 
     warm_up = STEPS_AN_EPOCH * max(1, args.epochs * 2 // 3)

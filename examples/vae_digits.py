@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-import logging
 import shutil
-import warnings
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -20,6 +18,7 @@ import torch
 from matplotlib.figure import Figure
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from quiet import quiet
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
@@ -248,10 +247,7 @@ def main(argv: list[str] | None = None) -> None:
     """Train, report, and draw."""
     args = parse_arguments(argv)
     torch.set_num_threads(1)  # small models are several times slower on two
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the images are in memory
-    warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")  # --resume
-    warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")  # Lightning's own affair
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    quiet("Checkpoint directory .* exists and is not empty")  # --resume
     pl.seed_everything(args.seed, verbose=False)
     console = Console()
     checkpoint = args.out / "checkpoints" / "last.ckpt"

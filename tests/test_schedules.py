@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 
+from torch_klloss.plots import schedule_figure
 from torch_klloss.schedules import Constant, Cosine, Cyclical, Linear, Schedule, Sigmoid
 
 RISES = [Linear, Sigmoid, Cosine, Cyclical]
@@ -88,6 +89,37 @@ def test_a_curve_shows_the_whole_way_and_where_it_ends(schedule):
     assert steps[0] == 0
     assert steps[-1] > schedule.total_steps
     assert weights == [schedule(step) for step in steps]
+
+
+@every_schedule
+def test_the_figure_shows_every_weight_and_where_the_warm_up_ends(schedule):
+    figure = schedule.figure(num_steps=150)
+    (axes,) = figure.axes
+    line, *dots = axes.get_lines()
+    assert line.get_ydata() == pytest.approx([schedule(step) for step in line.get_xdata()], abs=0)
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("step", "weight β")
+    assert axes.get_xlim() == (0, 150)
+    ends = [(dot.get_xdata()[0], dot.get_ydata()[0]) for dot in dots]
+    assert ends == ([(120, 4.0)] if schedule.total_steps else [])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [repr(schedule)]
+
+
+def test_several_schedules_are_drawn_over_the_same_steps_and_told_apart():
+    many = [Linear(steps=10 * k) for k in range(1, 8)]
+    (axes,) = schedule_figure(many).axes
+    lines = [line for line in axes.get_lines() if len(line.get_xdata()) > 1]
+    assert all(line.get_xdata()[-1] == pytest.approx(1.1 * 70) for line in lines)
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(many)
+    named = schedule_figure({"a": Constant(1.0), "b": Constant(2.0)})
+    assert [text.get_text() for text in named.legends[0].get_texts()] == ["a", "b"]
+    assert named.axes[0].get_xlim() == (0, 1)
+
+
+def test_what_cannot_be_drawn_is_an_error():
+    with pytest.raises(ValueError, match="at least one schedule, got none"):
+        schedule_figure([])
+    with pytest.raises(ValueError, match="num_steps must be above 0, got 0"):
+        Linear(steps=10).figure(num_steps=0)
 
 
 def test_a_schedule_of_ones_own_is_a_schedule():

@@ -13,6 +13,10 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Schedule(ABC):
@@ -53,6 +57,25 @@ class Schedule(ABC):
         last = 1.1 * self.total_steps or 1.0
         steps = [last * k / (num_points - 1) for k in range(num_points)]
         return steps, [self(step) for step in steps]
+
+    def figure(self, num_steps: float | None = None) -> Figure:
+        """Draw the weight over the steps, as `plots.schedule_figure` draws several.
+
+        Args:
+            num_steps: the last step drawn; by default a tenth beyond the end of the warm-up.
+
+        Raises:
+            ImportError: if matplotlib is missing.
+            ValueError: if `num_steps` is not above 0.
+
+        Example:
+            >>> from torch_klloss.schedules import Linear
+            >>> Linear(steps=10).figure(num_steps=20).axes[0].get_ylabel()
+            'weight β'
+        """
+        from torch_klloss.plots import schedule_figure
+
+        return schedule_figure(self, num_steps)
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.multiprocessing import ProcessRaisedException
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.callbacks.test_distributed import Halves
 from tests.callbacks.training import LIGHTNING_SAYS
-from torch_klloss import AutoKL, ELBOLoss
-from torch_klloss.callbacks import EstimatorGap, KLAnnealing, KLRoute, PosteriorCollapse, watching
+from torch_klloss import AutoKL, ELBOLoss, diagonal_normal, standard_normal_like
+from torch_klloss.callbacks import EstimatorGap, KLAnnealing, KLRoute, PosteriorCollapse, estimator_gap, watching
 from torch_klloss.schedules import Linear
 
 pytestmark = LIGHTNING_SAYS
@@ -95,9 +96,14 @@ class Record(pytorch_lightning.Callback):
             torch.save((self.losses, logged, wrappers), self.path)
 
 
+def posterior(module, batch):
+    q = diagonal_normal(*module.encoder(batch[0]).chunk(2, -1))
+    return {"posterior": (q, standard_normal_like(q))}
+
+
 def run(path, strategy=None, *, watched=True, noise=0.0):
     """Return losses, logged numbers and the number of wrappers, of one process or of two under `strategy`."""
-    watchers = [EstimatorGap(1), PosteriorCollapse(1), KLRoute(1)] if watched else []
+    watchers = [EstimatorGap(1, pairs=posterior), PosteriorCollapse(1), KLRoute(1)] if watched else []
     trainer = pytorch_lightning.Trainer(
         max_epochs=1,
         accelerator="cpu",
@@ -129,10 +135,15 @@ def test_wrapped_and_in_two_processes_all_is_as_in_one(tmp_path, strategy):
     both, logged, wrappers = run(tmp_path / "both.pt", strategy)
     assert wrappers == {"fsdp": 2, "fsdp, losses wrapped too": 4}.get(strategy, 0)
     assert both == pytest.approx(alone, rel=1e-5)
-    assert logged.keys() == logged_alone.keys() >= {"kl/loss.kl/gap_z", "collapse/loss.kl/active_units", "kl/beta"}
+    assert (
+        logged.keys()
+        == logged_alone.keys()
+        >= {"kl/loss.kl/gap_z", "kl/posterior/gap_z", "collapse/loss.kl/active_units", "kl/beta"}
+    )
     for key in filter(lambda key: not is_drawn(key), logged):
         assert logged[key] == pytest.approx(logged_alone[key], rel=1e-5), key
-    assert abs(logged["kl/loss.kl/gap_z"]) < 6
+    for name in ("loss.kl", "posterior"):
+        assert abs(logged[f"kl/{name}/gap_z"]) < 6
 
 
 def test_ranks_that_do_not_share_their_gradients_are_seen(tmp_path, monkeypatch):
@@ -157,4 +168,11 @@ def test_hooks_inside_of_the_wrapper_would_miss_the_calls(tmp_path, monkeypatch)
     """The twin: the wrapper of the loss is what the model calls."""
     monkeypatch.setattr(watching, "_WRAPPED", ())
     _, logged, _ = run(tmp_path / "both.pt", "fsdp, losses wrapped too")
-    assert logged.keys() == {"kl/beta"}
+    assert not any("loss.kl" in key for key in logged)
+
+
+def test_pairs_outside_of_the_wrapper_would_take_what_they_call_for_the_outermost(tmp_path, monkeypatch):
+    """The twin: FSDP's own complaint."""
+    monkeypatch.setattr(estimator_gap, "_is_fsdp", lambda module: False)
+    with pytest.raises(ProcessRaisedException, match="Non-root FSDP instance"):
+        run(tmp_path / "both.pt", "fsdp")

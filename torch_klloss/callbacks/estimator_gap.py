@@ -14,12 +14,14 @@ from torch.distributions import Distribution
 
 from torch_klloss.callbacks.figures import log_figure
 from torch_klloss.callbacks.gap import Gap
-from torch_klloss.callbacks.watching import AllRanks, Call, LossWatcher, steps_taken
+from torch_klloss.callbacks.watching import AllRanks, Call, LossWatcher, steps_taken, sum_of, wide
+from torch_klloss.elbo.batches import Batch
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.losses import AutoKL, KLLoss
 from torch_klloss.methods import ClosedForm, Enumeration, FirstOf, Method, MonteCarlo, NotCertifiedError
 from torch_klloss.methods.quadrature import Quadrature
 from torch_klloss.rebuild import device_of
+from torch_klloss.reduction import example_shape
 from torch_klloss.rng import private_rng, replayed_rng, rng_state
 
 Pairs = Callable[[Any, Any], Mapping[str, tuple[Distribution, Distribution]]]
@@ -32,13 +34,14 @@ class EstimatorGap(LossWatcher):
     """Log the gap between the KL that training used and an independent estimate of the same KL.
 
     A forward hook on every `KLLoss` of the LightningModule sees the (q, p) of the call. On logging steps the KL is
-    estimated again there and then: by sampling where training was exact, by the closed form or an exact sum
-    where training sampled and one exists, and by a larger sample elsewhere. No gradient is recorded, and training's
-    random stream is left where it was: the weights come out bit for bit as without the callback. The user's model
-    does not change.
+    estimated again there and then: by sampling where training did not sample (a closed form, a sum, a quadrature), by
+    the closed form or a sum where training sampled and one exists, and by a larger sample elsewhere. No gradient is
+    recorded, and training's random stream is left where it was: the weights come out bit for bit as without the
+    callback. The user's model does not change.
 
     Logged, in nats, for the loss at module path `<path>` (a second call in the same step is `<path>.1`, and so on),
-    under that call's own mask and reduction, over the batches of all ranks ("none" counts as the mean):
+    under that call's own mask and reduction, over the batches of all ranks ("none" counts as the mean). In an
+    `ELBOLoss` they are those of its terms: under a mask of the steps of sequences, nats a sequence.
 
     - `kl/<path>/value`: what training used.
     - `kl/<path>/reference`: the other estimate.
@@ -107,11 +110,7 @@ class EstimatorGap(LossWatcher):
         if self._step is None or self.pairs is None:
             return
         with torch.no_grad(), _buffers_kept(pl_module), private_rng(self._seed(self.seed), pl_module.device):
-            for name, (q, p) in self.pairs(pl_module, batch).items():
-                loss = AutoKL()
-                state = rng_state(device_of(q))
-                used = loss.estimate(q, p)
-                self._compare(Call(name, loss, q, p, None, loss.reduce(used).value, state), used)
+            _within_wrapper(trainer.strategy.model, pl_module, partial(self._compare_pairs, pl_module, batch))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Draw the figures."""
@@ -143,16 +142,28 @@ class EstimatorGap(LossWatcher):
         """Go on with what was logged."""
         self.history = state_dict["history"]
 
+    def _compare_pairs(self, pl_module: Any, batch: Any) -> None:
+        if self.pairs is None:
+            return
+        for name, (q, p) in self.pairs(pl_module, batch).items():
+            loss = AutoKL()
+            state = rng_state(device_of(q))
+            used = loss.estimate(q, p)
+            examples = example_shape(used.value.shape, loss.batch_dims)
+            batch_of_pair = Batch(examples, len(examples))
+            total = sum_of(wide(loss.reduce(used).value), batch_of_pair, loss.reduction)
+            self._compare(Call(name, loss, q, p, batch_of_pair, loss.reduction, total, state), used)
+
     def _compare(self, call: Call, used: KLEstimate) -> None:
         """Estimate the KL in another way and keep the gap, unless there is no other way."""
         try:
-            other = self._sampled if used.exact else FirstOf(_EXACT, self._sampled)
+            other = self._sampled if used.std_error is None else FirstOf(_EXACT, self._sampled)
             reference = _estimate(other, call)
         except (NotImplementedError, NotCertifiedError) as error:
             warnings.warn(f"EstimatorGap logs no gap for {call.name!r}: {error}", UserWarning, stacklevel=2)
             return
         others = {str(word): self._column(word, call, used) for word in self.side_by_side}
-        self._gaps[call.name] = Gap.of(call.loss, used, reference, call.output, call.mask, others)
+        self._gaps[call.name] = Gap.of(call, used, reference, others)
 
     def _column(self, word: str, call: Call, used: KLEstimate) -> KLEstimate:
         """Return one of the estimates side by side, of NaN where the pair has no such route."""
@@ -181,14 +192,39 @@ def _draw(path: str, rows: list[dict[str, float]]) -> Any:
     from torch_klloss.plots import gap_figure
 
     columns = ([row[key] for row in rows] for key in ("step", "value", "reference", "gap_std_error"))
-    exact = bool(rows[-1]["sampled_reference"])
+    deterministic = bool(rows[-1]["sampled_reference"])
     return gap_figure(
         *columns,
-        value_label="exact" if exact else "sampled",
-        reference_label="sampled" if exact else "exact, or a larger sample",
-        sampled="reference" if exact else "value",
+        value_label="deterministic" if deterministic else "sampled",
+        reference_label="sampled" if deterministic else "deterministic, or a larger sample",
+        sampled="reference" if deterministic else "value",
         title=f"KL(q‖p) of {path} in training",
     )
+
+
+def _within_wrapper(wrapper: nn.Module, module: nn.Module, function: Callable[[], None]) -> None:
+    """Call a function within the forward of an FSDP wrapper.
+
+    There the parameters that the wrapper itself shards are whole; and submodules that are wrapped, too, may be called,
+    which before the first forward of the outermost wrapper would take themselves for the outermost.
+    """
+    if not _is_fsdp(wrapper):
+        function()
+        return
+    forward = module.forward
+    module.forward = function
+    try:
+        wrapper()
+    finally:
+        module.forward = forward
+
+
+def _is_fsdp(module: nn.Module) -> bool:
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return isinstance(module, FullyShardedDataParallel)
 
 
 @contextmanager

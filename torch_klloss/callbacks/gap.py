@@ -8,11 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_klloss.callbacks.moments import wide
-from torch_klloss.callbacks.watching import AllRanks
+from torch_klloss.callbacks.watching import AllRanks, Call, wide
 from torch_klloss.estimate import KLEstimate
-from torch_klloss.losses import KLLoss
-from torch_klloss.reduction import reduce_estimate
 
 
 @dataclass(frozen=True)
@@ -29,33 +26,24 @@ class Gap:
     others: dict[str, tuple[Tensor, Tensor | None]]  # by name: values, and variances where they were sampled
 
     @classmethod
-    def of(
-        cls,
-        loss: KLLoss,
-        used: KLEstimate,
-        reference: KLEstimate,
-        output: Tensor,
-        mask: Tensor | None,
-        others: dict[str, KLEstimate] | None = None,
-    ) -> Gap:
-        """Reduce the estimates to the examples, and keep those that the mask keeps."""
-        values, references = (reduce_estimate(e, "none", loss.batch_dims) for e in (used, reference))
-        weights = torch.ones_like(values.value) if mask is None else mask.to(values.value.dtype)
-        weights, value, other = (wide(t).flatten() for t in (weights, values.value, references.value))
+    def of(cls, call: Call, used: KLEstimate, reference: KLEstimate, others: dict[str, KLEstimate]) -> Gap:
+        """Reduce the estimates of a call to its examples, and keep those that its mask keeps."""
+        values, references, *rest = (call.batch.estimate_per_example(e) for e in (used, reference, *others.values()))
+        weights = call.batch.example_weights
+        weights = wide(torch.ones_like(values.value) if weights is None else weights).flatten()
+        value, other = (wide(e.value).flatten() for e in (values, references))
         kept = weights != 0
-        total = wide(output).sum() * (weights.sum() if loss.reduction == "mean" else 1)
-        per_example = {name: reduce_estimate(e, "none", loss.batch_dims) for name, e in (others or {}).items()}
         return cls(
             weights[kept],
             (value - other)[kept],
             (_variance(values) + _variance(references))[kept],
             other[kept],
-            total,
-            loss.reduction == "sum",
-            "reference" if used.exact else "value",
+            call.total,
+            call.reduction == "sum",
+            "reference" if used.std_error is None else "value",
             {
                 name: (wide(e.value).flatten()[kept], None if e.std_error is None else _variance(e)[kept])
-                for name, e in per_example.items()
+                for name, e in zip(others, rest, strict=True)
             },
         )
 

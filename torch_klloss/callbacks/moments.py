@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_klloss.callbacks.watching import AllRanks
+from torch_klloss.callbacks.watching import AllRanks, wide
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,3 @@ class Moments:
     def variance(self) -> Tensor:
         """The variance of the values themselves, with no correction for a sample: `[d]`."""
         return self.square / self.weight
-
-
-def wide(t: Tensor) -> Tensor:
-    """Return the tensor in float64, or in float32 on Apple's devices, which have no other."""
-    return t.float() if t.device.type == "mps" else t.double()

@@ -27,7 +27,8 @@ class PosteriorCollapse(LossWatcher):
     on the whole of the validation data. Weights and random stream come out as without it.
 
     Logged for the loss at module path `<path>` (a second call in the same step is `<path>.1`, and so on), over all
-    ranks, and over the examples that the call's mask keeps:
+    ranks, and over the examples that the call's mask keeps, by their weights. Under a mask of the steps of sequences
+    the steps take the place of the examples: the units are those of one step, whatever the sequences' length.
 
     - `collapse/<path>/kl/<j>`: the mean KL of unit j, in nats. The units are the dimensions that q and p both
       factorise over; a pair that does not factorise is one unit.
@@ -124,12 +125,10 @@ class PosteriorCollapse(LossWatcher):
 
     def observe(self, call: Call) -> None:
         """Add what the call shows of its latent."""
-        shape = check_pair(call.q, call.p)
-        dims = min(call.loss.batch_dims, len(shape))
-        if dims == 0:
+        if not call.batch.elements:
             return  # no examples: nothing varies
         with private_rng(self._seed(self.seed), device_of(call.q)):
-            statistics = _Statistics.of(call, shape, dims, self.num_draws)
+            statistics = _Statistics.of(call, self.num_draws)
         seen = self._statistics.get(call.name)
         self._statistics[call.name] = statistics if seen is None else seen.merged(statistics)
 
@@ -183,13 +182,15 @@ class _Statistics:
     information: Moments
 
     @classmethod
-    def of(cls, call: Call, shape: torch.Size, dims: int, num_draws: int) -> _Statistics:
-        """Measure one call on pairs of the batch shape `shape`, whose first `dims` dimensions are examples."""
+    def of(cls, call: Call, num_draws: int) -> _Statistics:
+        """Measure one call, over the elements of its batch."""
+        shape, elements = check_pair(call.q, call.p), call.batch.elements
+        dims = len(elements)
         q = call.q if call.q.batch_shape == shape else call.q.expand(shape)
         kl = kl_per_unit(q, call.p, dims).flatten(0, dims - 1)
-        weights = torch.ones_like(kl[:, 0]) if call.mask is None else call.mask.to(kl.dtype).flatten()
+        weights = torch.ones_like(kl[:, 0]) if call.batch.weights is None else call.batch.weights.flatten()
         means = posterior_means(q, dims)
-        information = mutual_information(q, (weights != 0).view(shape[:dims]), num_draws)
+        information = mutual_information(q, (weights != 0).view(elements), num_draws)
         return cls(
             Moments.of(kl, weights),
             None if means is None else Moments.of(means.flatten(0, dims - 1), weights),

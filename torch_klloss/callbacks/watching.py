@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,9 +15,14 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from torch_klloss.callbacks.base import Callback
+from torch_klloss.elbo import ELBOLoss
+from torch_klloss.elbo.batches import Batch
+from torch_klloss.elbo.divergence import ElementwiseKL
 from torch_klloss.losses import KLLoss
 from torch_klloss.rebuild import device_of
+from torch_klloss.reduction import example_shape
 from torch_klloss.rng import RngState, rng_state
+from torch_klloss.structure import check_pair
 
 AllRanks = Callable[[Tensor], Tensor]  # sums a tensor over the ranks
 
@@ -25,15 +31,37 @@ _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  
 
 @dataclass(frozen=True)
 class Call:
-    """Hold one call of a loss: a second call in the same step has the name `<path>.1`, and so on."""
+    """Hold one call of a loss: a second call in the same step has the name `<path>.1`, and so on.
+
+    Attributes:
+        name: where the loss is in the module.
+        loss: the loss.
+        q: what it was called with, without what is masked.
+        p: likewise.
+        batch: which elements of the pair count, and how much.
+        reduction: how training reduces the examples; an `ELBOLoss` does what the KL inside of it does not.
+        total: Σ w · KL over the examples, of what the loss returned.
+        random_state: where the random streams stood before.
+    """
 
     name: str
     loss: KLLoss
     q: Distribution
     p: Distribution
-    mask: Tensor | None
-    output: Tensor  # what the loss returned
-    random_state: RngState  # where the random streams stood before
+    batch: Batch
+    reduction: str
+    total: Tensor
+    random_state: RngState
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Hold a loss of a module: its path, what is to be hooked, and how training reduces its examples."""
+
+    path: str
+    module: nn.Module
+    loss: KLLoss
+    reduction: str
 
 
 class LossWatcher(Callback):
@@ -59,7 +87,7 @@ class LossWatcher(Callback):
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}.")
         self.every_n_steps = every_n_steps
         self.prefix = prefix
-        self._watched: list[tuple[str, nn.Module, KLLoss]] = []
+        self._watched: list[Watched] = []
         self._is_compiled = False
         self._handles: list[Any] = []
         self._step: int | None = None  # the step that is being measured, None on all others
@@ -121,16 +149,24 @@ class LossWatcher(Callback):
             self._random_states.append(rng_state(device_of(q), generator))
 
     @torch.compiler.disable
-    def _after_call(self, path: str, loss: KLLoss, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+    def _after_call(self, watched: Watched, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         if self._step is None:
             return
         q, p, mask, _ = _arguments(*args, **kwargs)
-        q, p, mask = loss.drop_masked(q, p, mask)
-        calls = self._calls[path]
-        self._calls[path] += 1
-        name = f"{path}.{calls}" if calls else path
+        loss, output = watched.loss, wide(output.detach())
+        if isinstance(module, ElementwiseKL):
+            batch = module.batch
+            total = batch.reduce(batch.per_example(output), "sum")
+        else:
+            q, p, mask = loss.drop_masked(q, p, mask)
+            examples = example_shape(check_pair(q, p), loss.batch_dims)
+            batch = Batch(examples, len(examples), mask)
+            total = sum_of(output, batch, loss.reduction)
+        calls = self._calls[watched.path]
+        self._calls[watched.path] += 1
+        name = f"{watched.path}.{calls}" if calls else watched.path
         with torch.no_grad():
-            self.observe(Call(name, loss, q, p, mask, output.detach(), self._random_states.pop()))
+            self.observe(Call(name, loss, q, p, batch, watched.reduction, total, self._random_states.pop()))
 
     def _seed(self, seed: int) -> int:
         """Return a seed for every (seed, rank, step, call): draws that nothing else in training shares."""
@@ -163,10 +199,10 @@ class LossWatcher(Callback):
     def _add_hooks(self) -> None:
         if self._handles:
             return
-        for path, module, loss in self._watched:
+        for watched in self._watched:
             self._handles += [
-                module.register_forward_pre_hook(self._before_call, with_kwargs=True),
-                module.register_forward_hook(partial(self._after_call, path, loss), with_kwargs=True),
+                watched.module.register_forward_pre_hook(self._before_call, with_kwargs=True),
+                watched.module.register_forward_hook(partial(self._after_call, watched), with_kwargs=True),
             ]
 
     def _remove_hooks(self) -> None:
@@ -181,18 +217,22 @@ class LossWatcher(Callback):
         self._random_states.clear()
 
 
-def losses_of(pl_module: nn.Module) -> Iterator[tuple[str, nn.Module, KLLoss]]:
-    """Yield path, module to hook and loss.
+def losses_of(pl_module: nn.Module) -> Iterator[Watched]:
+    """Yield the losses of a module, each once.
 
     A loss that is wrapped, by the compiler or by FSDP, is hooked at its outermost wrapper, which is what the model
     calls; its path is the one it has without.
     """
     seen: set[nn.Module] = set()
+    reductions: dict[nn.Module, str] = {}  # of those in an ELBOLoss, which comes before what is in it
     for path, module in pl_module.named_modules():
         loss = _unwrapped(module)
+        if isinstance(loss, ELBOLoss):
+            reductions[_unwrapped(loss.kl)] = loss.reduction
         if isinstance(loss, KLLoss) and loss not in seen:
             seen.add(loss)
-            yield ".".join(part for part in path.split(".") if part not in _WRAPPED), module, loss
+            name = ".".join(part for part in path.split(".") if part not in _WRAPPED)
+            yield Watched(name, module, loss, reductions.get(loss, loss.reduction))
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
@@ -227,6 +267,19 @@ def publish(trainer: Any, metrics: dict[str, float], step: int) -> None:
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
     for logger in trainer.loggers:
         logger.log_metrics(metrics, step=step)
+
+
+def sum_of(output: Tensor, batch: Batch, reduction: str) -> Tensor:
+    """Return Σ w · KL over the examples, given what a loss has made of it."""
+    if reduction != "mean":
+        return output.sum()
+    weights = batch.example_weights
+    return output * (math.prod(batch.elements) if weights is None else wide(weights).sum())
+
+
+def wide(t: Tensor) -> Tensor:
+    """Return the tensor in float64, or in float32 on Apple's devices, which have no other."""
+    return t.float() if t.device.type == "mps" else t.double()
 
 
 def _arguments(

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_klloss.reduction import expand_mask, is_zero, reduce
+from torch_klloss.estimate import KLEstimate
+from torch_klloss.reduction import expand_mask, is_zero, reduce, reduce_estimate
 from torch_klloss.tracing import is_traced
 
 
@@ -52,6 +53,14 @@ class Batch:
             values = torch.where(self.weights == 0, 0.0, self.weights.to(values.dtype) * values)
         return _sum_after(values, self.num_example_dims)
 
+    def estimate_per_example(self, estimate: KLEstimate) -> KLEstimate:
+        """Do the same with an estimate of batch shape `[*elements, …]`, its error included."""
+        dims = len(self.elements)
+        estimate = reduce_estimate(estimate, "none", dims)
+        if not self.has_parts or self.weights is None:
+            return reduce_estimate(estimate, "none", self.num_example_dims)
+        return estimate.combine(self.weights.to(estimate.value.dtype), tuple(range(self.num_example_dims, dims)))
+
     def total(self, values: Tensor, reduction: str) -> Tensor:
         """Sum `[*elements, …]` over all that is inside of an example, and reduce the examples."""
         count = math.prod(self.elements)
@@ -61,7 +70,7 @@ class Batch:
 
     def reduce(self, per_example: Tensor, reduction: str) -> Tensor:
         """Reduce `[*examples]` to the mean, the sum, or (none) the weighted values."""
-        return reduce(per_example, reduction, self.num_example_dims, self._example_weights())
+        return reduce(per_example, reduction, self.num_example_dims, self.example_weights)
 
     def average(self, values: Tensor) -> Tensor:
         """Return the mean over the examples of `[*elements, *latent]`: `[*parts, *latent]`."""
@@ -73,11 +82,12 @@ class Batch:
         weights = self.weights.to(values.dtype)
         weights = weights.reshape(weights.shape + (1,) * (values.dim() - weights.dim()))
         total = torch.where(weights == 0, 0.0, weights * values).sum(examples)
-        count = self._example_weights()
+        count = self.example_weights
         return total if count is None else total / count.to(values.dtype).sum()
 
-    def _example_weights(self) -> Tensor | None:
-        """Return how much every example counts; one that has parts, one, unless all of them are masked."""
+    @property
+    def example_weights(self) -> Tensor | None:
+        """How much every example counts; one that has parts, one, unless all of them are masked."""
         if self.weights is None or not self.has_parts:
             return self.weights
         return (self.weights != 0).flatten(self.num_example_dims).any(-1)

@@ -20,7 +20,17 @@ from torch_klloss.rng import private_rng
 from torch_klloss.structure import check_pair, name, peel
 from torch_klloss.tracing import is_traced
 
-_LARGEST_LOGVAR = 80.0  # exp(88.8) is infinite in float32
+LARGEST_LOGVAR = 80.0  # exp(88.8) is infinite in float32
+
+
+# What torch.nn.Module.__call__ looks at before and after a forward.
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
 
 
 @dataclass(frozen=True)
@@ -68,16 +78,15 @@ def divergence(
     """
     batch_shape = check_pair(q, p)
     keep = None if batch.weights is None else batch.weights != 0
-    kept_q, kept_p = (d if keep is None else replace_examples(d, keep, batch_shape) for d in (q, p))
+    # one by one: where a hook breaks the graph, Dynamo loses an iterator over the two
+    kept_q = q if keep is None else replace_examples(q, keep, batch_shape)
+    kept_p = p if keep is None else replace_examples(p, keep, batch_shape)
     fast = _of_usual_pair(kl, kept_q, kept_p)
     if fast is not None:
-        show(kl, q, p, batch)
+        show(kl, kept_q, kept_p, batch)
         return fast
     _warn_of_extreme_logvar(kept_q)
-    if batch.has_parts:
-        value = kl.estimate(kept_q, kept_p, generator).value
-    else:
-        value = kl(q, p, mask=keep, generator=generator)
+    value = _values(kl, kept_q, kept_p, batch, generator)
     split = _split(kl, kept_q, kept_p, len(batch.elements), generator, is_report=not must_split)
     if split is None and must_split:
         raise ValueError(
@@ -87,14 +96,51 @@ def divergence(
     return Divergence(value, split)
 
 
+class ElementwiseKL(KLLoss):
+    """Compute the KL of the elements of a batch under the hooks of another loss: whoever watches that one sees it.
+
+    `batch` tells them what a mask of the other loss could not: fractional weights, and examples made of parts.
+
+    Args:
+        kl: the loss that is watched.
+        batch: the elements; what does not count has been taken out of the pairs.
+    """
+
+    def __init__(self, kl: KLLoss, batch: Batch) -> None:
+        super().__init__(kl.method, reduction="none", batch_dims=len(batch.elements))
+        self.batch = batch
+        for hooks in _HOOKS:
+            vars(self)[hooks] = vars(kl)[hooks]
+
+    def forward(
+        self,
+        q: Distribution,
+        p: Distribution,
+        mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return the KL `[*elements, …]`, neither weighted nor summed."""
+        return self.estimate(q, p, generator).value
+
+
+def _values(kl: KLLoss, q: Distribution, p: Distribution, batch: Batch, generator: torch.Generator | None) -> Tensor:
+    """Return the KL `[*elements, …]` of a pair without what is masked, by a call that those who watch `kl` see."""
+    has_weights = batch.weights is not None and batch.weights.dtype != torch.bool
+    if is_watched(kl) and (batch.has_parts or has_weights):
+        return ElementwiseKL(kl, batch)(q, p, generator=generator)
+    if batch.has_parts:
+        return kl.estimate(q, p, generator).value
+    return kl(q, p, mask=None if batch.weights is None else batch.weights != 0, generator=generator)
+
+
 def show(kl: KLLoss, q: Distribution, p: Distribution, batch: Batch) -> None:
     """Call the loss for those who watch it, where its value was found in another way.
 
     Only where nothing is drawn: training is then bit for bit the same, watched or not.
     """
-    if is_watched(kl) and not batch.has_parts:
+    if is_watched(kl):
         with torch.no_grad():
-            kl(q, p, mask=None if batch.weights is None else batch.weights != 0)
+            _values(kl, q, p, batch, None)
 
 
 def is_watched(kl: KLLoss) -> bool:
@@ -102,29 +148,36 @@ def is_watched(kl: KLLoss) -> bool:
     return bool(kl._forward_hooks or kl._forward_pre_hooks)
 
 
-def of_standard_normal(mean: Tensor, logvar: Tensor) -> Divergence:
-    """Return the KL of `diagonal_normal(mean, logvar)` to the standard Normal, by one evaluation in all."""
-    terms: Tensor = _NormalTerms.apply(mean, logvar)
-    return Divergence(terms, terms)
-
-
-def is_plain_normal(kl: KLLoss, mean: Tensor, logvar: Tensor) -> bool:
+def _is_plain_normal(kl: KLLoss, mean: Tensor, logvar: Tensor) -> bool:
     """Tell whether there is nothing to choose and nothing to complain about: the closed form of float32 tensors."""
-    method = kl.method.methods[0] if type(kl.method) is FirstOf else kl.method
-    if type(method) is not ClosedForm or is_traced() or not mean.dtype == logvar.dtype == torch.float32:
+    if not is_closed_form(kl) or is_traced() or not mean.dtype == logvar.dtype == torch.float32:
         return False
     return mean.shape == logvar.shape and not mean.is_meta and mean.numel() > 0 and not _is_extreme(mean, logvar)
 
 
+def is_closed_form(kl: KLLoss) -> bool:
+    """Tell whether the loss takes the closed form wherever there is one."""
+    method = kl.method
+    return type(method.methods[0] if type(method) is FirstOf else method) is ClosedForm
+
+
 def _of_usual_pair(kl: KLLoss, q: Distribution, p: Distribution) -> Divergence | None:
+    """Return the KL of `diagonal_normal(mean, logvar)` to the standard Normal, by one evaluation in all."""
+    moments = moments_of(q, p)
+    if moments is None or not _is_plain_normal(kl, *moments):
+        return None
+    terms: Tensor = _NormalTerms.apply(*moments)
+    return Divergence(terms, terms)
+
+
+def moments_of(q: Distribution, p: Distribution) -> tuple[Tensor, Tensor] | None:
+    """Return mean and log-variance of q in the usual pair, `diagonal_normal` and its standard Normal; else None."""
     if not (type(q) is type(p) is Independent) or q.batch_shape != p.batch_shape:
         return None
     normal, standard = q.base_dist, p.base_dist
     if type(normal) is not LogVarNormal or type(standard) is not StandardNormal or not q.event_shape:
         return None
-    if not is_plain_normal(kl, normal.loc, normal.logvar):
-        return None
-    return of_standard_normal(normal.loc, normal.logvar)
+    return normal.loc, normal.logvar
 
 
 def _split(
@@ -167,7 +220,7 @@ def _is_extreme(mean: Tensor, logvar: Tensor) -> bool:
     if not Distribution._validate_args:
         return False
     low, high = torch.aminmax(logvar.detach())
-    within = low.item() >= -_LARGEST_LOGVAR and high.item() <= _LARGEST_LOGVAR
+    within = low.item() >= -LARGEST_LOGVAR and high.item() <= LARGEST_LOGVAR
     return not within or math.isnan(mean.detach().sum().item())
 
 

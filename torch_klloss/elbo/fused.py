@@ -8,17 +8,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 from torch.nn import functional
 
-from torch_klloss.elbo.likelihoods import LikelihoodName, check_values, log_bernoulli
+from torch_klloss.elbo.divergence import LARGEST_LOGVAR, is_closed_form
+from torch_klloss.elbo.likelihoods import LikelihoodName, log_bernoulli
 from torch_klloss.elbo.terms import ELBOTerms
+from torch_klloss.losses import KLLoss
+from torch_klloss.tracing import is_traced
 
 _ENOUGH = 0.02  # nats a dimension: above, the float32 exp(v) - 1 - v has digits to spare
+_SUM = 2  # what torch's own kernels call reduction="sum"
 
 
-def can_fuse(recon: Tensor, x: Tensor) -> bool:
-    """Tell whether recon and x are what `plain_elbo` takes."""
-    return recon.dtype == x.dtype == torch.float32 and not x.requires_grad
+def can_fuse(kl: KLLoss, recon: Tensor, x: Tensor, mean: Tensor, logvar: Tensor) -> bool:
+    """Tell whether there is nothing to choose: float32 tensors, and a loss that takes the closed form."""
+    if not recon.dtype == x.dtype == mean.dtype == logvar.dtype == torch.float32 or mean.shape != logvar.shape:
+        return False
+    is_filled = mean.dim() > kl.batch_dims and mean.numel() > 0 and not mean.is_meta
+    is_quiet = not (x.requires_grad or torch._C._is_any_autocast_enabled() or is_traced())
+    return is_filled and is_quiet and is_closed_form(kl)
 
 
 def plain_elbo(
@@ -29,11 +38,11 @@ def plain_elbo(
     beta: float,
     likelihood: LikelihoodName,
     batch_dims: int,
-) -> ELBOTerms:
+) -> ELBOTerms | None:
     """Return the terms of reconstruction + β · KL, means over the examples, of float32 tensors.
 
     Args:
-        recon: the output of the decoder, `[*examples, …]`.
+        recon: the output of the decoder, `[*examples, …]`; checked, as is x.
         x: the data, of the same shape.
         mean: of the posterior, `[*examples, *latent]`.
         logvar: of the same shape.
@@ -41,12 +50,18 @@ def plain_elbo(
         likelihood: what recon is.
         batch_dims: how many leading dimensions index examples.
 
-    Raises:
-        ValueError: if x or recon are not what the likelihood is about.
+    Returns:
+        The terms; None for a posterior that has to be complained about, which is left to the general way.
     """
-    check_values(recon, x, likelihood)
-    loss, reconstruction, kl, each = _PlainELBO.apply(recon, x, mean, logvar, beta, likelihood, batch_dims)
+    try:
+        loss, reconstruction, kl, each = _PlainELBO.apply(recon, x, mean, logvar, beta, likelihood, batch_dims)
+    except _ExtremePosteriorError:
+        return None
     return ELBOTerms(loss, reconstruction, kl, each, beta, (kl,))
+
+
+class _ExtremePosteriorError(Exception):
+    pass
 
 
 class _PlainELBO(torch.autograd.Function):
@@ -63,7 +78,10 @@ class _PlainELBO(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.growth = torch.expm1(logvar)
         each = _sum((ctx.growth - logvar).addcmul_(mean, mean), batch_dims)
-        if not each.amin().item() > 2 * count * _ENOUGH:
+        smallest = each.amin().item()  # NaN where a parameter is
+        if Distribution._validate_args and (math.isnan(smallest) or _is_extreme(logvar)):
+            raise _ExtremePosteriorError
+        if not smallest > 2 * count * _ENOUGH:
             wide = logvar.double()
             each = _sum(torch.expm1(wide).sub_(wide).clamp_(min=0).float().addcmul_(mean, mean), batch_dims)
         each.mul_(0.5 / count)
@@ -78,8 +96,9 @@ class _PlainELBO(torch.autograd.Function):
         recon, x, mean, logvar = ctx.saved_tensors
         beta, likelihood, count = ctx.settings
         needs_recon, _, needs_mean, needs_logvar, *_ = ctx.needs_input_grad
-        to_nll = _added((by_loss, 1 / count), (by_nll, 1 / count))
-        to_kl = _added((by_loss, beta / count), (by_kl, 1 / count), (by_each, 1 / count))
+        to_loss, to_kl = _as_number(by_loss), _as_number(by_kl)
+        to_nll = _added((to_loss, 1 / count), (by_nll, 1 / count))
+        to_kl = _added((to_loss, beta / count), (to_kl, 1 / count), (by_each, 1 / count))
         # A second derivative has to see where the first one comes from.
         growth = logvar.expm1() if torch.is_grad_enabled() else ctx.growth
         by_recon = None if to_nll is None or not needs_recon else _NLL_GRADIENT[likelihood](to_nll, recon, x)
@@ -90,19 +109,30 @@ class _PlainELBO(torch.autograd.Function):
         return by_recon, None, by_mean, by_logvar, *(None,) * 3
 
 
+def _is_extreme(logvar: Tensor) -> bool:
+    low, high = torch.aminmax(logvar)
+    return not (low.item() >= -LARGEST_LOGVAR and high.item() <= LARGEST_LOGVAR)
+
+
 def _sum(terms: Tensor, batch_dims: int) -> Tensor:
+    if batch_dims == 1:
+        return terms.sum(0)
     return terms.sum(tuple(range(batch_dims))) if batch_dims else terms
 
 
-def _added(*terms: tuple[Tensor | None, float]) -> Tensor | float | None:
-    """Return the sum of what there is; a number where it is one, on a processor that has it at hand."""
+def _as_number(grad: Tensor | None) -> Tensor | float | None:
+    """Return a gradient as a number where it is one, on a processor that has it at hand."""
+    if grad is None or grad.dim() > 0 or not grad.is_cpu or torch.is_grad_enabled():
+        return grad
+    return grad.item()
+
+
+def _added(*terms: tuple[Tensor | float | None, float]) -> Tensor | float | None:
+    """Return the sum of what there is."""
     total: Tensor | float | None = None
     for grad, factor in terms:
-        if grad is None:
-            continue
-        is_number = grad.dim() == 0 and grad.is_cpu and not torch.is_grad_enabled()
-        term = (grad.item() if is_number else grad) * factor
-        total = term if total is None else total + term
+        if grad is not None:
+            total = grad * factor if total is None else total + grad * factor
     return total
 
 
@@ -118,7 +148,7 @@ def _logits_gradient(grad: Tensor | float, recon: Tensor, x: Tensor) -> Tensor:
 
 def _probs_gradient(grad: Tensor | float, recon: Tensor, x: Tensor) -> Tensor:
     grad = torch.as_tensor(grad, dtype=recon.dtype, device=recon.device)
-    gradient: Tensor = torch.ops.aten.binary_cross_entropy_backward(grad, recon, x, None, 2)  # 2 stands for a sum
+    gradient: Tensor = torch.ops.aten.binary_cross_entropy_backward(grad, recon, x, None, _SUM)
     return gradient
 
 
@@ -129,7 +159,7 @@ def _gaussian_gradient(grad: Tensor | float, recon: Tensor, x: Tensor) -> Tensor
 # Keyed by the name of the likelihood.
 _SUMMED_NLL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "bernoulli": lambda recon, x: -log_bernoulli(recon, x).sum(),
-    "bernoulli_logits": lambda recon, x: functional.binary_cross_entropy_with_logits(recon, x, reduction="sum"),
+    "bernoulli_logits": lambda recon, x: torch.binary_cross_entropy_with_logits(recon, x, None, None, _SUM),
     "gaussian": _gaussian,
 }
 _NLL_GRADIENT: dict[str, Callable[[Tensor | float, Tensor, Tensor], Tensor]] = {

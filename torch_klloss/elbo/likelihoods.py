@@ -7,7 +7,7 @@ from typing import Literal, NoReturn, get_args
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, constraints
+from torch.distributions import Bernoulli, Distribution, Independent, constraints
 from torch.nn import functional
 
 from torch_klloss.rebuild import dtype_of, in_full_precision, unvalidated
@@ -16,6 +16,7 @@ from torch_klloss.supports import support_of
 from torch_klloss.tracing import is_traced
 
 LikelihoodName = Literal["bernoulli", "bernoulli_logits", "gaussian"]
+_LIKELIHOODS = get_args(LikelihoodName)
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -26,7 +27,7 @@ def full_precision(t: Tensor) -> Tensor:
 
 def check_likelihood(likelihood: str) -> None:
     """Raise a ValueError for a likelihood that there is not."""
-    if likelihood not in get_args(LikelihoodName):
+    if likelihood not in _LIKELIHOODS:
         raise ValueError(f"likelihood must be 'bernoulli', 'bernoulli_logits' or 'gaussian', got {likelihood!r}.")
 
 
@@ -39,7 +40,7 @@ def negative_log_prob(p_x: Distribution, x: Tensor) -> Tensor:
     p_x = in_full_precision(p_x)
     if x.dtype in _HALF or not x.is_floating_point():
         x = x.to(dtype_of(p_x))
-    _check_support(p_x, x)
+    check_support(p_x, x)
     log_prob: Tensor = unvalidated(p_x).log_prob(x)
     return -log_prob
 
@@ -89,6 +90,8 @@ def log_bernoulli(probs: Tensor, x: Tensor) -> Tensor:
 
 def check_values(recon: Tensor, x: Tensor, likelihood: LikelihoodName) -> None:
     """Raise a ValueError where x, or probabilities, are not what the likelihood is about."""
+    if not _can_look(x):
+        return
     if likelihood == "gaussian":
         _check_finite(x)
         return
@@ -98,9 +101,7 @@ def check_values(recon: Tensor, x: Tensor, likelihood: LikelihoodName) -> None:
 
 
 def _check_unit_interval(t: Tensor, which: str, way_out: str) -> None:
-    if not _can_look(t):
-        return
-    low, high = (end.item() for end in torch.aminmax(t.detach()))
+    low, high = (end.item() for end in torch.aminmax(t.detach() if t.requires_grad else t))
     if not (low >= 0 and high <= 1):
         raise ValueError(
             f"{which} must lie in [0, 1] under a Bernoulli likelihood, got values from {low:g} to {high:g}: {way_out}."
@@ -108,7 +109,7 @@ def _check_unit_interval(t: Tensor, which: str, way_out: str) -> None:
 
 
 def _check_finite(x: Tensor) -> None:
-    if _can_look(x) and not math.isfinite(x.detach().abs().amax().item()):
+    if not math.isfinite(x.detach().abs().amax().item()):
         raise ValueError("x must be finite under a Gaussian likelihood, got NaN or an infinity; mask what is missing.")
 
 
@@ -116,7 +117,14 @@ def _can_look(t: Tensor) -> bool:
     return not is_traced() and not t.is_meta and t.numel() > 0 and Distribution._validate_args
 
 
-def _check_support(p_x: Distribution, x: Tensor) -> None:
+def logits_of(p_x: Distribution) -> Tensor | None:
+    """Return the logits that a Bernoulli was built from, None where it was not, or is none."""
+    base = p_x.base_dist if type(p_x) is Independent else p_x
+    return base.logits if type(base) is Bernoulli and "logits" in vars(base) else None
+
+
+def check_support(p_x: Distribution, x: Tensor) -> None:
+    """Raise a ValueError where x lies outside of the support of p_x."""
     support = support_of(p_x)
     if support is None or not _can_look(x):
         return

@@ -18,9 +18,8 @@ from torch_klloss.elbo.control import BetaController
 from torch_klloss.elbo.divergence import (
     Divergence,
     divergence,
-    is_plain_normal,
     is_watched,
-    of_standard_normal,
+    moments_of,
     show,
 )
 from torch_klloss.elbo.fused import can_fuse, plain_elbo
@@ -28,7 +27,10 @@ from torch_klloss.elbo.likelihoods import (
     LikelihoodName,
     check_likelihood,
     check_shape,
+    check_support,
+    check_values,
     full_precision,
+    logits_of,
     negative_log_prob,
     tensor_nll,
 )
@@ -164,13 +166,18 @@ class ELBOLoss(nn.Module):
                 everything, or the KL does not split as free nats need it.
             NotImplementedError: if `kl` has no route for a pair.
         """
+        if mask is None and lengths is None and isinstance(q, Distribution) and isinstance(p, Distribution):
+            terms = self._plain_terms_of(p_x, x, q, p, step) if self._is_plain() else None
+            if terms is not None:
+                return terms
         pairs = pairs_of(q, p)
         with _without_autocast(x):
             batch = batch_of(check_pair(*pairs[0]), self.kl.batch_dims, mask, lengths)
             check_shape(p_x, x, batch.elements)
             if batch.weights is not None:
                 p_x, x = replace_examples(p_x, batch.weights != 0, p_x.batch_shape), batch.take(x)
-            levels = [self._divergence(q, p, batch, generator) for q, p in pairs]
+            # by index: where a hook breaks the graph, Dynamo loses an iterator over the pairs
+            levels = [self._divergence(*pairs[level], batch, generator) for level in range(len(pairs))]
             return self._terms(negative_log_prob(p_x, x), levels, batch, step)
 
     def from_tensors(
@@ -212,6 +219,10 @@ class ELBOLoss(nn.Module):
             (tensor(2.0794), tensor([0., 0., 0., 0.]))
         """
         check_likelihood(likelihood)
+        if mask is None and lengths is None and self._is_plain():
+            terms = self._plain_terms(recon, x, mean, logvar, likelihood, step)
+            if terms is not None:
+                return terms
         with _without_autocast(x):
             recon, x, mean, logvar = (full_precision(t) for t in (recon, x, mean, logvar))
             check_moments(mean, logvar)
@@ -220,26 +231,50 @@ class ELBOLoss(nn.Module):
             batch = batch_of(mean.shape[:element_dims], kl.batch_dims, mask, lengths)
             recon, x = same_shape(recon, x, batch.elements)
             recon, x, mean, logvar = (batch.take(t) for t in (recon, x, mean, logvar))
-            is_simple = self.balance is None and mean.dim() > element_dims and is_plain_normal(kl, mean, logvar)
-            if is_simple and self._is_plain(batch) and can_fuse(recon, x):
-                terms = plain_elbo(recon, x, mean, logvar, self._number(step), likelihood, element_dims)
-            else:
-                nll = tensor_nll(recon, x, likelihood)
-                if is_simple:
-                    level = of_standard_normal(mean, logvar)
-                else:
-                    q = diagonal_normal(mean, logvar, element_dims)
-                    level = self._divergence(q, standard_normal_like(q), batch, generator)
-                terms = self._terms(nll, [level], batch, step)
-            if is_simple and is_watched(kl):
-                q = diagonal_normal(mean, logvar, element_dims)
-                show(kl, q, standard_normal_like(q), batch)
-            return terms
+            q = diagonal_normal(mean, logvar, element_dims)
+            level = self._divergence(q, standard_normal_like(q), batch, generator)
+            return self._terms(tensor_nll(recon, x, likelihood), [level], batch, step)
 
-    def _is_plain(self, batch: Batch) -> bool:
-        """Tell whether the loss is reconstruction + β · KL and no more, with a number for β and no mask."""
-        has_option = self.controller is not None or self.capacity is not None or self.free_nats.nats > 0
-        return not has_option and self.reduction == "mean" and batch.weights is None
+    def _is_plain(self) -> bool:
+        """Tell whether the loss is reconstruction + β · KL and no more, with a number for β."""
+        if self.reduction != "mean" or self.free_nats.nats > 0:
+            return False
+        return self.controller is None and self.capacity is None and self.balance is None
+
+    def _plain_terms(
+        self, recon: Tensor, x: Tensor, mean: Tensor, logvar: Tensor, likelihood: LikelihoodName, step: float | None
+    ) -> ELBOTerms | None:
+        """Return the terms by the short way of small steps; None where it does not lead there."""
+        kl = self.kl
+        if not can_fuse(kl, recon, x, mean, logvar):
+            return None
+        recon, x = same_shape(recon, x, mean.shape[: kl.batch_dims])
+        check_values(recon, x, likelihood)
+        return self._fused(recon, x, mean, logvar, likelihood, step)
+
+    def _plain_terms_of(
+        self, p_x: Distribution, x: Tensor, q: Distribution, p: Distribution, step: float | None
+    ) -> ELBOTerms | None:
+        """Return the same for a Bernoulli of logits, and the usual pair."""
+        kl, moments, logits = self.kl, moments_of(q, p), logits_of(p_x)
+        if moments is None or logits is None or len(q.batch_shape) < kl.batch_dims:
+            return None
+        check_shape(p_x, x, q.batch_shape[: kl.batch_dims])
+        if not can_fuse(kl, logits, x, *moments):
+            return None
+        check_support(p_x, x)
+        return self._fused(logits, x, *moments, "bernoulli_logits", step)
+
+    def _fused(
+        self, recon: Tensor, x: Tensor, mean: Tensor, logvar: Tensor, likelihood: LikelihoodName, step: float | None
+    ) -> ELBOTerms | None:
+        kl = self.kl
+        terms = plain_elbo(recon, x, mean, logvar, self._number(step), likelihood, kl.batch_dims)
+        if terms is not None and is_watched(kl):
+            batch = batch_of(mean.shape[: kl.batch_dims], kl.batch_dims)
+            q = diagonal_normal(mean, logvar, kl.batch_dims)
+            show(kl, q, standard_normal_like(q), batch)
+        return terms
 
     def _terms(self, nll: Tensor, levels: Sequence[Divergence], batch: Batch, step: float | None) -> ELBOTerms:
         """Return the terms, given -log p(x) of the elements and the KL of every level."""
