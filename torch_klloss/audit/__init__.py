@@ -1,6 +1,6 @@
 """What is wrong with my KL? `audit(fn)` calls a loss and explains what it returns."""
 
-from torch_klloss.audit.judge import audit
+from torch_klloss.audit.auditor import audit
 from torch_klloss.audit.mistake import Mistake
 from torch_klloss.audit.mistakes import CATALOGUE
 from torch_klloss.audit.report import AuditReport, Finding

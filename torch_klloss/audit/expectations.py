@@ -3,12 +3,15 @@
 The parts, and what they are where nothing is wrong:
 
 - `spread`: what the argument for q's spread is taken for.
+- `pair`: the distributions that the loss believes it was given.
 - `direction`: which KLs are summed, each a weight and whether q and p change places.
-- `log`, `mean`, `variance`, `constant` (analytic): the terms of KL(q‖p) = log(σp/σq) + (μq-μp)²/(2σp²) + σq²/(2σp²) - ½;
-  `log` (sampled) is the log-scale in log q(x).
+- `log`, `mean`, `variance`, `constant` (analytic): the terms of log(σp/σq) + (μq - μp)²/(2σp²) + σq²/(2σp²) - ½; `log`
+  (sampled) is the log-scale in log q(x).
+- `draws` (sampled): from the pair and standard normal noise to the points x.
 - `integrand` (sampled): the function of log q(x) and log p(x) whose mean is taken; `log q level` and `log p level`:
   whether they are joint where the other is one dimension's; `normaliser`: what log q lacks.
-- `weight`, `log q`, `log p` (categorical): the terms of Σ q (log q - log p); `softmax`: the dimension it is taken over.
+- `weight`, `log q`, `log p` (categorical): the terms of Σ q (log q - log p), and `summand`, what is made of them;
+  `outcomes`: how a Bernoulli's two are summed.
 - `latent`, `batch`, `scale` (all): a factor, as powers of the latent and batch size and a constant; `repeated`: whether
   every example gets its batch's; see `fit.py`.
 """
@@ -23,13 +26,14 @@ import torch
 from torch import Tensor
 
 from torch_klloss.audit.mistake import Parts, keep
-from torch_klloss.audit.probes import Categoricals, Layout, Normals
+from torch_klloss.audit.probes import Categoricals, Layout, Normals, log_density
 from torch_klloss.audit.signatures import LOG_VARIANCE, Leaves, Signature
 
 FACTORS = frozenset({"latent", "batch", "scale", "repeated"})
 FORWARD = ((1.0, False),)
+REVERSE = ((1.0, True),)
 
-_REPLICATES, _DRAWS = 4, 512
+_REPLICATES, _DRAWS = 4, 128
 
 
 @dataclass(frozen=True)
@@ -50,9 +54,10 @@ class Core:
 def misread(signature: Signature, leaves: Leaves, layout: Layout, parts: Parts) -> Normals | Categoricals:
     """Return the pair that the loss believes it was given."""
     pair = signature.pair(leaves, layout)
-    if "spread" not in parts or signature.spread is None:
-        return pair
-    return replace(pair, q_logvar=LOG_VARIANCE[parts["spread"]](leaves[signature.spread]))
+    if "spread" in parts and signature.spread is not None:
+        pair = replace(pair, q_logvar=LOG_VARIANCE[parts["spread"]](leaves[signature.spread]))
+    believed: Normals | Categoricals = keep(parts, "pair", lambda given: given)(pair)
+    return believed
 
 
 def analytic(pair: Normals, layout: Layout, parts: Parts) -> Core:
@@ -73,32 +78,46 @@ TERMS: dict[str, Callable[[Normals], Tensor]] = {
 }
 
 
-def log_density(x: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
-    """Return the log-density of a Normal."""
-    return -0.5 * (math.log(2 * math.pi) + logvar + (x - mean).square() / logvar.exp())
-
-
 def log_ratio(log_q: Tensor, log_p: Tensor) -> Tensor:
     """Return the integrand of the KL."""
     return log_q - log_p
 
 
-def at_points(x: Tensor, pair: Normals, layout: Layout, parts: Parts) -> list[Core]:
-    """Return the integrand at the points `x`, `[…, num_elements]`: of each dimension and, where that differs, jointly."""
-    log_q = log_density(x, pair.q_mean, pair.q_logvar) + parts.get("normaliser", 0.0)
+@dataclass(frozen=True)
+class _Densities:
+    """Hold log q and log p at points, of each dimension `[…, num_elements]` and jointly `[…, num_examples]`."""
+
+    log_q: Tensor
+    log_p: Tensor
+    joint_q: Tensor
+    joint_p: Tensor
+
+    def cores(self, layout: Layout, parts: Parts) -> list[Core]:
+        log_q, log_p = self.log_q + parts.get("normaliser", 0.0), self.log_p
+        if "log q level" in parts:
+            log_q = self.joint_q[..., layout.example_of_element]
+        if "log p level" in parts:
+            log_p = self.joint_p[..., layout.example_of_element]
+        integrand = keep(parts, "integrand", log_ratio)
+        elements = integrand(log_q, log_p)
+        cores = [Core(layout.examples(elements), elements)]
+        if "integrand" in parts and not any(name in parts for name in ("log q level", "log p level")):
+            joint_q = self.joint_q + layout.latent[layout.probe_of_example] * parts.get("normaliser", 0.0)
+            cores.append(Core(integrand(joint_q, self.joint_p)))
+        return cores
+
+
+def _densities_at(x: Tensor, pair: Normals, layout: Layout, parts: Parts) -> _Densities:
+    log_q = log_density(x, pair.q_mean, pair.q_logvar)
     log_p = log_density(x, pair.p_mean, pair.p_logvar)
     if "log" in parts:
         log_q = log_q + parts["log"](pair) - TERMS["log"](pair)
-    if any(name in parts for name in ("log q level", "log p level")):
-        joint_q, joint_p = (layout.examples(part)[..., layout.example_of_element] for part in (log_q, log_p))
-        log_q = joint_q if "log q level" in parts else log_q
-        log_p = joint_p if "log p level" in parts else log_p
-    integrand = keep(parts, "integrand", log_ratio)
-    elements = integrand(log_q, log_p)
-    cores = [Core(layout.examples(elements), elements)]
-    if "integrand" in parts:
-        cores.append(Core(integrand(layout.examples(log_q), layout.examples(log_p))))
-    return cores
+    return _Densities(log_q, log_p, layout.examples(log_q), layout.examples(log_p))
+
+
+def at_points(x: Tensor, pair: Normals, layout: Layout, parts: Parts) -> list[Core]:
+    """Return the integrand at points `x`, `[…, num_elements]`: of each dimension and, where that differs, jointly."""
+    return _densities_at(x, pair, layout, parts).cores(layout, parts)
 
 
 def at_log_probs(log_q: Tensor, log_p: Tensor, parts: Parts) -> list[Core]:
@@ -106,24 +125,46 @@ def at_log_probs(log_q: Tensor, log_p: Tensor, parts: Parts) -> list[Core]:
     return [Core(keep(parts, "integrand", log_ratio)(log_q, log_p))]
 
 
-def expected(pair: Normals, layout: Layout, parts: Parts, seed: int) -> list[Core]:
-    """Return the expectation of the integrand, from randomised nets of our own, with its standard error."""
-    eps = _standard_normals(layout, seed)
-    totals: list[Core] = []
-    for weight, is_swapped in parts.get("direction", FORWARD):
-        n = pair.swapped if is_swapped else pair
-        x = n.q_mean + (0.5 * n.q_logvar).exp() * eps
-        cores = [_averaged(core, weight) for core in at_points(x, n, layout, parts)]
-        totals = [_added(a, b) for a, b in zip(totals, cores, strict=True)] if totals else cores
-    return totals
+class Expectations:
+    """Compute expectations of integrands under q, from randomised nets of our own, with their standard errors.
+
+    Hypotheses that differ in the integrand alone share their log-densities.
+    """
+
+    def __init__(self, signature: Signature, leaves: Leaves, layout: Layout) -> None:
+        self._signature, self._leaves, self._layout = signature, leaves, layout
+        self._eps = _standard_normals(layout)
+        self._densities: dict[tuple[object, ...], list[_Densities]] = {}
+
+    def cores(self, parts: Parts) -> list[Core]:
+        """Return the expectation: of each dimension's integrand and, where that differs, of the joint one."""
+        totals: list[Core] = []
+        for (weight, _), densities in zip(parts.get("direction", FORWARD), self._shared(parts), strict=True):
+            cores = [_averaged(core, weight) for core in densities.cores(self._layout, parts)]
+            totals = [_added(a, b) for a, b in zip(totals, cores, strict=True)] if totals else cores
+        return totals
+
+    def _shared(self, parts: Parts) -> list[_Densities]:
+        key = tuple(parts.get(name) for name in ("spread", "pair", "direction", "log", "draws"))
+        if key not in self._densities:
+            pair = misread(self._signature, self._leaves, self._layout, parts)
+            self._densities[key] = [
+                self._at_draws(pair.swapped if is_swapped else pair, parts)  # type: ignore[arg-type]
+                for _, is_swapped in parts.get("direction", FORWARD)
+            ]
+        return self._densities[key]
+
+    def _at_draws(self, pair: Normals, parts: Parts) -> _Densities:
+        x = keep(parts, "draws", lambda n, eps: n.q_mean + (0.5 * n.q_logvar).exp() * eps)(pair, self._eps)
+        return _densities_at(x, pair, self._layout, parts)
 
 
-def _standard_normals(layout: Layout, seed: int) -> Tensor:
+def _standard_normals(layout: Layout) -> Tensor:
     """Return points `[replicates · draws, num_elements]`: the same net for each example, a dimension an element."""
     num_dims = int(layout.latent.max())
     nets = []
     for replicate in range(_REPLICATES):
-        engine = torch.quasirandom.SobolEngine(num_dims, scramble=True, seed=seed * _REPLICATES + replicate)
+        engine = torch.quasirandom.SobolEngine(num_dims, scramble=True, seed=replicate)
         uniform = engine.draw(_DRAWS, dtype=torch.float64)
         nets.append(torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9)))
     first = torch.cat([torch.zeros(1, dtype=torch.long), layout.latent.long()[layout.probe_of_example].cumsum(0)[:-1]])
@@ -150,28 +191,14 @@ def categorical(pair: Categoricals, layout: Layout, parts: Parts) -> Core:
     elements = torch.zeros_like(pair.q_logits)
     for share, is_swapped in parts.get("direction", FORWARD):
         c = pair.swapped if is_swapped else pair
-        if "softmax" in parts:
-            c = _SoftmaxOver(c.q_logits, c.p_logits, layout, parts["softmax"])
         weight = keep(parts, "weight", lambda c: c.log_q.exp())(c)
         log_q, log_p = keep(parts, "log q", lambda c: c.log_q)(c), keep(parts, "log p", lambda c: c.log_p)(c)
-        elements = elements + share * keep(parts, "summand", _product)(weight, log_q, log_p)
+        terms = keep(parts, "summand", _product)(weight, log_q, log_p)
+        if terms.dim() > 1:  # a Bernoulli's two outcomes
+            terms = keep(parts, "outcomes", lambda both: both.sum(0))(terms)
+        elements = elements + share * terms
     return Core(layout.examples(elements), elements)
 
 
 def _product(weight: Tensor, log_q: Tensor, log_p: Tensor) -> Tensor:
     return weight * (log_q - log_p)
-
-
-@dataclass(frozen=True)
-class _SoftmaxOver(Categoricals):
-    """Hold scores whose softmax is taken over another dimension than the classes'."""
-
-    dim: int = 0
-
-    @property
-    def log_q(self) -> Tensor:
-        return self.layout.row_wise(lambda part: part.log_softmax(self.dim), self.q_logits)
-
-    @property
-    def log_p(self) -> Tensor:
-        return self.layout.row_wise(lambda part: part.log_softmax(self.dim), self.p_logits)

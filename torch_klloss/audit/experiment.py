@@ -39,8 +39,9 @@ class Reply:
         value: what was returned, detached.
         gradients: of the weighted sum of `value`, by leaf; None where no gradient flows to it.
         arguments: what it was called with, detached.
-        changed: the names of arguments that the call changed.
+        changed: the arguments, and the global state, that the call changed.
         drew: whether it drew from torch's global stream.
+        stream: where that stream stood afterwards.
     """
 
     value: Tensor
@@ -48,6 +49,7 @@ class Reply:
     arguments: tuple[Any, ...]
     changed: tuple[str, ...]
     drew: bool
+    stream: Tensor
 
 
 @dataclass
@@ -76,46 +78,94 @@ class Asked:
     def __post_init__(self) -> None:
         self.split = {name: self.layout.split(leaf) for name, leaf in self.leaves.items()}
 
+    def leaves_of(self, probe: int) -> Leaves:
+        """Return one probe's leaves, as the loss gets them: new ones for every call."""
+        leaves = {}
+        for name, parts in self.split.items():
+            part = parts[probe] if self.rank > 1 else parts[probe][0]
+            leaves[name] = part.detach().to(self.dtype, copy=True).requires_grad_(self.gradient)
+        return leaves
+
     def reply(self, probe: int, seed: int) -> Reply:
         """Call the loss for one probe.
 
         Raises:
             CallError: if it raises, or returns what cannot be a KL.
         """
-        leaves = {}
-        for name, parts in self.split.items():
-            part = parts[probe] if self.rank > 1 else parts[probe][0]
-            leaves[name] = part.detach().to(self.dtype, copy=True).requires_grad_(self.gradient)
-        return call_once(self.fn, self.call, leaves, seed, probe)
+        return self.replies(probe, seed, 1)[0]
+
+    def replies(self, probe: int, seed: int, num_calls: int) -> list[Reply]:
+        """Call the loss `num_calls` times for one probe, from one random stream.
+
+        Raises:
+            CallError: if it raises, or returns what cannot be a KL.
+        """
+        with _quiet(), _seeded(_UNLIKE * seed + probe):
+            return [_call(self.fn, self.call, self.leaves_of(probe), watched=n == 0) for n in range(num_calls)]
 
 
-def call_once(fn: Callable[..., Any], call: Call, leaves: Leaves, seed: int, probe: int = 0) -> Reply:
+_UNLIKE = 1000  # more than there are probes: no two of them share a stream
+
+
+def call_once(fn: Callable[..., Any], call: Call, leaves: Leaves, seed: int) -> Reply:
     """Call the loss, from a random stream of its own, and take its gradient.
 
-    The arguments come from `seed` and `probe` alone where they are samples; a loss's own draws from `seed` too.
+    Raises:
+        CallError: if it raises, or returns what cannot be a KL.
     """
     with _quiet(), _seeded(seed):
-        arguments = call.arguments(leaves)
-        before = [_snapshot(argument) for argument in arguments]
-        stream = torch.get_rng_state()
-        try:
-            value = fn(*arguments)
-        except Exception as error:
-            raise CallError(f"it raises {type(error).__name__}: {_first_line(error)}") from error
-        drew = not torch.equal(stream, torch.get_rng_state())
-        _check(value)
-        after = [_snapshot(argument) for argument in arguments]
-        pairs = zip(call.names, before, after, strict=False)
-        changed = tuple(name for name, old, new in pairs if not _same(old, new))
-        gradients = _gradients(value, leaves)
-    detached = tuple(_detached(argument) for argument in arguments)
-    return Reply(value.detach().double(), gradients, detached, changed, drew)
+        return _call(fn, call, leaves, watched=True)
+
+
+def _call(fn: Callable[..., Any], call: Call, leaves: Leaves, *, watched: bool) -> Reply:
+    """Call the loss from the present stream; where `watched`, see what it does on the side."""
+    arguments = call.arguments({name: leaf.clone() for name, leaf in leaves.items()})  # as outputs of a network are
+    before = [_snapshot(argument) for argument in arguments] if watched else []
+    stream = torch.get_rng_state() if watched else None
+    state = _global_state()
+    try:
+        value = fn(*arguments)
+    except (Exception, SystemExit) as error:
+        raise CallError(f"it raises {type(error).__name__}: {_first_line(error)}") from error
+    finally:
+        disturbed = _restore(state)
+    after_stream = torch.get_rng_state() if watched else torch.empty(0)
+    drew = stream is not None and not torch.equal(stream, after_stream)
+    if isinstance(value, float) and not any(leaf.requires_grad for leaf in leaves.values()):
+        value = torch.tensor(value, dtype=torch.float64)  # a number to log
+    _check(value)
+    after = [_snapshot(argument) for argument in arguments] if watched else []
+    pairs = zip(call.names, before, after, strict=False)
+    changed = (*(name for name, old, new in pairs if not _same(old, new)), *disturbed)
+    gradients = _gradients(value, leaves)
+    detached = tuple(_detached(argument) for argument in arguments) if watched else ()
+    return Reply(value.detach().double().cpu(), gradients, detached, changed, drew, after_stream)
+
+
+_GlobalState = tuple[torch.dtype, bool, int]
+
+
+def _global_state() -> _GlobalState:
+    return torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()
+
+
+def _restore(state: _GlobalState) -> list[str]:
+    """Undo what a loss did to torch's global state; return what that was."""
+    words = ("torch's default dtype", "whether torch records gradients", "torch's number of threads")
+    disturbed = [word for word, old, new in zip(words, state, _global_state(), strict=True) if old != new]
+    if disturbed:
+        torch.set_default_dtype(state[0])
+        torch.set_grad_enabled(state[1])
+        torch.set_num_threads(state[2])
+    return disturbed
 
 
 def weights_like(value: Tensor) -> Tensor:
     """Return the weights that the gradient of an unreduced loss is taken with: unlike one another, of mean one."""
     index = torch.arange(value.numel(), dtype=torch.float64)
-    return (1 + 0.5 * torch.sin(1.7 * index + 0.3)).reshape(value.shape) if value.numel() > 1 else torch.ones_like(value)
+    return (
+        (1 + 0.5 * torch.sin(1.7 * index + 0.3)).reshape(value.shape) if value.numel() > 1 else torch.ones_like(value)
+    )
 
 
 def _gradients(value: Tensor, leaves: Leaves) -> dict[str, Tensor | None]:
@@ -123,9 +173,8 @@ def _gradients(value: Tensor, leaves: Leaves) -> dict[str, Tensor | None]:
         return dict.fromkeys(leaves)
     wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
     try:
-        found = torch.autograd.grad(
-            value, list(wanted.values()), weights_like(value).to(value.dtype), allow_unused=True
-        )
+        weighted = (value * weights_like(value).to(value.dtype)).sum()
+        found = torch.autograd.grad(weighted, list(wanted.values()), allow_unused=True)
     except Exception as error:
         raise CallError(f"its backward pass raises {type(error).__name__}: {_first_line(error)}") from error
     return {name: None if grad is None else grad.double() for name, grad in zip(wanted, found, strict=True)}
@@ -135,7 +184,11 @@ def _check(value: Any) -> None:
     if value is None:
         raise CallError("it returns None: is a `return` missing?")
     if not isinstance(value, Tensor):
-        hint = ": without .item() or .numpy() a gradient could flow" if not isinstance(value, tuple | dict) else ""
+        hint = (
+            ""
+            if isinstance(value, tuple | dict)
+            else "; a number to log and not to train with: audit(…, gradient=False)"
+        )
         raise CallError(f"it returns {_article(type(value).__name__)}, not a Tensor{hint}")
     if value.is_complex():
         raise CallError(f"it returns a complex tensor ({value.dtype}); a KL is real")
@@ -147,22 +200,26 @@ def _article(noun: str) -> str:
     return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else "(no message)"
 
 
-def _snapshot(argument: Any) -> list[Tensor]:
+def _snapshot(argument: Any) -> dict[str, Tensor]:
     if isinstance(argument, Tensor):
-        return [argument.detach().clone()]
+        return {"": argument.detach().clone()}
     if isinstance(argument, Distribution):
         base = getattr(argument, "base_dist", argument)
-        return [getattr(base, name).detach().clone() for name in base.arg_constraints if name in base.__dict__]
-    return []
+        return {name: base.__dict__[name].detach().clone() for name in base.arg_constraints if name in base.__dict__}
+    return {}
 
 
-def _same(old: list[Tensor], new: list[Tensor]) -> bool:
-    return all(a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(old, new, strict=True))
+def _same(old: dict[str, Tensor], new: dict[str, Tensor]) -> bool:
+    """Return whether all that there was is as it was; a distribution may have computed more."""
+    return all(
+        before.shape == new[name].shape and torch.equal(before.nan_to_num(), new[name].nan_to_num())
+        for name, before in old.items()
+    )
 
 
 def _detached(argument: Any) -> Any:
@@ -212,10 +269,12 @@ class Observation:
         arrangement: what there is a value for: the whole batch, an example, an element, a latent dimension.
         value: `[num_observed]`, the mean over the calls.
         std_error: of `value`; zero for a deterministic loss.
-        gradients: by leaf, `[num_elements]`, the mean over the calls; None where no gradient flows.
+        gradients: by leaf, the mean over the calls; None where no gradient flows. `[num_elements]`, or their components
+            along `directions`, which are Normal sooner than the elements are, `[num_probes · num_directions]`.
         gradient_errors: the standard errors of the gradients.
+        directions: by leaf and probe, `[num_directions, size]`; None for all elements.
         probe_of_value: which probe a value belongs to, `[num_observed]`.
-        arguments: of every probe, of its last call.
+        arguments: of every probe, of its first call.
         num_calls: for each probe.
         changed: the arguments that were changed.
         drew: whether torch's global stream was drawn from.
@@ -226,6 +285,7 @@ class Observation:
     std_error: Tensor
     gradients: dict[str, Tensor | None]
     gradient_errors: dict[str, Tensor]
+    directions: Directions | None
     probe_of_value: Tensor
     arguments: tuple[tuple[Any, ...], ...]
     num_calls: int
@@ -237,18 +297,34 @@ class Observation:
         """Whether the values are means over calls, with an error."""
         return self.num_calls > 1
 
+    def along(self, name: str, elements: Tensor, layout: Layout) -> Tensor:
+        """Return a leaf's gradient, `[num_elements]`, as `gradients` has it."""
+        if self.directions is None:
+            return elements
+        parts = zip(self.directions[name], layout.split(elements), strict=True)
+        return torch.cat([directions @ part.reshape(-1) for directions, part in parts])
 
-def observe(asked: Asked, seed: int, num_calls: int = 1) -> Observation:
+
+Directions = dict[str, list[Tensor]]
+
+
+def observe(asked: Asked, seed: int, num_calls: int = 1, directions: Directions | None = None) -> Observation:
     """Call the loss `num_calls` times for every probe.
+
+    Args:
+        asked: the loss and its probes.
+        seed: of the random streams.
+        num_calls: for each probe.
+        directions: along which the gradients are kept.
 
     Raises:
         CallError: if a call fails, or the shape of what it returns follows no rule.
     """
-    replies = [
-        [asked.reply(probe, seed + call) for call in range(num_calls)] for probe in range(len(asked.layout.shapes))
-    ]
+    replies = [asked.replies(probe, seed, num_calls) for probe in range(len(asked.layout.shapes))]
+    if any(reply.value.shape != calls[0].value.shape for calls in replies for reply in calls):
+        raise CallError("it returns another shape from call to call")
     arrangement = arrangement_of([calls[0].value.shape for calls in replies], asked)
-    values = [_mean_and_error([reply.value.reshape(-1) for reply in calls]) for calls in replies]
+    values = [_mean_and_error(torch.stack([reply.value.reshape(-1) for reply in calls])) for calls in replies]
     gradients: dict[str, Tensor | None] = {}
     errors: dict[str, Tensor] = {}
     for name in asked.leaves:
@@ -256,11 +332,11 @@ def observe(asked: Asked, seed: int, num_calls: int = 1) -> Observation:
         if all(grad is None for calls in of_leaf for grad in calls):
             gradients[name] = None
             continue
-        sizes = [part.numel() for part in asked.split[name]]
-        parts = [
-            _mean_and_error([torch.zeros(size, dtype=torch.float64) if g is None else g.reshape(-1) for g in calls])
-            for size, calls in zip(sizes, of_leaf, strict=True)
-        ]
+        parts = []
+        for probe, calls in enumerate(of_leaf):
+            nothing = torch.zeros(asked.split[name][probe].numel(), dtype=torch.float64)
+            rows = torch.stack([nothing if grad is None else grad.reshape(-1) for grad in calls])
+            parts.append(_mean_and_error(rows if directions is None else rows @ directions[name][probe].T))
         gradients[name] = torch.cat([mean for mean, _ in parts])
         errors[name] = torch.cat([error for _, error in parts])
     counts = torch.tensor([len(mean) for mean, _ in values])
@@ -271,20 +347,20 @@ def observe(asked: Asked, seed: int, num_calls: int = 1) -> Observation:
         std_error=torch.cat([error for _, error in values]),
         gradients=gradients,
         gradient_errors=errors,
+        directions=directions,
         probe_of_value=torch.arange(len(values)).repeat_interleave(counts),
-        arguments=tuple(calls[-1].arguments for calls in replies),
+        arguments=tuple(calls[0].arguments for calls in replies),
         num_calls=num_calls,
         changed=tuple(dict.fromkeys(name for reply in everything for name in reply.changed)),
         drew=any(reply.drew for reply in everything),
     )
 
 
-def _mean_and_error(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
-    stacked = torch.stack(rows)
+def _mean_and_error(rows: Tensor) -> tuple[Tensor, Tensor]:
     if len(rows) == 1:
-        return stacked[0], torch.zeros_like(stacked[0])
-    groups = torch.stack([chunk.mean(0) for chunk in stacked.chunk(min(GROUPS, len(rows)))])
-    return stacked.mean(0), groups.std(0) / len(groups) ** 0.5
+        return rows[0], torch.zeros_like(rows[0])
+    groups = torch.stack([chunk.mean(0) for chunk in rows.chunk(GROUPS)])
+    return groups.mean(0), groups.std(0) / len(groups) ** 0.5
 
 
 def arrangement_of(shapes: list[torch.Size], asked: Asked) -> Arrangement:

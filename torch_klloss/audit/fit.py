@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,23 +17,27 @@ from torch import Tensor
 from torch_klloss.audit.expectations import (
     FACTORS,
     Core,
+    Expectations,
     analytic,
     at_log_probs,
     at_points,
     categorical,
-    expected,
+    log_ratio,
     misread,
 )
 from torch_klloss.audit.experiment import Arrangement, Asked, Observation
-from torch_klloss.audit.mistake import ANALYTIC, CATEGORICAL, SAMPLED, Hypothesis, Mistake, hypotheses
+from torch_klloss.audit.mistake import ANALYTIC, CATEGORICAL, SAMPLED, Hypothesis, Mistake, Parts, hypotheses
 from torch_klloss.audit.mistakes import CATALOGUE
-from torch_klloss.audit.probes import Layout
+from torch_klloss.audit.probes import Categoricals, Layout
 
 TOLERANCE = 5e-4
 """Relative, of a deterministic loss: far above rounding, and above what an eps of 1e-6 inside a logarithm does."""
 
-_FIRST_STANDARD_ERRORS = 6.0  # a hypothesis stays in the running within so many standard errors on every value
+_FEW = 5.0  # standard errors that a value may be off an explanation, and standard deviations that its χ² may be large
 _NEAR_BEST = 12.0  # in χ², of which a hypothesis that is as simple as the best is not told from it
+_WELL_KNOWN = 0.1  # how large a prediction's own error may be, relative to it
+_FAR_FROM_ZERO = 0.05  # how small against the KL an error must be, to tell nothing from little
+_MOST = {False: 4.0, True: 2.5}  # the largest cost of an explanation: of exact values, of means
 _UNNAMED = 1.5  # mistakes that a constant without a name counts for
 
 
@@ -82,27 +86,36 @@ class Fit:
         return prediction * _powers(layout, arrangement, self.batch, self.latent) * self.scale
 
 
-def right_cores(asked: Asked, observation: Observation) -> list[Candidate]:
-    """Return what a right loss may return: the KL, and on given samples also what has it for its expectation."""
-    signature, layout, leaves = asked.call.signature, asked.layout, asked.leaves
-    right = Hypothesis()
-    if signature.categorical:
-        return [Candidate(right, categorical(misread(signature, leaves, layout, {}), layout, {}))]  # type: ignore[arg-type]
-    return [Candidate(right, analytic(misread(signature, leaves, layout, {}), layout, {}))]  # type: ignore[arg-type]
+def right_core(asked: Asked) -> Candidate:
+    """Return what a right loss computes: the KL of every example."""
+    return Candidate(Hypothesis(), core_of(asked, {}))
 
 
-def unbiased_on_samples(asked: Asked, observation: Observation) -> list[Candidate]:
-    """Return, on given samples, the integrands whose expectation is the KL: k1 and k3."""
-    found = []
-    for integrand in (lambda log_q, log_p: log_q - log_p, _k3):
-        for core in _on_samples(asked, observation, {"integrand": integrand}):
-            found.append(Candidate(Hypothesis(), core))
-    return found
+def core_of(asked: Asked, parts: Parts) -> Core:
+    """Return what a formula in the parameters, or a sum over classes, gives with some of its parts replaced."""
+    pair = misread(asked.call.signature, asked.leaves, asked.layout, parts)
+    if isinstance(pair, Categoricals):
+        return categorical(pair, asked.layout, parts)
+    return analytic(pair, asked.layout, parts)
 
 
 def _k3(log_q: Tensor, log_p: Tensor) -> Tensor:
     log_r = log_p - log_q
     return torch.expm1(log_r) - log_r
+
+
+Integrand = Callable[[Tensor, Tensor], Tensor]
+UNBIASED: tuple[Integrand, ...] = (log_ratio, _k3)
+"""The integrands whose expectation under q is the KL: k1 and k3."""
+
+
+def unbiased_on_samples(asked: Asked, observation: Observation) -> list[Candidate]:
+    """Return, on given samples, the integrands whose expectation is the KL."""
+    return [
+        Candidate(Hypothesis(), core)
+        for integrand in UNBIASED
+        for core in _on_samples(asked, observation, {"integrand": integrand})
+    ]
 
 
 def wrong_cores(asked: Asked, observation: Observation, *, on_samples: bool, at_most: int = 2) -> list[Candidate]:
@@ -114,32 +127,24 @@ def wrong_cores(asked: Asked, observation: Observation, *, on_samples: bool, at_
         return hypotheses(mistakes, form, signature.name, at_most)
 
     if signature.categorical:
-        return [
-            Candidate(h, categorical(misread(signature, leaves, layout, h.parts), layout, h.parts))  # type: ignore[arg-type]
-            for h in all_of(CATEGORICAL)
-        ]
+        return [Candidate(h, core_of(asked, h.parts)) for h in all_of(CATEGORICAL)]
     found = []
     if signature.name != "log_probs":
-        for h in all_of(ANALYTIC):
-            found.append(Candidate(h, analytic(misread(signature, leaves, layout, h.parts), layout, h.parts)))  # type: ignore[arg-type]
+        found += [Candidate(h, core_of(asked, h.parts)) for h in all_of(ANALYTIC)]
     seen = {candidate.hypothesis.ids for candidate in found}
     if on_samples:
         for h in all_of(SAMPLED):
             if "direction" not in h.parts:
                 found += [Candidate(h, core) for core in _on_samples(asked, observation, h.parts)]
     elif observation.stochastic:
+        expectations = Expectations(signature, leaves, layout)
         for h in all_of(SAMPLED):
-            if h.ids in seen:
-                continue
-            pair = misread(signature, leaves, layout, h.parts)
-            if signature.name == "log_probs" and "direction" in h.parts:
-                continue
-            cores = expected(pair, layout, h.parts, seed=0)  # type: ignore[arg-type]
-            found += [Candidate(h, core) for core in (cores[-1:] if signature.name == "log_probs" else cores)]
+            if h.ids not in seen:
+                found += [Candidate(h, core) for core in expectations.cores(h.parts)]
     return found
 
 
-def _on_samples(asked: Asked, observation: Observation, parts: dict) -> list[Core]:
+def _on_samples(asked: Asked, observation: Observation, parts: Parts) -> list[Core]:
     signature, layout = asked.call.signature, asked.layout
     columns = [torch.cat([a[i].reshape(-1) for a in observation.arguments]) for i in range(len(signature.roles))]
     by_role = dict(zip((signature.roles[role] for role in asked.call.order), columns, strict=True))
@@ -179,6 +184,23 @@ def constant_factor(scale: float) -> Mistake:
         signature="mean_logvar",
         wrong="",
     )
+
+
+def explain(asked: Asked, observation: Observation, *, on_samples: bool = False) -> list[Fit]:
+    """Return the simplest sets of mistakes that explain the values; none where no two of them do.
+
+    Args:
+        asked: the loss and its probes.
+        observation: what it returned.
+        on_samples: whether the loss was given samples, so that predictions are made for these very samples.
+    """
+    fits: list[Fit] = []
+    for at_most in (1, 2):
+        candidates = wrong_cores(asked, observation, on_samples=on_samples, at_most=at_most)
+        fits = best_fits(candidates, asked.layout, observation)
+        if fits and fits[0].cost <= 1:
+            break
+    return fits
 
 
 # --- the fit ----------------------------------------------------------------------------------------------------------
@@ -233,7 +255,7 @@ def best_fits(
     observation: Observation,
     *,
     only_right: bool = False,
-    accept: float = _FIRST_STANDARD_ERRORS,
+    accept: float | None = None,
 ) -> list[Fit]:
     """Return the simplest explanations of the values; several where nothing tells them apart, none where none fits.
 
@@ -242,7 +264,8 @@ def best_fits(
         layout: of the probes.
         observation: what was returned.
         only_right: whether only conventions are tried for the factor, and no mistakes.
-        accept: how many standard errors a value of a stochastic loss may be off.
+        accept: how many standard errors a value of a stochastic loss may be off; by default its values must fit
+            together, by their χ².
     """
     found: list[Fit] = []
     for repeated in (False, True) if observation.arrangement == "example" and not only_right else (False,):
@@ -278,16 +301,21 @@ def _fits(
     observation: Observation,
     repeated: bool,
     only_right: bool,
-    accept: float,
+    accept: float | None,
 ) -> list[Fit]:
     legitimate = _LEGITIMATE[observation.arrangement]
-    batches = (0, 1) if repeated else tuple(legitimate) if only_right else (-1, 0, 1, *((2,) if 1 in legitimate else ()))
+    batches = (
+        (0, 1) if repeated else tuple(legitimate) if only_right else (-1, 0, 1, *((2,) if 1 in legitimate else ()))
+    )
     found = []
     finite = observation.value.isfinite()
+    if not bool(finite.any()):
+        return []
+    kl = predictions[0, finite].abs().median()  # the first candidate is the right one
     for batch, latent in itertools.product(batches, (0,) if only_right else (-1, 0, 1)):
         powers = _powers(layout, observation.arrangement, batch, latent)
         P = predictions * powers
-        for index, scale, named, chi2 in _scales(P, errors * powers, observation, finite, only_right, accept):
+        for index, scale, named, chi2 in _scales(P, errors * powers, observation, finite, kl, only_right, accept):
             mistakes = list(candidates[index].hypothesis.mistakes)
             cost = float(len(mistakes) + len(named) if named is not None else len(mistakes) + _UNNAMED)
             mistakes += named if named is not None else [constant_factor(scale)]
@@ -300,45 +328,66 @@ def _fits(
             elif batch not in legitimate:
                 mistakes.append(_FACTOR_MISTAKES["batch", -1 if batch < 0 else 1])
                 cost += 1
-            found.append(Fit(candidates[index], tuple(mistakes), batch, latent, scale, repeated, chi2, cost))
+            if mistakes or only_right:
+                found.append(Fit(candidates[index], tuple(mistakes), batch, latent, scale, repeated, chi2, cost))
     return found
 
 
 def _scales(
-    P: Tensor, errors: Tensor, observation: Observation, finite: Tensor, only_right: bool, accept: float
+    P: Tensor,
+    errors: Tensor,
+    observation: Observation,
+    finite: Tensor,
+    kl: Tensor,
+    only_right: bool,
+    accept: float | None,
 ) -> list[tuple[int, float, tuple[Mistake, ...] | None, float]]:
     """Return the candidates that fit with some constant: index, constant, its mistakes (None for no name), χ²."""
     y = observation.value[finite]
     P, errors = P[:, finite], errors[:, finite]
     usable = P.isfinite().all(1)
     P = torch.where(usable[:, None], P, 0.0)
-    floor = 1e-2 * y.abs().median().clamp(min=1e-12) if len(y) else torch.tensor(1.0)
     if observation.stochastic:
+        # A prediction that is not known well itself (its variance may be infinite) fits everything, and says nothing.
+        usable &= (errors <= _WELL_KNOWN * torch.maximum(P.abs(), P.abs().mean(1, keepdim=True))).all(1)
+
+    def sigma(scale: Tensor | float) -> Tensor:
+        if not observation.stochastic:
+            return (TOLERANCE * (y.abs() + 1e-2 * kl)).expand_as(P)
         std_error = observation.std_error[finite]
-        sigma = torch.sqrt(std_error**2 + errors**2 + (TOLERANCE * y) ** 2 / 9 + 1e-20)
-        limit = accept
-    else:
-        sigma = (TOLERANCE * (y.abs() + floor)).expand_as(P)
-        limit = 1.0
-    found = []
+        return torch.sqrt(std_error**2 + (scale * errors) ** 2 + (TOLERANCE * y) ** 2 / 9 + 1e-20)
+
+    def fits(deviations: Tensor) -> list[int]:
+        limit = (accept or _FEW) if observation.stochastic else 1.0
+        good = usable & (deviations.abs().amax(1) <= limit)
+        if observation.stochastic and accept is None:
+            good &= deviations.square().sum(1) <= len(y) + _FEW * math.sqrt(2 * len(y))
+        return torch.nonzero(good).flatten().tolist()
+
+    found: list[tuple[int, float, tuple[Mistake, ...] | None, float]] = []
     for constant, named in _NAMED_SCALES[: 1 if only_right else None]:
-        deviations = (y - constant * P) / sigma
-        worst = deviations.abs().amax(1) if deviations.shape[1] else torch.zeros(len(P))
-        for index in torch.nonzero(usable & (worst <= limit)).flatten().tolist():
-            found.append((index, constant, named, float(deviations[index].square().sum())))
+        if observation.stochastic and len(named) > 1 and constant > 0:
+            continue  # two factors that are no more likely than a third, where a mean cannot tell them apart
+        deviations = (y - constant * P) / sigma(constant)
+        if constant == 0 and bool((sigma(0.0) > _FAR_FROM_ZERO * kl).any()):
+            continue
+        for index in fits(deviations):
+            if constant != 0 or index == 0:  # whatever is times zero, it is zero
+                found.append((index, constant, named, float(deviations[index].square().sum())))
     if only_right:
         return found
-    free = (P * y / sigma**2).sum(1) / (P.square() / sigma**2).sum(1)
-    deviations = (y - free[:, None] * P) / sigma
-    worst = deviations.abs().amax(1) if deviations.shape[1] else torch.zeros(len(P))
-    already = {index for index, *_ in found}
-    for index in torch.nonzero(usable & (worst <= limit) & free.isfinite() & (free.abs() > 1e-9)).flatten().tolist():
+    weights = 1 / sigma(0.0) ** 2
+    free = (P * y * weights).sum(1) / (P.square() * weights).sum(1)
+    deviations = (y - free[:, None] * P) / sigma(free[:, None])
+    already = {index for index, constant, *_ in found if constant != 1}
+    for index in fits(torch.where((free.isfinite() & (free.abs() > 1e-9))[:, None], deviations, torch.inf)):
         if index not in already:
             found.append((index, float(free[index]), None, float(deviations[index].square().sum())))
     return found
 
 
 def _simplest(found: list[Fit], stochastic: bool) -> list[Fit]:
+    found = [fit for fit in found if fit.cost <= _MOST[stochastic]]
     if not found:
         return []
     cheapest = min(fit.cost for fit in found)
@@ -348,4 +397,3 @@ def _simplest(found: list[Fit], stochastic: bool) -> list[Fit]:
     for fit in best:
         unique.setdefault(fit.ids, fit)
     return list(unique.values())
-

@@ -6,21 +6,21 @@ difference, and with a multiple of the KL's; what the parameters of q and of p s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from torch_klloss.audit.expectations import analytic, categorical, misread
-from torch_klloss.audit.experiment import GROUPS, Asked, Observation, weights_like
-from torch_klloss.audit.fit import Candidate, Fit, right_cores
-from torch_klloss.audit.mistake import Hypothesis, Mistake
+from torch_klloss.audit.expectations import REVERSE
+from torch_klloss.audit.experiment import GROUPS, Asked, Directions, Observation, observe, weights_like
+from torch_klloss.audit.fit import UNBIASED, Candidate, Fit, Integrand, core_of, right_core
+from torch_klloss.audit.mistake import ANALYTIC, CATEGORICAL, Hypothesis, Mistake
 from torch_klloss.audit.mistakes import CATALOGUE
 from torch_klloss.special import student_t_quantile
 
 _TOLERANCE = 2e-3  # relative to a probe's gradient, of a deterministic loss
-_BY_KIND = {(group, kind): m for m in CATALOGUE if m.gradient for group, kind in m.gradient.items()}
+_BY_KIND = {(group, kind): m for m in CATALOGUE for group, kind in (m.gradient or {}).items()}
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,40 @@ class GradientFinding:
     kinds: Mapping[str, str]
 
 
+def matches_on_samples(asked: Asked, observation: Observation, fit: Fit, seed: int) -> bool:
+    """Return whether the gradient is, sample by sample, that of the log-ratio or of k3 on the very samples given."""
+    for integrand in UNBIASED:
+        reference = replace_fn(asked, _reference(asked, observation, fit, integrand))
+        other = observe(reference, seed).gradients
+        if all(
+            found is not None and other[name] is not None and _close(name, other, asked, observation, 0.0)  # type: ignore[arg-type]
+            for name, found in observation.gradients.items()
+        ):
+            return True
+    return False
+
+
+def _reference(asked: Asked, observation: Observation, fit: Fit, integrand: Integrand) -> Callable[..., Tensor]:
+    """Return a loss of given samples that is right, arranged and reduced as the one that is judged."""
+    call = asked.call
+    densities = call.signature.log_densities
+    if densities is None:
+        raise ValueError(f"{call.signature.name} has no samples among its arguments.")
+
+    def loss(*arguments: Tensor) -> Tensor:
+        by_role = {call.signature.roles[role]: part for role, part in zip(call.order, arguments, strict=True)}
+        value = integrand(*densities(by_role))
+        if observation.arrangement == "element" or call.signature.name == "log_probs":
+            examples = value
+        else:
+            examples = value.reshape(value.shape[0] if asked.rank > 1 else 1, -1).sum(1)
+        if observation.arrangement == "total":
+            return examples.sum() if fit.batch else examples.mean()
+        return examples.mean(0) if observation.arrangement == "latent" else examples
+
+    return loss
+
+
 def judge_gradient(asked: Asked, observation: Observation, fit: Fit | None, false_alarm: float) -> GradientFinding:
     """Compare the gradients with the KL's, reduced and scaled as the values are.
 
@@ -49,19 +83,39 @@ def judge_gradient(asked: Asked, observation: Observation, fit: Fit | None, fals
     """
     scaled = _reduction_only(fit, asked, observation)
     right = _gradients_of(scaled, asked, observation)
+    false_alarm /= len(asked.leaves)
     kinds = {name: _kind(name, right, asked, observation, scaled, false_alarm) for name in asked.leaves}
-    if fit is not None and fit.candidate.hypothesis.mistakes and not observation.stochastic:
-        own = _gradients_of(fit, asked, observation)
-        kinds = {
-            name: "the value's" if kind not in ("right", "none") and _close(name, own, asked, observation, 0) else kind
-            for name, kind in kinds.items()
-        }
-    return _summarise(kinds, scaled, fit)
+    if fit is None or fit.candidate.hypothesis.mistakes:
+        if fit is not None and _is_a_formula(fit, asked):
+            own = _gradients_of(fit, asked, observation)
+            kinds = {
+                name: "the value's" if kind != "none" and _close(name, own, asked, observation, false_alarm) else kind
+                for name, kind in kinds.items()
+            }
+        return _of_a_wrong_value(kinds)
+    return _summarise(kinds, scaled, asked)
+
+
+def _is_a_formula(fit: Fit, asked: Asked) -> bool:
+    form = CATEGORICAL if asked.call.signature.categorical else ANALYTIC
+    return all(mistake.parts(form) is not None for mistake in fit.candidate.hypothesis.mistakes)
+
+
+def _of_a_wrong_value(kinds: dict[str, str]) -> GradientFinding:
+    """Return what a loss of something else has for a gradient: a mistake of its own only where it has none."""
+    every = set(kinds.values())
+    if every == {"none"}:
+        return GradientFinding("none: no gradient flows to any argument.", (_BY_KIND["q", "none"],), kinds)
+    if every <= {"the value's", "none"}:
+        return GradientFinding("that of what it returns, not the KL's.", (), kinds)
+    if every <= {"right", "none"}:
+        return GradientFinding("the KL's, although the value is not.", (), kinds)
+    return GradientFinding("not the KL's.", (), kinds)
 
 
 def _reduction_only(fit: Fit | None, asked: Asked, observation: Observation) -> Fit:
     """Return the fit with the KL itself for its core: what its gradient would be if only the factor were wrong."""
-    core = right_cores(asked, observation)[0]
+    core = right_core(asked)
     if fit is None:
         return Fit(core, (), 0, 0, 1.0, False, 0.0, 0.0)
     return replace(fit, candidate=core)
@@ -71,17 +125,32 @@ def _gradients_of(fit: Fit, asked: Asked, observation: Observation, *, other: bo
     """Return the gradients by leaf that a loss with this fit would have, weighted as the observed ones are."""
     leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in asked.leaves.items()}
     live = replace_leaves(asked, leaves)
-    if fit.candidate.hypothesis.mistakes:
-        candidate = _rebuilt(fit.candidate, live, observation)
-    else:
-        candidate = right_cores(live, observation)[0] if not other else _other_direction(live)
+    parts = {"direction": REVERSE} if other else fit.candidate.hypothesis.parts
+    candidate = Candidate(Hypothesis(), core_of(live, parts))
     predicted = replace(fit, candidate=candidate).predict(live.layout, observation.arrangement)
     weights = torch.cat([weights_like(part.detach()) for part in predicted.split(_counts(observation))])
     found = torch.autograd.grad((predicted * weights).sum(), list(leaves.values()), allow_unused=True)
     return {
-        name: torch.zeros_like(leaf) if grad is None else grad
+        name: observation.along(name, torch.zeros_like(leaf) if grad is None else grad, live.layout)
         for (name, leaf), grad in zip(leaves.items(), found, strict=True)
     }
+
+
+def directions_of(asked: Asked) -> Directions:
+    """Return along what a sampled gradient is compared: the KL's gradient, the elements' sum, and an uneven sum."""
+    leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in asked.leaves.items()}
+    kl = asked.layout.means(right_core(replace_leaves(asked, leaves)).core.examples)
+    gradients = torch.autograd.grad(kl.sum(), list(leaves.values()))
+    return {
+        name: [_directions(part.reshape(-1)) for part in asked.layout.split(gradient)]
+        for name, gradient in zip(leaves, gradients, strict=True)
+    }
+
+
+def _directions(gradient: Tensor) -> Tensor:
+    ones = torch.ones_like(gradient)
+    uneven = torch.sin(1.3 * torch.arange(len(gradient), dtype=gradient.dtype) + 0.4)
+    return torch.stack([row / row.norm() for row in (gradient, ones, uneven)])
 
 
 def _counts(observation: Observation) -> list[int]:
@@ -93,19 +162,9 @@ def replace_leaves(asked: Asked, leaves: dict[str, Tensor]) -> Asked:
     return Asked(asked.fn, asked.call, asked.layout, leaves, asked.rank, asked.dtype, asked.gradient)
 
 
-def _other_direction(asked: Asked) -> Candidate:
-    signature = asked.call.signature
-    pair = misread(signature, asked.leaves, asked.layout, {})
-    parts = {"direction": ((1.0, True),)}
-    form = categorical if signature.categorical else analytic
-    return Candidate(Hypothesis(), form(pair, asked.layout, parts))  # type: ignore[arg-type]
-
-
-def _rebuilt(candidate: Candidate, asked: Asked, observation: Observation) -> Candidate:
-    signature, parts = asked.call.signature, candidate.hypothesis.parts
-    pair = misread(signature, asked.leaves, asked.layout, parts)
-    form = categorical if signature.categorical else analytic
-    return Candidate(candidate.hypothesis, form(pair, asked.layout, parts))  # type: ignore[arg-type]
+def replace_fn(asked: Asked, fn: Callable[..., Tensor]) -> Asked:
+    """Return what is asked, of another loss."""
+    return Asked(fn, asked.call, asked.layout, asked.leaves, asked.rank, asked.dtype, asked.gradient)
 
 
 def _kind(
@@ -137,9 +196,7 @@ def _kind(
     return "other"
 
 
-def _close(
-    name: str, predicted: dict[str, Tensor], asked: Asked, observation: Observation, false_alarm: float
-) -> bool:
+def _close(name: str, predicted: dict[str, Tensor], asked: Asked, observation: Observation, false_alarm: float) -> bool:
     found, expected = observation.gradients[name], predicted[name]
     if found is None or not bool(found.isfinite().all()):
         return False
@@ -151,11 +208,11 @@ def _close(
     return bool(((found - expected).abs() <= limit * errors + _TOLERANCE * expected.abs() + 1e-12).all())
 
 
-def _summarise(kinds: dict[str, str], scaled: Fit, fit: Fit | None) -> GradientFinding:
+def _summarise(kinds: dict[str, str], scaled: Fit, asked: Asked) -> GradientFinding:
     groups: dict[str, set[str]] = {}
     for name, kind in kinds.items():
         groups.setdefault(name.split(".")[0] if "." in name else "q", set()).add(kind)
-    times = _times(scaled)
+    times = _times(scaled, asked)
     if all(kind == "right" for kind in kinds.values()):
         return GradientFinding(f"the KL's{times}.", (), kinds)
     every = {kind for found in groups.values() for kind in found}
@@ -165,8 +222,6 @@ def _summarise(kinds: dict[str, str], scaled: Fit, fit: Fit | None) -> GradientF
         alive = next(group for group, found in groups.items() if found == {"right"})
         fixed = next(group for group, found in groups.items() if found == {"none"})
         return GradientFinding(f"the KL's{times} to {alive}; {fixed} is fixed and gets none.", (), kinds)
-    if fit is not None and fit.candidate.hypothesis.mistakes and every <= {"right", "the value's", "none"}:
-        return GradientFinding("that of what it returns, not the KL's.", (), kinds)
     mistakes: list[Mistake] = []
     words = []
     for group, found in groups.items():
@@ -174,7 +229,8 @@ def _summarise(kinds: dict[str, str], scaled: Fit, fit: Fit | None) -> GradientF
         if kind == "right":
             continue
         mistake = _BY_KIND.get(("q", kind))
-        if mistake is not None and mistake not in mistakes:
+        explained = kind == "other" and bool(scaled.mistakes)  # of a wrong value nothing else is to be expected
+        if mistake is not None and mistake not in mistakes and not explained:
             mistakes.append(mistake)
         words.append(f"{group} gets {_WORDS.get(kind, kind)}")
     return GradientFinding("; ".join(words) + ".", tuple(mistakes), kinds)
@@ -189,7 +245,6 @@ _WORDS = {
     "scaled": "a multiple of the KL's",
     "reversed": "the KL's with the wrong sign",
     "other": "one that is not the KL's",
-    "the value's": "that of the wrong value",
 }
 
 
@@ -208,13 +263,13 @@ def _group_kind(found: set[str]) -> str:
     return "other"
 
 
-def _times(fit: Fit) -> str:
+def _times(fit: Fit, asked: Asked) -> str:
     """Return the factor of a wrong reduction in words, or nothing."""
-    words = []
-    if fit.scale != 1:
-        words.append(f"{fit.scale:.4g}")
-    if fit.latent:
-        words.append("1/latent size" if fit.latent < 0 else "the latent size")
+    shape = asked.layout.shapes[0]
+    latent = torch.Size(shape[1:]).numel()
+    sizes = [(fit.latent, latent)]
     if any("batch" in (mistake.analytic or {}) for mistake in fit.mistakes):
-        words.append("1/batch size" if fit.batch < 0 else "the batch size")
-    return ", times " + " times ".join(words) if words else ""
+        sizes.append((-1 if fit.batch < 0 else 1, shape[0]))
+    words = [f"{fit.scale:.4g}"] if fit.scale != 1 else []
+    words += [f"{'1/' if power < 0 else ''}{size}" for power, size in sizes if power]
+    return f", times {' times '.join(words)}" if words else ""

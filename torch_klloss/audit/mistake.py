@@ -73,7 +73,7 @@ class Hypothesis:
 
 
 def hypotheses(mistakes: Iterable[Mistake], form: str, signature: str, at_most: int = 2) -> list[Hypothesis]:
-    """Return the right computation, every mistake that can occur, and what can be made of `at_most` of them together."""
+    """Return the right computation, and every mistake that can occur, up to `at_most` of them together."""
     possible = [(mistake, mistake.parts(form)) for mistake in mistakes if mistake.occurs_in(signature)]
     single = [Hypothesis((mistake,), parts) for mistake, parts in possible if parts is not None]
     found, last = [Hypothesis()], [Hypothesis()]

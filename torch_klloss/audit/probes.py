@@ -6,18 +6,22 @@ all probes lie in one flat tensor, so that a hypothesis about the loss is comput
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 Shape = tuple[int, ...]
+Width = Literal["any", "wider", "narrower"]
 
-# Batch and latent sizes that are all unlike, so that a factor of one is not taken for a factor of the other.
+# Batch and latent sizes that are unlike, so that a factor of one is not taken for a factor of the other.
 _SIZES = ((16, 8), (5, 3), (7, 12), (3, 2), (12, 5), (6, 4), (9, 7), (4, 10))
-_FEW_DIMS = ((8, 2), (6, 3), (5, 4), (12, 2), (4, 5), (10, 3), (7, 2), (3, 4), (9, 5), (2, 3))
+_FEW_DIMS = ((40, 2), (27, 3), (22, 4), (52, 2), (18, 5), (34, 3), (29, 2), (16, 4), (24, 5), (13, 3))
 _LATENT = {2: {8: (2, 4), 12: (3, 4), 10: (5, 2), 4: (2, 2), 5: (5, 1), 3: (3, 1), 7: (7, 1), 2: (2, 1)}}
 
 
@@ -125,23 +129,48 @@ class Categoricals:
         return Categoricals(self.p_logits, self.q_logits, self.layout)
 
 
-def shapes_of_rank(rank: int, *, gentle: bool = False) -> tuple[Shape, ...]:
+@dataclass(frozen=True)
+class Bernoullis(Categoricals):
+    """Hold two Bernoulli distributions for every element by their raw scores; the two outcomes come first, `[2, …]`."""
+
+    @property
+    def log_q(self) -> Tensor:
+        """The log-probabilities of q's outcomes."""
+        return torch.stack([logsigmoid(self.q_logits), logsigmoid(-self.q_logits)])
+
+    @property
+    def log_p(self) -> Tensor:
+        """The log-probabilities of p's outcomes."""
+        return torch.stack([logsigmoid(self.p_logits), logsigmoid(-self.p_logits)])
+
+    @property
+    def swapped(self) -> Bernoullis:
+        """The pair (p, q)."""
+        return Bernoullis(self.p_logits, self.q_logits, self.layout)
+
+
+def log_density(x: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
+    """Return the log-density of a Normal."""
+    return -0.5 * (math.log(2 * math.pi) + logvar + (x - mean).square() / logvar.exp())
+
+
+def shapes_of_rank(rank: int, *, few_dims: bool = False) -> tuple[Shape, ...]:
     """Return batch and latent shapes with `rank` dimensions: `[latent]`, `[batch, latent]`, `[batch, …, latent]`."""
-    sizes = _FEW_DIMS if gentle else _SIZES * 3
+    sizes = _FEW_DIMS if few_dims else _SIZES * 3
     if rank == 1:
         return tuple((1, latent) for _, latent in sizes)
     ones = (1,) * max(rank - 3, 0)
     return tuple((batch, *((latent,) if rank == 2 else (*ones, *_LATENT[2][latent]))) for batch, latent in sizes)
 
 
-def draw_normals(shapes: Sequence[Shape], seed: int, *, gentle: bool, standard: bool) -> tuple[Layout, Normals]:
+def draw_normals(shapes: Sequence[Shape], seed: int, *, width: Width, standard: bool) -> tuple[Layout, Normals]:
     """Draw pairs of Normals near and far from one another, narrow and wide, off centre.
 
     Args:
         shapes: of the probes.
         seed: of the draws.
-        gentle: whether every q is a little wider than its p and not far from it, so that p/q has all the moments that
-            a test of the mean of a sampled estimate relies on.
+        width: "any"; or whether every q is a little "wider" than its p and not far from it, so that p(x)/q(x) has the
+            moments that a test of a mean relies on, or "narrower", so that q(x)/p(x) has them.
         standard: whether p is the standard Normal.
     """
     layout, rng = Layout(tuple(shapes)), torch.Generator().manual_seed(seed)
@@ -157,9 +186,10 @@ def draw_normals(shapes: Sequence[Shape], seed: int, *, gentle: bool, standard: 
         size = torch.Size(shape).numel()
         p_mean = torch.zeros(size, dtype=torch.float64) if standard else 0.7 * normal(size) - 0.2
         p_logvar = torch.zeros(size, dtype=torch.float64) if standard else uniform(size, -1.0, 0.9)
-        if gentle:
+        if width != "any":
             p_logvar = 0.5 * p_logvar
             gap = uniform(size, 0.1, 0.7) + 0.2 * (index % 3)
+            gap = gap if width == "wider" else -gap
             parts.append((p_mean + 0.35 * normal(size) + 0.25 * (1 + index % 2), p_logvar + gap, p_mean, p_logvar))
             continue
         regime = index * 3 // len(shapes)

@@ -120,7 +120,8 @@ class AuditReport:
 
 
 def _capitalised(sentence: str) -> str:
-    return sentence[:1].upper() + sentence[1:]
+    """Return a sentence with a capital; the letters q and p stay as they are."""
+    return sentence if sentence[:2] in ("q ", "p ") else sentence[:1].upper() + sentence[1:]
 
 
 def _plain(value: Any) -> Any:

@@ -11,15 +11,18 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.distributions import Categorical, Independent, Normal
+from torch.distributions import Bernoulli, Categorical, Independent, MultivariateNormal, Normal
 
 from torch_klloss.audit.probes import (
+    Bernoullis,
     Categoricals,
     Layout,
     Normals,
     Shape,
+    Width,
     draw_categoricals,
     draw_normals,
+    log_density,
     shapes_of_rank,
 )
 
@@ -27,6 +30,9 @@ SignatureName = Literal[
     "auto",
     "distributions",
     "independent",
+    "multivariate",
+    "categorical",
+    "bernoulli",
     "mean_logvar",
     "mean_std",
     "mean_logstd",
@@ -70,7 +76,9 @@ class Signature:
         right: a right loss in these arguments, as an expression.
         categorical: whether the pair is one of categorical distributions.
         standard: whether p is the standard Normal.
-        given_samples: whether the arguments hold samples of q, so that one call is an estimate.
+        log_densities: for arguments that hold samples of q, so that one call is an estimate: from the arguments by
+            role to log q and log p at these samples.
+        fixed_samples: the same arguments with samples that have no gradient of their own, where both are usual.
         spread: how q's spread is given, where it is a tensor.
         ranks: the numbers of dimensions to try, in order.
     """
@@ -84,17 +92,23 @@ class Signature:
     right: str
     categorical: bool = False
     standard: bool = False
-    given_samples: bool = False
+    log_densities: Callable[[Mapping[str, Tensor]], tuple[Tensor, Tensor]] | None = None
+    fixed_samples: Callable[[Leaves], tuple[Any, ...]] | None = None
     spread: Spread | None = None
     ranks: tuple[int, ...] = (2, 3, 4, 1)
 
-    def draw(self, seed: int, *, rank: int, gentle: bool) -> tuple[Layout, Leaves]:
+    @property
+    def given_samples(self) -> bool:
+        """Whether the arguments hold samples of q."""
+        return self.log_densities is not None
+
+    def draw(self, seed: int, *, rank: int, width: Width = "any") -> tuple[Layout, Leaves]:
         """Draw probes of `rank` dimensions: their layout, and the leaves, which require no gradient yet."""
-        shapes: tuple[Shape, ...] = shapes_of_rank(rank, gentle=gentle)
+        shapes: tuple[Shape, ...] = shapes_of_rank(rank, few_dims=width != "any")
         if self.categorical:
             layout, categoricals = draw_categoricals(shapes, seed)
             return layout, self.leaves(categoricals)
-        layout, normals = draw_normals(shapes, seed, gentle=gentle, standard=self.standard)
+        layout, normals = draw_normals(shapes, seed, width=width, standard=self.standard)
         return layout, self.leaves(normals)
 
 
@@ -133,11 +147,40 @@ def _categoricals(leaves: Leaves) -> tuple[Categorical, Categorical]:
     return Categorical(logits=leaves["q.logits"]), Categorical(logits=leaves["p.logits"])
 
 
+def _multivariate_normals(leaves: Leaves) -> tuple[MultivariateNormal, MultivariateNormal]:
+    q, p = (
+        MultivariateNormal(leaves[f"{name}.mean"], scale_tril=torch.diag_embed(leaves[f"{name}.std"]))
+        for name in ("q", "p")
+    )
+    return q, p
+
+
+def _bernoullis(leaves: Leaves) -> tuple[Bernoulli, Bernoulli]:
+    return Bernoulli(logits=leaves["q.logits"]), Bernoulli(logits=leaves["p.logits"])
+
+
+def _bernoulli_pair(leaves: Leaves, layout: Layout) -> Bernoullis:
+    return Bernoullis(leaves["q.logits"], leaves["p.logits"], layout)
+
+
 def _log_probs_at_samples(leaves: Leaves) -> tuple[Tensor, Tensor]:
     """Return the joint log-densities at samples of q, `[num_samples]`: an example's draw is a sample."""
     q, p = _independent_normals(leaves)
     x = q.rsample()
     return q.log_prob(x), p.log_prob(x)
+
+
+def _log_probs_at_fixed_samples(leaves: Leaves) -> tuple[Tensor, Tensor]:
+    """Return the same at samples that do not depend on q's parameters."""
+    q, p = _independent_normals(leaves)
+    x = q.sample()
+    return q.log_prob(x), p.log_prob(x)
+
+
+def _densities_of_sample(by_role: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    z, mean, logvar = (by_role[role] for role in ("z", "mean", "logvar"))
+    zero = torch.zeros_like(mean)
+    return log_density(z, mean, logvar), log_density(z, zero, zero)
 
 
 def _sample_and_parameters(leaves: Leaves) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,6 +232,27 @@ _INDEPENDENT = Signature(
     pair=_normal_pair,
     right=_RIGHT_DISTRIBUTIONS,
 )
+_MULTIVARIATE = Signature(
+    name="multivariate",
+    roles=("q", "p"),
+    about="two `MultivariateNormal`s over [batch] with diagonal covariances",
+    leaves=_normal_leaves,
+    arguments=_multivariate_normals,
+    pair=_normal_pair,
+    right=_RIGHT_DISTRIBUTIONS,
+    ranks=(2,),
+)
+_BERNOULLIS = Signature(
+    name="bernoulli",
+    roles=("q", "p"),
+    about="two `Bernoulli`s over [batch, latent]",
+    leaves=_logits_leaves,
+    arguments=_bernoullis,
+    pair=_bernoulli_pair,
+    right=_RIGHT_DISTRIBUTIONS,
+    categorical=True,
+    ranks=(2,),
+)
 _CATEGORICALS = Signature(
     name="categorical",
     roles=("q", "p"),
@@ -208,7 +272,8 @@ _LOG_PROBS = Signature(
     arguments=_log_probs_at_samples,
     pair=_normal_pair,
     right="(log_q - log_p).mean()",
-    given_samples=True,
+    log_densities=lambda by_role: (by_role["log_q"], by_role["log_p"]),
+    fixed_samples=_log_probs_at_fixed_samples,
     ranks=(2,),
 )
 _SAMPLES = Signature(
@@ -222,7 +287,7 @@ _SAMPLES = Signature(
     ),
     right="(0.5 * z**2 - 0.5 * (z - mean) ** 2 / logvar.exp() - 0.5 * logvar).sum(-1).mean()",
     standard=True,
-    given_samples=True,
+    log_densities=_densities_of_sample,
     spread="logvar",
 )
 _LOGITS = Signature(
@@ -261,8 +326,14 @@ SIGNATURES: Mapping[str, Signature] = {
     for signature in (
         _DISTRIBUTIONS,
         _INDEPENDENT,
+        _MULTIVARIATE,
         _CATEGORICALS,
-        _against_standard("logvar", "-0.5 * (1 + logvar - mean**2 - logvar.exp()).sum(-1).mean()"),
+        _BERNOULLIS,
+        _against_standard(
+            "logvar",
+            "-0.5 * (1 + logvar - mean**2 - logvar.exp()).sum(-1).mean(), or with torch_klloss: "
+            "q = diagonal_normal(mean, logvar); AutoKL()(q, standard_normal_like(q))",
+        ),
         _against_standard("std", "(0.5 * (mean**2 + std**2 - 1) - std.log()).sum(-1).mean()"),
         _against_standard("logstd", "(0.5 * (mean**2 + (2 * logstd).exp() - 1) - logstd).sum(-1).mean()"),
         _against_standard("var", "0.5 * (mean**2 + var - 1 - var.log()).sum(-1).mean()"),
@@ -276,6 +347,10 @@ SIGNATURES: Mapping[str, Signature] = {
 """Every signature by its name."""
 
 
+_OTHER_FAMILIES = (_INDEPENDENT, _MULTIVARIATE, _CATEGORICALS, _BERNOULLIS)
+"""What a loss of (q, p) is tried with that does not take Normals."""
+
+
 class SignatureError(ValueError):
     """Raised where the names of the parameters do not tell what a loss is called with."""
 
@@ -287,6 +362,12 @@ class Call:
     signature: Signature
     order: tuple[int, ...]
     names: tuple[str, ...]
+
+    @property
+    def right(self) -> str:
+        """A right loss in the loss's own parameters, as an expression."""
+        own = {self.signature.roles[role]: name for role, name in zip(self.order, self.names, strict=False)}
+        return re.sub(r"(?<![.\w])[a-z]\w*\b(?!=)", lambda word: own.get(word[0], word[0]), self.signature.right)
 
     def arguments(self, leaves: Leaves) -> tuple[Any, ...]:
         """Return the arguments of one probe in the order of the parameters."""
@@ -318,8 +399,8 @@ def calls_to_try(fn: Callable[..., Any], signature: str) -> list[Call]:
         calls = [Call(chosen, order or tuple(range(len(chosen.roles))), names or chosen.roles)]
     else:
         calls = _told_by_names(names, fn)
-    if calls[0].signature.name in ("distributions", "independent"):
-        calls += [Call(_CATEGORICALS, call.order, call.names) for call in calls]
+    if calls[0].signature is _DISTRIBUTIONS:
+        calls += [Call(other, call.order, call.names) for other in _OTHER_FAMILIES for call in calls]
     return calls
 
 

@@ -1,9 +1,38 @@
 """Mistakes with probabilities, their logarithms and raw scores of categorical distributions."""
 
-from torch_klloss.audit.mistake import Mistake
+from dataclasses import replace
 
-_RAW = frozenset({"logits", "categorical", "distributions"})
+from torch import Tensor
+from torch.nn.functional import logsigmoid, one_hot
+
+from torch_klloss.audit.mistake import Mistake
+from torch_klloss.audit.probes import Categoricals
+
+_RAW = frozenset({"logits", "categorical"})
+
+
+def _over_batch(scores: Tensor, c: Categoricals) -> Tensor:
+    return c.layout.row_wise(lambda part: part.log_softmax(0), scores)
+
+
 _KL_DIV = "F.kl_div takes log-probabilities of p as input and probabilities of q as target (or log_target=True)."
+
+
+def _temperature(T: int) -> Mistake:
+    return Mistake(
+        id=f"temperature-{T}",
+        what=f"it divides the scores of q and p by a temperature of {T}",
+        fix="Compare the distributions themselves; softened ones have another KL, and a gradient that T² makes up for.",
+        signature="logits",
+        wrong=f"F.kl_div((logits_p / {T}).log_softmax(-1), (logits_q / {T}).softmax(-1), reduction='batchmean')",
+        categorical={"pair": lambda c: replace(c, q_logits=c.q_logits / T, p_logits=c.p_logits / T)},
+        only=_RAW,
+    )
+
+
+def _softmax_again(probabilities: Tensor, c: Categoricals) -> Tensor:
+    return c.layout.row_wise(lambda rows: rows.log_softmax(-1), probabilities)
+
 
 MISTAKES = (
     Mistake(
@@ -70,8 +99,84 @@ MISTAKES = (
         fix="Take the softmax over the last dimension: dim=-1.",
         signature="logits",
         wrong="F.kl_div(logits_p.log_softmax(0), logits_q.softmax(0), reduction='batchmean')",
-        categorical={"softmax": 0},
+        categorical={
+            "weight": lambda c: _over_batch(c.q_logits, c).exp(),
+            "log q": lambda c: _over_batch(c.q_logits, c),
+            "log p": lambda c: _over_batch(c.p_logits, c),
+        },
         only=_RAW,
+    ),
+    Mistake(
+        id="softmax-twice-of-p",
+        what="it takes the softmax of p's softmax",
+        fix="Take log_softmax of the raw scores, once.",
+        signature="logits",
+        wrong="F.kl_div(logits_p.softmax(-1).log_softmax(-1), logits_q.softmax(-1), reduction='batchmean')",
+        categorical={"log p": lambda c: _softmax_again(c.log_p.exp(), c)},
+        only=_RAW | {"kl_div"},
+    ),
+    Mistake(
+        id="softmax-twice-of-q",
+        what="it takes the softmax of q's softmax",
+        fix="Take softmax of the raw scores, once.",
+        signature="kl_div",
+        wrong="F.kl_div(input, target.softmax(-1), reduction='batchmean')",
+        categorical={
+            "weight": lambda c: _softmax_again(c.log_q.exp(), c).exp(),
+            "log q": lambda c: _softmax_again(c.log_q.exp(), c),
+        },
+        only=_RAW | {"kl_div"},
+    ),
+    Mistake(
+        id="log-of-log",
+        what="it takes the logarithm of p's log-probabilities",
+        fix="The input is log-probabilities already: take them as they are.",
+        signature="kl_div",
+        wrong="(target * (target.log() - input.abs().log())).sum(-1).mean()",
+        categorical={"log p": lambda c: c.log_p.abs().log()},
+    ),
+    Mistake(
+        id="sigmoid-for-softmax",
+        what="it takes the sigmoid of every score where the softmax over the classes is due",
+        fix="Take softmax and log_softmax over the last dimension.",
+        signature="logits",
+        wrong="(logits_q.sigmoid() * (F.logsigmoid(logits_q) - F.logsigmoid(logits_p))).sum(-1).mean()",
+        categorical={
+            "weight": lambda c: c.q_logits.sigmoid(),
+            "log q": lambda c: logsigmoid(c.q_logits),
+            "log p": lambda c: logsigmoid(c.p_logits),
+        },
+        only=_RAW,
+    ),
+    Mistake(
+        id="hard-labels",
+        what="it is the cross-entropy with q's most likely class alone",
+        fix="Weight by all of q's probabilities, and subtract q's entropy.",
+        signature="logits",
+        wrong="F.cross_entropy(logits_p, logits_q.argmax(-1))",
+        categorical={
+            "weight": lambda c: c.layout.row_wise(lambda row: one_hot(row.argmax(-1), row.shape[-1]).double(), c.log_q),
+            "log q": lambda c: 0 * c.log_q,
+        },
+        only=_RAW | {"kl_div", "kl_div_log_target"},
+    ),
+    Mistake(
+        id="log-target-of-probabilities",
+        what="it takes probabilities of q for log-probabilities: log_target=True with a target that is none",
+        fix="Leave out log_target=True, or take the logarithm of the target.",
+        signature="kl_div",
+        wrong="F.kl_div(input, target, log_target=True, reduction='batchmean')",
+        categorical={"weight": lambda c: c.log_q.exp().exp(), "log q": lambda c: c.log_q.exp()},
+    ),
+    *(_temperature(T) for T in (2, 3, 4, 5, 10)),
+    Mistake(
+        id="ones-alone",
+        what="it sums over the outcome 1 alone: the term (1 - q) log((1 - q)/(1 - p)) is missing",
+        fix="Add the term of the outcome 0.",
+        signature="bernoulli",
+        wrong="(q.probs * (q.probs / p.probs).log()).sum(-1).mean()",
+        categorical={"outcomes": lambda both: both[0]},
+        only=frozenset({"bernoulli"}),
     ),
     Mistake(
         id="absolute-terms",

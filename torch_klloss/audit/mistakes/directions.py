@@ -1,15 +1,31 @@
 """Mistakes with the direction: another divergence of the same two distributions."""
 
-import torch
+import math
+from dataclasses import replace
 
-from torch_klloss.audit.expectations import FORWARD
+import torch
+from torch import Tensor
+
+from torch_klloss.audit.expectations import REVERSE
 from torch_klloss.audit.mistake import Mistake
+from torch_klloss.audit.probes import Categoricals, Normals
 
 _BOTH = ((1.0, False), (1.0, True))
 
 
-def _log_mixture(c):  # type: ignore[no-untyped-def]
-    return torch.logaddexp(c.log_q, c.log_p) - torch.log(torch.tensor(2.0, dtype=c.log_q.dtype))
+_TWO_NORMALS = frozenset({"distributions", "independent", "multivariate"})
+
+
+def _with_standard_p(n: Normals) -> Normals:
+    return replace(n, p_mean=0 * n.p_mean, p_logvar=0 * n.p_logvar)
+
+
+def _with_variances_for_scales(n: Normals) -> Normals:
+    return replace(n, q_logvar=2 * n.q_logvar, p_logvar=2 * n.p_logvar)
+
+
+def _log_mixture(c: Categoricals) -> Tensor:
+    return torch.logaddexp(c.log_q, c.log_p) - math.log(2)
 
 
 MISTAKES = (
@@ -20,10 +36,9 @@ MISTAKES = (
         "F.kl_div takes it second.",
         signature="distributions",
         wrong="kl_divergence(p, q).sum(-1).mean()",
-        analytic={"direction": ((1.0, True),)},
-        sampled={"direction": ((1.0, True),)},
-        categorical={"direction": ((1.0, True),)},
-        only=None,
+        analytic={"direction": REVERSE},
+        sampled={"direction": REVERSE},
+        categorical={"direction": REVERSE},
     ),
     Mistake(
         id="symmetrised",
@@ -36,6 +51,26 @@ MISTAKES = (
         categorical={"direction": _BOTH},
     ),
     Mistake(
+        id="prior-ignored",
+        what="it compares q with the standard Normal, whatever p is",
+        fix="Use p's mean and scale.",
+        signature="distributions",
+        wrong="0.5 * (q.mean**2 + q.variance - 1 - q.variance.log()).sum(-1).mean()",
+        analytic={"pair": _with_standard_p},
+        sampled={"pair": _with_standard_p},
+        only=_TWO_NORMALS,
+    ),
+    Mistake(
+        id="variances-as-scales",
+        what="it takes the variances of q and p for standard deviations",
+        fix="Normal takes a standard deviation: Normal(mean, variance.sqrt()).",
+        signature="distributions",
+        wrong="kl_divergence(torch.distributions.Normal(q.mean, q.variance), "
+        "torch.distributions.Normal(p.mean, p.variance)).sum(-1).mean()",
+        analytic={"pair": _with_variances_for_scales},
+        only=_TWO_NORMALS,
+    ),
+    Mistake(
         id="jensen-shannon",
         what="it is the Jensen-Shannon divergence, half the KLs of q and p to their mixture",
         fix="Compare q with p and not with their mixture, or say that the divergence is Jensen's and Shannon's.",
@@ -45,5 +80,3 @@ MISTAKES = (
         categorical={"direction": ((0.5, False), (0.5, True)), "log p": _log_mixture},
     ),
 )
-
-__all__ = ["FORWARD", "MISTAKES"]

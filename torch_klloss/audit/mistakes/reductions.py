@@ -12,7 +12,8 @@ def _factor(id: str, what: str, fix: str, wrong: str, parts: Parts, signature: s
 MISTAKES = (
     _factor(
         "mean-over-latent",
-        "it takes the mean over the latent dimensions (or classes), which the KL sums",
+        "it is the KL per example divided by the latent size: it takes the mean over the latent dimensions (or "
+        "classes), which the KL sums",
         "Sum over the last dimension, then take the mean over the batch: .sum(-1).mean().",
         "-0.5 * torch.mean(1 + logvar - mean**2 - logvar.exp())",
         {"latent": -1},

@@ -2,7 +2,12 @@
 
 import math
 
+import torch
+
 from torch_klloss.audit.mistake import Mistake
+
+_OWN_DRAWS = frozenset({"mean_logvar", "mean_std", "mean_logstd", "mean_var"})
+_SINGLE_DIMENSIONS = _OWN_DRAWS | {"distributions", "samples"}
 
 MISTAKES = (
     Mistake(
@@ -87,7 +92,7 @@ MISTAKES = (
         wrong="((-0.5 * (math.log(2 * math.pi) + logvar + (z - mean) ** 2 / logvar.exp())).sum(-1, keepdim=True) "
         "+ 0.5 * (math.log(2 * math.pi) + z**2)).sum(-1).mean()",
         sampled={"log q level": "joint"},
-        only=frozenset({"distributions", "samples", "mean_logvar", "mean_std", "mean_logstd", "mean_var"}),
+        only=_SINGLE_DIMENSIONS,
     ),
     Mistake(
         id="single-q-against-joint-p",
@@ -98,7 +103,7 @@ MISTAKES = (
         wrong="(-0.5 * (math.log(2 * math.pi) + logvar + (z - mean) ** 2 / logvar.exp()) "
         "+ (0.5 * (math.log(2 * math.pi) + z**2)).sum(-1, keepdim=True)).sum(-1).mean()",
         sampled={"log p level": "joint"},
-        only=frozenset({"distributions", "samples", "mean_logvar", "mean_std", "mean_logstd", "mean_var"}),
+        only=_SINGLE_DIMENSIONS,
     ),
     Mistake(
         id="normaliser-of-p-alone",
@@ -108,7 +113,7 @@ MISTAKES = (
         wrong="(0.5 * z**2 + 0.5 * math.log(2 * math.pi) - 0.5 * (z - mean) ** 2 / logvar.exp() - 0.5 * logvar)"
         ".sum(-1).mean()",
         sampled={"normaliser": 0.5 * math.log(2 * math.pi)},
-        only=frozenset({"distributions", "samples", "mean_logvar", "mean_std", "mean_logstd", "mean_var"}),
+        only=_SINGLE_DIMENSIONS,
     ),
     Mistake(
         id="normaliser-of-q-alone",
@@ -118,6 +123,34 @@ MISTAKES = (
         wrong="(0.5 * z**2 - 0.5 * math.log(2 * math.pi) - 0.5 * (z - mean) ** 2 / logvar.exp() - 0.5 * logvar)"
         ".sum(-1).mean()",
         sampled={"normaliser": -0.5 * math.log(2 * math.pi)},
-        only=frozenset({"distributions", "samples", "mean_logvar", "mean_std", "mean_logstd", "mean_var"}),
+        only=_SINGLE_DIMENSIONS,
+    ),
+    Mistake(
+        id="noise-times-variance",
+        what="it multiplies the noise by the variance where the standard deviation is due: its samples are not q's",
+        fix="Draw mean + std * noise, with std = (0.5 * logvar).exp().",
+        signature="mean_logvar",
+        wrong="(lambda z: (0.5 * z**2 - 0.5 * (z - mean) ** 2 / logvar.exp() - 0.5 * logvar).sum(-1).mean())"
+        "(mean + logvar.exp() * torch.randn_like(mean))",
+        sampled={"draws": lambda n, eps: n.q_mean + n.q_logvar.exp() * eps},
+        only=_OWN_DRAWS,
+    ),
+    Mistake(
+        id="uniform-noise",
+        what="it draws uniform noise where standard normal noise is due: torch.rand for torch.randn",
+        fix="Draw the noise with torch.randn_like.",
+        signature="mean_logvar",
+        wrong="(lambda z: (0.5 * z**2 - 0.5 * (z - mean) ** 2 / logvar.exp() - 0.5 * logvar).sum(-1).mean())"
+        "(mean + (0.5 * logvar).exp() * torch.rand_like(mean))",
+        sampled={"draws": lambda n, eps: n.q_mean + (0.5 * n.q_logvar).exp() * torch.special.ndtr(eps)},
+        only=_OWN_DRAWS,
+    ),
+    Mistake(
+        id="entropy-added",
+        what="it adds q's entropy where it should subtract it",
+        fix="The KL is the mean of log q(x) - log p(x), with a plus before log q(x).",
+        signature="log_probs",
+        wrong="(-log_q - log_p).mean()",
+        sampled={"integrand": lambda log_q, log_p: -log_q - log_p},
     ),
 )

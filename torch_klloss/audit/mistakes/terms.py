@@ -9,17 +9,18 @@ from torch_klloss.audit.mistake import Mistake
 from torch_klloss.audit.probes import Normals
 
 Term = Callable[[Normals], Tensor]
+_ANY_P = frozenset({"distributions", "independent", "multivariate"})
+_STANDARD_P = frozenset({"mean_logvar", "mean_std", "mean_logstd", "mean_var"})
 
 
 def _times(term: str, factor: float) -> dict[str, Term]:
     return {term: lambda n: factor * TERMS[term](n)}
 
 
-def _term(
-    id: str, what: str, fix: str, wrong: str, parts: dict[str, Term], signature: str = "mean_logvar", **more: object
-) -> Mistake:
-    sampled = parts if parts.keys() == {"log"} else None  # the logarithm of the scale is a term of log q(x) too
-    only = frozenset({"distributions", "independent"}) if signature == "distributions" else None
+def _term(id: str, what: str, fix: str, wrong: str, parts: dict[str, Term], signature: str = "mean_logvar") -> Mistake:
+    linear = id.startswith("log-term")  # the logarithm of the scale is a term of log q(x) too
+    sampled = parts if linear else None
+    only = _ANY_P if signature == "distributions" else None if "log" not in parts or sampled else _STANDARD_P
     return Mistake(id, what, fix, signature, wrong, analytic=parts, sampled=sampled, only=only)
 
 
@@ -130,7 +131,15 @@ MISTAKES = (
         "it has σ² where log σ² is due: a log is missing",
         _FORM,
         "-0.5 * (1 + logvar.exp() - mean**2 - logvar.exp()).sum(-1).mean()",
-        {"log": lambda n: 0.5 * (n.p_var - n.q_var)},
+        {"log": lambda n: -0.5 * n.q_var},
+    ),
+    _term(
+        "log-of-std-missing",
+        "it has σ where log σ is due: a log is missing",
+        _FORM,
+        "0.5 * (mean**2 + std**2 - 1 - 2 * std).sum(-1).mean()",
+        {"log": lambda n: -(0.5 * n.q_logvar).exp()},
+        signature="mean_std",
     ),
     _term(
         "constant-missing",
