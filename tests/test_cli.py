@@ -281,7 +281,7 @@ def test_without_a_command_the_help_is_printed(capsys):
     assert main([]) == 0
     printed = capsys.readouterr().out
     assert "usage: python -m torch_klloss" in printed
-    for command in ("demo", "compare", "pairs"):
+    for command in ("demo", "compare", "pairs", "audit"):
         assert re.search(rf"^ +{command} ", printed, re.MULTILINE)
 
 

@@ -1,24 +1,29 @@
 """The command line: `python -m torch_klloss COMMAND`. A command is one function in `_COMMANDS`.
 
-Tables need rich and the figure matplotlib, `pip install "torch_klloss[cli]"`; `--json` needs neither.
+Tables need rich and figures matplotlib, `pip install "torch_klloss[cli]"`; `--json` and `audit` need neither.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import math
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch.distributions import Distribution
 
 from torch_klloss import __version__
+from torch_klloss.audit import AuditReport, audit
+from torch_klloss.audit.loading import LoadError, loaded
+from torch_klloss.audit.signatures import SignatureName
 from torch_klloss.comparison import Row, compare_methods
 from torch_klloss.expressions import parse_distribution
 from torch_klloss.losses import AutoKL
@@ -36,7 +41,10 @@ class InputError(Exception):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status: 0, 1 where an optional package is missing, 2 for bad input.
+    """Run a command and return its exit status: 0 where it did what was asked, 2 for bad input.
+
+    1 means an optional package that is missing. Of `audit`, which is made for scripts, 0 means that the loss is right,
+    1 that it is wrong, and 2 that no answer was found, for whatever reason.
 
     Args:
         argv: the arguments, by default those of the process.
@@ -56,14 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        args.run(args)
+        status: int | None = args.run(args)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except ImportError as error:
         print(f"error: {error} ({error.__cause__})", file=sys.stderr)
         return 1
-    return 0
+    return status or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -286,6 +294,95 @@ def _print_pairs(console: Console, pairs: Sequence[Pair], type_name: str | None)
         console.print(f"{sum(pair.route == route for pair in pairs):5} {route}: {how}")
 
 
+# --- audit ------------------------------------------------------------------------------------------------------------
+
+
+def _add_audit(commands: Any) -> None:
+    about = "What is wrong with a hand-written KL? Imports and runs its file, calls the loss, explains what it returns."
+    statuses = (
+        "Exit status: 0 the loss is right, 1 it is wrong, 2 it could not be run or judged (the reason on stderr)."
+    )
+    parser = commands.add_parser("audit", help=about, description=about, epilog=statuses)
+    parser.add_argument(
+        "target",
+        nargs="?",
+        metavar="FILE.py:FUNCTION",
+        help="the loss, or package.module:FUNCTION; for FUNCTION also Class or Class.method, constructed without "
+        "arguments. The file is imported and run, as Python would run it: audit only files that you trust",
+    )
+    parser.add_argument(
+        "--signature",
+        choices=get_args(SignatureName),
+        default="auto",
+        metavar="NAME",
+        help=f"what the loss takes: {', '.join(get_args(SignatureName))}; auto tells it from the parameters' names",
+    )
+    parser.add_argument("--seed", type=_seed, default=0, metavar="S", help="of the probes and of the loss's draws (0)")
+    budget = inspect.signature(audit).parameters["budget"].default
+    calls = f"of a loss that draws its own samples, in all ({budget})"
+    parser.add_argument("--budget", type=_count, default=budget, metavar="N", help=f"calls {calls}")
+    parser.add_argument("--no-gradient", action="store_true", help="judge the value alone")
+    parser.add_argument("--num-dims", type=_count, metavar="N", help="dimensions of the arguments (2, or what runs)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw what it returned against the KL into FILE")
+    parser.add_argument("--write-docs", type=Path, metavar="FILE", help="write the catalogue of mistakes, as Markdown")
+    parser.set_defaults(run=_audit)
+
+
+def _audit(args: argparse.Namespace) -> int:
+    if (args.target is None) == (args.write_docs is None):
+        raise InputError("audit takes a loss, FILE.py:FUNCTION, or --write-docs FILE, and not both")
+    if args.write_docs is not None:
+        return _write_mistakes(args.write_docs)
+    print(f"imports and runs {args.target.rpartition(':')[0] or args.target}", file=sys.stderr)
+    try:
+        with loaded(args.target) as fn:
+            report = audit(
+                fn,
+                signature=args.signature,
+                seed=args.seed,
+                budget=args.budget,
+                gradient=not args.no_gradient,
+                num_dims=args.num_dims,
+            )
+    except LoadError as error:
+        raise InputError(str(error)) from error
+    except Exception:  # a fault of the audit must not leave with the status of a wrong loss
+        traceback.print_exc()
+        return 2
+    if args.json:
+        print(json.dumps(_strict(report.to_dict()), indent=2, allow_nan=False))
+    if report.verdict == "not judged":
+        raise InputError(str(report))
+    if not args.json:
+        print(report)
+    if args.figure is not None:
+        _save_points(report, args.figure)
+    return 0 if report.ok else 1
+
+
+def _save_points(report: AuditReport, path: Path) -> None:
+    if not report.points:
+        print("no figure: no value could be compared with the KL", file=sys.stderr)
+        return
+    try:
+        report.figure().savefig(path)
+    except (ImportError, ValueError) as error:  # no matplotlib, or no format of that suffix
+        raise InputError(f"cannot draw {path}: {error}") from error
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _write_mistakes(path: Path) -> int:
+    from torch_klloss.audit.documentation import write_docs
+
+    try:
+        write_docs(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+    return 0
+
+
 def _print_table(
     console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], num_words: int = 0
 ) -> None:
@@ -311,4 +408,4 @@ def _console() -> Console:
     return Console(markup=False, highlight=False, emoji=False, width=None if sys.stdout.isatty() else 100)
 
 
-_COMMANDS = (_add_demo, _add_compare, _add_pairs)
+_COMMANDS = (_add_demo, _add_compare, _add_pairs, _add_audit)

@@ -5,8 +5,10 @@ matplotlib is imported when a figure is made: `pip install "torch_klloss[plot]"`
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from torch_klloss.audit.report import AuditReport
     from torch_klloss.question import QuestionCurves
+    from torch_klloss.schedules import Schedule
 
 # The palette of Okabe and Ito, which survives the common kinds of colour blindness.
 _BLUE, _VERMILION, _GREEN, _INK = "#0072B2", "#D55E00", "#007A5A", "#222222"
@@ -263,6 +267,53 @@ def annealing_figure(
     return figure
 
 
+def schedule_figure(
+    schedules: Schedule | Sequence[Schedule] | Mapping[str, Schedule],
+    num_steps: float | None = None,
+    *,
+    title: str = "The weight of the KL",
+) -> Figure:
+    """Draw schedules over the steps, with a dot where each warm-up ends.
+
+    Args:
+        schedules: one, or several, which are labelled by what builds them, or by their keys.
+        num_steps: the last step drawn; by default a tenth beyond the end of the last warm-up.
+        title: what stands above the figure.
+
+    Raises:
+        ImportError: if matplotlib is missing.
+        ValueError: if there is no schedule, or `num_steps` is not above 0.
+
+    Example:
+        >>> from torch_klloss.plots import schedule_figure
+        >>> from torch_klloss.schedules import Cyclical, Linear
+        >>> figure = schedule_figure({"linear": Linear(steps=500), "cyclical": Cyclical(steps=1000)})
+        >>> [text.get_text() for text in figure.legends[0].get_texts()]
+        ['linear', 'cyclical']
+    """
+    if not isinstance(schedules, Mapping):
+        listed = schedules if isinstance(schedules, Sequence) else [schedules]
+        schedules = {repr(schedule): schedule for schedule in listed}
+    if not schedules:
+        raise ValueError("schedule_figure needs at least one schedule, got none.")
+    last = max(1.1 * schedule.total_steps for schedule in schedules.values()) or 1.0 if num_steps is None else num_steps
+    if not last > 0:
+        raise ValueError(f"num_steps must be above 0, got {num_steps!r}.")
+    figure = _new_figure(9, 3.2 + 0.25 * len(schedules))
+    axes = figure.subplots()
+    steps = np.linspace(0, last, 1801)  # one a pixel: a cycle ends in a fall, not in a slope
+    styles = itertools.product(("-", (0, (5, 1.5)), (0, (1, 1.2))), (_BLUE, _VERMILION, _GREEN, _INK))
+    for (label, schedule), (style, colour) in zip(schedules.items(), itertools.cycle(styles)):
+        axes.plot(steps, [schedule(step) for step in steps.tolist()], color=colour, linestyle=style, label=label)
+        if 0 < schedule.total_steps <= last:
+            axes.plot(schedule.total_steps, schedule(schedule.total_steps), color=colour, marker="o", markersize=4)
+    axes.set(xlabel="step", ylabel="weight β", xlim=(0, last))
+    _tidy(axes)
+    figure.suptitle(title)
+    figure.legend(loc="outside lower center", ncols=1 if max(map(len, schedules)) > 40 else 4, frameon=False)
+    return figure
+
+
 def reconstruction_figure(originals: Tensor, reconstructions: Tensor, samples: Tensor) -> Figure:
     """Draw three rows of grey images: data, what the model makes of them, and what it makes of draws from the prior.
 
@@ -297,6 +348,93 @@ def reconstruction_figure(originals: Tensor, reconstructions: Tensor, samples: T
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
     return figure
+
+
+def audit_figure(report: AuditReport) -> Figure:
+    """Draw what an audited loss returned against the true KL, one point a probe, and what was found.
+
+    The line y = x is where the KL lies. What was found is a straight line where it is the KL times a constant, and
+    else an open marker a probe. A value that is not finite has no point; the legend counts them.
+
+    Args:
+        report: what `audit` returned.
+
+    Raises:
+        ImportError: if matplotlib is missing.
+        ValueError: if the report has no points.
+
+    Example:
+        >>> from torch_klloss.audit import audit
+        >>> from torch_klloss.plots import audit_figure
+        >>> figure = audit_figure(audit(lambda mean, logvar: -(1 + logvar - mean**2 - logvar.exp()).sum(-1).mean()))
+        >>> [text.get_text() for text in figure.legends[0].get_texts()]
+        ['the KL: y = x', 'half-missing: 2 times the KL', 'returned by the loss']
+    """
+    if not report.points:
+        raise ValueError("audit_figure needs a report with points; one that was not judged has none.")
+    points = sorted(report.points, key=lambda point: point.kl)
+    kl, got, error = (np.array([getattr(point, name) for point in points]) for name in ("kl", "got", "std_error"))
+    fitted = np.array([math.nan if point.fitted is None else point.fitted for point in points])
+    figure = _new_figure(9, 5.6)
+    axes = figure.subplots()
+    finite = np.isfinite(got)
+    missed = "" if finite.all() else f" ({(~finite).sum()} of {len(got)} values are not finite)"
+    axes.errorbar(
+        kl,
+        np.where(finite, got, math.nan),
+        yerr=np.where(finite, 1.96 * error, math.nan) if error.any() else None,
+        color=_BLUE,
+        fmt="o",
+        markersize=4,
+        elinewidth=1.2,
+        capsize=2,
+        label=f"returned by the loss{', 95 % interval' if error.any() else ''}{missed}",
+        zorder=3,
+    )
+    _scale_by(axes, kl, got[finite])
+    _along(axes, kl, 1.0, color=_INK, linewidth=1.2, label="the KL: y = x")
+    _draw_found(axes, kl, fitted, ", ".join(finding.id for finding in report.mistakes) or report.convention)
+    axes.set(xlabel="KL(q‖p) in nats, the mean over the examples of a probe", ylabel="returned by the loss, in nats")
+    _tidy(axes)
+    figure.suptitle(textwrap.shorten(report.name, 70, placeholder=" …") + f": {report.verdict}")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def _draw_found(axes: Axes, kl: np.ndarray, fitted: np.ndarray, label: str) -> None:
+    """Draw what was found: nothing where that is the KL itself, or where nothing was found."""
+    known = np.isfinite(fitted)
+    if not known.any() or np.allclose(fitted, kl, rtol=_SAME):
+        return
+    factor = float(np.median(fitted[known] / kl[known]))
+    if np.allclose(fitted, factor * kl, rtol=_SAME):
+        _along(axes, kl, factor, color=_VERMILION, linestyle=(0, (5, 1.5)), label=f"{label}: {factor:.4g} times the KL")
+        return
+    axes.plot(kl[known], fitted[known], color=_VERMILION, linewidth=0.6, alpha=0.4)
+    ring: dict[str, Any] = {"marker": "o", "markersize": 7.5, "markerfacecolor": "none", "markeredgewidth": 1.2}
+    axes.plot(kl, fitted, color=_VERMILION, linestyle="none", **ring, label=label)
+
+
+def _along(axes: Axes, kl: np.ndarray, factor: float, **style: Any) -> None:
+    """Draw the line y = factor · x, which is straight on linear axes and on logarithmic ones."""
+    x = np.geomspace(kl.min(), kl.max(), 200)
+    axes.plot(x, factor * x, **style)
+
+
+def _scale_by(axes: Axes, kl: np.ndarray, got: np.ndarray) -> None:
+    """Make the axes logarithmic where the values span decades; beyond an interval around zero, if not all are > 0."""
+    sizes = np.abs(np.concatenate([kl, got]))
+    sizes = sizes[sizes > 0]
+    span = sizes.max() / sizes.min()
+    if (got > 0).all() and span > _WIDE:
+        axes.set(xscale="log", yscale="log")
+    elif span > _WIDE**2:
+        axes.set_xscale("log")
+        axes.set_yscale("symlog", linthresh=float(np.quantile(sizes, 0.1)))
+
+
+_WIDE = 30.0  # from the smallest to the largest value: more than a linear axis shows
+_SAME = 1e-6  # relative: rounding, and far below what a figure shows
 
 
 def _new_figure(width: float, height: float) -> Figure:

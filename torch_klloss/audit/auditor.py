@@ -26,7 +26,7 @@ def audit(
     *,
     signature: SignatureName | Adapter = "auto",
     seed: int = 0,
-    budget: int = 2000,
+    budget: int = 1280,
     gradient: bool = True,
     num_dims: int | None = None,
 ) -> AuditReport:
@@ -44,8 +44,8 @@ def audit(
             over [batch, latent] (or, where it does not take these, one of the following), "independent" with the same
             wrapped in `Independent`, "multivariate", "categorical" and "bernoulli" with two of that family;
             "mean_logvar", "mean_std", "mean_logstd", "mean_var" are fn(mean, spread), against a standard Normal;
-            "log_probs" is fn(log_q, log_p) at samples of q, [num_samples]; "samples" is fn(z, mean, logvar); "logits" is
-            fn(logits_q, logits_p); "kl_div" is fn(input, target) in the order of `F.kl_div`, KL(target‖input), and
+            "log_probs" is fn(log_q, log_p) at samples of q, [num_samples]; "samples" is fn(z, mean, logvar); "logits"
+            is fn(logits_q, logits_p); "kl_div" is fn(input, target) in the order of `F.kl_div`, KL(target‖input), and
             "kl_div_log_target" its log_target=True. Or a function adapter(fn, q, p) that calls the loss with Normals.
         seed: of the probes and of the random streams that the loss finds; the global ones are left alone.
         budget: about how many calls a loss that draws samples gets; the error of its means falls with the root.

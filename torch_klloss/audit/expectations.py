@@ -33,7 +33,7 @@ FACTORS = frozenset({"latent", "batch", "scale", "repeated"})
 FORWARD = ((1.0, False),)
 REVERSE = ((1.0, True),)
 
-_REPLICATES, _DRAWS = 4, 128
+_REPLICATES = 4
 
 
 @dataclass(frozen=True)
@@ -131,9 +131,9 @@ class Expectations:
     Hypotheses that differ in the integrand alone share their log-densities.
     """
 
-    def __init__(self, signature: Signature, leaves: Leaves, layout: Layout) -> None:
+    def __init__(self, signature: Signature, leaves: Leaves, layout: Layout, num_draws: int) -> None:
         self._signature, self._leaves, self._layout = signature, leaves, layout
-        self._eps = _standard_normals(layout)
+        self._eps = _standard_normals(layout, num_draws)
         self._densities: dict[tuple[object, ...], list[_Densities]] = {}
 
     def cores(self, parts: Parts) -> list[Core]:
@@ -159,13 +159,13 @@ class Expectations:
         return _densities_at(x, pair, self._layout, parts)
 
 
-def _standard_normals(layout: Layout) -> Tensor:
+def _standard_normals(layout: Layout, num_draws: int) -> Tensor:
     """Return points `[replicates · draws, num_elements]`: the same net for each example, a dimension an element."""
     num_dims = int(layout.latent.max())
     nets = []
     for replicate in range(_REPLICATES):
         engine = torch.quasirandom.SobolEngine(num_dims, scramble=True, seed=replicate)
-        uniform = engine.draw(_DRAWS, dtype=torch.float64)
+        uniform = engine.draw(num_draws, dtype=torch.float64)
         nets.append(torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9)))
     first = torch.cat([torch.zeros(1, dtype=torch.long), layout.latent.long()[layout.probe_of_example].cumsum(0)[:-1]])
     dims = torch.arange(len(layout.example_of_element)) - first[layout.example_of_element]
@@ -173,7 +173,7 @@ def _standard_normals(layout: Layout) -> Tensor:
 
 
 def _averaged(core: Core, weight: float) -> Core:
-    means = core.examples.reshape(_REPLICATES, _DRAWS, -1).mean(1)
+    means = core.examples.unflatten(0, (_REPLICATES, -1)).mean(1)
     elements = None if core.elements is None else weight * core.elements.mean(0)
     return Core(weight * means.mean(0), elements, abs(weight) * means.std(0) / math.sqrt(_REPLICATES))
 

@@ -100,7 +100,7 @@ class Asked:
         Raises:
             CallError: if it raises, or returns what cannot be a KL.
         """
-        with _quiet(), _seeded(_UNLIKE * seed + probe):
+        with quiet(), seeded(_UNLIKE * seed + probe):
             return [_call(self.fn, self.call, self.leaves_of(probe), watched=n == 0) for n in range(num_calls)]
 
 
@@ -113,7 +113,7 @@ def call_once(fn: Callable[..., Any], call: Call, leaves: Leaves, seed: int) -> 
     Raises:
         CallError: if it raises, or returns what cannot be a KL.
     """
-    with _quiet(), _seeded(seed):
+    with quiet(), seeded(seed):
         return _call(fn, call, leaves, watched=True)
 
 
@@ -227,7 +227,7 @@ def _detached(argument: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Seed torch, `random` and NumPy for the block, and give them back as they were."""
     numpy = sys.modules.get("numpy")
     python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
@@ -244,7 +244,8 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """Let a loss neither print nor warn for the block, and record gradients."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.enable_grad():
         warnings.simplefilter("ignore")
         yield

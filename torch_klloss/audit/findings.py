@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torch_klloss.audit.candidates import right_core
 from torch_klloss.audit.experiment import WrongShapeError, describe
-from torch_klloss.audit.fit import convention, right_core
+from torch_klloss.audit.fit import convention
 from torch_klloss.audit.health import remarks
 from torch_klloss.audit.judge import FALSE_ALARM, Judgement, pooled_ratio
 from torch_klloss.audit.mistake import Mistake
@@ -59,16 +60,18 @@ def _true(judged: Judgement) -> Tensor:
 
 
 def _points(judged: Judgement) -> tuple[ProbePoint, ...]:
-    kl, got = _true(judged), _per_probe(judged, judged.observation.value)
-    errors = _per_probe(judged, judged.observation.std_error)
-    fitted = None
-    if judged.fits:
-        fitted = _per_probe(
-            judged, judged.fits[0].predict(judged.asked.layout, judged.observation.arrangement).detach()
-        )
+    asked, observation = judged.asked, judged.observation
+    fit = judged.fits[0] if judged.fits else None
+    # A right sum over the batch is shown as what it is for each example.
+    share = asked.layout.batch**fit.batch if judged.right and fit is not None else torch.ones(1)
+    kl, got = _true(judged), _per_probe(judged, observation.value) / share
+    errors = _per_probe(judged, observation.std_error) / share
+    fitted = (
+        None if fit is None else _per_probe(judged, fit.predict(asked.layout, observation.arrangement).detach()) / share
+    )
     return tuple(
         ProbePoint(shape, float(kl[i]), float(got[i]), None if fitted is None else float(fitted[i]), float(errors[i]))
-        for i, shape in enumerate(judged.asked.layout.shapes)
+        for i, shape in enumerate(asked.layout.shapes)
     )
 
 
@@ -102,11 +105,17 @@ def _evidence(judged: Judgement) -> str:
     kl, got = _true(judged), _per_probe(judged, judged.observation.value)
     shape = judged.asked.layout.shapes[0]
     ratio = float(got[0] / kl[0])
-    text = f"at {describe(shape)}: got {float(got[0]):.4f}"
+    text = f"at {describe(shape)}: got {_number(got[0])}"
     if judged.observation.stochastic:
-        text += f" ± {float(_per_probe(judged, judged.observation.std_error)[0]):.4f}"
-    text += f", the KL per example is {float(kl[0]):.4f} (ratio {ratio:.4f}{_as_fraction(ratio, shape)}"
-    return f"{text}, on {len(kl)} of {len(kl)} probes)"
+        text += f" ± {_number(_per_probe(judged, judged.observation.std_error)[0])}"
+    text += f", the KL per example is {_number(kl[0])} (ratio {_number(ratio)}{_as_fraction(ratio, shape)}"
+    finite = int(got.isfinite().sum())
+    return f"{text}, {'on' if judged.fits else 'not the same on'} {finite} of {len(kl)} probes)"
+
+
+def _number(value: Tensor | float) -> str:
+    number = float(value)
+    return f"{number:.4f}" if abs(number) >= 1e-3 or number == 0 else f"{number:.3g}"
 
 
 def _as_fraction(ratio: float, shape: tuple[int, ...]) -> str:

@@ -12,14 +12,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from torch_klloss.audit.candidates import UNBIASED, Candidate, Integrand, core_of, right_core
 from torch_klloss.audit.expectations import REVERSE
 from torch_klloss.audit.experiment import GROUPS, Asked, Directions, Observation, observe, weights_like
-from torch_klloss.audit.fit import UNBIASED, Candidate, Fit, Integrand, core_of, right_core
+from torch_klloss.audit.fit import Fit
 from torch_klloss.audit.mistake import ANALYTIC, CATEGORICAL, Hypothesis, Mistake
 from torch_klloss.audit.mistakes import CATALOGUE
 from torch_klloss.special import student_t_quantile
 
 _TOLERANCE = 2e-3  # relative to a probe's gradient, of a deterministic loss
+_NEARLY = 0.1  # how near to -1 the factor of a reversed gradient is, where it is sampled
 _BY_KIND = {(group, kind): m for m in CATALOGUE for group, kind in (m.gradient or {}).items()}
 
 
@@ -85,15 +87,26 @@ def judge_gradient(asked: Asked, observation: Observation, fit: Fit | None, fals
     right = _gradients_of(scaled, asked, observation)
     false_alarm /= len(asked.leaves)
     kinds = {name: _kind(name, right, asked, observation, scaled, false_alarm) for name in asked.leaves}
+    if fit is not None and fit.scale == 0:
+        return GradientFinding("zero, as the value is.", (), kinds)
     if fit is None or fit.candidate.hypothesis.mistakes:
         if fit is not None and _is_a_formula(fit, asked):
             own = _gradients_of(fit, asked, observation)
             kinds = {
-                name: "the value's" if kind != "none" and _close(name, own, asked, observation, false_alarm) else kind
+                name: "the value's" if _follows(name, kind, own, asked, observation, false_alarm) else kind
                 for name, kind in kinds.items()
             }
         return _of_a_wrong_value(kinds)
     return _summarise(kinds, scaled, asked)
+
+
+def _follows(
+    name: str, kind: str, own: dict[str, Tensor], asked: Asked, observation: Observation, false_alarm: float
+) -> bool:
+    """Return whether a gradient is that of the value, which may not depend on the parameter at all."""
+    if kind == "none":
+        return not own[name].any()
+    return _close(name, own, asked, observation, false_alarm)
 
 
 def _is_a_formula(fit: Fit, asked: Asked) -> bool:
@@ -129,7 +142,8 @@ def _gradients_of(fit: Fit, asked: Asked, observation: Observation, *, other: bo
     candidate = Candidate(Hypothesis(), core_of(live, parts))
     predicted = replace(fit, candidate=candidate).predict(live.layout, observation.arrangement)
     weights = torch.cat([weights_like(part.detach()) for part in predicted.split(_counts(observation))])
-    found = torch.autograd.grad((predicted * weights).sum(), list(leaves.values()), allow_unused=True)
+    total = (predicted * weights).sum() + sum(0 * leaf.sum() for leaf in leaves.values())  # which it may not depend on
+    found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     return {
         name: observation.along(name, torch.zeros_like(leaf) if grad is None else grad, live.layout)
         for (name, leaf), grad in zip(leaves.items(), found, strict=True)
@@ -251,16 +265,18 @@ _WORDS = {
 def _group_kind(found: set[str]) -> str:
     if len(found) == 1:
         (kind,) = found
-        if kind.endswith(" times"):
-            return "reversed" if kind == "-1 times" else "scaled"
-        return kind
+        return _scaled(kind) if kind.endswith(" times") else kind
     if found == {"right", "none"}:
         return "partly none"
     if found <= {"zero", "none"}:
         return "zero"
     if all(kind.endswith(" times") for kind in found):
-        return "scaled"
+        return "reversed" if {_scaled(kind) for kind in found} == {"reversed"} else "scaled"
     return "other"
+
+
+def _scaled(kind: str) -> str:
+    return "reversed" if abs(float(kind.removesuffix(" times")) + 1) < _NEARLY else "scaled"
 
 
 def _times(fit: Fit, asked: Asked) -> str:

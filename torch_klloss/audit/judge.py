@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_klloss.audit.candidates import right_core, unbiased_on_samples
 from torch_klloss.audit.experiment import GROUPS, Asked, CallError, Observation, observe
-from torch_klloss.audit.fit import Fit, best_fits, explain, right_core, unbiased_on_samples
+from torch_klloss.audit.fit import Fit, best_fits, explain
 from torch_klloss.audit.gradient import GradientFinding, directions_of, judge_gradient, matches_on_samples
 from torch_klloss.audit.probes import Width
 from torch_klloss.audit.signatures import Call
@@ -161,7 +162,7 @@ def _judge_means(asked: Asked, seed: int, budget: int) -> Judgement:
 
 
 def _together(asked: Asked, observation: Observation, fits: list[Fit], limit: float) -> list[Fit]:
-    """Return the fits of which not only every single value, but all of them together are near enough, and known well."""
+    """Return the fits of which all values together are near enough, and known well, and not only every single one."""
     kept = []
     for fit in fits:
         ratio, error = pooled_ratio(asked, observation, fit)

@@ -407,7 +407,7 @@ def calls_to_try(fn: Callable[..., Any], signature: str) -> list[Call]:
 def _told_by_names(names: tuple[str, ...], fn: Callable[..., Any]) -> list[Call]:
     found = [
         Call(SIGNATURES[name], order, names)
-        for name in _BY_NAMES
+        for name in BY_NAMES
         if (order := _order(SIGNATURES[name], names)) is not None
     ]
     if not found:
@@ -444,7 +444,7 @@ def _parameter_names(fn: Callable[..., Any]) -> tuple[str, ...]:
 _MEAN = r"(?:.*_)?(?:mu|mean|means|m|loc|mus)(?:_?[qz])?(?:_.*)?"
 _Q = r"(?:q|posterior|q_?dist|dist_?q|q_z|qz|q_?zx|qz_?x|post|teacher|target_dist|guide)"
 _P = r"(?:p|prior|p_?dist|dist_?p|p_z|pz|student|model)"
-_BY_NAMES: Mapping[str, tuple[str, ...]] = {
+BY_NAMES: Mapping[str, tuple[str, ...]] = {
     "samples": (r"z|z_?s|x|sample|samples|latent|latents", _MEAN, r"(?:.*_)?(?:log_?var.*|lv|log_?sigma_?(?:2|sq.*))"),
     "mean_logvar": (_MEAN, r"(?:.*_)?(?:log_?var.*|lv|log_?sigma_?(?:2|sq.*)|log_?std_?(?:2|sq.*)|log_?s2)(?:_?[qz])?"),
     "mean_logstd": (_MEAN, r"(?:.*_)?(?:log_?(?:std|sigma|scale|sd|stddev)s?|ls|lsigma|rho)(?:_?[qz])?"),
@@ -462,6 +462,7 @@ _BY_NAMES: Mapping[str, tuple[str, ...]] = {
     "kl_div_log_target": (r"inputs?|log_?input", r"log_?targets?|targets?_?log(?:_?probs?)?"),
     "distributions": (_Q, _P),
 }
+"""Patterns of parameter names, by signature and role."""
 
 
 def _order(signature: Signature, names: Sequence[str]) -> tuple[int, ...] | None:
@@ -469,7 +470,7 @@ def _order(signature: Signature, names: Sequence[str]) -> tuple[int, ...] | None
 
     torch writes `kl_divergence(p, q)` and means KL(p‖q): parameters of these names keep their order.
     """
-    patterns = _BY_NAMES.get(signature.name)
+    patterns = BY_NAMES.get(signature.name)
     if patterns is None or len(names) != len(patterns):
         return None
     lowered = [name.lower() for name in names]

@@ -8,7 +8,7 @@ from torch.nn.functional import logsigmoid, one_hot
 from torch_klloss.audit.mistake import Mistake
 from torch_klloss.audit.probes import Categoricals
 
-_RAW = frozenset({"logits", "categorical"})
+_RAW = frozenset({"logits"})  # the logits of a Categorical are normalised
 
 
 def _over_batch(scores: Tensor, c: Categoricals) -> Tensor:
