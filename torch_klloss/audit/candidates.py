@@ -42,7 +42,8 @@ def right_core(asked: Asked) -> Candidate:
 
 def core_of(asked: Asked, parts: Parts) -> Core:
     """Return what a formula in the parameters, or a sum over classes, gives with some of its parts replaced."""
-    pair = misread(asked.call.signature, asked.leaves, asked.layout, parts)
+    changed = "spread" in parts or "pair" in parts
+    pair = misread(asked.call.signature, asked.leaves, asked.layout, parts) if changed else asked.pair
     if isinstance(pair, Categoricals):
         return categorical(pair, asked.layout, parts)
     return analytic(pair, asked.layout, parts)

@@ -75,9 +75,9 @@ else gets an adapter: `audit(fn, signature=lambda fn, q, p: fn(q.loc, q.scale, p
 
 ## A whole training step
 
-`audit_module(module, batch)` runs `module.training_step(batch, 0)` once or a few times on a copy of the module, finds the
-KLs in it by what is called and what variables are named, and holds each against the KL of its own (q, p). Any
-`torch.nn.Module` with a `training_step` will do:
+`audit_module(module, batch)` runs `module.training_step(batch, 0)` on a copy of the module, for the whole batch and for
+parts of it, finds the KLs by what is called and how variables are named, and holds each against the KL of its own
+(q, p). Any `torch.nn.Module` with a `training_step` will do:
 
 ```python
 >>> from torch_klloss.audit import audit_module

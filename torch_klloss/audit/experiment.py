@@ -10,13 +10,14 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from torch_klloss.audit.probes import Layout
+from torch_klloss.audit.probes import Categoricals, Layout, Normals
 from torch_klloss.audit.signatures import Call, Leaves
 from torch_klloss.rng import private_rng
 
@@ -77,6 +78,12 @@ class Asked:
 
     def __post_init__(self) -> None:
         self.split = {name: self.layout.split(leaf) for name, leaf in self.leaves.items()}
+
+    @cached_property
+    def pair(self) -> Normals | Categoricals:
+        """The distributions that the probes are of."""
+        pair: Normals | Categoricals = self.call.signature.pair(self.leaves, self.layout)
+        return pair
 
     def leaves_of(self, probe: int) -> Leaves:
         """Return one probe's leaves, as the loss gets them: new ones for every call."""

@@ -216,7 +216,7 @@ def _fits(
 ) -> list[Fit]:
     legitimate = _LEGITIMATE[observation.arrangement]
     batches = (
-        (0, 1) if repeated else tuple(legitimate) if only_right else (-1, 0, 1, *((2,) if 1 in legitimate else ()))
+        (0, 1, 2) if repeated else tuple(legitimate) if only_right else (-1, 0, 1, *((2,) if 1 in legitimate else ()))
     )
     found = []
     finite = observation.value.isfinite()
@@ -236,7 +236,7 @@ def _fits(
             if repeated:
                 mistakes.append(_FACTOR_MISTAKES["repeated", True])
                 cost += 1
-            elif batch not in legitimate:
+            if batch not in (legitimate if not repeated else (0, 1)):
                 mistakes.append(_FACTOR_MISTAKES["batch", -1 if batch < 0 else 1])
                 cost += 1
             if mistakes or only_right:

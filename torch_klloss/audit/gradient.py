@@ -100,6 +100,15 @@ def judge_gradient(asked: Asked, observation: Observation, fit: Fit | None, fals
     return _summarise(kinds, scaled, asked)
 
 
+def may_be_zero(asked: Asked, observation: Observation, false_alarm: float) -> bool:
+    """Return whether q's gradients, where it has any, have so much noise that they may be zero."""
+    return any(
+        found is not None and _close(name, {name: torch.zeros_like(found)}, asked, observation, false_alarm)
+        for name, found in observation.gradients.items()
+        if name.startswith("q.")
+    )
+
+
 def _follows(
     name: str, kind: str, own: dict[str, Tensor], asked: Asked, observation: Observation, false_alarm: float
 ) -> bool:

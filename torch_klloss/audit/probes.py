@@ -113,17 +113,17 @@ class Categoricals:
     p_logits: Tensor
     layout: Layout
 
-    @property
+    @cached_property
     def log_q(self) -> Tensor:
         """The log-probabilities of q."""
         return self.layout.row_wise(lambda part: part.log_softmax(-1), self.q_logits)
 
-    @property
+    @cached_property
     def log_p(self) -> Tensor:
         """The log-probabilities of p."""
         return self.layout.row_wise(lambda part: part.log_softmax(-1), self.p_logits)
 
-    @property
+    @cached_property
     def swapped(self) -> Categoricals:
         """The pair (p, q)."""
         return Categoricals(self.p_logits, self.q_logits, self.layout)
@@ -133,17 +133,17 @@ class Categoricals:
 class Bernoullis(Categoricals):
     """Hold two Bernoulli distributions for every element by their raw scores; the two outcomes come first, `[2, …]`."""
 
-    @property
+    @cached_property
     def log_q(self) -> Tensor:
         """The log-probabilities of q's outcomes."""
         return torch.stack([logsigmoid(self.q_logits), logsigmoid(-self.q_logits)])
 
-    @property
+    @cached_property
     def log_p(self) -> Tensor:
         """The log-probabilities of p's outcomes."""
         return torch.stack([logsigmoid(self.p_logits), logsigmoid(-self.p_logits)])
 
-    @property
+    @cached_property
     def swapped(self) -> Bernoullis:
         """The pair (p, q)."""
         return Bernoullis(self.p_logits, self.q_logits, self.layout)
