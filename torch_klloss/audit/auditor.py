@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from torch_klloss.audit.experiment import CallError, WrongShapeError, isolated
+from torch_klloss.audit.calling import CallError, isolated
+from torch_klloss.audit.experiment import WrongShapeError
 from torch_klloss.audit.findings import report_of, report_of_wrong_shape
 from torch_klloss.audit.judge import Judgement, Settings, judge
+from torch_klloss.audit.parameters import Call, SignatureError, adapted, calls_to_try
 from torch_klloss.audit.report import AuditReport
-from torch_klloss.audit.signatures import SIGNATURES, Call, SignatureError, SignatureName, adapted, calls_to_try
+from torch_klloss.audit.signatures import SIGNATURES, SignatureName
 
 Adapter = Callable[[Callable[..., Any], Distribution, Distribution], Tensor]
 

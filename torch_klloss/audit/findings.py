@@ -11,8 +11,8 @@ from torch_klloss.audit.fit import convention
 from torch_klloss.audit.health import remarks
 from torch_klloss.audit.judge import FALSE_ALARM, Judgement, pooled_ratio
 from torch_klloss.audit.mistake import Mistake
+from torch_klloss.audit.parameters import Call
 from torch_klloss.audit.report import AuditReport, Finding, ProbePoint, Verdict
-from torch_klloss.audit.signatures import Call
 
 
 def report_of(name: str, judged: Judgement, seed: int) -> AuditReport:

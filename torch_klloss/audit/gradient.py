@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from torch_klloss.audit.calling import weights_like
 from torch_klloss.audit.candidates import UNBIASED, Candidate, Integrand, core_of, right_core
 from torch_klloss.audit.expectations import REVERSE
-from torch_klloss.audit.experiment import GROUPS, Asked, Directions, Observation, observe, weights_like
+from torch_klloss.audit.experiment import GROUPS, Asked, Directions, Observation, observe
 from torch_klloss.audit.fit import Fit
 from torch_klloss.audit.mistake import ANALYTIC, CATEGORICAL, Hypothesis, Mistake
 from torch_klloss.audit.mistakes import CATALOGUE

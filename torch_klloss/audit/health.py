@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from torch_klloss.audit.calling import CallError, Reply, call_once
 from torch_klloss.audit.expectations import analytic, categorical, misread
-from torch_klloss.audit.experiment import Asked, CallError, Reply, call_once, describe
+from torch_klloss.audit.experiment import Asked, describe
 from torch_klloss.audit.fit import Fit, arranged
 from torch_klloss.audit.probes import Categoricals, Layout, Normals
 from torch_klloss.audit.signatures import Leaves

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_klloss.audit.calling import CallError
 from torch_klloss.audit.candidates import right_core, unbiased_on_samples
-from torch_klloss.audit.experiment import GROUPS, Asked, CallError, Observation, observe
+from torch_klloss.audit.experiment import GROUPS, Asked, Observation, observe
 from torch_klloss.audit.fit import Fit, best_fits, explain
 from torch_klloss.audit.gradient import GradientFinding, directions_of, judge_gradient, matches_on_samples, may_be_zero
+from torch_klloss.audit.parameters import Call
 from torch_klloss.audit.probes import Width
-from torch_klloss.audit.signatures import Call
 from torch_klloss.special import student_t_quantile
 
 FALSE_ALARM = 4e-7

@@ -12,8 +12,9 @@ from torch.distributions import Bernoulli, Categorical, Distribution, Independen
 
 from torch_klloss.audit.auditor import audit
 from torch_klloss.audit.modules.seen import Number, Seen, owner_name
+from torch_klloss.audit.parameters import SignatureError, calls_to_try
 from torch_klloss.audit.report import AuditReport
-from torch_klloss.audit.signatures import SignatureError, SignatureName, calls_to_try
+from torch_klloss.audit.signatures import SignatureName
 
 _SIGNATURE_OF: dict[type, SignatureName] = {
     Normal: "distributions",

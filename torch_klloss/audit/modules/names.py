@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from torch_klloss.audit.signatures import BY_NAMES
+from torch_klloss.audit.parameters import BY_NAMES
 
 
 def _set(words: str) -> frozenset[str]:

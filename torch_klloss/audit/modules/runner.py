@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torch_klloss.audit.experiment import quiet, seeded
+from torch_klloss.audit.calling import quiet, seeded
 from torch_klloss.audit.modules.functions import FunctionAudits
 from torch_klloss.audit.modules.inputs import parts_of, private_copy
 from torch_klloss.audit.modules.judging import WAY_OUT, Judge

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from torch_klloss.audit.experiment import seeded
+from torch_klloss.audit.calling import seeded
 from torch_klloss.audit.modules.names import TEMPERATURE_WORDS, WEIGHT_WORDS, words_of
 from torch_klloss.audit.modules.pairs import Pair, pairs_of
 from torch_klloss.audit.modules.report import described

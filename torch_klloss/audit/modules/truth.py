@@ -19,8 +19,9 @@ from torch_klloss.audit.fit import TOLERANCE
 from torch_klloss.audit.mistake import ANALYTIC, CATEGORICAL, SAMPLED, Hypothesis, Parts, hypotheses
 from torch_klloss.audit.mistakes import CATALOGUE
 from torch_klloss.audit.modules.pairs import Pair
+from torch_klloss.audit.parameters import Call
 from torch_klloss.audit.probes import Layout
-from torch_klloss.audit.signatures import SIGNATURES, Call
+from torch_klloss.audit.signatures import SIGNATURES
 from torch_klloss.losses import AutoKL
 from torch_klloss.methods import MonteCarlo, Quadrature
 from torch_klloss.rebuild import in_full_precision, tensors_of
