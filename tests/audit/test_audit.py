@@ -198,6 +198,17 @@ def test_a_sampled_loss_that_is_off_by_a_little_is_found_by_all_its_probes_toget
     assert report.mistakes[0].id == "constant-factor"
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_noise_that_examples_share_is_not_taken_for_noise_of_their_own(seed):
+    def kl(mean, logvar):  # the same draw for the whole batch: unbiased, and the errors of the examples add up
+        noise = torch.randn(mean.shape[1], dtype=mean.dtype)
+        z = mean + (0.5 * logvar).exp() * noise
+        return 0.5 * (z**2 - noise**2 - logvar).sum(-1)
+
+    report = audit(kl, seed=seed, budget=FEWEST)
+    assert report.ok, str(report)
+
+
 def test_two_mistakes_at_once_are_both_named():
     report = audit(lambda mu, logvar: -(1 + logvar - mu**2 - logvar.exp()).mean())
     assert {finding.id for finding in report.mistakes} == {"half-missing", "mean-over-latent"}

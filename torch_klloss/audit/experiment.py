@@ -89,6 +89,7 @@ class Observation:
         arrangement: what there is a value for: the whole batch, an example, an element, a latent dimension.
         value: `[num_observed]`, the mean over the calls.
         std_error: of `value`; zero for a deterministic loss.
+        sum_error: the standard error of the sum of a probe's values, which may share their noise, `[num_probes]`.
         gradients: by leaf, the mean over the calls; None where no gradient flows. `[num_elements]`, or their components
             along `directions`, which are Normal sooner than the elements are, `[num_probes · num_directions]`.
         gradient_errors: the standard errors of the gradients.
@@ -103,6 +104,7 @@ class Observation:
     arrangement: Arrangement
     value: Tensor
     std_error: Tensor
+    sum_error: Tensor
     gradients: dict[str, Tensor | None]
     gradient_errors: dict[str, Tensor]
     directions: Directions | None
@@ -144,7 +146,8 @@ def observe(asked: Asked, seed: int, num_calls: int = 1, directions: Directions 
     if any(reply.value.shape != calls[0].value.shape for calls in replies for reply in calls):
         raise CallError("it returns another shape from call to call")
     arrangement = arrangement_of([calls[0].value.shape for calls in replies], asked)
-    values = [_mean_and_error(torch.stack([reply.value.reshape(-1) for reply in calls])) for calls in replies]
+    rows = [torch.stack([reply.value.reshape(-1) for reply in calls]) for calls in replies]
+    values = [_mean_and_error(of_probe) for of_probe in rows]
     gradients: dict[str, Tensor | None] = {}
     errors: dict[str, Tensor] = {}
     for name in asked.leaves:
@@ -155,8 +158,8 @@ def observe(asked: Asked, seed: int, num_calls: int = 1, directions: Directions 
         parts = []
         for probe, calls in enumerate(of_leaf):
             nothing = torch.zeros(asked.split[name][probe].numel(), dtype=torch.float64)
-            rows = torch.stack([nothing if grad is None else grad.reshape(-1) for grad in calls])
-            parts.append(_mean_and_error(rows if directions is None else rows @ directions[name][probe].T))
+            found = torch.stack([nothing if grad is None else grad.reshape(-1) for grad in calls])
+            parts.append(_mean_and_error(found if directions is None else found @ directions[name][probe].T))
         gradients[name] = torch.cat([mean for mean, _ in parts])
         errors[name] = torch.cat([error for _, error in parts])
     counts = torch.tensor([len(mean) for mean, _ in values])
@@ -165,6 +168,7 @@ def observe(asked: Asked, seed: int, num_calls: int = 1, directions: Directions 
         arrangement=arrangement,
         value=torch.cat([mean for mean, _ in values]),
         std_error=torch.cat([error for _, error in values]),
+        sum_error=torch.cat([_mean_and_error(of_probe.sum(1, keepdim=True))[1] for of_probe in rows]),
         gradients=gradients,
         gradient_errors=errors,
         directions=directions,

@@ -142,28 +142,33 @@ def _of_width(asked: Asked, seed: int, width: Width) -> Asked:
     return Asked(asked.fn, asked.call, layout, leaves, asked.rank, asked.dtype, asked.gradient)
 
 
-def _calls_for(asked: Asked, budget: int) -> int:
-    return GROUPS * max(1, round(budget / (GROUPS * len(asked.layout.shapes))))
-
-
 def _judge_means(asked: Asked, seed: int, budget: int) -> Judgement:
     asked = _of_width(asked, seed, "wider")
-    observation = observe(asked, seed, _calls_for(asked, budget), directions_of(asked))
-    limit = _limit(len(observation.value))
-    within = best_fits([right_core(asked)], asked.layout, observation, only_right=True, accept=limit)
-    fits = _together(asked, observation, within, limit)
-    right = bool(fits)
-    if not fits:
+    observation = _many(asked, seed, budget)
+    fits, noisy = _right_means(asked, observation)
+    if fits:
+        return _with_gradient(asked, observation, fits, True)
+    if not noisy:
         fits = explain(asked, observation)
-    if _is_loose(fits) and not asked.call.signature.categorical:  # q(x)/p(x) has its moments where q is narrower
-        narrower = _of_width(asked, seed, "narrower")
-        seen = observe(narrower, seed, _calls_for(narrower, budget), directions_of(narrower))
-        found = explain(narrower, seen)
+    if not asked.call.signature.categorical and (noisy or _is_loose(fits)):
+        narrower = _of_width(asked, seed, "narrower")  # where q(x)/p(x) has the moments that p(x)/q(x) has elsewhere
+        seen = _many(narrower, seed, budget)
+        right, still_noisy = _right_means(narrower, seen) if noisy else ([], False)
+        if right:
+            return _with_gradient(narrower, seen, right, True)
+        found = [] if still_noisy else explain(narrower, seen)
+        noisy = still_noisy
         if found and (not fits or found[0].cost < fits[0].cost):
             asked, observation, fits = narrower, seen, found
-    if not fits:
-        _refuse_noise(asked, observation, within)
-    return _with_gradient(asked, observation, fits, right)
+    if noisy:
+        _refuse_noise(observation)
+    return _with_gradient(asked, observation, fits, False)
+
+
+def _many(asked: Asked, seed: int, budget: int) -> Observation:
+    """Return the means over as many calls as the budget allows, in equal groups."""
+    num_calls = GROUPS * max(1, round(budget / (GROUPS * len(asked.layout.shapes))))
+    return observe(asked, seed, num_calls, directions_of(asked))
 
 
 def _is_loose(fits: list[Fit]) -> bool:
@@ -171,36 +176,35 @@ def _is_loose(fits: list[Fit]) -> bool:
     return not fits or "constant-factor" in fits[0].ids
 
 
-def _together(asked: Asked, observation: Observation, fits: list[Fit], limit: float) -> list[Fit]:
-    """Return the fits of which all values together are near enough, and known well, and not only every single one."""
-    kept = []
-    for fit in fits:
-        ratio, error = pooled_ratio(asked, observation, fit)
-        if error <= _COARSEST and abs(ratio - 1) <= limit * error:
-            kept.append(fit)
-    return kept
+def _right_means(asked: Asked, observation: Observation) -> tuple[list[Fit], bool]:
+    """Return the fits of the KL that single means and all of them together agree with, if they are known well.
+
+    Also whether there are any that agree, and are known so little that much else agrees as well.
+    """
+    limit = _limit(len(observation.value))
+    fits = best_fits([right_core(asked)], asked.layout, observation, only_right=True, accept=limit)
+    ratios = [(fit, *pooled_ratio(asked, observation, fit)) for fit in fits]
+    agreeing = [(fit, error) for fit, ratio, error in ratios if abs(ratio - 1) <= limit * error]
+    known = [fit for fit, error in agreeing if error <= _COARSEST]
+    return known, bool(agreeing) and not known
 
 
-def _refuse_noise(asked: Asked, observation: Observation, within: list[Fit]) -> None:
+def _refuse_noise(observation: Observation) -> None:
     """Refuse to judge means that may be right, and may be much else.
 
     Raises:
-        CallError: if a right mean lies within the errors, and these are large.
+        CallError: always.
     """
-    errors = [error for fit in within if (error := pooled_ratio(asked, observation, fit)[1]) > _COARSEST]
-    if errors:
-        raise CallError(
-            f"the mean of {observation.num_calls} calls for each batch is known within {100 * min(errors):.2g} % only: "
-            "its variance is large, perhaps infinite; if it is not, a larger budget= helps"
-        )
+    raise CallError(
+        f"the mean of {observation.num_calls} calls for each batch is not known within {100 * _COARSEST:.0f} %: its "
+        "variance is large, perhaps infinite; if it is not, a larger budget= helps"
+    )
 
 
 def pooled_ratio(asked: Asked, observation: Observation, fit: Fit) -> tuple[float, float]:
     """Return the observed means over the predicted ones, all probes together, and that ratio's standard error."""
-    predicted = fit.predict(asked.layout, observation.arrangement).detach()
-    weights = 1 / observation.std_error.clamp(min=1e-12) ** 2
-    information = (weights * predicted**2).sum()
-    return float((weights * predicted * observation.value).sum() / information), float(information.rsqrt())
+    predicted = fit.predict(asked.layout, observation.arrangement).detach().sum()
+    return float(observation.value.sum() / predicted), float(observation.sum_error.norm() / predicted)
 
 
 def _limit(count: int) -> float:
@@ -221,16 +225,14 @@ def _judge_on_samples(asked: Asked, observation: Observation, seed: int, budget:
     if not fits:
         fits = explain(asked, observation, on_samples=True)
     means = _of_width(asked, seed, "wider")
-    many = observe(means, seed, _calls_for(means, budget), directions_of(means))
+    many = _many(means, seed, budget)
     if not fits:
         asked, observation = means, many
-        limit = _limit(len(many.value))
-        within = best_fits([right_core(means)], means.layout, many, only_right=True, accept=limit)
-        fits = _together(means, many, within, limit)
+        fits, noisy = _right_means(means, many)
         right = bool(fits)
+        if noisy:
+            _refuse_noise(many)
         fits = fits or explain(means, many)
-        if not fits:
-            _refuse_noise(means, many, within)
     judged = _with_gradient(means, many, fits, right)
     judged = replace(judged, asked=asked, observation=observation)
     if judged.gradient is not None and judged.gradient.mistakes and right:
@@ -245,7 +247,7 @@ def _on_fixed_samples(asked: Asked, judged: Judgement, seed: int, budget: int) -
         return judged.gradient
     call = replace(asked.call, signature=replace(signature, arguments=signature.fixed_samples))
     fixed = Asked(asked.fn, call, asked.layout, asked.leaves, asked.rank, asked.dtype, asked.gradient)
-    many = observe(fixed, seed, _calls_for(fixed, budget), directions_of(fixed))
+    many = _many(fixed, seed, budget)
     found = judge_gradient(fixed, many, judged.fits[0], FALSE_ALARM)
     if found.mistakes or may_be_zero(fixed, many, FALSE_ALARM):
         return judged.gradient

@@ -118,6 +118,7 @@ def _observation(values: Sequence[Tensor], arrangement: Arrangement, rounding: f
         arrangement=arrangement,
         value=value,
         std_error=value.abs() * (rounding / 6 if noisy else 0.0),
+        sum_error=torch.zeros(len(flat)),
         gradients={},
         gradient_errors={},
         directions=None,
