@@ -30,7 +30,7 @@ def loss(signature, line):
 
 @pytest.mark.parametrize("mistake", CATALOGUE, ids=lambda mistake: mistake.id)
 def test_a_wrong_line_is_told_by_its_name(mistake):
-    report = audit(loss(mistake.signature, mistake.wrong), signature=mistake.signature)
+    report = audit(loss(mistake.signature, mistake.wrong), signature=mistake.signature, budget=640)
     told = {finding.id for finding in report.mistakes}
     told |= {name for finding in report.mistakes for name in finding.alternatives}
     assert mistake.id in told, report

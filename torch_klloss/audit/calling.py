@@ -197,8 +197,7 @@ def quiet() -> Iterator[None]:
 
 
 def isolated(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a copy of a module, whose buffers calls may change; anything else as it is."""
-    if isinstance(fn, torch.nn.Module):
-        with contextlib.suppress(Exception):
-            return copy.deepcopy(fn)
+    """Return a copy of what may keep a state that calls change, such as a module; a function as it is."""
+    with contextlib.suppress(Exception):
+        return copy.deepcopy(fn)
     return fn
