@@ -7,7 +7,7 @@ show that. "exact" is a report with these very mistakes; "one of several" lists 
 losses do agree on such inputs: to 1e-9, or where they sample in the mean of 1000 calls; "same function" names other
 mistakes that, made, agree in the same way.
 
-The right losses are those of `tests/audit/correct_losses.py`, with many seeds: none may be called wrong.
+The right losses are those of `tests/auditing/correct_losses.py`, with many seeds: none may be called wrong.
 
 Before anything is timed, every made loss without a mistake has to be the KL, and every single mistake has to return
 what the catalogue's own example returns; otherwise exit status 1, as for a mistake that is not detected and a right
@@ -37,15 +37,15 @@ from torch import Tensor
 from torch.distributions import Categorical, Normal, kl_divergence
 
 import torch_klloss
-from torch_klloss.audit import CATALOGUE, AuditReport, Mistake, audit
-from torch_klloss.audit.mistake import ANALYTIC, CATEGORICAL, SAMPLED, hypotheses
-from torch_klloss.audit.probes import Layout
-from torch_klloss.audit.signatures import SIGNATURES, Leaves
+from torch_klloss.auditing import CATALOGUE, AuditReport, Mistake, audit
+from torch_klloss.auditing.experiment.probes import Layout
+from torch_klloss.auditing.experiment.signatures import SIGNATURES, Leaves
+from torch_klloss.auditing.explanation.mistake import ANALYTIC, CATEGORICAL, SAMPLED, hypotheses
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.audit.correct_losses import CORRECT
-from tests.audit.losses import Loss as RightLoss
+from tests.auditing.correct_losses import CORRECT
+from tests.auditing.losses import Loss as RightLoss
 
 BY_ID = {mistake.id: mistake for mistake in CATALOGUE}
 VALUE_MISTAKES = [mistake for mistake in CATALOGUE if mistake.gradient is None]

@@ -1,7 +1,8 @@
 """Which share of all ordered pairs of torch's distributions gets the right KL?
 
-The examples of `torch_klloss.example_pairs` (every concrete class of `torch.distributions`, some with several contents
-and event shapes) meet in all ordered pairs that share an event shape, with batch shapes that broadcast. Right is
+The examples of `torch_klloss.cli.example_pairs` (every concrete class of `torch.distributions`, some with several
+contents and event shapes) meet in all ordered pairs that share an event shape, with batch shapes that broadcast.
+Right is
 
 - a finite KL within 1e-6 relative or, where it was sampled, within 5 of its own standard errors, which must be at
   most 5 % of the value or 0.02 nats;
@@ -32,7 +33,7 @@ from torch.distributions import Distribution
 from torch.distributions import kl_divergence as torch_kl
 
 from torch_klloss import AutoKL, KLEstimate
-from torch_klloss.example_pairs import Example, all_examples, same_shape
+from torch_klloss.cli.example_pairs import Example, all_examples, same_shape
 from torch_klloss.methods import MonteCarlo, Quadrature
 
 BATCH_OF_Q, BATCH_OF_P = (3,), (2, 3)

@@ -28,7 +28,7 @@ from torch.distributions import Distribution, Gamma, Independent, Laplace, Norma
 
 from torch_klloss import has_closed_form, kl_divergence
 from torch_klloss.methods import MonteCarlo
-from torch_klloss.methods.monte_carlo import Gradient
+from torch_klloss.methods.monte_carlo.method import Gradient
 
 Estimator = Callable[[Distribution, Distribution, int], Tensor]
 BATCH = 64  # how many estimates are drawn at once

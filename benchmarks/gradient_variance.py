@@ -35,7 +35,7 @@ from torch.distributions import (
 )
 
 from torch_klloss.methods import MonteCarlo
-from torch_klloss.methods.mixed import MixedGradient
+from torch_klloss.methods.monte_carlo.mixed import MixedGradient
 from torch_klloss.samplers import Sobol
 
 S, DIM = 64, 32

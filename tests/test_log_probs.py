@@ -10,7 +10,7 @@ from torch.distributions import Categorical, Normal, kl_divergence
 
 from torch_klloss import kl_from_log_probs
 from torch_klloss.log_probs import Level, LogProbGradient, LogProbValue
-from torch_klloss.methods.tail_diagnostics import HeavyTailWarning
+from torch_klloss.methods.monte_carlo.tail_diagnostics import HeavyTailWarning
 
 Q, P = Normal(1.0, 1.0), Normal(0.0, 1.0)
 

@@ -1,8 +1,8 @@
 """KL divergence losses for PyTorch whose value and gradient are right by construction."""
 
-from torch_klloss.audit import audit  # the function, which hides the subpackage of its name as an attribute
+from torch_klloss.auditing import audit  # the function, which hides the subpackage of its name as an attribute
 from torch_klloss.closed_forms import has_closed_form, kl_divergence, register_kl
-from torch_klloss.distributions import categorical, diagonal_normal, standard_normal_like
+from torch_klloss.distributions.families import categorical, diagonal_normal, standard_normal_like
 from torch_klloss.elbo import ELBOLoss, ELBOTerms
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.log_probs import kl_from_log_probs

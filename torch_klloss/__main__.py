@@ -4,7 +4,7 @@ import io
 import os
 import sys
 
-from torch_klloss.cli import main
+from torch_klloss.cli.entry_point import main
 
 if __name__ == "__main__":
     if isinstance(sys.stdout, io.TextIOWrapper):

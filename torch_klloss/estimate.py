@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_klloss.special import student_t_quantile
+from torch_klloss.numerics.special import student_t_quantile
 
 
 class NotCertifiedError(ValueError):

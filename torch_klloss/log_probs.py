@@ -7,8 +7,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from torch_klloss.methods.tail_diagnostics import untrusted
-from torch_klloss.tracing import is_traced
+from torch_klloss.methods.monte_carlo.tail_diagnostics import untrusted
+from torch_klloss.numerics.tracing import is_traced
 
 LogProbGradient = Literal["pathwise", "score_function", "k2", "none"]
 LogProbValue = Literal["k1", "k2", "k3"]

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from torch_klloss.distributions.simplify import check_pair, name
+from torch_klloss.distributions.tensors import device_of, dtype_of, in_full_precision, replace_examples, tensors_of
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.methods import ClosedForm, Enumeration, FirstOf, Method, MonteCarlo, Quadrature
 from torch_klloss.methods.base import route_of
 from torch_klloss.methods.first_of import Announced, Withheld, check_method
-from torch_klloss.methods.mixed import MixedGradient
-from torch_klloss.methods.monte_carlo import Gradient, Value
-from torch_klloss.rebuild import device_of, dtype_of, in_full_precision, replace_examples, tensors_of
+from torch_klloss.methods.monte_carlo.method import Gradient, Value
+from torch_klloss.methods.monte_carlo.mixed import MixedGradient
 from torch_klloss.reduction import (
     ReductionName,
     check_reduction,
@@ -26,7 +27,6 @@ from torch_klloss.reduction import (
     reduce_estimate,
 )
 from torch_klloss.samplers import IID, Sampler
-from torch_klloss.structure import check_pair, name
 
 OnFallback = Literal["allow", "warn", "error"]
 

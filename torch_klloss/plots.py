@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torch_klloss.question import EXPECTED_FACTOR
+from torch_klloss.cli.demo import EXPECTED_FACTOR
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from torch_klloss.audit.report import AuditReport
-    from torch_klloss.question import QuestionCurves
+    from torch_klloss.auditing.report import AuditReport
+    from torch_klloss.cli.demo import QuestionCurves
     from torch_klloss.schedules import Schedule
 
 # The palette of Okabe and Ito, which survives the common kinds of colour blindness.
@@ -43,7 +43,7 @@ def question_figure(curves: QuestionCurves) -> Figure:
 
     Example:
         >>> from torch_klloss.plots import question_figure
-        >>> from torch_klloss.question import question_curves
+        >>> from torch_klloss.cli.demo import question_curves
         >>> figure = question_figure(question_curves())
         >>> [axes.get_ylabel() for axes in figure.axes]
         ['KL(q‖p) in nats', 'gap to the closed form in nats']
@@ -364,7 +364,7 @@ def audit_figure(report: AuditReport) -> Figure:
         ValueError: if the report has no points.
 
     Example:
-        >>> from torch_klloss.audit import audit
+        >>> from torch_klloss.auditing import audit
         >>> from torch_klloss.plots import audit_figure
         >>> figure = audit_figure(audit(lambda mean, logvar: -(1 + logvar - mean**2 - logvar.exp()).sum(-1).mean()))
         >>> [text.get_text() for text in figure.legends[0].get_texts()]

@@ -15,7 +15,7 @@ from torch.distributions import Independent, Normal, StudentT
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from torch_klloss.methods.chunks import expectation_in_chunks
+from torch_klloss.methods.monte_carlo.chunks import expectation_in_chunks
 from torch_klloss.samplers import Sampler
 from torch_klloss.samplers.draws import prepare
 

@@ -15,7 +15,7 @@ from torch.distributions import AffineTransform, Independent, TransformedDistrib
 
 from lib.coverage_laws import law_of
 from lib.coverage_truth import UNDEFINED, Truth, infinite, true_kl
-from torch_klloss.example_pairs import Example, same_shape
+from torch_klloss.cli.example_pairs import Example, same_shape
 
 TABLE = Path(__file__).parents[1] / "coverage_truth.json"
 Truths = dict[tuple[str, str], Truth]
@@ -50,7 +50,7 @@ def load_truth(examples: Sequence[Example], path: Path = TABLE) -> Truths:
     changed = [e.name for e in examples if table["parameters"].get(e.name) != parameters_of(e)]
     if changed:
         raise ValueError(
-            f"{path.name} must be of the examples in torch_klloss.example_pairs, but {', '.join(changed)} changed; "
+            f"{path.name} must be of the examples in torch_klloss.cli.example_pairs, but {', '.join(changed)} changed; "
             "run benchmarks/coverage.py --write-truth."
         )
     return {(q.name, p.name): _truth(table["truth"].get(q.name, {}).get(p.name)) for q, p in same_shape(examples)}

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from torch_klloss.audit import Mistake
-from torch_klloss.audit.mistake import ANALYTIC, CATEGORICAL, SAMPLED
-from torch_klloss.audit.probes import Bernoullis, Categoricals, Layout, Normals
-from torch_klloss.audit.signatures import SIGNATURES
+from torch_klloss.auditing import Mistake
+from torch_klloss.auditing.experiment.probes import Bernoullis, Categoricals, Layout, Normals
+from torch_klloss.auditing.experiment.signatures import SIGNATURES
+from torch_klloss.auditing.explanation.mistake import ANALYTIC, CATEGORICAL, SAMPLED
 
 Loss = Callable[..., Tensor]
 Reduction = Literal["mean", "sum", "none"]

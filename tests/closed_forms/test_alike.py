@@ -15,7 +15,7 @@ from tests.expectations import integrate, log_density
 from tests.families import FAMILIES
 from torch_klloss import AutoKL, has_closed_form, kl_divergence
 from torch_klloss.closed_forms.alike import where_alike
-from torch_klloss.logistic import Logistic
+from torch_klloss.distributions.logistic import Logistic
 
 BY_NAME = {f.name: f for f in FAMILIES}
 

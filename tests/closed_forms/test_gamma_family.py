@@ -24,7 +24,7 @@ from tests.processes import run
 from tests.references.gamma_family import REFERENCES
 from tests.references.harness import draw
 from torch_klloss import kl_divergence
-from torch_klloss.closed_forms.bregman import NODES, binet_digamma_difference, binet_trigamma
+from torch_klloss.numerics.lgamma import NODES, binet_digamma_difference, binet_trigamma
 
 EPS = torch.finfo(torch.float64).eps
 

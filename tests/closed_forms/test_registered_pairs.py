@@ -20,8 +20,8 @@ from torch.distributions.relaxed_bernoulli import LogitRelaxedBernoulli
 from tests.processes import run
 from torch_klloss import kl_divergence
 from torch_klloss.closed_forms.registry import _RULES
-from torch_klloss.distributions import LogVarNormal, RawCategorical, StandardNormal
-from torch_klloss.logistic import Logistic
+from torch_klloss.distributions.families import LogVarNormal, RawCategorical, StandardNormal
+from torch_klloss.distributions.logistic import Logistic
 
 Batch = tuple[int, ...]
 Parameters = dict[str, Tensor]
@@ -310,6 +310,7 @@ COMPILE_ALL = """
 import json, torch
 torch.set_num_threads(1)
 from tests.closed_forms.test_registered_pairs import PAIRS
+
 
 wrong = {}
 for name, pair in PAIRS.items():

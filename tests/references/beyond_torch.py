@@ -19,18 +19,10 @@ from torch.distributions import (
 )
 from torch.distributions.relaxed_bernoulli import LogitRelaxedBernoulli
 
-from tests.references.elementary import (
-    bernoulli,
-    categories,
-    categories_gradient,
-    logit,
-    positive,
-    probability,
-    real,
-)
+from tests.references.elementary import bernoulli, categories, categories_gradient, logit, positive, probability, real
 from tests.references.gamma_family import concentration, drawn, gamma, gamma_gradient, rate
 from tests.references.harness import Exact, Reference, log_uniform
-from torch_klloss.logistic import Logistic
+from torch_klloss.distributions.logistic import Logistic
 
 Arrays = dict[str, Any]
 Rng = np.random.Generator

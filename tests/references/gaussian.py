@@ -11,7 +11,7 @@ from torch.distributions import MultivariateNormal, Normal
 
 from tests.references.elementary import drawn, normal, positive, real
 from tests.references.harness import Exact, Reference, log_uniform, near
-from torch_klloss.distributions import LogVarNormal, StandardNormal
+from torch_klloss.distributions.families import LogVarNormal, StandardNormal
 
 Arrays = dict[str, Any]
 Rng = np.random.Generator

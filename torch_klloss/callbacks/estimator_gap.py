@@ -15,12 +15,12 @@ from torch.distributions import Distribution
 from torch_klloss.callbacks.figures import log_figure
 from torch_klloss.callbacks.gap import Gap
 from torch_klloss.callbacks.watching import AllRanks, Call, LossWatcher, steps_taken, sum_of, wide
+from torch_klloss.distributions.tensors import device_of
 from torch_klloss.elbo.batches import Batch
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.losses import AutoKL, KLLoss
 from torch_klloss.methods import ClosedForm, Enumeration, FirstOf, Method, MonteCarlo, NotCertifiedError
-from torch_klloss.methods.quadrature import Quadrature
-from torch_klloss.rebuild import device_of
+from torch_klloss.methods.quadrature.method import Quadrature
 from torch_klloss.reduction import example_shape
 from torch_klloss.rng import private_rng, replayed_rng, rng_state
 

@@ -6,11 +6,11 @@ import warnings
 from typing import Any
 
 from torch_klloss.callbacks.watching import AllRanks, Call, LossWatcher
+from torch_klloss.distributions.simplify import name
+from torch_klloss.distributions.tensors import device_of
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.methods import ClosedForm, Enumeration, FirstOf
-from torch_klloss.rebuild import device_of
 from torch_klloss.rng import replayed_rng
-from torch_klloss.structure import name
 
 _EXACT = FirstOf(ClosedForm(), Enumeration())
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from torch_klloss.distributions.simplify import simplify
 from torch_klloss.methods import ClosedForm, Enumeration, FirstOf, MonteCarlo
-from torch_klloss.structure import simplify
 
 _METHOD = FirstOf(ClosedForm(), Enumeration(), MonteCarlo(16))
 

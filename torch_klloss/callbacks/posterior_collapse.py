@@ -13,9 +13,9 @@ from torch_klloss.callbacks.figures import log_figure
 from torch_klloss.callbacks.latent import kl_per_unit, mutual_information, posterior_means
 from torch_klloss.callbacks.moments import Moments
 from torch_klloss.callbacks.watching import AllRanks, Call, LossWatcher, publish, steps_taken, sum_over_ranks
-from torch_klloss.rebuild import device_of
+from torch_klloss.distributions.simplify import check_pair
+from torch_klloss.distributions.tensors import device_of
 from torch_klloss.rng import private_rng
-from torch_klloss.structure import check_pair
 
 Stage = Literal["train", "validation"]
 

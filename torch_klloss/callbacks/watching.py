@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from torch_klloss.callbacks.base import Callback
+from torch_klloss.distributions.simplify import check_pair
+from torch_klloss.distributions.tensors import device_of
 from torch_klloss.elbo import ELBOLoss
 from torch_klloss.elbo.batches import Batch
 from torch_klloss.elbo.divergence import ElementwiseKL
 from torch_klloss.losses import KLLoss
-from torch_klloss.rebuild import device_of
 from torch_klloss.reduction import example_shape
 from torch_klloss.rng import RngState, rng_state
-from torch_klloss.structure import check_pair
 
 AllRanks = Callable[[Tensor], Tensor]  # sums a tensor over the ranks
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torch_klloss.tracing import is_traced
+from torch_klloss.numerics.tracing import is_traced
 
 
 def where_alike(q: Tensor, p: Tensor, value: Tensor, what: str) -> Tensor:

@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.distributions import Bernoulli
 from torch.nn.functional import logsigmoid
 
-from torch_klloss.closed_forms.analytic import Partials, Value, analytic
-from torch_klloss.closed_forms.elementary import (
+from torch_klloss.closed_forms.registry import register_kl
+from torch_klloss.distributions.given import GIVEN, Given, both_as_given
+from torch_klloss.numerics.custom_gradient import Partials, Value, analytic
+from torch_klloss.numerics.elementary import (
     common_dtype,
     gkl,
     gkl_of_log_ratio,
@@ -22,8 +24,6 @@ from torch_klloss.closed_forms.elementary import (
     may_fall_to,
     sign_of,
 )
-from torch_klloss.closed_forms.given import GIVEN, Given, both_as_given
-from torch_klloss.closed_forms.registry import register_kl
 
 TrialKL = Callable[[Tensor, Tensor, bool], Tensor]
 

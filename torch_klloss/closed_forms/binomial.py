@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.distributions import Binomial
 
 from torch_klloss.closed_forms.bernoulli import trial_kl
-from torch_klloss.closed_forms.elementary import common_dtype
-from torch_klloss.closed_forms.given import both_as_given
 from torch_klloss.closed_forms.registry import register_kl
-from torch_klloss.tracing import is_traced
+from torch_klloss.distributions.given import both_as_given
+from torch_klloss.numerics.elementary import common_dtype
+from torch_klloss.numerics.tracing import is_traced
 
 
 @register_kl(Binomial, Binomial)

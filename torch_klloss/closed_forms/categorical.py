@@ -9,19 +9,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, OneHotCategorical
 
-from torch_klloss.closed_forms.analytic import analytic
 from torch_klloss.closed_forms.categorical_blocks import Formula, Partials, kl_in_blocks
-from torch_klloss.closed_forms.elementary import (
-    common_dtype,
-    difference_error,
-    e2,
-    gkl,
-    has_float64,
-    log_ratio,
-)
-from torch_klloss.closed_forms.given import GIVEN, Given, both_as_given
 from torch_klloss.closed_forms.registry import register_kl
-from torch_klloss.tracing import is_traced
+from torch_klloss.distributions.given import GIVEN, Given, both_as_given
+from torch_klloss.numerics.custom_gradient import analytic
+from torch_klloss.numerics.elementary import common_dtype, difference_error, e2, gkl, has_float64, log_ratio
+from torch_klloss.numerics.tracing import is_traced
 
 _SMALL = 0.1  # a KL; below it the classes that are far from equality cannot be all there is
 _TINY = 1e-290

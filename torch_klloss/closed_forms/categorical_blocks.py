@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_klloss.closed_forms.elementary import common_dtype
+from torch_klloss.numerics.elementary import common_dtype
 
 _BLOCK = 2**17  # numbers of one tensor of a block, so that a handful of its tensors fit into the cache of a core
 # From so many classes on float32 is tried first, for a KL so large beside the terms that it is the difference of. Its

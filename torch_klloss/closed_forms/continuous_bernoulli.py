@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.distributions import ContinuousBernoulli
 
-from torch_klloss.closed_forms.analytic import analytic
-from torch_klloss.closed_forms.bregman import isd
-from torch_klloss.closed_forms.elementary import common_dtype, e2, horner, log_ratio
-from torch_klloss.closed_forms.given import both_as_given
 from torch_klloss.closed_forms.registry import register_kl
+from torch_klloss.distributions.given import both_as_given
+from torch_klloss.numerics.custom_gradient import analytic
+from torch_klloss.numerics.elementary import common_dtype, e2, horner, log_ratio
+from torch_klloss.numerics.lgamma import isd
 
 _SMALL = 0.5
 # L(t) = F(t²): the coefficients of F from t² on, 4^k B_2k / (2k (2k)!); good to 1e-17 for |t| ≤ ½.

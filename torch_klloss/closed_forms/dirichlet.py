@@ -9,17 +9,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Dirichlet
 
-from torch_klloss.closed_forms.analytic import analytic
-from torch_klloss.closed_forms.bregman import (
-    SHIFT,
-    binet_digamma_difference,
-    binet_trigamma,
-    bregman,
-    isd,
-    stirling_bregman,
-)
-from torch_klloss.closed_forms.elementary import common_dtype, log_ratio
 from torch_klloss.closed_forms.registry import register_kl
+from torch_klloss.numerics.custom_gradient import analytic
+from torch_klloss.numerics.elementary import common_dtype, log_ratio
+from torch_klloss.numerics.lgamma import SHIFT, binet_digamma_difference, binet_trigamma, bregman, isd, stirling_bregman
 
 
 @register_kl(Dirichlet, Dirichlet)

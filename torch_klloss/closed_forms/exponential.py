@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.distributions import Exponential
 
-from torch_klloss.closed_forms.analytic import analytic
-from torch_klloss.closed_forms.elementary import common_dtype, isd
 from torch_klloss.closed_forms.registry import register_kl
+from torch_klloss.numerics.custom_gradient import analytic
+from torch_klloss.numerics.elementary import common_dtype, isd
 
 
 @register_kl(Exponential, Exponential)

@@ -7,16 +7,10 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.distributions import Gamma
 
-from torch_klloss.closed_forms.analytic import analytic
-from torch_klloss.closed_forms.bregman import (
-    binet_digamma_difference,
-    binet_trigamma,
-    bregman,
-    isd,
-    product_error,
-)
-from torch_klloss.closed_forms.elementary import common_dtype, has_float64, log_ratio
 from torch_klloss.closed_forms.registry import register_kl
+from torch_klloss.numerics.custom_gradient import analytic
+from torch_klloss.numerics.elementary import common_dtype, has_float64, log_ratio
+from torch_klloss.numerics.lgamma import binet_digamma_difference, binet_trigamma, bregman, isd, product_error
 
 
 @register_kl(Gamma, Gamma)

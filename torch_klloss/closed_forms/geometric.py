@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.distributions import Geometric
 from torch.nn.functional import logsigmoid
 
-from torch_klloss.closed_forms.analytic import Value, analytic
 from torch_klloss.closed_forms.bernoulli import BOUND, HUGE, LARGEST, TRIAL, log_odds, shift_between
-from torch_klloss.closed_forms.elementary import (
+from torch_klloss.closed_forms.registry import register_kl
+from torch_klloss.distributions.given import GIVEN, Given, both_as_given
+from torch_klloss.numerics.custom_gradient import Value, analytic
+from torch_klloss.numerics.elementary import (
     ABOVE_MINUS_ONE,
     common_dtype,
     has_float64,
@@ -20,8 +22,6 @@ from torch_klloss.closed_forms.elementary import (
     may_be_infinite,
     may_fall_to,
 )
-from torch_klloss.closed_forms.given import GIVEN, Given, both_as_given
-from torch_klloss.closed_forms.registry import register_kl
 
 _RARE = -40.0  # log-odds
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Gumbel
 
-from torch_klloss.closed_forms.analytic import analytic
-from torch_klloss.closed_forms.bregman import product_error
-from torch_klloss.closed_forms.elementary import common_dtype, difference_error, e2, has_float64, horner, x_minus_log1p
 from torch_klloss.closed_forms.registry import register_kl
+from torch_klloss.numerics.custom_gradient import analytic
+from torch_klloss.numerics.elementary import common_dtype, difference_error, e2, has_float64, horner, x_minus_log1p
+from torch_klloss.numerics.lgamma import product_error
 
 _EULER = 0.5772156649015329
 _NEAR = 0.25

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.distributions import HalfNormal
 
-from torch_klloss.closed_forms.analytic import analytic
-from torch_klloss.closed_forms.elementary import common_dtype, has_float64, isd
 from torch_klloss.closed_forms.registry import register_kl
+from torch_klloss.numerics.custom_gradient import analytic
+from torch_klloss.numerics.elementary import common_dtype, has_float64, isd
 
 
 @register_kl(HalfNormal, HalfNormal)

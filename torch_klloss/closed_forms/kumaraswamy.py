@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.distributions import Exponential, Kumaraswamy
 
 from torch_klloss.closed_forms.alike import where_alike
-from torch_klloss.closed_forms.bregman import binet_digamma_difference
-from torch_klloss.closed_forms.elementary import common_dtype, log_ratio
 from torch_klloss.closed_forms.registry import kl_divergence, register_kl
+from torch_klloss.numerics.elementary import common_dtype, log_ratio
+from torch_klloss.numerics.lgamma import binet_digamma_difference
 
 _STEP = 1e-12  # from b = 1, where a difference quotient is a derivative
 

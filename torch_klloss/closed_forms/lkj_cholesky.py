@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.distributions import LKJCholesky
 
-from torch_klloss.closed_forms.analytic import analytic
-from torch_klloss.closed_forms.bregman import isd
-from torch_klloss.closed_forms.elementary import common_dtype
 from torch_klloss.closed_forms.registry import register_kl
+from torch_klloss.numerics.custom_gradient import analytic
+from torch_klloss.numerics.elementary import common_dtype
+from torch_klloss.numerics.lgamma import isd
 
 _STEPS = 10
 # Of f(b) = lgamma(b) - lgamma(b + ½) + ½ log c, c = b - ¼, in c⁻²: E_2k/(k 4^(2k+1)) with the Euler numbers. Good to

@@ -7,12 +7,12 @@ from torch import Tensor
 from torch.distributions.relaxed_bernoulli import LogitRelaxedBernoulli
 
 from torch_klloss.closed_forms.alike import where_alike
-from torch_klloss.closed_forms.analytic import analytic
 from torch_klloss.closed_forms.bernoulli import log_odds
-from torch_klloss.closed_forms.elementary import common_dtype, log_ratio
-from torch_klloss.closed_forms.given import Given, both_as_given
 from torch_klloss.closed_forms.registry import register_kl
-from torch_klloss.logistic import Logistic
+from torch_klloss.distributions.given import Given, both_as_given
+from torch_klloss.distributions.logistic import Logistic
+from torch_klloss.numerics.custom_gradient import analytic
+from torch_klloss.numerics.elementary import common_dtype, log_ratio
 
 _LEVELS = tuple(range(25, 3, -2))  # of the continued fraction of coth, good to 1e-17 for t ≤ 2
 _NEAR = 2.0

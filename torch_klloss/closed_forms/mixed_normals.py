@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, LowRankMultivariateNormal, MultivariateNormal, Normal
 
-from torch_klloss.closed_forms.elementary import isd
 from torch_klloss.closed_forms.registry import has_closed_form, kl_divergence, register_kl
-from torch_klloss.closed_forms.transformed import structural, structural_supports
-from torch_klloss.distributions import LogVarNormal
-from torch_klloss.images import is_a
-from torch_klloss.rebuild import dtype_of
+from torch_klloss.closed_forms.structural import structural, structural_supports
+from torch_klloss.distributions.families import LogVarNormal
+from torch_klloss.distributions.pushforward import is_a
+from torch_klloss.distributions.tensors import dtype_of
+from torch_klloss.numerics.elementary import isd
 
 
 def _diagonal(d: Distribution) -> Normal | None:

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.distributions import LowRankMultivariateNormal, MultivariateNormal
 from torch.nn.functional import pad
 
-from torch_klloss.closed_forms.elementary import isd, x_minus_log1p
 from torch_klloss.closed_forms.registry import register_kl
-from torch_klloss.rebuild import dtype_of
-from torch_klloss.tracing import is_traced
+from torch_klloss.distributions.tensors import dtype_of
+from torch_klloss.numerics.elementary import isd, x_minus_log1p
+from torch_klloss.numerics.tracing import is_traced
 
 _AnyNormal = MultivariateNormal | LowRankMultivariateNormal
 

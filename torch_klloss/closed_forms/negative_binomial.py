@@ -10,11 +10,11 @@ from torch.distributions import Geometric, NegativeBinomial
 from torch.nn.functional import logsigmoid
 
 from torch_klloss.closed_forms.alike import where_alike
-from torch_klloss.closed_forms.analytic import analytic
 from torch_klloss.closed_forms.bernoulli import TRIAL, log_odds
-from torch_klloss.closed_forms.elementary import common_dtype, has_float64, log_ratio
-from torch_klloss.closed_forms.given import Given, both_as_given
 from torch_klloss.closed_forms.registry import kl_divergence, register_kl
+from torch_klloss.distributions.given import Given, both_as_given
+from torch_klloss.numerics.custom_gradient import analytic
+from torch_klloss.numerics.elementary import common_dtype, has_float64, log_ratio
 
 _BY_PROBS = Given(q_is_probs=True, p_is_probs=True)
 

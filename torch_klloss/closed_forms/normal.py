@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
-from torch_klloss.closed_forms.analytic import analytic
-from torch_klloss.closed_forms.elementary import ABOVE_MINUS_ONE, has_float64, x_minus_log1p
 from torch_klloss.closed_forms.registry import register_kl
-from torch_klloss.tracing import is_traced
+from torch_klloss.numerics.custom_gradient import analytic
+from torch_klloss.numerics.elementary import ABOVE_MINUS_ONE, has_float64, x_minus_log1p
+from torch_klloss.numerics.tracing import is_traced
 
 
 @register_kl(Normal, Normal)

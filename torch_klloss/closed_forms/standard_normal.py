@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_klloss.closed_forms.analytic import analytic
-from torch_klloss.closed_forms.elementary import e2, horner
 from torch_klloss.closed_forms.registry import register_kl
-from torch_klloss.distributions import LogVarNormal, StandardNormal
-from torch_klloss.tracing import is_traced
+from torch_klloss.distributions.families import LogVarNormal, StandardNormal
+from torch_klloss.numerics.custom_gradient import analytic
+from torch_klloss.numerics.elementary import e2, horner
+from torch_klloss.numerics.tracing import is_traced
 
 _BLOCK = 2**17  # elements: a block of two inputs and two buffers stays in a core's cache
 _FEW = 2**13  # elements: below, the number of calls counts

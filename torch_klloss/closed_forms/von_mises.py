@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.distributions import VonMises
 
-from torch_klloss.closed_forms.analytic import analytic
-from torch_klloss.closed_forms.elementary import common_dtype, difference_error, e2
 from torch_klloss.closed_forms.registry import register_kl
+from torch_klloss.numerics.custom_gradient import analytic
+from torch_klloss.numerics.elementary import common_dtype, difference_error, e2
 
 # tan(φ/2)² at the midpoints of 28 equal parts of [0, π]
 _NODES = tuple(math.tan(math.pi * (2 * i + 1) / 112) ** 2 for i in range(28))

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.distributions import Weibull
 
-from torch_klloss.closed_forms.analytic import analytic
-from torch_klloss.closed_forms.elementary import common_dtype, e2, has_float64, horner, log_ratio
 from torch_klloss.closed_forms.gumbel import _EULER, _NEAR, _STIRLING, _ZETA, _log_gamma
-from torch_klloss.closed_forms.moments import quotient_error
 from torch_klloss.closed_forms.registry import register_kl
+from torch_klloss.numerics.custom_gradient import analytic
+from torch_klloss.numerics.elementary import common_dtype, e2, has_float64, horner, log_ratio
+from torch_klloss.numerics.moments import quotient_error
 
 _LARGEST = 709.0  # of what the exponential is taken of
 _FAR = 450.0  # r, beyond which the fourth root of Γ(1 + r) is no float64

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Wishart
 
-from torch_klloss.closed_forms.bregman import bregman, isd
-from torch_klloss.closed_forms.elementary import common_dtype
 from torch_klloss.closed_forms.registry import register_kl
+from torch_klloss.numerics.elementary import common_dtype
+from torch_klloss.numerics.lgamma import bregman, isd
 
 
 @register_kl(Wishart, Wishart)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from torch_klloss.estimate import KLEstimate
+from torch_klloss.numerics.tracing import is_traced
 from torch_klloss.reduction import expand_mask, is_zero, reduce, reduce_estimate
-from torch_klloss.tracing import is_traced
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from torch_klloss.distributions.simplify import check_pair, name, peel
+from torch_klloss.distributions.supports import log_prob_within
+from torch_klloss.distributions.tensors import device_of, in_full_precision, unvalidated
 from torch_klloss.estimate import KLEstimate
-from torch_klloss.rebuild import device_of, in_full_precision, unvalidated
 from torch_klloss.rng import draw_seed, private_rng
 from torch_klloss.samplers import Points
-from torch_klloss.structure import check_pair, name, peel
-from torch_klloss.supports import log_prob_within
 
 
 class KLDecomposition(NamedTuple):

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 
-from torch_klloss.distributions import LogVarNormal, StandardNormal
+from torch_klloss.distributions.families import LogVarNormal, StandardNormal
+from torch_klloss.distributions.simplify import check_pair, name, peel
+from torch_klloss.distributions.tensors import device_of, replace_examples
 from torch_klloss.elbo.batches import Batch
 from torch_klloss.losses import KLLoss
 from torch_klloss.methods import ClosedForm, FirstOf
-from torch_klloss.rebuild import device_of, replace_examples
+from torch_klloss.numerics.tracing import is_traced
 from torch_klloss.rng import private_rng
-from torch_klloss.structure import check_pair, name, peel
-from torch_klloss.tracing import is_traced
 
 LARGEST_LOGVAR = 80.0  # exp(88.8) is infinite in float32
 

@@ -15,7 +15,7 @@ from torch_klloss.elbo.divergence import LARGEST_LOGVAR, is_closed_form
 from torch_klloss.elbo.likelihoods import LikelihoodName, log_bernoulli
 from torch_klloss.elbo.terms import ELBOTerms
 from torch_klloss.losses import KLLoss
-from torch_klloss.tracing import is_traced
+from torch_klloss.numerics.tracing import is_traced
 
 _ENOUGH = 0.02  # nats a dimension: above, the float32 exp(v) - 1 - v has digits to spare
 _SUM = 2  # what torch's own kernels call reduction="sum"

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from torch_klloss.distributions.simplify import check_pair, name
+from torch_klloss.distributions.supports import contained, has_moving_support, is_discrete, log_prob_within
+from torch_klloss.distributions.tensors import device_of, in_full_precision, map_tensors, unvalidated
 from torch_klloss.elbo.batches import batch_of
 from torch_klloss.elbo.likelihoods import negative_log_prob
-from torch_klloss.rebuild import device_of, in_full_precision, map_tensors, unvalidated
 from torch_klloss.reduction import ReductionName, check_reduction
 from torch_klloss.rng import draw_seed, private_rng
-from torch_klloss.structure import check_pair, name
-from torch_klloss.supports import contained, has_moving_support, is_discrete, log_prob_within
 
 IWAEGradient = Literal["doubly_reparameterized", "pathwise", "none"]
 

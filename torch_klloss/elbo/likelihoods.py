@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Distribution, Independent, constraints
 from torch.nn import functional
 
-from torch_klloss.rebuild import dtype_of, in_full_precision, unvalidated
-from torch_klloss.structure import name
-from torch_klloss.supports import support_of
-from torch_klloss.tracing import is_traced
+from torch_klloss.distributions.simplify import name
+from torch_klloss.distributions.supports import support_of
+from torch_klloss.distributions.tensors import dtype_of, in_full_precision, unvalidated
+from torch_klloss.numerics.tracing import is_traced
 
 LikelihoodName = Literal["bernoulli", "bernoulli_logits", "gaussian"]
 _LIKELIHOODS = get_args(LikelihoodName)

@@ -11,17 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from torch_klloss.distributions import diagonal_normal, standard_normal_like
+from torch_klloss.distributions.families import diagonal_normal, standard_normal_like
+from torch_klloss.distributions.simplify import check_pair
+from torch_klloss.distributions.tensors import replace_examples
 from torch_klloss.elbo.arguments import Latents, check_moments, num_element_dims, pairs_of, same_shape, total
 from torch_klloss.elbo.batches import Batch, batch_of
 from torch_klloss.elbo.control import BetaController
-from torch_klloss.elbo.divergence import (
-    Divergence,
-    divergence,
-    is_watched,
-    moments_of,
-    show,
-)
+from torch_klloss.elbo.divergence import Divergence, divergence, is_watched, moments_of, show
 from torch_klloss.elbo.fused import can_fuse, plain_elbo
 from torch_klloss.elbo.likelihoods import (
     LikelihoodName,
@@ -37,9 +33,7 @@ from torch_klloss.elbo.likelihoods import (
 from torch_klloss.elbo.terms import ELBOTerms
 from torch_klloss.elbo.weighting import FreeNats, FreeNatsPer, balanced
 from torch_klloss.losses import AutoKL, KLLoss
-from torch_klloss.rebuild import replace_examples
 from torch_klloss.schedules import Schedule
-from torch_klloss.structure import check_pair
 
 
 class ELBOLoss(nn.Module):

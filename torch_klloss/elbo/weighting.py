@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from torch_klloss.rebuild import map_tensors, tensors_of
+from torch_klloss.distributions.tensors import map_tensors, tensors_of
 
 FreeNatsPer = Literal["example", "dimension", "group"]
 

@@ -11,11 +11,11 @@ import torch
 from torch.distributions import Distribution
 
 from torch_klloss.closed_forms.registry import Match, evaluate, find_rule, has_closed_form, refuse
-from torch_klloss.closed_forms.transformed import structural
+from torch_klloss.closed_forms.structural import structural
+from torch_klloss.distributions.simplify import check_pair, peel, simplify
+from torch_klloss.distributions.tensors import device_of
 from torch_klloss.estimate import KLEstimate
-from torch_klloss.rebuild import device_of
 from torch_klloss.rng import private_rng
-from torch_klloss.structure import check_pair, peel, simplify
 
 # Classes whose own log_prob was seen to differ from the one that a rule was written for.
 _DIFFERENT: weakref.WeakSet[type[Distribution]] = weakref.WeakSet()

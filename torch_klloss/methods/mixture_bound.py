@@ -18,13 +18,13 @@ from torch.distributions import (
     Normal,
 )
 
+from torch_klloss.distributions.simplify import check_common_measure, check_pair, name, peel
+from torch_klloss.distributions.tensors import dtype_of
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.methods.closed_form import ClosedForm
-from torch_klloss.methods.masses import Masses
-from torch_klloss.methods.terms import kl_terms
-from torch_klloss.rebuild import dtype_of
-from torch_klloss.structure import check_common_measure, check_pair, name, peel
-from torch_klloss.tracing import is_traced
+from torch_klloss.methods.enumeration.masses import Masses
+from torch_klloss.methods.enumeration.terms import kl_terms
+from torch_klloss.numerics.tracing import is_traced
 
 Side = Literal["upper", "lower"]
 _POWERS = (1 / 64, 1 / 16, 1 / 4, 1 / 2, 3 / 4)  # of g/f, one of which bounds E_f[log g] best

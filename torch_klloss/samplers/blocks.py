@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from torch_klloss.numerics.tracing import is_traced
 from torch_klloss.rng import private_rng
-from torch_klloss.tracing import is_traced
 
 BLOCK = 64  # draws of one seed
 

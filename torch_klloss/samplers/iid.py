@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
-from torch_klloss.images import is_a
-from torch_klloss.rebuild import device_of
+from torch_klloss.distributions.pushforward import is_a
+from torch_klloss.distributions.tensors import device_of
 from torch_klloss.samplers.blocks import Part, in_blocks
 from torch_klloss.samplers.draws import Draws
 from torch_klloss.samplers.points import Points, evenly_weighted

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from torch_klloss.rebuild import dtype_of
+from torch_klloss.distributions.tensors import dtype_of
 
 
 @dataclass(frozen=True)

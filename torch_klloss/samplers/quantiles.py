@@ -19,7 +19,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from torch_klloss.tracing import is_traced
+from torch_klloss.numerics.tracing import is_traced
 
 _SIDE = 16  # panels to either side of the peak
 _DEGREE = 10  # nodes of a panel

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, TransformedDistribution
 
-from torch_klloss.structure import name
+from torch_klloss.distributions.simplify import name
 
 D = TypeVar("D", bound=Distribution)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from torch_klloss.rebuild import dtype_and_device_of
+from torch_klloss.distributions.tensors import dtype_and_device_of
 from torch_klloss.samplers.blocks import Part
 from torch_klloss.samplers.points import Points, evenly_weighted
 from torch_klloss.samplers.transport import num_uniforms, transport

@@ -1,0 +1,49 @@
+"""What lies beyond the nodes."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from torch_klloss.methods.quadrature.remainder import remainder
+
+NONE = torch.zeros(1, dtype=torch.float64)
+
+
+def at_end(f, end: float) -> Tensor:
+    return f(end + torch.arange(-3, 1, dtype=torch.float64)).unsqueeze(1)
+
+
+@pytest.mark.parametrize("k", [0.02, 0.3, 2.0])
+@pytest.mark.parametrize("degree", [0, 1, 2, 3])
+def test_a_polynomial_times_an_exponential_is_integrated_exactly(k, degree):
+    end = 10.0
+    rest, error = remainder(at_end(lambda v: (-k * v).exp(), end), at_end(lambda v: v**degree, end), 1.0, NONE)
+    # ∫ v^n exp(-k v) dv from the end on: exp(-k end) Σ n!/(n-j)! end^(n-j) / k^(j+1)
+    truth = math.exp(-k * end) * sum(
+        math.factorial(degree) / math.factorial(degree - j) * end ** (degree - j) / k ** (j + 1)
+        for j in range(degree + 1)
+    )
+    assert rest.item() == pytest.approx(truth, rel=1e-9)
+    assert abs(rest.item() - truth) <= error.item() + 1e-12 * truth
+
+
+def test_an_exponential_factor_is_followed_too():
+    rest, error = remainder(at_end(lambda v: (-2.2 * v).exp(), 20.0), at_end(lambda v: (2 * v).exp(), 20.0), 1.0, NONE)
+    assert rest.item() == pytest.approx(math.exp(-0.2 * 20) / 0.2, rel=1e-9)
+    assert error < 1e-9
+
+
+def test_what_does_not_fall_has_no_known_remainder():
+    _, error = remainder(at_end(torch.ones_like, 5.0), at_end(torch.ones_like, 5.0), 1.0, NONE)
+    assert error == math.inf
+    rest, error = remainder(at_end(torch.zeros_like, 5.0), at_end(torch.ones_like, 5.0), 1.0, NONE)
+    assert (rest.item(), error.item()) == (0.0, 0.0)
+
+
+def test_rounding_of_the_points_counts():
+    terms = at_end(lambda v: (-0.3 * v).exp(), 10.0), at_end(lambda v: v, 10.0)
+    _, clean = remainder(*terms, 1.0, NONE)
+    _, noisy = remainder(*terms, 1.0, NONE + 1e-6)
+    assert noisy > 100 * clean

@@ -1,0 +1,203 @@
+"""Calling a loss that may do anything: what it returned, what its gradient is, what it did on the side."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from torch_klloss.auditing.experiment.parameters import Call
+from torch_klloss.auditing.experiment.signatures import Leaves
+from torch_klloss.rng import private_rng
+
+_CPU = torch.device("cpu")
+
+
+class CallError(Exception):
+    """Raised where a loss cannot be judged; its text says what it did."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Hold what one call gave.
+
+    Attributes:
+        value: what was returned, detached.
+        gradients: of the weighted sum of `value`, by leaf; None where no gradient flows to it.
+        arguments: what it was called with, detached.
+        changed: the arguments, and the global state, that the call changed.
+        drew: whether it drew from torch's global stream.
+        stream: where that stream stood afterwards.
+    """
+
+    value: Tensor
+    gradients: dict[str, Tensor | None]
+    arguments: tuple[Any, ...]
+    changed: tuple[str, ...]
+    drew: bool
+    stream: Tensor
+
+
+def call_once(fn: Callable[..., Any], call: Call, leaves: Leaves, seed: int) -> Reply:
+    """Call the loss, from a random stream of its own, and take its gradient.
+
+    Raises:
+        CallError: if it raises, or returns what cannot be a KL.
+    """
+    with quiet(), seeded(seed):
+        return reply_to(fn, call, leaves, watched=True)
+
+
+def reply_to(fn: Callable[..., Any], call: Call, leaves: Leaves, *, watched: bool) -> Reply:
+    """Call the loss from the present stream; where `watched`, see what it does on the side.
+
+    Raises:
+        CallError: if it raises, or returns what cannot be a KL.
+    """
+    arguments = call.arguments({name: leaf.clone() for name, leaf in leaves.items()})  # as outputs of a network are
+    before = [_snapshot(argument) for argument in arguments] if watched else []
+    stream = torch.get_rng_state() if watched else None
+    state = _global_state()
+    try:
+        value = fn(*arguments)
+    except (Exception, SystemExit) as error:
+        raise CallError(f"it raises {type(error).__name__}: {_first_line(error)}") from error
+    finally:
+        disturbed = _restore(state)
+    after_stream = torch.get_rng_state() if watched else torch.empty(0)
+    drew = stream is not None and not torch.equal(stream, after_stream)
+    if isinstance(value, float) and not any(leaf.requires_grad for leaf in leaves.values()):
+        value = torch.tensor(value, dtype=torch.float64)  # a number to log
+    _check(value)
+    after = [_snapshot(argument) for argument in arguments] if watched else []
+    pairs = zip(call.names, before, after, strict=False)
+    changed = (*(name for name, old, new in pairs if not _same(old, new)), *disturbed)
+    gradients = _gradients(value, leaves)
+    detached = tuple(_detached(argument) for argument in arguments) if watched else ()
+    return Reply(value.detach().double().cpu(), gradients, detached, changed, drew, after_stream)
+
+
+_GlobalState = tuple[torch.dtype, bool, int]
+
+
+def _global_state() -> _GlobalState:
+    return torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()
+
+
+def _restore(state: _GlobalState) -> list[str]:
+    """Undo what a loss did to torch's global state; return what that was."""
+    words = ("torch's default dtype", "whether torch records gradients", "torch's number of threads")
+    disturbed = [word for word, old, new in zip(words, state, _global_state(), strict=True) if old != new]
+    if disturbed:
+        torch.set_default_dtype(state[0])
+        torch.set_grad_enabled(state[1])
+        torch.set_num_threads(state[2])
+    return disturbed
+
+
+def weights_like(value: Tensor) -> Tensor:
+    """Return the weights that the gradient of an unreduced loss is taken with: unlike one another, of mean one."""
+    index = torch.arange(value.numel(), dtype=torch.float64)
+    return (
+        (1 + 0.5 * torch.sin(1.7 * index + 0.3)).reshape(value.shape) if value.numel() > 1 else torch.ones_like(value)
+    )
+
+
+def _gradients(value: Tensor, leaves: Leaves) -> dict[str, Tensor | None]:
+    if not value.requires_grad:
+        return dict.fromkeys(leaves)
+    wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    try:
+        weighted = (value * weights_like(value).to(value.dtype)).sum()
+        found = torch.autograd.grad(weighted, list(wanted.values()), allow_unused=True)
+    except Exception as error:
+        raise CallError(f"its backward pass raises {type(error).__name__}: {_first_line(error)}") from error
+    return {name: None if grad is None else grad.double() for name, grad in zip(wanted, found, strict=True)}
+
+
+def _check(value: Any) -> None:
+    if value is None:
+        raise CallError("it returns None: is a `return` missing?")
+    if not isinstance(value, Tensor):
+        hint = (
+            ""
+            if isinstance(value, tuple | dict)
+            else "; a number to log and not to train with: audit(…, gradient=False)"
+        )
+        raise CallError(f"it returns {_article(type(value).__name__)}, not a Tensor{hint}")
+    if value.is_complex():
+        raise CallError(f"it returns a complex tensor ({value.dtype}); a KL is real")
+    if not value.is_floating_point():
+        raise CallError(f"it returns a tensor of integers or booleans ({value.dtype}); a KL is a floating-point number")
+
+
+def _article(noun: str) -> str:
+    return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "(no message)"
+
+
+def _snapshot(argument: Any) -> dict[str, Tensor]:
+    if isinstance(argument, Tensor):
+        return {"": argument.detach().clone()}
+    if isinstance(argument, Distribution):
+        base = getattr(argument, "base_dist", argument)
+        return {name: base.__dict__[name].detach().clone() for name in base.arg_constraints if name in base.__dict__}
+    return {}
+
+
+def _same(old: dict[str, Tensor], new: dict[str, Tensor]) -> bool:
+    """Return whether all that there was is as it was; a distribution may have computed more."""
+    return all(
+        before.shape == new[name].shape and torch.equal(before.nan_to_num(), new[name].nan_to_num())
+        for name, before in old.items()
+    )
+
+
+def _detached(argument: Any) -> Any:
+    return argument.detach().double() if isinstance(argument, Tensor) else argument
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch, `random` and NumPy for the block, and give them back as they were."""
+    numpy = sys.modules.get("numpy")
+    python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
+    random.seed(seed)
+    if numpy:
+        numpy.random.seed(seed % 2**32)
+    try:
+        with private_rng(seed, _CPU):
+            yield
+    finally:
+        random.setstate(python_state)
+        if numpy:
+            numpy.random.set_state(numpy_state)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Let a loss neither print nor warn for the block, and record gradients."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.enable_grad():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def isolated(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a copy of what may keep a state that calls change, such as a module; a function as it is."""
+    with contextlib.suppress(Exception):
+        return copy.deepcopy(fn)
+    return fn

@@ -1,0 +1,154 @@
+"""The runs of a training step, on a batch and on parts of it: one thing is found again in each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from torch_klloss.auditing.experiment.calling import seeded
+from torch_klloss.auditing.training_step.names import TEMPERATURE_WORDS, WEIGHT_WORDS, words_of
+from torch_klloss.auditing.training_step.pairs import Pair, pairs_of
+from torch_klloss.auditing.training_step.record import Number, Seen, Value, is_same, location
+from torch_klloss.auditing.training_step.report import described
+from torch_klloss.auditing.training_step.truth import Evidence
+from torch_klloss.auditing.training_step.watcher import Watcher
+
+Pairs = Callable[[Any, Any], Mapping[str, tuple[Distribution, Distribution]]]
+"""From the module and a batch to its pairs, by the names of the KLs."""
+
+_At = Callable[[int], Pair | None]  # from a run to what a pair was in it
+
+
+@dataclass
+class Runs:
+    """Hold what was seen in every run, the first of them on the whole batch.
+
+    Attributes:
+        module: whose training step it is.
+        batch_idx: as the step takes it.
+        pairs: the function that was given, if one was.
+        seed: of the random streams that every run finds.
+        watched: what was seen.
+        given: the pairs that were given, for each run.
+    """
+
+    module: nn.Module
+    batch_idx: int
+    pairs: Pairs | None
+    seed: int
+    watched: list[Watcher] = field(default_factory=list)
+    given: list[dict[str, Pair]] = field(default_factory=list)
+    _pairs_in: dict[int, list[Pair]] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> Watcher:
+        """The run on the whole batch."""
+        return self.watched[0]
+
+    def run(self, batch: Any) -> str:
+        """Run the step once, keep what was seen, and return what went wrong."""
+        try:
+            with torch.no_grad(), seeded(self.seed):
+                given = self._given(batch)
+        except Exception as error:
+            return f"pairs raises {described(error)}"
+        watcher = Watcher(self.module, given)
+        with seeded(self.seed):
+            watcher.run(batch, self.batch_idx)
+        if watcher.error is None or not self.watched:
+            self.watched.append(watcher)
+            self.given.append(given)
+        return "" if watcher.error is None else f"training_step raises {described(watcher.error)}"
+
+    def _given(self, batch: Any) -> dict[str, Pair]:
+        found = {} if self.pairs is None else self.pairs(self.module, batch)
+        return {name: Pair(f"pairs[{name!r}]", q, p) for name, (q, p) in found.items()}
+
+    # --- a number and its pairs ---------------------------------------------------------------------------------------
+
+    def evidence(self, number: Number) -> list[tuple[Pair, str, Evidence]]:
+        """Return the pairs to hold a number against, where each was found, and what both were in the runs."""
+        return [(pair, where, self._of_all_runs(number, pair, at)) for pair, where, at in self._places(number)]
+
+    def repeats(self, number: Number) -> Iterator[tuple[int, Number]]:
+        """Yield the runs with a number, and what it was: as it was before, it is no further evidence."""
+        yield 0, number
+        for run, watcher in enumerate(self.watched[1:], start=1):
+            other = next((n for n in watcher.numbers if n.place == number.place), None)
+            if other is not None and not is_same(other.value, number.value):
+                yield run, other
+
+    def _of_all_runs(self, number: Number, pair: Pair, at: _At) -> Evidence:
+        values, pairs = [number.value], [pair]
+        for run, other in self.repeats(number):
+            if run > 0 and other.value.dim() == number.value.dim() and (its_pair := at(run)) is not None:
+                values.append(other.value)
+                pairs.append(its_pair)
+        return Evidence(tuple(values), tuple(pairs))
+
+    def _places(self, number: Number) -> list[tuple[Pair, str, _At]]:
+        """Return the pairs that were given, or those of the number's function, or of the nearest that has some."""
+        given = self.given[0]
+        if given:
+            names = [name for name in given if words_of(name) == words_of(number.role)] or list(given)
+            return [(given[name], "given", partial(self._given_at, name)) for name in names]
+        for seen, relation in self._nearest(number.seen):
+            if pairs := self._pairs_of(seen):
+                where = relation and f"{relation} {location(seen.frame, seen.line)}"
+                return [(pair, where, partial(self._pair_at, seen.place, pair.label)) for pair in pairs]
+        return []
+
+    def _given_at(self, name: str, run: int) -> Pair | None:
+        return self.given[run].get(name)
+
+    def _pair_at(self, place: tuple[CodeType, int], label: str, run: int) -> Pair | None:
+        seen = next((s for s in self.watched[run].seen if s.place == place), None)
+        return None if seen is None else next((p for p in self._pairs_of(seen) if p.label == label), None)
+
+    def _pairs_of(self, seen: Seen) -> list[Pair]:
+        if id(seen) not in self._pairs_in:
+            try:
+                self._pairs_in[id(seen)] = pairs_of(seen)
+            except Exception:
+                self._pairs_in[id(seen)] = []
+        return self._pairs_in[id(seen)]
+
+    def _nearest(self, seen: Seen) -> Iterator[tuple[Seen, str]]:
+        """Yield a function, its callers, those that it called, and all others."""
+        latest_first = self.whole.seen[::-1]
+        yield seen, ""
+        yield from ((caller, "of its caller,") for caller in self._callers(seen))
+        yield from ((other, "of what it called,") for other in latest_first if other.parent is seen.frame)
+        yield from ((other, "of") for other in latest_first if other is not seen)
+
+    def _callers(self, seen: Seen) -> Iterator[Seen]:
+        by_frame = {id(other.frame): other for watcher in self.watched for other in watcher.seen}
+        caller = by_frame.get(id(seen.parent))
+        while caller is not None:
+            yield caller
+            caller = by_frame.get(id(caller.parent))
+
+    # --- its weights --------------------------------------------------------------------------------------------------
+
+    def weights(self, seen: Seen) -> dict[str, float]:
+        """Return the numbers with the name of a weight, in a function, in its callers and in the module."""
+        values = [value for function in (seen, *self._callers(seen)) for value in function.values]
+        values += [Value(f"self.{name}", name, value) for name, value in vars(self.module).items()]
+        if isinstance(hparams := vars(self.module).get("_hparams"), Mapping):
+            values += [Value(f"self.hparams.{name}", str(name), value) for name, value in hparams.items()]
+        found: dict[str, float] = {}
+        for v in values:
+            if isinstance(v.value, (int, float)) or (isinstance(v.value, Tensor) and v.value.numel() == 1):
+                words = set(words_of(v.role))
+                if words & WEIGHT_WORDS:
+                    found.setdefault(v.label, float(v.value))
+                if words & TEMPERATURE_WORDS:
+                    found.setdefault(f"{v.label} squared", float(v.value) ** 2)
+        return found

@@ -1,0 +1,122 @@
+"""From "file.py:function" to a loss that can be audited. The file is imported, which runs it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+_NAME = "__audited__"  # as "__main__" for a script: a file may be called torch.py and shadow nothing
+
+
+class LoadError(ValueError):
+    """Raised where a target cannot be loaded; its text says why."""
+
+
+@contextlib.contextmanager
+def loaded(target: str) -> Iterator[Callable[..., Any]]:
+    """Import the file or module of a target, and give its function for the block.
+
+    A file's directory leads `sys.path` for the block, as when Python runs the file. What it prints while it is imported
+    goes to stderr. A class is constructed without arguments: its instance is the loss, or has the method.
+
+    Args:
+        target: "path/to/file.py:function", "package.module:function", or of either "…:Class", "…:Class.method".
+
+    Raises:
+        LoadError: if there is no such file, module or function, or it raises.
+
+    Example:
+        >>> from torch_klloss.cli.loading import loaded
+        >>> with loaded("torch.nn.functional:kl_div") as fn:
+        ...     fn.__name__
+        'kl_div'
+    """
+    source, separator, name = target.rpartition(":")
+    if not separator or not source or not name:
+        raise LoadError(f"expected path/to/file.py:function or package.module:function, got {target!r}")
+    path = Path(source)
+    is_file = path.suffix == ".py" or os.sep in source or path.is_file()
+    if is_file and not path.is_file():
+        raise LoadError(f"there is no file {source}")
+    with _first_on_path(path.resolve().parent if is_file else Path.cwd()):
+        try:
+            with contextlib.redirect_stdout(sys.stderr), _said(f"importing {source}"):
+                module = _imported(source, path if is_file else None)
+            with contextlib.redirect_stdout(sys.stderr), _said(f"getting {name} of {source}"):
+                fn = _found(module, name, source)
+            yield fn
+        finally:
+            sys.modules.pop(_NAME, None)
+
+
+@contextlib.contextmanager
+def _first_on_path(directory: Path) -> Iterator[None]:
+    before = list(sys.path)
+    sys.path.insert(0, str(directory))
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def _imported(source: str, path: Path | None) -> ModuleType:
+    if path is None:
+        return importlib.import_module(source)
+    spec = importlib.util.spec_from_file_location(_NAME, path)
+    if spec is None or spec.loader is None:
+        raise LoadError(f"{source} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[_NAME] = module  # before it runs: dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def _said(doing: str) -> Iterator[None]:
+    try:
+        yield
+    except LoadError:
+        raise
+    except (Exception, SystemExit) as error:  # another's code may raise anything, and may leave
+        raise LoadError(f"{doing} raises {type(error).__name__}: {error}") from error
+
+
+def _found(module: ModuleType, name: str, source: str) -> Callable[..., Any]:
+    found: Any = module
+    for part in name.split("."):
+        if inspect.isclass(found) and _needs_an_instance(found, part):
+            found = _constructed(found)
+        if not hasattr(found, part):
+            raise LoadError(f"{source} has no {name!r}{_what_it_has(module)}")
+        found = getattr(found, part)
+    if inspect.isclass(found):
+        found = _constructed(found)
+    if not callable(found):
+        raise LoadError(f"{name!r} of {source} is no function: it is of the type {type(found).__name__}")
+    loss: Callable[..., Any] = found
+    return loss
+
+
+def _needs_an_instance(cls: type, name: str) -> bool:
+    """Return whether `name` is a method, or made by the constructor; static and class methods need no instance."""
+    attribute = inspect.getattr_static(cls, name, None)
+    return attribute is None or inspect.isfunction(attribute) or isinstance(attribute, property)
+
+
+def _constructed(cls: type) -> Any:
+    with _said(f"constructing {cls.__name__}() without arguments"):
+        return cls()
+
+
+def _what_it_has(module: ModuleType) -> str:
+    own = [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+    names = sorted(name for name in own if not name.startswith("_"))
+    return f"; it has {', '.join(names[:10])}{', …' if len(names) > 10 else ''}" if names else ""

@@ -1,0 +1,253 @@
+"""What a pair of distributions is made of: do the shapes fit, and what is the simplest pair behind it?"""
+
+from __future__ import annotations
+
+from typing import NoReturn, TypeGuard
+
+import torch
+from torch.distributions import (
+    Distribution,
+    Independent,
+    MultivariateNormal,
+    Normal,
+    Transform,
+    TransformedDistribution,
+)
+
+from torch_klloss.distributions.pushforward import image, is_a, split
+from torch_klloss.distributions.supports import is_discrete
+from torch_klloss.distributions.transforms import are_equal, elementwise, is_injective, parts_of
+
+
+def check_pair(q: Distribution, p: Distribution) -> torch.Size:
+    """Return the broadcast batch shape of q and p, once their shapes are known to fit.
+
+    Raises:
+        TypeError: if q or p is not a distribution.
+        ValueError: if the event shapes differ, or the batch shapes do not broadcast.
+    """
+    if not (isinstance(q, Distribution) and isinstance(p, Distribution)):
+        _refuse_kind(q, p)
+    if q.event_shape != p.event_shape:
+        _refuse_event_shapes(q, p)
+    if q.batch_shape == p.batch_shape:
+        return q.batch_shape
+    try:
+        return torch.broadcast_shapes(q.batch_shape, p.batch_shape)
+    except RuntimeError:
+        raise ValueError(
+            f"q and p must have batch shapes that broadcast, got {tuple(q.batch_shape)} and {tuple(p.batch_shape)} "
+            f"(event shape {tuple(q.event_shape)}): .expand() one of them, or use Independent to turn batch "
+            "dimensions into event dimensions."
+        ) from None
+
+
+def check_common_measure(q: Distribution, p: Distribution) -> None:
+    """Raise a ValueError if one of the two is discrete and the other continuous."""
+    discrete = is_discrete(q), is_discrete(p)
+    if None in discrete or discrete[0] == discrete[1]:
+        return
+    kinds = ["discrete" if d else "continuous" for d in discrete]
+    raise ValueError(
+        f"KL({name(q)}‖{name(p)}) is not defined: q is {kinds[0]} and p is {kinds[1]}, so that their log_prob are "
+        "taken against different measures and cannot be subtracted. Make both discrete or both continuous."
+    )
+
+
+def peel(q: Distribution, p: Distribution) -> tuple[Distribution, Distribution, int]:
+    """Strip the `Independent` that q and p share and return what is left, with the number of dimensions stripped.
+
+    `Independent` is told by `isinstance`; nests of any depth are flattened first, so that
+    Independent(Independent(d, 1), 1) and Independent(d, 2) meet. The KL of the stripped pair, summed over
+    its last dimensions, is the KL of the pair.
+    """
+    if not (isinstance(q, Independent) and isinstance(p, Independent)):
+        return q, p, 0
+    q, q_dims = _flatten(q)
+    p, p_dims = _flatten(p)
+    shared = min(q_dims, p_dims)
+    return _wrap(q, q_dims - shared), _wrap(p, p_dims - shared), shared
+
+
+def simplify(q: Distribution, p: Distribution) -> tuple[Distribution, Distribution, int]:
+    """Return a pair of the same KL that is as simple as structure alone can make it.
+
+    Until nothing changes:
+
+    - `Independent`, also one inside of an elementwise transform, is peeled where both have it;
+    - an injective transform that both end with is taken off;
+    - the image of a family that is a family again becomes that: an affine map of a Normal is a Normal, the exponential
+      of one a LogNormal, a positive multiple of a Gamma a Gamma;
+    - a transform that only one has is undone on the other, where that leads to a family: KL(T#a‖p) = KL(a‖T⁻¹#p).
+
+    Each step is exact, but for the rounding of the parameters of an image. Transforms that are not injective stay.
+    A transform that learns is shared only if it is the same object, for its gradient would be lost; an image carries
+    the gradient to both. Under tracing, which cannot look at values, fewer steps are taken.
+
+    Args:
+        q: the distribution that the expectation is under.
+        p: the other one, of the same event shape.
+
+    Returns:
+        The pair, with an event shape of () where it can be had, and how many dimensions were peeled: the KL of the
+        pair, summed over its last dimensions, is KL(q‖p). The very same objects come back where nothing could be done.
+
+    Example:
+        >>> import torch
+        >>> from torch.distributions import AffineTransform, Gamma, Normal, TransformedDistribution
+        >>> from torch_klloss.distributions.simplify import simplify
+        >>> q = TransformedDistribution(Gamma(2.0, 1.0), [AffineTransform(3.0, 1.0)])
+        >>> simplify(q, Normal(5.0, 1.0))
+        (Gamma(concentration: 2.0, rate: 1.0), Normal(loc: 2.0, scale: 1.0), 0)
+    """
+    peeled = 0
+    while True:
+        q, p, dims = peel(_lift(q), _lift(p))
+        peeled += dims
+        simpler = _share(q, p) or _recognise(q, p) or _move(q, p)
+        if simpler is None:
+            return q, p, peeled
+        q, p = simpler
+
+
+def name(d: Distribution) -> str:
+    """Return the type of `d` as its expression would show it: Independent(Normal, 1)."""
+    if isinstance(d, Independent):
+        return f"{type(d).__name__}({name(d.base_dist)}, {d.reinterpreted_batch_ndims})"
+    return type(d).__name__
+
+
+_Pair = tuple[Distribution, Distribution]
+
+
+def _share(q: Distribution, p: Distribution) -> _Pair | None:
+    """Take off the last transform where both have it; families with a class of their own are opened as a whole."""
+    if not (isinstance(q, TransformedDistribution) and isinstance(p, TransformedDistribution)):
+        return None
+    of_q, of_p = (parts_of(d.transforms) if _is_open(d) else [] for d in (q, p))
+    num_shared = min(len(of_q), len(of_p), 1)
+    if not (_is_plain(q) or _is_plain(p)):
+        num_shared = len(of_q) if len(of_q) == len(of_p) else 0
+    pair = None
+    for _ in range(num_shared):
+        t, u = of_q.pop(), of_p.pop()
+        pair = _transformed(q.base_dist, of_q), _transformed(p.base_dist, of_p)
+        if not (are_equal(t, u) and is_injective(t, pair[0]) and is_injective(u, pair[1])):
+            return None
+    return pair
+
+
+def _recognise(q: Distribution, p: Distribution) -> _Pair | None:
+    """Name the image of a family by the family that it is."""
+    new_q, new_p = _as_family(q), _as_family(p)
+    return None if new_q is q and new_p is p else (new_q, new_p)
+
+
+def _as_family(d: Distribution) -> Distribution:
+    if isinstance(d, Independent):
+        base, dims = _flatten(d)
+        family = _as_family(base)
+        return d if family is base else _wrap(family, dims)
+    t = _last_elementwise(d)
+    if t is None or not _is_plain(d):
+        return d
+    inner = _inner(d)
+    family = _as_family(inner)
+    return image(t, family) or split(t, family) or (d if family is inner else _transformed(family, [t]))
+
+
+def _move(q: Distribution, p: Distribution) -> _Pair | None:
+    """Undo the last transform of one on the other, where that leads to a family."""
+    of_q, of_p = _undone(q, p), _undone(p, q)
+    if of_q is not None:
+        return of_q
+    return None if of_p is None else (of_p[1], of_p[0])
+
+
+def _undone(d: Distribution, other: Distribution) -> _Pair | None:
+    """Return d without its last transform, and the family that `other` becomes without it."""
+    t = _last_elementwise(d)
+    if t is None or not _is_plain(d):
+        return None
+    inner = _inner(d)
+    moved = image(t.inv, other) if is_injective(t, inner) else None
+    return None if moved is None else (inner, moved)
+
+
+def _last_elementwise(d: Distribution) -> Transform | None:
+    return elementwise(parts_of(d.transforms)[-1]) if _is_plain(d) else None
+
+
+def _is_plain(d: Distribution) -> TypeGuard[TransformedDistribution]:
+    """Tell whether d is a TransformedDistribution without a name of its own."""
+    return type(d) is TransformedDistribution
+
+
+def _is_open(d: TransformedDistribution) -> bool:
+    """Tell whether d is what its base and its transforms say: no class of a user's has given it another density."""
+    own = type(d).log_prob is not TransformedDistribution.log_prob
+    return not own or type(d).__module__.startswith("torch.distributions.")
+
+
+def _lift(d: Distribution) -> Distribution:
+    """Return d with what is independent of one another on the outside, and transforms of transforms in one list."""
+    if isinstance(d, Independent):
+        base, dims = _flatten(d)
+        lifted = _lift(base)
+        return d if lifted is d.base_dist and dims else _lift(_wrap(lifted, dims))
+    if is_a(d, MultivariateNormal) and d.event_shape == (1,):
+        return Independent(Normal(d.loc, d.scale_tril.squeeze(-1), validate_args=False), 1, validate_args=False)
+    if not _is_plain(d):
+        return d
+    base, parts = d.base_dist, parts_of(d.transforms)
+    if _is_plain(base):
+        return _lift(_transformed(base.base_dist, parts_of(base.transforms) + parts))
+    base, dims = _flatten(base)
+    single = [elementwise(t) for t in parts] if dims else []
+    if not dims or None in single:
+        return d if parts else base
+    return _lift(Independent(_transformed(base, [t for t in single if t is not None]), dims, validate_args=False))
+
+
+def _inner(d: TransformedDistribution) -> Distribution:
+    """Return d without its last transform."""
+    return _transformed(d.base_dist, parts_of(d.transforms)[:-1])
+
+
+def _transformed(base: Distribution, transforms: list[Transform]) -> Distribution:
+    return TransformedDistribution(base, transforms, validate_args=False) if transforms else base
+
+
+def _flatten(d: Distribution) -> tuple[Distribution, int]:
+    dims = 0
+    while isinstance(d, Independent):
+        dims += d.reinterpreted_batch_ndims
+        d = d.base_dist
+    return d, dims
+
+
+def _wrap(d: Distribution, dims: int) -> Distribution:
+    return Independent(d, dims, validate_args=False) if dims else d
+
+
+def _refuse_kind(q: object, p: object) -> NoReturn:
+    which, got = ("p", p) if isinstance(q, Distribution) else ("q", q)
+    raise TypeError(
+        f"{which} must be a torch.distributions.Distribution, got {type(got).__name__}. For log-probabilities at "
+        "samples use kl_from_log_probs; for a mean and a log-variance build q with diagonal_normal(mean, logvar)."
+    )
+
+
+def _refuse_event_shapes(q: Distribution, p: Distribution) -> NoReturn:
+    message = f"q and p must share an event shape, got {tuple(q.event_shape)} and {tuple(p.event_shape)}"
+    missing = len(q.event_shape) - len(p.event_shape)
+    if missing == 0:
+        raise ValueError(f"{message}: they would broadcast silently. Give both the same number of components.")
+    which, short = ("p", p) if missing > 0 else ("q", q)
+    missing = abs(missing)
+    lacks = (
+        ""
+        if len(short.batch_shape) >= missing
+        else f" Its batch shape {tuple(short.batch_shape)} needs .expand() first."
+    )
+    raise ValueError(f"{message}: did you mean Independent({which}, {missing})?{lacks}")

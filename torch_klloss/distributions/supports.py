@@ -1,0 +1,275 @@
+"""Where a distribution puts its mass, and whether p reaches all of it.
+
+torch names a support by a constraint. Constraints are compared where they can be; where they cannot, the points
+themselves are asked, one by one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import (
+    Bernoulli,
+    Binomial,
+    Categorical,
+    Distribution,
+    Independent,
+    MixtureSameFamily,
+    OneHotCategorical,
+    TransformedDistribution,
+    VonMises,
+    constraints,
+    transform_to,
+)
+
+from torch_klloss.distributions.tensors import device_of, dtype_of, unvalidated
+from torch_klloss.numerics.tracing import is_traced
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Hold the ends of a one-dimensional support, per element of [*batch, *event]."""
+
+    lower: float | Tensor
+    upper: float | Tensor
+
+
+_LINE = Bounds(-math.inf, math.inf)
+
+# Families whose `support` says more than their density covers.
+_OVERRIDES: dict[type[Distribution], Bounds] = {VonMises: Bounds(-math.pi, math.pi)}
+
+
+def support_of(d: Distribution) -> constraints.Constraint | None:
+    """Return d's support, or None where the class does not declare one."""
+    try:
+        support: Any = d.support
+    except NotImplementedError:
+        return None
+    return support if isinstance(support, constraints.Constraint) else None
+
+
+def is_discrete(d: Distribution) -> bool | None:
+    """Tell whether d lives on separate points; None where its support does not say."""
+    if isinstance(d, TransformedDistribution):  # torch names the whole line for counts that were moved
+        return is_discrete(d.base_dist)
+    support = support_of(d)
+    return None if support is None else bool(_innermost(support).is_discrete)
+
+
+def bounds_of(d: Distribution) -> Bounds | None:
+    """Return the ends of d's support; None where it is not a product of intervals, or not known to be one."""
+    while isinstance(d, Independent):
+        d = d.base_dist
+    for cls, bounds in _OVERRIDES.items():
+        if isinstance(d, cls):
+            return bounds
+    if isinstance(d, TransformedDistribution) and type(d).support is TransformedDistribution.support:
+        return _pushed_bounds(d)
+    if isinstance(d, MixtureSameFamily):
+        return _shared_bounds(bounds_of(d.component_distribution))
+    support = support_of(d)
+    return None if support is None else _constraint_bounds(support)
+
+
+def has_moving_support(q: Distribution) -> bool:
+    """Tell whether a gradient flows into the ends of q's support, as with Uniform(0, theta).
+
+    There the identity E_q[∇ log q] = 0 fails, and with it every gradient but the pathwise one.
+    """
+    bounds = bounds_of(q)
+    ends = () if bounds is None else (bounds.lower, bounds.upper)
+    if any(isinstance(end, Tensor) and end.requires_grad for end in ends):
+        return True
+    parts = getattr(q, "base_dist", None), getattr(q, "component_distribution", None)
+    return any(isinstance(part, Distribution) and has_moving_support(part) for part in parts)
+
+
+def contained(q: Distribution, p: Distribution) -> bool | Tensor | None:
+    """Tell whether p's support contains q's, as far as the constraints decide.
+
+    Returns:
+        True or False for every batch element alike, a bool tensor that broadcasts to the batch shape, or None
+        where the constraints cannot tell.
+    """
+    q_support, p_support = support_of(q), support_of(p)
+    if q_support and p_support and _num_bound(q, q_support) != _num_bound(p, p_support):
+        return False  # one lives on a set, such as the simplex, to which the other gives no mass
+    overridden = type(q) in _OVERRIDES or type(p) in _OVERRIDES
+    if q_support is p_support is not None and not overridden and not vars(q_support):
+        return True  # one constant: the real line, the simplex, …
+    inner, outer = bounds_of(q), bounds_of(p)
+    if inner is None or outer is None:
+        return None
+    fits = _is_within(inner.lower, outer) & _is_within(inner.upper, outer)
+    event_dims = len(q.event_shape)
+    if isinstance(fits, Tensor) and 0 < event_dims <= fits.dim():
+        return fits.flatten(-event_dims).all(-1)
+    return fits
+
+
+def _num_bound(d: Distribution, support: constraints.Constraint) -> int:
+    """Return how many coordinates of an event the others determine: one for every simplex in it."""
+    if not d.event_shape or is_discrete(d):
+        return 0
+    constraint, n, numel = _innermost(support), d.event_shape[-1], d.event_shape.numel()
+    if constraint is constraints.simplex:
+        return numel // n
+    if constraint is constraints.corr_cholesky:
+        return numel // (n * n) * (n * (n + 1) // 2)
+    if constraint in _TRIANGLES:
+        return numel // (n * n) * (n * (n - 1) // 2)
+    return 0
+
+
+_TRIANGLES = (
+    constraints.lower_cholesky,
+    constraints.lower_triangular,
+    constraints.positive_definite,
+    constraints.positive_semidefinite,
+    constraints.symmetric,
+)
+
+
+def log_prob_within(p: Distribution, x: Tensor, reach: bool | Tensor | None) -> Tensor:
+    """Return log p(x) `[*sample, *batch]`, -inf outside p's support, whatever validation p was built with.
+
+    Args:
+        p: the distribution.
+        x: points `[*sample, *batch, *event]`.
+        reach: what `contained` said of the distribution that x was drawn from.
+    """
+    if not x.is_floating_point():  # the points of a Categorical, which a Bernoulli cannot read
+        x = x.to(dtype_of(p))
+    support = support_of(p)
+    if reach is True or support is None:
+        log_prob = unvalidated(p).log_prob(x)
+    elif isinstance(p, MixtureSameFamily):
+        return _log_prob_within_components(p, x)
+    else:
+        bounds, event_dims = bounds_of(p), len(p.event_shape)
+        if bounds is None or is_discrete(p):
+            inside = support.check(x)
+        else:  # tighter than the constraint, where that claims too much
+            inside = _is_within(x, bounds)
+            inside = inside.flatten(-event_dims).all(-1) if event_dims else inside
+        # Points outside are moved inside before they are evaluated: a NaN gradient would survive the mask.
+        kept = torch.where(inside.reshape(inside.shape + (1,) * event_dims), x, _interior_point(support, bounds, x))
+        log_prob = torch.where(inside, unvalidated(p).log_prob(kept), -math.inf)
+    impossible = _impossible(p, x)
+    return log_prob if impossible is None else torch.where(impossible, -math.inf, log_prob)
+
+
+def _log_prob_within_components(p: MixtureSameFamily, x: Tensor) -> Tensor:
+    """Return log p(x) of a mixture, its components -inf outside their own supports (torch's check asks for all)."""
+    log_components = log_prob_within(p.component_distribution, p._pad(x), None)
+    terms = log_components + torch.log_softmax(p.mixture_distribution.logits, -1)
+    inside = (terms > -math.inf).any(-1) | terms.isnan().any(-1)
+    return torch.where(inside, torch.where(inside.unsqueeze(-1), terms, 0.0).logsumexp(-1), -math.inf)
+
+
+def _impossible(d: Distribution, x: Tensor) -> Tensor | None:
+    """Return where d, given by probabilities of exactly 0 or 1, has no mass; torch's log_prob clamps these."""
+    if isinstance(d, OneHotCategorical):
+        d, x = d._categorical, x.argmax(-1)
+    if not isinstance(d, (Categorical, Bernoulli, Binomial)):
+        return None
+    given = next((key for key in d.__dict__ if key in ("raw_logits", "probs", "logits")), None)
+    if given != "probs":  # torch computes the other one on demand, and keeps it after the first
+        return None
+    probs = d.probs
+    if isinstance(d, Categorical):
+        index, masses = torch.broadcast_tensors(x.long().unsqueeze(-1), probs)
+        return masses.gather(-1, index[..., :1].clamp(0, probs.shape[-1] - 1)).squeeze(-1) == 0
+    most = d.total_count if isinstance(d, Binomial) else 1
+    return ((probs == 0) & (x > 0)) | ((probs == 1) & (x < most))
+
+
+def _interior_point(support: constraints.Constraint, bounds: Bounds | None, x: Tensor) -> Tensor:
+    """Return points inside the support, of the shape of x; x itself where none is known."""
+    if not _innermost(support).is_discrete:
+        try:
+            to_support = transform_to(support)
+            return to_support(x.new_zeros(to_support.inverse_shape(x.shape)))
+        except NotImplementedError:
+            return x
+    if bounds is None:
+        return x
+    lower, upper = (torch.as_tensor(end, dtype=x.dtype, device=x.device) for end in (bounds.lower, bounds.upper))
+    return torch.where(lower.isfinite(), lower, torch.where(upper.isfinite(), upper, 0.0))
+
+
+def _is_within(x: float | Tensor, bounds: Bounds) -> Any:
+    """Tell whether x lies between the ends; a NaN does, so that it comes out as NaN rather than as an infinity."""
+    outside = (x < bounds.lower) | (x > bounds.upper)
+    return ~outside if isinstance(outside, Tensor) else not outside
+
+
+def _innermost(support: constraints.Constraint) -> Any:
+    """Strip what only rearranges dimensions: independent(...) and the constraint of a mixture."""
+    while (base := getattr(support, "base_constraint", None)) is not None:
+        support = base
+    return support
+
+
+def _constraint_bounds(support: constraints.Constraint) -> Bounds | None:
+    support = _innermost(support)
+    if support is constraints.real:
+        return _LINE
+    if support is constraints.boolean:
+        return Bounds(0.0, 1.0)
+    if isinstance(support, type(constraints.multinomial(1))):
+        return None
+    lower, upper = getattr(support, "lower_bound", -math.inf), getattr(support, "upper_bound", math.inf)
+    if isinstance(lower, float) and isinstance(upper, float) and math.isinf(lower) and math.isinf(upper):
+        return None  # neither end is declared: not an interval
+    return Bounds(lower, upper)
+
+
+def _shared_bounds(of_components: Bounds | None) -> Bounds | None:
+    """Return the ends of a mixture; None where its components have ends of their own, which may leave gaps."""
+    ends = () if of_components is None else (of_components.lower, of_components.upper)
+    return None if any(isinstance(end, Tensor) and end.dim() for end in ends) else of_components
+
+
+def _pushed_bounds(d: TransformedDistribution) -> Bounds | None:
+    """Push the ends of the base through the transforms, as long as these are monotone maps of the line."""
+    bounds = bounds_of(d.base_dist)
+    for transform in d.transforms:
+        image = _constraint_bounds(transform.codomain)
+        if bounds is None or image is None or not transform.bijective or transform.codomain.event_dim:
+            return None
+        # The whole line fills the image, wherever the parameters of the transform put its points.
+        is_line = isinstance(bounds.lower, float) and isinstance(bounds.upper, float) and bounds == _LINE
+        bounds = image if is_line else _image(bounds, transform, image, d)
+    return bounds
+
+
+def _image(bounds: Bounds, transform: Any, image: Bounds, d: Distribution) -> Bounds | None:
+    like = torch.empty(0, dtype=dtype_of(d), device=device_of(d))
+    try:
+        rising = torch.as_tensor(transform.sign, device=like.device) > 0
+    except NotImplementedError:
+        return None
+    lower, upper, least, most = (
+        torch.as_tensor(end).to(like) for end in (bounds.lower, bounds.upper, image.lower, image.upper)
+    )
+
+    domain, some_point = (
+        _constraint_bounds(transform.domain) or _LINE,
+        transform_to(transform.domain)(like.new_zeros(())),
+    )
+
+    def push(end: Tensor, limit: Tensor) -> Tensor:
+        """Map one end; that of the domain goes to the limit, which the transform itself may round short of."""
+        inside = (end > domain.lower) & (end < domain.upper)
+        if not is_traced() and not inside.any():
+            return limit  # wherever the parameters of the transform put the points between
+        return torch.where(inside, transform(torch.where(inside, end, some_point)), limit)
+
+    ends = push(lower, torch.where(rising, least, most)), push(upper, torch.where(rising, most, least))
+    return Bounds(torch.where(rising, *ends), torch.where(rising, ends[1], ends[0]))

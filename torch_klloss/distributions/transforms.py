@@ -1,0 +1,99 @@
+"""What a chain of transforms is made of, when two of them are equal, and when one can be undone."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+from torch.distributions import (
+    AffineTransform,
+    ComposeTransform,
+    Distribution,
+    IndependentTransform,
+    PowerTransform,
+    Transform,
+)
+from torch.distributions.transforms import _InverseTransform
+
+from torch_klloss.distributions.supports import bounds_of
+from torch_klloss.numerics.tracing import is_traced
+
+
+def parts_of(transforms: list[Transform]) -> list[Transform]:
+    """Return the transforms one by one, those that a `ComposeTransform` or the inverse of one holds included."""
+    parts: list[Transform] = []
+    for t in transforms:
+        if isinstance(t, ComposeTransform):
+            parts += parts_of(t.parts)
+        elif isinstance(t, _InverseTransform) and isinstance(t.inv, ComposeTransform):
+            parts += parts_of([part.inv for part in reversed(t.inv.parts)])
+        elif isinstance(t, IndependentTransform) and isinstance(t.base_transform, ComposeTransform):
+            dims = t.reinterpreted_batch_ndims
+            parts += parts_of([IndependentTransform(part, dims) for part in t.base_transform.parts])
+        else:
+            parts.append(t)
+    return parts
+
+
+def elementwise(t: Transform) -> Transform | None:
+    """Return the map of single numbers that t applies to each; None where t mixes them."""
+    if isinstance(t, IndependentTransform):
+        return elementwise(t.base_transform)
+    if isinstance(t, _InverseTransform):
+        inverse = elementwise(t.inv)
+        return None if inverse is None else t if inverse is t.inv else inverse.inv
+    if isinstance(t, AffineTransform) and t.event_dim > 0:
+        return AffineTransform(t.loc, t.scale)
+    return t if t.domain.event_dim == t.codomain.event_dim == 0 else None
+
+
+def is_injective(t: Transform, d: Distribution) -> bool:
+    """Tell whether t maps different points of d to different points.
+
+    Bijective transforms do, on their domain: a power does on the positive numbers only, and beyond the unit interval
+    torch's logit is that of an end.
+    """
+    if not t.bijective:
+        return False
+    least, most = getattr(t.domain, "lower_bound", -math.inf), getattr(t.domain, "upper_bound", math.inf)
+    if least == -math.inf and most == math.inf:
+        return True
+    bounds = bounds_of(d)
+    if bounds is None:
+        return not isinstance(t, PowerTransform)
+    is_within = (bounds.lower >= least) & (bounds.upper <= most)
+    if isinstance(is_within, Tensor):
+        return is_traced() or bool(is_within.all())
+    return is_within
+
+
+def are_equal(t: Any, u: Any) -> bool:
+    """Tell whether two transforms are the same map for good: one that learns is equal to itself alone."""
+    if t is u:
+        return True
+    if type(t) is not type(u):
+        return False
+    if isinstance(t, ComposeTransform):
+        return len(t.parts) == len(u.parts) and all(map(are_equal, t.parts, u.parts))
+    if isinstance(t, _InverseTransform):
+        return are_equal(t.inv, u.inv)
+    if isinstance(t, IndependentTransform):
+        return t.reinterpreted_batch_ndims == u.reinterpreted_batch_ndims and are_equal(
+            t.base_transform, u.base_transform
+        )
+    if isinstance(t, AffineTransform):
+        return bool(t.event_dim == u.event_dim) and is_same(t.loc, u.loc) and is_same(t.scale, u.scale)
+    if isinstance(t, PowerTransform):
+        return is_same(t.exponent, u.exponent)
+    return bool(t == u)
+
+
+def is_same(a: Tensor | float, b: Tensor | float) -> bool:
+    """Tell whether two parameters are equal for good: values that tracing cannot see, or that learn, are not."""
+    if a is b:
+        return True
+    if not (isinstance(a, Tensor) or isinstance(b, Tensor)):
+        return a == b
+    learned = any(isinstance(x, Tensor) and x.requires_grad for x in (a, b))
+    return not learned and not is_traced() and bool((a == b).all())  # type: ignore[union-attr]

@@ -1,0 +1,380 @@
+"""An expectation over many draws with the memory of a few: chunk by chunk, recomputed in the backward pass.
+
+    draws = prepare(sampler, q, S, differentiable=True)       # samplers.draws; all randomness is decided here
+
+    def evaluate(start, stop):                                # draws start … stop - 1, as often as it is asked
+        points = draws.part(start, stop)
+        return points, q.log_prob(points.x) - p.log_prob(points.x)
+
+    result = expectation_in_chunks(evaluate, S, chunk_size)   # .value, .std_error, .dof, .skewness, .num_points
+
+The points of a draw depend on nothing but its number, so that the chunk size changes no more than the order of a sum.
+A mixture is drawn from by `samplers.components.prepare_by_component`, whose parts hold their `points` as well.
+What needs a mean over all draws first (the baseline of a score function) takes two passes, the first under `no_grad`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
+
+from torch_klloss.numerics.tracing import is_traced
+from torch_klloss.samplers.points import Points, skewness_of_mean, sum_last
+
+Evaluate = Callable[[int, int], tuple[Points, Tensor]]
+_Part = tuple[Tensor, Tensor, int | None]
+_Chunk = Callable[[int, int], _Part]
+_Gradients = Callable[[Tensor], list[Tensor | None]]
+
+
+@dataclass(frozen=True)
+class ChunkedExpectation:
+    """Hold an expectation with its error.
+
+    Attributes:
+        value: Σ wᵢ fᵢ, `[*batch]`.
+        std_error: its standard error from the spread of the replicates; None where nothing is random, NaN where a
+            single replicate cannot tell.
+        dof: degrees of freedom of the error, one fewer than replicates; None where nothing is random.
+        skewness: the skewness of the error, from that of the replicates; None where nothing is random.
+        num_points: how many points f was evaluated at, per batch element.
+    """
+
+    value: Tensor
+    std_error: Tensor | None
+    dof: int | None
+    skewness: Tensor | None
+    num_points: int
+
+
+def expectation_in_chunks(
+    evaluate: Evaluate, num_draws: int, chunk_size: int | None, summed: int = 0
+) -> ChunkedExpectation:
+    """Return Σ wᵢ fᵢ over all draws with its standard error, holding the intermediate results of one chunk at a time.
+
+    The value and its gradients, to whatever `evaluate` reads, are those of a single chunk but for rounding: each chunk
+    is evaluated once more when the backward pass comes to it, and all of them are held then under `create_graph`. Under
+    `torch.compile` and `torch.func`, which cannot recompute, all draws are one chunk. On the CPU, half a chunk is
+    evaluated at a time: the system's allocator keeps about twice the memory that lives.
+
+    Args:
+        evaluate: called with the numbers of the first draw of a chunk and of the one after its last; returns their
+            points, which weigh what they do among all draws, and f there, `[n, *batch]`. The same call has
+            to return the same numbers each time: whatever is random is drawn before. Before several chunks it is
+            called for the first draw alone.
+        num_draws: S.
+        chunk_size: how many draws are evaluated at once, at most; None for all.
+        summed: how many of the last dimensions of the batch are summed, point by point before the error is taken.
+
+    Raises:
+        ValueError: if `chunk_size` is not a positive integer or None.
+
+    Example:
+        >>> import torch
+        >>> from torch_klloss.methods.monte_carlo.chunks import expectation_in_chunks
+        >>> from torch_klloss.samplers import Points
+        >>> x = torch.arange(6.0, requires_grad=True)
+        >>> evaluate = lambda start, stop: (Points(x[start:stop], torch.tensor(1 / 6), num_replicates=6), x[start:stop])
+        >>> result = expectation_in_chunks(evaluate, 6, chunk_size=4)
+        >>> result.value, result.std_error, result.dof
+        (tensor(2.5000, grad_fn=<_RecomputationBackward>), tensor(0.7638), 5)
+    """
+    check_chunk_size(chunk_size)
+
+    def chunk(start: int, stop: int) -> _Part:
+        points, f = evaluate(start, stop)
+        terms = sum_last(points.weights * f, summed)
+        return terms.sum(0), terms.detach(), points.num_replicates
+
+    if chunk_size is None or chunk_size >= num_draws or is_traced():
+        return _expectation(chunk, [(0, num_draws)], lambda total: total)
+    device = chunk(0, 1)[0].device  # what distributions compute on first use they keep: a repetition would not
+    step = _at_once(chunk_size, device)
+    bounds = [(start, min(start + step, num_draws)) for start in range(0, num_draws, step)]
+    if not torch.is_grad_enabled():
+        return _expectation(chunk, bounds, lambda total: total)
+    try:
+        recomputed = _Recomputed(chunk, bounds, device)
+        return _expectation(recomputed.part, bounds, recomputed.joined)
+    except _UnknownInputError:
+        return _expectation(partial(_checkpointed, chunk), bounds, lambda total: total)
+
+
+def _at_once(chunk_size: int, device: torch.device) -> int:
+    """Return how many draws are evaluated at once, for the memory of `chunk_size` draws that were evaluated alone.
+
+    glibc before 2.38 cannot put an aligned block where one of its size has been, and its caches of small blocks keep
+    the gaps from growing together: after some chunks it holds twice what lives. Other devices reuse their blocks.
+    """
+    return -(-chunk_size // 2) if device.type == "cpu" else chunk_size
+
+
+def _expectation(
+    chunk: _Chunk, bounds: Sequence[tuple[int, int]], joined: Callable[[Tensor], Tensor]
+) -> ChunkedExpectation:
+    """Add up the parts, and join the sum to the graph."""
+    value, spread, num_points = torch.zeros(()), None, 0
+    for start, stop in bounds:
+        part, terms, replicates = chunk(start, stop)
+        value = part if start == 0 else value + part
+        num_points += len(terms)
+        if start == 0 and replicates is not None:
+            spread = _Spread(replicates, len(terms) * bounds[-1][1] // stop // replicates)
+        if spread is not None:
+            spread.add(terms)
+        del part, terms  # which would stay while the next chunk is evaluated
+    value = joined(value)
+    if spread is None:
+        return ChunkedExpectation(value, None, None, None, num_points)
+    dof = spread.num_replicates - 1
+    return ChunkedExpectation(value, spread.std_error(), dof, spread.skewness(), num_points)
+
+
+def _checkpointed(chunk: _Chunk, start: int, stop: int) -> Any:
+    return checkpoint(chunk, start, stop, use_reentrant=False, preserve_rng_state=False)
+
+
+class _UnknownInputError(Exception):
+    """A gradient flows past the tensors that operations were given: to one computed before, by a custom function."""
+
+
+class _Recomputed:
+    """Evaluate chunks one by one, and leave a single node in the graph, which evaluates them once more.
+
+    A checkpoint for every chunk would leave small blocks of memory behind between the large ones, hundreds of megabytes
+    for some sixty chunks. While a chunk is evaluated, what it reads is replaced by aliases, where its gradient ends.
+    A leaf that nothing but custom functions read, which no mode sees, is its own end.
+    """
+
+    def __init__(self, chunk: _Chunk, bounds: Sequence[tuple[int, int]], device: torch.device) -> None:
+        self._chunk, self._bounds = chunk, bounds
+        self._inputs: dict[int, Tensor] = {}
+        self._hidden: dict[int, Tensor] = {}
+        self._autocast = _autocast_settings(device)
+
+    def part(self, start: int, stop: int) -> _Part:
+        """Return a chunk without its graph, having seen what it reads.
+
+        Raises:
+            _UnknownInputError: if that cannot be told.
+        """
+        with _Aliased({}, older_than=_sequence_number()) as aliased:
+            part, terms, replicates = self._chunk(start, stop)
+        reached = aliased.reached(part)
+        if reached is None or any(leaf._backward_hooks for leaf in reached[1].values()):  # they see a gradient once
+            raise _UnknownInputError
+        self._inputs.update(reached[0])
+        self._hidden.update(reached[1])
+        return part.detach(), terms, replicates
+
+    def joined(self, total: Tensor) -> Tensor:
+        """Return the sum of all parts with its gradient.
+
+        Raises:
+            _UnknownInputError: if a gradient would pass through an alias on its way to a hidden leaf.
+        """
+        if self._hidden and not self._hidden.keys().isdisjoint(_leaves_behind(self._inputs.values())):
+            raise _UnknownInputError
+        inputs = [*self._inputs.values(), *self._hidden.values()]
+        return cast(Tensor, _Recomputation.apply(total, self._gradients, *inputs)) if inputs else total
+
+    def _gradients(self, upstream: Tensor) -> list[Tensor | None]:
+        """Return the gradients to all inputs, with a graph of their own if they are to be differentiated again."""
+        totals: list[Tensor | None] = [None] * (len(self._inputs) + len(self._hidden))
+        for start, stop in self._bounds:
+            new = self._gradients_of(start, stop, upstream)
+            totals = [b if a is None else a if b is None else a + b for a, b in zip(totals, new, strict=True)]
+        return totals
+
+    def _gradients_of(self, start: int, stop: int, upstream: Tensor) -> Sequence[Tensor | None]:
+        twice = torch.is_grad_enabled()
+        with ExitStack() as stack:
+            for settings in self._autocast:
+                stack.enter_context(torch.autocast(**settings))
+            stack.enter_context(torch.enable_grad())
+            aliased = stack.enter_context(_Aliased(self._inputs))
+            part = self._chunk(start, stop)[0]
+        reached = aliased.reached(part)
+        if reached is None or not reached[1].keys() <= self._hidden.keys():
+            raise RuntimeError(
+                "the backward pass evaluates every chunk again, and expected it to read the tensors that it read in "
+                "the forward pass; it read others. Use chunk_size=None, or parameters that stay the same."
+            )
+        ends = [*aliased.aliases.values(), *self._hidden.values()]
+        if not part.requires_grad:
+            return [None] * len(ends)
+        return torch.autograd.grad(part, ends, upstream, create_graph=twice, allow_unused=True)
+
+
+def _leaves_behind(tensors: Iterable[Tensor]) -> set[int]:
+    """Return the ids of the leaves that the tensors are, or were computed from."""
+    leaves: set[int] = set()
+    todo: list[Any] = [tensor.view_as(tensor).grad_fn for tensor in tensors]
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        if hasattr(node, "variable"):
+            leaves.add(id(node.variable))
+        new = {parent for parent, _ in node.next_functions if parent is not None} - seen
+        seen |= new
+        todo += new
+    return leaves
+
+
+def _autocast_settings(device: torch.device) -> list[dict[str, Any]]:
+    """Return the arguments of the `torch.autocast` that is at work: it will have ended by the backward pass."""
+    return [
+        {
+            "device_type": kind,
+            "enabled": torch.is_autocast_enabled(kind),
+            "dtype": torch.get_autocast_dtype(kind),
+            "cache_enabled": torch.is_autocast_cache_enabled(),
+        }
+        for kind in sorted({"cpu", device.type})
+        if torch.amp.is_autocast_available(kind)
+    ]
+
+
+class _Recomputation(torch.autograd.Function):
+    """Give a number the gradients that a function returns."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, gradients: _Gradients, *inputs: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        ctx.save_for_backward(*inputs)
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        _ = ctx.saved_tensors  # raises where they have been changed, or the graph has been freed
+        return None, None, *ctx.gradients(upstream)
+
+
+class _Aliased(TorchFunctionMode):
+    """Replaces tensors that require a gradient by aliases, in whatever operations are given.
+
+    Args:
+        inputs: what is replaced, by id.
+        older_than: also replaced are all leaves, and the results of nodes with a lower sequence number.
+    """
+
+    def __init__(self, inputs: Mapping[int, Tensor], older_than: int = 0) -> None:
+        super().__init__()
+        self._inputs, self._older_than = dict(inputs), older_than
+        with torch.enable_grad():
+            self.aliases = {key: tensor.view_as(tensor) for key, tensor in inputs.items()}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(Tensor, self._alias, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def reached(self, part: Tensor) -> tuple[dict[int, Tensor], dict[int, Tensor]] | None:
+        """Return what a gradient of `part` reaches: inputs through their aliases, and leaves of custom functions.
+
+        None if it reaches anything else.
+        """
+        ends = {alias.grad_fn: key for key, alias in self.aliases.items()}
+        found: dict[int, Tensor] = {}
+        hidden: dict[int, Tensor] = {}
+        seen, todo = {part.grad_fn}, [part.grad_fn]
+        while todo:
+            node = todo.pop()
+            if node in ends and node is not None:
+                found[ends[node]] = self._inputs[ends[node]]
+            elif node is not None:
+                parents: set[Any] = {parent for parent, _ in node.next_functions}
+                leaves: dict[Any, Tensor] = {each: each.variable for each in parents if hasattr(each, "variable")}
+                if node._sequence_nr() < self._older_than or (leaves and not isinstance(node, BackwardCFunction)):
+                    return None
+                hidden.update({id(leaf): leaf for leaf in leaves.values()})
+                new = parents - leaves.keys() - seen
+                seen |= new
+                todo += new
+        return found, hidden
+
+    def _alias(self, tensor: Tensor) -> Tensor:
+        key = id(tensor)
+        if key not in self.aliases and tensor.requires_grad and self._is_older(tensor):
+            with torch.enable_grad():
+                self._inputs[key], self.aliases[key] = tensor, tensor.view_as(tensor)
+        return self.aliases.get(key, tensor)
+
+    def _is_older(self, tensor: Tensor) -> bool:
+        if self._older_than == 0:
+            return False
+        return tensor.grad_fn is None or tensor.grad_fn._sequence_nr() < self._older_than
+
+
+def _sequence_number() -> int:
+    """Return the sequence number of a node made now: those of older nodes of this thread are lower."""
+    node = torch.zeros((), requires_grad=True).clone().grad_fn
+    assert node is not None
+    return node._sequence_nr()
+
+
+def check_chunk_size(chunk_size: int | None) -> None:
+    """Raise a ValueError unless `chunk_size` is a positive integer or None."""
+    if chunk_size is None:
+        return
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f"chunk_size must be a positive integer, or None for all draws at once, got {chunk_size!r}.")
+
+
+class _Spread:
+    """Spread and skewness of replicates that arrive in pieces (Chan, Golub and LeVeque, 1983; Pébay, 2008)."""
+
+    def __init__(self, num_replicates: int, points_each: int) -> None:
+        self.num_replicates, self._points_each = num_replicates, points_each
+        self._count = 0
+        self._mean, self._squares, self._cubes = torch.zeros(()), torch.zeros(()), torch.zeros(())
+        self._started, self._filled = torch.zeros(()), 0  # the replicate that the last piece broke off in
+
+    def add(self, terms: Tensor) -> None:
+        """Take the next weighted terms, `[n, *batch]`."""
+        head = min(self._points_each - self._filled, len(terms)) if self._filled else 0
+        if head:
+            self._started, self._filled = self._started.to(terms) + terms[:head].sum(0), self._filled + head
+        if self._filled == self._points_each:
+            self._merge(self._started.unsqueeze(0))
+            self._filled = 0
+        whole = (len(terms) - head) // self._points_each * self._points_each
+        if whole:
+            self._merge(terms[head : head + whole].unflatten(0, (-1, self._points_each)).sum(1))
+        if head + whole < len(terms):
+            self._started, self._filled = terms[head + whole :].sum(0), len(terms) - head - whole
+
+    def std_error(self) -> Tensor:
+        """Return the standard error of the sum of all terms; NaN for a single replicate."""
+        if self.num_replicates == 1:
+            return torch.full_like(self._mean, torch.nan)
+        return (self._squares * self.num_replicates / (self.num_replicates - 1)).sqrt()
+
+    def skewness(self) -> Tensor:
+        """Return the skewness of that error; 0 where nothing tells it."""
+        if self.num_replicates < 3:
+            return torch.zeros_like(self._mean)
+        return skewness_of_mean(self._squares, self._cubes)
+
+    def _merge(self, sums: Tensor) -> None:
+        old, new, total = self._count, len(sums), self._count + len(sums)
+        mean = sums.mean(0)
+        shift = mean - self._mean.to(mean)
+        centred = sums - mean
+        powers = centred**2
+        squares, cubes = powers.sum(0), (powers * centred).sum(0)
+        if old:
+            cubes = cubes + self._cubes + shift**3 * (old * new * (old - new) / total**2)
+            cubes = cubes + 3 * shift * (old * squares - new * self._squares) / total
+            squares = squares + self._squares + shift**2 * (old * new / total)
+        self._mean = self._mean.to(mean) + shift * (new / total)
+        self._squares, self._cubes, self._count = squares, cubes, total

@@ -1,0 +1,138 @@
+"""The KL as a mean over draws: of log q - log p, of -H(q) - log p, and the numbers k2 and k3."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from torch_klloss.methods.monte_carlo import gradients
+from torch_klloss.methods.monte_carlo.chunks import expectation_in_chunks
+from torch_klloss.methods.monte_carlo.gradients import REPARAMETERISED, Draw
+from torch_klloss.methods.monte_carlo.plan import Pair, Plan, Sampled
+from torch_klloss.methods.monte_carlo.tail_diagnostics import untrusted
+from torch_klloss.samplers import Points
+from torch_klloss.samplers.components import mixture_of, prepare_by_component
+from torch_klloss.samplers.draws import prepare
+
+NUMBERS = ("k2", "k3")  # whose gradient is that of the log-ratio
+
+
+def estimate_plain(pair: Pair, plan: Plan, source: AbstractContextManager[None]) -> Sampled:
+    """Return the mean of the terms that `value` and `gradient` name.
+
+    Args:
+        pair: what is estimated.
+        plan: how; any gradient but "mixed".
+        source: the context in which draws come from the right random stream.
+    """
+    with source:
+        draws = _prepare(pair.q, plan)
+    terms = _Terms(pair, plan, draws)
+    if plan.gradient == "score_function" and plan.num_samples > 1:
+        terms.check_independent()
+        if plan.in_chunks:
+            terms.find_mean()
+    result = expectation_in_chunks(terms.evaluate, plan.num_samples, plan.chunk_size, pair.peeled)
+    return Sampled(result.value, terms.trusted(result.std_error), result.dof, result.skewness, result.num_points)
+
+
+class _Terms:
+    """Evaluate the terms of an estimate, some draws at a time."""
+
+    def __init__(self, pair: Pair, plan: Plan, draws: Callable[[int, int], Draw]) -> None:
+        self.pair, self.plan, self.draws = pair, plan, draws
+        self.mean: Tensor | None = None  # of log q - log p over all draws, for the baseline
+        self.seen: dict[int, Tensor] = {}  # the log-ratios behind k3, by chunk
+
+    def evaluate(self, start: int, stop: int) -> tuple[Points, Tensor]:
+        """Return the points of these draws, and the terms there."""
+        draw = self.draws(start, stop)
+        points, terms = draw.points, self._terms(draw)
+        if self.plan.gradient == "none":
+            points = Points(points.x, points.weights.detach(), points.num_replicates)
+        if self.plan.value not in NUMBERS:
+            return points, terms
+        self.seen[start] = terms.detach()
+        return _renumbered(points, terms, self.plan.value)
+
+    def check_independent(self) -> None:
+        """Raise a NotImplementedError where draws depend on one another."""
+        if self.draws(0, 1).points.num_replicates != self.plan.num_samples:
+            raise NotImplementedError(
+                f"MonteCarlo(gradient='score_function') takes the other draws as a baseline, which is unbiased for "
+                f"independent draws alone; those of {self.plan.sampler!r} know of one another. Use sampler=IID(), or "
+                "gradient='pathwise' where q has rsample."
+            )
+
+    def find_mean(self) -> None:
+        """Find the mean of log q - log p over all draws, of every component of a mixture, chunk by chunk."""
+        total = torch.zeros(())
+        with torch.no_grad():
+            for start, stop in self.plan.chunks():
+                draw = self.draws(start, stop)
+                part = draw.split(self._log_q(draw.points.x) - self.pair.log_p(draw.points.x)).sum(0)
+                total = total.to(part) + part
+        self.mean = total / self.plan.num_samples
+
+    def trusted(self, std_error: Tensor | None) -> Tensor | None:
+        """Return the standard error, NaN where it would mislead."""
+        if std_error is None or self.plan.value not in NUMBERS:
+            return std_error
+        if self.plan.value == "k2":  # the spread knows nothing of the bias
+            return torch.full_like(std_error, math.nan)
+        log_ratio = torch.cat([self.seen[start] for start in sorted(self.seen)])
+        bad = untrusted(-log_ratio, "MonteCarlo(value='k3')", "Use value='log_ratio'.")
+        bad = bad.flatten(-self.pair.peeled).any(-1) if self.pair.peeled else bad
+        return torch.where(bad, math.nan, std_error)
+
+    def _terms(self, draw: Draw) -> Tensor:
+        log_p = self.pair.log_p(draw.points.x)
+        if self.plan.gradient != "score_function":
+            return _BY_GRADIENT[self.plan.gradient](self._log_q, draw, log_p)
+        log_q = self._log_q(draw.points.x)
+        if self.plan.value == "entropy":
+            log_score = self.pair.q.log_prob(draw.points.x)
+        else:
+            log_score = log_q if draw.by_component is None else draw.by_component.log_component()
+            log_q = log_q.detach()
+        return gradients.score_function(draw, log_q - log_p, log_score, self.plan.num_samples, self.mean)
+
+    def _log_q(self, x: Tensor) -> Tensor:
+        return -self.pair.q.entropy() if self.plan.value == "entropy" else self.pair.q.log_prob(x)
+
+
+_BY_GRADIENT: dict[str, Callable[[Callable[[Tensor], Tensor], Draw, Tensor], Tensor]] = {
+    "pathwise": gradients.pathwise,
+    "sticking_the_landing": gradients.sticking_the_landing,
+    "none": gradients.without,
+}
+
+
+def _renumbered(points: Points, log_ratio: Tensor, value: str) -> tuple[Points, Tensor]:
+    """Return terms of which the number is k2's or k3's, and the gradient that of the log-ratio."""
+    ratio = log_ratio.detach()
+    number = ratio**2 / 2 if value == "k2" else torch.expm1(-ratio) + ratio
+    # Whole terms, weights included: a gradient flows through the weights of a mixture's components as well.
+    kept = points.weights * torch.where(ratio.isfinite(), log_ratio, 0.0)
+    terms = points.weights.detach() * number + kept - kept.detach()
+    return Points(points.x, torch.ones_like(points.weights), points.num_replicates), terms
+
+
+def _prepare(q: Distribution, plan: Plan) -> Callable[[int, int], Draw]:
+    """Decide the randomness, and return a function of the draws start … stop - 1."""
+    differentiable = plan.gradient in REPARAMETERISED
+    if mixture_of(q) is None:
+        draws = prepare(plan.sampler, q, plan.num_samples, differentiable=differentiable)
+        return lambda start, stop: Draw(draws.part(start, stop))
+    by_component = prepare_by_component(plan.sampler, q, plan.num_samples, differentiable=differentiable)
+
+    def part(start: int, stop: int) -> Draw:
+        drawn = by_component.part(start, stop)
+        return Draw(drawn.points, drawn)
+
+    return part

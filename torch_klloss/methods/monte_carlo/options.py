@@ -1,0 +1,89 @@
+"""What `MonteCarlo` can be told, and which of it does not go together."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch.distributions import Distribution
+
+from torch_klloss.distributions.simplify import name
+from torch_klloss.methods.monte_carlo.surrogates import diagonal_normal_of
+from torch_klloss.samplers.components import mixture_of
+
+Gradient = Literal["auto", "pathwise", "sticking_the_landing", "mixed", "score_function", "none"]
+Value = Literal["log_ratio", "entropy", "control_variate", "taylor", "k2", "k3"]
+
+SURROGATES = ("control_variate", "taylor")
+HELD_OUT = 8  # draws below which half of them fit no coefficients for the other half
+
+
+def check_options(gradient: str, value: str, num_samples: int, chunk_size: int | None, remembers: bool) -> None:
+    """Raise a ValueError for a word that is none, and for words that do not go together."""
+    for option, given, known in (("gradient", gradient, get_args(Gradient)), ("value", value, get_args(Value))):
+        if given not in known:
+            raise ValueError(f"{option} must be one of {', '.join(map(repr, known))}, got {given!r}.")
+    if value == "control_variate" and num_samples % 2:
+        raise ValueError(
+            f"value='control_variate' fits on one half of the draws what it corrects on the other, and needs an even "
+            f"num_samples, got {num_samples}."
+        )
+    reason = _CLASHES.get((value, gradient))
+    if reason is not None:
+        raise ValueError(f"value={value!r} and gradient={gradient!r} do not go together: {reason}")
+    if gradient == "mixed" and num_samples < (2 if remembers else HELD_OUT):
+        raise ValueError(
+            f"gradient='mixed' needs num_samples of at least {HELD_OUT} to fit its coefficients on half of them, or "
+            f"gradient=MixedGradient(), which remembers those of earlier steps, and 2; got {num_samples}."
+        )
+    if gradient == "mixed" and chunk_size is not None:
+        raise ValueError("gradient='mixed' needs the gradient of all draws at once: use chunk_size=None.")
+
+
+def refuse_value(value: str, q: Distribution) -> None:
+    """Raise a NotImplementedError where q lacks what the form of the value needs."""
+    if value in SURROGATES and diagonal_normal_of(q) is None:
+        raise NotImplementedError(
+            f"MonteCarlo(value={value!r}) needs a q that is a Normal with independent coordinates, got {name(q)}; use "
+            "value='log_ratio'."
+        )
+    if value == "entropy" and not _has_entropy(q):
+        raise NotImplementedError(
+            f"MonteCarlo(value='entropy') needs q.entropy(), which {name(q)} lacks; use value='log_ratio'."
+        )
+
+
+def refuse_transforms(gradient: str, value: str) -> None:
+    """Raise a NotImplementedError where derivatives are taken ahead of those that `torch.func` is taking."""
+    if gradient != "mixed" and value not in SURROGATES:
+        return
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            f"MonteCarlo(value={value!r}, gradient={gradient!r}) takes derivatives of its own, which works neither "
+            "under torch.func (vmap, grad, ...) nor in forward mode; use value='log_ratio' with gradient='pathwise'."
+        )
+
+
+def _has_entropy(q: Distribution) -> bool:
+    if mixture_of(q) is not None:
+        return False
+    try:
+        q.entropy()
+    except NotImplementedError:
+        return False
+    return True
+
+
+_NO_SCORE = "log q is integrated exactly, which leaves no score term to take away; use gradient='pathwise'."
+_NO_PATH = "the quadratic is a function of reparameterised points; use gradient='pathwise', or value='log_ratio'."
+_OWN = "the mixed gradient comes with the mean of log q - log p; use value='log_ratio'."
+
+# Keyed by value and gradient.
+_CLASHES: dict[tuple[str, str], str] = {
+    ("entropy", "sticking_the_landing"): _NO_SCORE,
+    ("entropy", "mixed"): _NO_SCORE,
+    **{(value, "sticking_the_landing"): _NO_SCORE for value in SURROGATES},
+    **{(value, "mixed"): _NO_SCORE for value in SURROGATES},
+    **{(value, "score_function"): _NO_PATH for value in SURROGATES},
+    **{(value, "mixed"): _OWN for value in ("k2", "k3")},
+}

@@ -1,0 +1,66 @@
+"""What the ways to sample a KL are given, and what they give back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.distributions import Distribution
+
+from torch_klloss.distributions.supports import log_prob_within
+from torch_klloss.samplers import Sampler
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Hold a pair that is ready to be sampled.
+
+    Attributes:
+        q: of the broadcast batch shape, without validation.
+        p: the other one.
+        reach: what `contained(q, p)` said.
+        peeled: how many of the last batch dimensions are summed, draw by draw.
+    """
+
+    q: Distribution
+    p: Distribution
+    reach: bool | Tensor | None
+    peeled: int
+
+    def log_p(self, x: Tensor) -> Tensor:
+        """Return log p at points `[n, *batch, *event]`, -inf outside its support."""
+        return log_prob_within(self.p, x, self.reach)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Hold the settings of a `MonteCarlo`, with its gradient resolved for a pair."""
+
+    num_samples: int
+    sampler: Sampler
+    gradient: str
+    value: str
+    chunk_size: int | None
+
+    @property
+    def in_chunks(self) -> bool:
+        """Whether the draws make more than one chunk."""
+        return self.chunk_size is not None and self.chunk_size < self.num_samples
+
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        """Yield the first draw of every chunk, and the one after its last."""
+        step = self.num_samples if self.chunk_size is None else self.chunk_size
+        for start in range(0, self.num_samples, step):
+            yield start, min(start + step, self.num_samples)
+
+
+class Sampled(NamedTuple):
+    """Hold what sampling gave: see `KLEstimate`."""
+
+    value: Tensor
+    std_error: Tensor | None
+    dof: int | None
+    skewness: Tensor | None
+    num_points: int

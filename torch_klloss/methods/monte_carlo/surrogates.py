@@ -1,0 +1,173 @@
+"""Control variates: what a quadratic says about log p is integrated, and only the rest is sampled.
+
+q is a Normal with independent coordinates, x = μ + σ z. A quadratic h of them has a known expectation, so that
+
+    KL = -H(q) - E_q[h] - E_q[log p - h]
+
+holds for any h that does not depend on the points it is evaluated at, in value and in gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Independent, Normal
+
+from torch_klloss.distributions.pushforward import is_a
+
+
+def diagonal_normal_of(q: Distribution) -> Normal | None:
+    """Return the Normal that q is, under any `Independent`; None where q is something else."""
+    while isinstance(q, Independent):
+        q = q.base_dist
+    return q if is_a(q, Normal) else None
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """Hold a quadratic Σⱼ aⱼ zⱼ + bⱼ zⱼ²/2 of z = (x - center) / scale; no gradient flows into it.
+
+    All are `[*batch, *event]`.
+    """
+
+    center: Tensor
+    scale: Tensor
+    linear: Tensor
+    quadratic: Tensor
+    event_dims: int
+
+    def at(self, x: Tensor) -> Tensor:
+        """Return h(x), `[n, *batch]`."""
+        z = (x - self.center) / self.scale
+        return self._sum(self.linear * z + self.quadratic * z**2 / 2)
+
+    def expectation(self, loc: Tensor, scale: Tensor) -> Tensor:
+        """Return the mean of h under a Normal, `[*batch]`."""
+        mean, variance = (loc - self.center) / self.scale, (scale / self.scale) ** 2
+        return self._sum(self.linear * mean + self.quadratic * (mean**2 + variance) / 2)
+
+    def _sum(self, t: Tensor) -> Tensor:
+        return t.flatten(-self.event_dims).sum(-1) if self.event_dims else t
+
+
+class ScoreRegression:
+    """Regress ∇log p on the noise, coordinate by coordinate, from draws that arrive in parts.
+
+    Each of the two folds is fitted on its own draws; `fit` hands them out swapped, so that no quadratic meets the
+    points it was fitted to.
+
+    Args:
+        loc: the mean of q, `[2, *batch, *event]`: fold by fold.
+        scale: its standard deviation.
+        event_dims: how many dimensions make up an event.
+    """
+
+    def __init__(self, loc: Tensor, scale: Tensor, event_dims: int) -> None:
+        self.center, self.scale, self.event_dims = loc.detach(), scale.detach(), event_dims
+        self.num_points = 0
+        zero = torch.zeros_like(self.center)
+        self.sums = [zero] * 4
+
+    def add(self, x: Tensor, score: Tensor) -> None:
+        """Take in more points, with ∇log p there."""
+        z = (x.detach() - self.center) / self.scale
+        u = torch.where(score.isfinite(), score, 0.0) * self.scale
+        self.num_points += len(z)
+        self.sums = [total + part.sum(0) for total, part in zip(self.sums, (z, z * z, u, u * z), strict=True)]
+
+    def fit(self) -> Quadratic:
+        """Return the quadratic for every fold that the other one gives: intercept, and slope from four draws on."""
+        mean_z, mean_zz, mean_u, mean_uz = (total / self.num_points for total in self.sums)
+        slope = torch.zeros_like(mean_z)
+        if self.num_points >= 4:  # with fewer, the variance of a slope is infinite
+            spread = mean_zz - mean_z**2
+            slope = torch.where(spread > 0, (mean_uz - mean_u * mean_z) / spread, 0.0)
+        intercept = mean_u - slope * mean_z
+        return Quadratic(self.center, self.scale, intercept.flip(0), slope.flip(0), self.event_dims)
+
+
+def taylor(log_prob: Any, loc: Tensor, scale: Tensor, event_dims: int) -> Quadratic:
+    """Return the second-order expansion of log p about the mean of q, without mixed derivatives."""
+    with torch.enable_grad():
+        center = loc.detach().clone().requires_grad_()
+        value = log_prob(center.unsqueeze(0)).sum()
+        (score,) = torch.autograd.grad(value, center, create_graph=True)
+        columns = score.flatten(-event_dims).unbind(-1) if event_dims else (score,)
+        curvature = [_own_derivative(column, center, j, event_dims) for j, column in enumerate(columns)]
+    diagonal = torch.stack(curvature, -1).reshape(center.shape)
+    center, scale = center.detach(), scale.detach()
+    return Quadratic(center, scale, score.detach() * scale, diagonal * scale**2, event_dims)
+
+
+def _own_derivative(column: Tensor, center: Tensor, j: int, event_dims: int) -> Tensor:
+    if not column.requires_grad:  # log p is linear
+        return torch.zeros_like(column)
+    (row,) = torch.autograd.grad(column.sum(), center, retain_graph=True, allow_unused=True, materialize_grads=True)
+    return row.flatten(-event_dims)[..., j] if event_dims else row
+
+
+def with_score(log_prob: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log p(x) and ∇log p(x) from one pass through log p and one back.
+
+    A gradient that reaches x later takes the score from here instead of passing through log p once more; only where
+    log p has parameters of its own that learn does a second pass back follow, for these.
+
+    Args:
+        log_prob: the function, row by row independent.
+        x: points `[n, *batch, *event]`.
+    """
+    leaf = x.detach().requires_grad_()
+    with torch.enable_grad():
+        value = log_prob(leaf)
+        (score,) = torch.autograd.grad(value.sum(), leaf, retain_graph=True, allow_unused=True, materialize_grads=True)
+    if not (torch.is_grad_enabled() and reaches_others(value, [leaf])):
+        value = value.detach()
+    if x.requires_grad:
+        value = value + sum_from(with_gradient(x, score), value.dim())
+    return value, score
+
+
+def sum_from(t: Tensor, dim: int) -> Tensor:
+    """Return t summed over all dimensions from `dim` on."""
+    return t.flatten(dim).sum(-1) if t.dim() > dim else t
+
+
+def reaches_others(t: Tensor, leaves: Sequence[Tensor]) -> bool:
+    """Tell whether the graph of t ends in any other leaf than these."""
+    own, seen, open_nodes = {id(leaf) for leaf in leaves}, set(), [t.grad_fn]
+    while open_nodes:
+        node: Any = open_nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable") and id(node.variable) not in own:
+            return True
+        open_nodes += [following for following, _ in node.next_functions]
+    return False
+
+
+class _Once(torch.autograd.Function):
+    """Hand x through, and refuse a backward pass that is to be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "MonteCarlo(value='control_variate') and gradient='mixed' take derivatives ahead of the backward pass, "
+                "which cannot be differentiated again (create_graph=True); use value='log_ratio' with "
+                "gradient='pathwise'."
+            )
+        return grad
+
+
+def with_gradient(t: Tensor, gradient: Tensor) -> Tensor:
+    """Return zeros of the shape of t, with this gradient to t; where it is not finite, with none."""
+    return (_Once.apply(t) - t.detach()) * torch.where(gradient.isfinite(), gradient, 0.0)

@@ -1,0 +1,121 @@
+"""Where the spread of a sample says nothing about the error of its mean: heavy tails, known or seen."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Independent
+
+from torch_klloss.distributions.simplify import peel
+from torch_klloss.distributions.tails import Tail, compare, tails_of
+from torch_klloss.numerics.tracing import is_traced
+
+_MIN_TAIL = 5
+_VARIANCE, _WARN = 0.5, 0.7
+
+
+class HeavyTailWarning(UserWarning):
+    """Warns that a ratio p(x)/q(x) was exponentiated whose tail is too heavy for the mean over its draws."""
+
+
+def tail_shape(log_ratio: Tensor) -> Tensor:
+    """Return the shape k of a generalised Pareto distribution fitted to the largest ratios, over the first dimension.
+
+    Moments of order 1/k and above are infinite: from k = 1/2 the variance, and the mean converges ever more slowly;
+    from 0.7 on it is of no practical use. As in Pareto-smoothed importance sampling, the largest min(S/5, 3 √S) of S
+    ratios are the tail, and the estimate is drawn towards 1/2 as ten further observations would. NaN for fewer than 25
+    draws, which have no tail to look at, and where a ratio is NaN.
+
+    Args:
+        log_ratio: the logarithms, `[S, *batch]`.
+
+    References:
+        *Pareto smoothed importance sampling* (Vehtari, Simpson, Gelman, Yao and Gabry, 2024). *A new and efficient
+        estimation method for the generalized Pareto distribution* (Zhang and Stephens, 2009).
+
+    Example:
+        >>> import torch
+        >>> from torch_klloss.methods.monte_carlo.tail_diagnostics import tail_shape
+        >>> uniform = (torch.arange(4096) + 0.5) / 4096
+        >>> pareto = -0.8 * uniform.log()  # exp of it has the shape 0.8
+        >>> round(tail_shape(pareto).item(), 1), bool(tail_shape(uniform) < 0)
+        (0.8, True)
+    """
+    log_ratio = log_ratio.detach().double()
+    size = min(len(log_ratio) // 5, math.ceil(3 * len(log_ratio) ** 0.5))
+    if size < _MIN_TAIL:
+        return torch.full_like(log_ratio.sum(0), math.nan)
+    top = log_ratio.sort(0).values[-size - 1 :]
+    tail = (top - top[-1]).exp()
+    return _pareto_shape(tail[1:] - tail[0])
+
+
+def _pareto_shape(x: Tensor) -> Tensor:
+    """Return the posterior mean of the shape, x sorted along the first dimension."""
+    n = len(x)
+    num_guesses = 30 + int(n**0.5)
+    guess = torch.arange(1, num_guesses + 1, dtype=x.dtype, device=x.device).reshape(-1, 1, *(1,) * (x.dim() - 1))
+    quarter = x[int(n / 4 + 0.5) - 1].clamp_min(torch.finfo(x.dtype).tiny)
+    theta = 1 / x[-1].clamp_min(torch.finfo(x.dtype).tiny) + (1 - (num_guesses / (guess - 0.5)).sqrt()) / (3 * quarter)
+    shape = torch.log1p(-theta * x).mean(1, keepdim=True)
+    log_likelihood = n * ((-theta / shape).log() - shape - 1)
+    weights = log_likelihood.nan_to_num(nan=-math.inf).softmax(0)
+    mean = (theta * weights).sum((0, 1))
+    k = torch.log1p(-mean * x).mean(0)
+    return (k * n + 0.5 * 10) / (n + 10)
+
+
+def untrusted(log_ratio: Tensor, what: str, way_out: str) -> Tensor:
+    """Tell where the spread of exponentiated log-ratios vouches for nothing, and warn where even the mean does not.
+
+    Args:
+        log_ratio: the logarithms of the ratios, `[S, *batch]`.
+        what: what exponentiates them, for the warning.
+        way_out: what to do instead.
+
+    Returns:
+        bool `[*batch]`: where the fitted shape is 1/2 or more, or cannot be told.
+    """
+    shape = tail_shape(log_ratio)
+    heavy = shape > _WARN
+    if not is_traced() and bool(heavy.any()):
+        warnings.warn(
+            f"{what} exponentiates ratios of densities whose largest values look like a Pareto tail of shape "
+            f"{shape[heavy].max().item():.2f} (above 0.7 in {int(heavy.sum())} of {heavy.numel()} batch elements): "
+            f"their variance would be infinite, and more draws hardly help. {way_out}",
+            HeavyTailWarning,
+            stacklevel=3,
+        )
+    return ~(shape < _VARIANCE)
+
+
+def has_infinite_variance(q: Distribution, p: Distribution) -> Tensor | None:
+    """Tell where log q - log p has an infinite variance under q, from the declared tails; None where nothing tells.
+
+    Args:
+        q: the distribution that is drawn from.
+        p: the other one; its batch shape broadcasts against q's.
+
+    Example:
+        >>> import torch
+        >>> from torch.distributions import Normal, StudentT
+        >>> from torch_klloss.methods.monte_carlo.tail_diagnostics import has_infinite_variance
+        >>> has_infinite_variance(StudentT(torch.tensor([3.0, 4.0, 5.0])), Normal(0.0, 1.0))
+        tensor([ True,  True, False])
+    """
+    q, p, peeled = peel(q, p)
+    if isinstance(q, Independent) or isinstance(p, Independent) or q.event_shape or p.event_shape:
+        return None
+    q_tails, p_tails = tails_of(q), tails_of(p)
+    if q_tails is None or p_tails is None:
+        return None
+    # A square grows twice as fast; that of log q itself always has a mean.
+    infinite = compare(q, p, q_tails, tuple(_squared(t) for t in p_tails))  # type: ignore[arg-type]
+    return infinite.flatten(-peeled).any(-1) if infinite is not None and peeled else infinite
+
+
+def _squared(tail: Tail) -> Tail:
+    return tail._replace(growth=2 * tail.growth, speed=2 * tail.speed)

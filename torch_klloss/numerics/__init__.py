@@ -1,0 +1,1 @@
+"""Arithmetic that knows its rounding. Nothing here knows a distribution."""

@@ -1,0 +1,198 @@
+"""Numbers that know what rounding has cost them: a float64 tensor, and a bound of its distance from the exact number.
+
+Every operation adds to the bound what it may lose itself, and carries on what its arguments had lost, to first order.
+The bound takes no part in derivatives.
+
+References:
+    *Accuracy and stability of numerical algorithms* (Higham, 2002), section 3.3: the running error analysis.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Union
+
+import torch
+from torch import Tensor
+
+from torch_klloss.numerics.elementary import ABOVE_MINUS_ONE, difference_error
+from torch_klloss.numerics.lgamma import binet_trigamma
+from torch_klloss.numerics.moments import stirling_slope
+from torch_klloss.numerics.tracing import is_traced
+
+EPS = 2.0**-52
+_LIBRARY = 4 * EPS  # what a library function may lose, where arithmetic loses EPS/2
+
+Number = Union["Rounded", Tensor, float]
+
+
+class Rounded:
+    """A tensor with a bound of its rounding error; arithmetic takes numbers and exact tensors as well.
+
+    Example:
+        >>> import torch
+        >>> from torch_klloss.numerics.rounded import Rounded
+        >>> x = Rounded(torch.tensor(1e8, dtype=torch.float64))
+        >>> nearly_nothing = (x + 1e-8) - x
+        >>> bool(nearly_nothing.error >= (nearly_nothing.value - 1e-8).abs())
+        True
+    """
+
+    def __init__(self, value: Tensor, error: Tensor | float = 0.0) -> None:
+        self.value, self.error = value, error
+
+    @property
+    def size(self) -> Tensor:
+        """The magnitude, without a derivative."""
+        return _size(self.value)
+
+    def __neg__(self) -> Rounded:
+        return Rounded(-self.value, self.error)
+
+    def __add__(self, other: Number) -> Rounded:
+        return self - (-as_rounded(other, self.value))
+
+    def __sub__(self, other: Number) -> Rounded:
+        a, b = self, as_rounded(other, self.value)
+        value = a.value - b.value
+        # What a difference loses is known, and often 0, as for 1 - x beside 1.
+        return _bounded(value, lambda: a.error + b.error + difference_error(a.value, b.value).detach().abs())
+
+    def __mul__(self, other: Number) -> Rounded:
+        a, b = self, as_rounded(other, self.value)
+        value = a.value * b.value
+        return _bounded(value, lambda: _times(a.error, b.size) + _times(b.error, a.size) + EPS * _size(value))
+
+    def __truediv__(self, other: Number) -> Rounded:
+        a, b = self, as_rounded(other, self.value)
+        value = a.value / b.value
+        return _bounded(value, lambda: (a.error + _times(b.error, _size(value))) / b.size + EPS * _size(value))
+
+    def __radd__(self, other: float | Tensor) -> Rounded:
+        return self + other
+
+    def __rsub__(self, other: float | Tensor) -> Rounded:
+        return -self + other
+
+    def __rmul__(self, other: float | Tensor) -> Rounded:
+        return self * other
+
+    def __rtruediv__(self, other: float | Tensor) -> Rounded:
+        return as_rounded(other, self.value) / self
+
+
+def as_rounded(x: Number, like: Tensor) -> Rounded:
+    """Return x itself, a tensor as exact, a number as rounded unless it is a multiple of ¼."""
+    if isinstance(x, Rounded):
+        return x
+    if isinstance(x, Tensor):
+        return Rounded(x)
+    number = torch.full((), x, dtype=like.dtype, device=like.device)
+    return Rounded(number, 0.0 if float(4 * x).is_integer() else EPS * abs(x))
+
+
+def _bounded(value: Tensor, error: Callable[[], Tensor | float]) -> Rounded:
+    """Return the value with its error, which is left out where nobody may look at it."""
+    return Rounded(value, 0.0 if is_traced() else error())
+
+
+def _size(value: Tensor) -> Tensor:
+    return value.detach().abs()
+
+
+def _times(error: Tensor | float, size: Tensor) -> Tensor | float:
+    """Return error · size, 0 where the error is 0, whatever the size is."""
+    return 0.0 if isinstance(error, float) and error == 0 else error * size
+
+
+def apply(f: Callable[[Tensor], Tensor], x: Rounded, slope: Callable[[Tensor], Tensor], floor: float = 0.0) -> Rounded:
+    """Return f(x), for a function of the library.
+
+    Args:
+        f: the function, which loses `_LIBRARY` of its value, and of `floor`.
+        x: the argument.
+        slope: the derivative of f, for the error that x brings.
+        floor: a size that the error is relative to even where f is smaller, as beside a root.
+    """
+    value = f(x.value)
+
+    def error() -> Tensor:
+        inherited = _times(x.error, _size(slope(x.value.detach()))) if isinstance(x.error, Tensor) else 0.0
+        return inherited + _LIBRARY * _size(value).clamp_min(floor)
+
+    return _bounded(value, error)
+
+
+def exp(x: Rounded) -> Rounded:
+    """Return the exponential."""
+    return apply(torch.exp, x, torch.exp)
+
+
+def expm1(x: Rounded) -> Rounded:
+    """Return exp(x) - 1."""
+    return apply(torch.expm1, x, torch.exp)
+
+
+def log(x: Rounded) -> Rounded:
+    """Return the logarithm."""
+    return apply(torch.log, x, torch.reciprocal)
+
+
+def log1p(x: Rounded) -> Rounded:
+    """Return log(1 + x), kept away from x = -1."""
+    return apply(lambda t: torch.log1p(t.clamp_min(ABOVE_MINUS_ONE)), x, lambda t: 1 / (1 + t))
+
+
+def square(x: Rounded) -> Rounded:
+    """Return x²."""
+    return x * x
+
+
+def erf(x: Rounded) -> Rounded:
+    """Return the error function."""
+    return apply(torch.erf, x, lambda t: 2 / math.sqrt(math.pi) * torch.exp(-t * t))
+
+
+def atan(x: Rounded) -> Rounded:
+    """Return the arc tangent."""
+    return apply(torch.atan, x, lambda t: 1 / (1 + t * t))
+
+
+def cos(x: Rounded) -> Rounded:
+    """Return the cosine."""
+    return apply(torch.cos, x, torch.sin)
+
+
+def lgamma(x: Rounded) -> Rounded:
+    """Return log Γ(x) for x > 0."""
+    return apply(torch.lgamma, x, torch.digamma, floor=1.0)
+
+
+def digamma(x: Rounded) -> Rounded:
+    """Return ψ(x) for x > 0, whose derivative has all its digits, unlike that of torch's."""
+    return apply(_digamma, x, _trigamma, floor=1.0)
+
+
+def trigamma(x: Rounded) -> Rounded:
+    """Return ψ'(x) for x > 0."""
+    return apply(_trigamma, x, lambda t: _trigamma(t) * (1 + 2 / t))
+
+
+def where(mask: Tensor, a: Rounded, b: Rounded) -> Rounded:
+    """Return a where the mask is set and b elsewhere; each is to be harmless where it is not taken."""
+    a_error, b_error = (torch.as_tensor(x.error, dtype=a.value.dtype, device=a.value.device) for x in (a, b))
+    return Rounded(torch.where(mask, a.value, b.value), torch.where(mask, a_error, b_error))
+
+
+def positive(x: Rounded) -> Rounded:
+    """Return max(x, 0)."""
+    return Rounded(torch.where(x.value > 0, x.value, 0 * x.value), x.error)
+
+
+def _digamma(x: Tensor) -> Tensor:
+    return x.log() - 0.5 / x + stirling_slope(x)
+
+
+def _trigamma(x: Tensor) -> Tensor:
+    return binet_trigamma(x) + 1 / x

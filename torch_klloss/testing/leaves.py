@@ -1,0 +1,118 @@
+"""The tensors that a pair of distributions is differentiated by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Independent, MixtureSameFamily, TransformedDistribution, constraints
+
+from torch_klloss.distributions.tensors import map_tensors
+
+
+def with_leaves(q: Distribution, p: Distribution) -> tuple[Distribution, Distribution, dict[str, Tensor]]:
+    """Return the pair with the leaf tensors that it is differentiated by, by name.
+
+    They are those behind q and p that require a gradient. Where there are none, q and p come back built again, with
+    leaves for the parameters in `arg_constraints`; matrices stay as they are, for their entries are not free to move.
+
+    Raises:
+        ValueError: if none requires a gradient, and a class cannot be built from its `arg_constraints` alone.
+    """
+    leaves: dict[str, Tensor] = {}
+    for which, d in (("q", q), ("p", p)):
+        map_tensors(d, partial(_enter_graph_leaves, leaves, which))
+    if leaves:
+        return q, p, leaves
+    return _learned(q, "q", leaves), _learned(p, "p", leaves), leaves
+
+
+def _enter_graph_leaves(leaves: dict[str, Tensor], which: str, t: Tensor, key: str, owner: Any) -> Tensor:
+    """Enter the leaves that t was computed from, by the name of the parameter that leads to them."""
+    for leaf in _graph_leaves(t):
+        if not any(leaf is known for known in leaves.values()):
+            leaves[_unused(f"{which}.{key}", leaves)] = leaf
+    return t
+
+
+def _learned(d: Distribution, which: str, leaves: dict[str, Tensor]) -> Distribution:
+    """Return d built again from leaves, which are entered by name."""
+    if type(d) is Independent:
+        return Independent(_learned(d.base_dist, which, leaves), d.reinterpreted_batch_ndims)
+    if type(d) is TransformedDistribution:
+        return TransformedDistribution(_learned(d.base_dist, which, leaves), d.transforms)
+    if type(d) is MixtureSameFamily:
+        weights: Any = _learned(d.mixture_distribution, which, leaves)
+        return MixtureSameFamily(weights, _learned(d.component_distribution, which, leaves))
+    arguments: dict[str, Any] = {key: getattr(d, key) for key in _given(d)}
+    for key, value in arguments.items():
+        if _is_free(d.arg_constraints[key]) and key != "total_count":
+            leaf = leaves[_unused(f"{which}.{key}", leaves)] = value.detach().clone().requires_grad_()
+            arguments[key] = leaf
+    cls: Any = type(d)
+    try:
+        return cls(**arguments) if arguments else d
+    except TypeError as error:
+        raise ValueError(
+            f"{cls.__name__} takes more than {', '.join(arguments)} or less; build the pair from tensors with "
+            "requires_grad=True."
+        ) from error
+
+
+def _given(d: Distribution) -> list[str]:
+    """Return the names of the parameters, of those that stand for one another the one that d was built from."""
+    names = list(d.arg_constraints)
+    for alternatives in _ALTERNATIVES:
+        # torch computes the others on demand, and keeps them behind the first.
+        held = [key for key in vars(d) if key in alternatives] or [key for key in names if key in alternatives]
+        names = [key for key in names if key not in alternatives or key == held[0]]
+    return names
+
+
+_ALTERNATIVES = ({"probs", "logits"}, {"covariance_matrix", "precision_matrix", "scale_tril"})
+
+
+def _is_free(constraint: Any) -> bool:
+    """Tell whether numbers or vectors under the constraint may move in every direction, once they are normalised."""
+    is_vector = constraint is constraints.simplex or isinstance(constraint, constraints.independent)
+    return not constraint.is_discrete and (constraint.event_dim == 0 or is_vector)
+
+
+def _unused(title: str, titles: Iterable[str]) -> str:
+    """Return the title, numbered where another part has it."""
+    number = sum(title in (each, each.partition(" (")[0]) for each in titles)
+    return f"{title} ({number + 1})" if number else title
+
+
+def _graph_leaves(t: Tensor) -> Iterator[Tensor]:
+    """Yield the leaves that t was computed from; t itself where it is one."""
+    if t.requires_grad and t.grad_fn is None:
+        yield t
+    for node in _nodes(t.grad_fn):
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            yield leaf
+
+
+def _nodes(root: Any) -> Iterator[Any]:
+    """Yield the nodes of a graph, each once."""
+    waiting, seen = [root], set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            waiting += [parent for parent, _ in node.next_functions]
+
+
+def derivatives(value: Tensor, leaves: Iterable[Tensor]) -> list[Tensor]:
+    """Return the gradients of the sum, in float64; 0 where nothing leads to a leaf."""
+    leaves = list(leaves)
+    if not value.requires_grad:
+        return [torch.zeros_like(leaf).double() for leaf in leaves]
+    found = torch.autograd.grad(value.sum(), leaves, allow_unused=True, retain_graph=True)
+    pairs = zip(found, leaves, strict=True)
+    return [(torch.zeros_like(leaf) if grad is None else grad).detach().double() for grad, leaf in pairs]
