@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from torch_klloss.cli.demo import question_curves
-from torch_klloss.plots import annealing_figure, collapse_figure, gap_figure, question_figure, reconstruction_figure
+from torch_klloss.cli.demo import question_curves, question_figure
+from torch_klloss.plots import annealing_figure, collapse_figure, gap_figure, reconstruction_figure
 
 STEPS, VALUE, REFERENCE, STD_ERROR = [10, 20, 30], [2.0, 3.0, 4.0], [2.5, 2.75, 4.0], [0.1, 0.2, 0.3]
 

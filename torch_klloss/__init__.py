@@ -1,6 +1,6 @@
 """KL divergence losses for PyTorch whose value and gradient are right by construction."""
 
-from torch_klloss.auditing import audit  # the function, which hides the subpackage of its name as an attribute
+from torch_klloss.auditing import audit, audit_module
 from torch_klloss.closed_forms import has_closed_form, kl_divergence, register_kl
 from torch_klloss.distributions.families import categorical, diagonal_normal, standard_normal_like
 from torch_klloss.elbo import ELBOLoss, ELBOTerms
@@ -22,6 +22,7 @@ __all__ = [
     "NotCertifiedError",
     "QuadratureKL",
     "audit",
+    "audit_module",
     "categorical",
     "diagonal_normal",
     "has_closed_form",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from torch_klloss.distributions.simplify import check_pair, name
+from torch_klloss.distributions.checks import check_pair, name
 from torch_klloss.distributions.tensors import device_of, dtype_of, in_full_precision, replace_examples, tensors_of
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.methods import ClosedForm, Enumeration, FirstOf, Method, MonteCarlo, Quadrature

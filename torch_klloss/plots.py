@@ -7,23 +7,17 @@ from __future__ import annotations
 
 import itertools
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from torch_klloss.cli.demo import EXPECTED_FACTOR
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from torch_klloss.auditing.report import AuditReport
-    from torch_klloss.cli.demo import QuestionCurves
-    from torch_klloss.schedules import Schedule
 
 # The palette of Okabe and Ito, which survives the common kinds of colour blindness.
 _BLUE, _VERMILION, _GREEN, _INK = "#0072B2", "#D55E00", "#007A5A", "#222222"
@@ -32,56 +26,15 @@ _BAND: dict[str, Any] = {"color": _BLUE, "alpha": 0.22, "linewidth": 0}
 Sampled = Literal["value", "reference"]
 
 
-def question_figure(curves: QuestionCurves) -> Figure:
-    """Draw the four curves of the question, in nats over μ, and beside them their gaps to the closed form.
+class Schedule(Protocol):
+    """A weight as a function of the step, with the step at which its warm-up ends."""
 
-    Args:
-        curves: what `question_curves` returned.
+    @property
+    def total_steps(self) -> float:
+        """The step at which the warm-up ends."""
 
-    Raises:
-        ImportError: if matplotlib is missing.
-
-    Example:
-        >>> from torch_klloss.plots import question_figure
-        >>> from torch_klloss.cli.demo import question_curves
-        >>> figure = question_figure(question_curves())
-        >>> [axes.get_ylabel() for axes in figure.axes]
-        ['KL(q‖p) in nats', 'gap to the closed form in nats']
-    """
-    figure = _new_figure(9, 4.9)
-    left, right = figure.subplots(1, 2)
-    zero, exact = np.zeros(len(curves.mu)), curves.closed_form.numpy()
-    _question_panel(left, curves, zero)
-    _question_panel(right, curves, exact)
-    expected: dict[str, Any] = {"color": _INK, "linewidth": 1.1, "linestyle": ":", "label": "0.2821 · closed form"}
-    left.plot(curves.mu.numpy(), EXPECTED_FACTOR * exact, **expected)
-    factor = f"weighted by q twice:\n{curves.factor:.3f} ± {curves.factor_std_error:.3f} of the KL is left"
-    right.text(0.5, 0.3, factor, transform=right.transAxes, color=_VERMILION, ha="center")
-    left.set(title="The curves", ylabel="KL(q‖p) in nats")
-    right.set(title="Their gaps to the closed form", ylabel="gap to the closed form in nats")
-    figure.suptitle(f"KL(q‖p) of q = Normal(μ, 1) and p = Normal(0, 1), {curves.num_samples} samples for each μ")
-    twice, sampled, interval, exact_line, grid, expected_line = left.get_legend_handles_labels()[0]
-    in_columns = [twice, expected_line, sampled, interval, exact_line, grid]
-    figure.legend(handles=in_columns, loc="outside lower center", ncols=3, frameon=False)
-    return figure
-
-
-def _question_panel(axes: Axes, curves: QuestionCurves, baseline: np.ndarray) -> None:
-    """Draw the curves less the baseline. Those that coincide are told apart: a band, a line, markers on the line."""
-    mu = curves.mu.numpy()
-    low, high = (end.numpy() - baseline for end in curves.sampled.interval(0.95))
-    questioner, sampled, exact, grid = (
-        curve.numpy() - baseline for curve in (curves.questioner, curves.sampled.value, curves.closed_form, curves.grid)
-    )
-    every = max(1, len(mu) // 20)
-    axes.plot(mu, questioner, color=_VERMILION, linewidth=2, linestyle=(0, (5, 1.5)), label="mean of q·(log q − log p)")
-    axes.plot(mu, sampled, color=_BLUE, linewidth=1.6, label="mean of (log q − log p)")
-    axes.fill_between(mu, low, high, **_BAND, label="its 95 % interval")
-    axes.plot(mu, exact, color=_INK, linewidth=1.2, label="closed form")
-    ring: dict[str, Any] = {"marker": "o", "markersize": 5.5, "markerfacecolor": "none", "markeredgewidth": 1.3}
-    axes.plot(mu, grid, color=_GREEN, linestyle="none", markevery=every, **ring, label="∫ q (log q − log p) dx, grid")
-    axes.set_xlabel("μ, the mean of q")
-    _tidy(axes)
+    def __call__(self, step: float) -> float:
+        """Return the weight."""
 
 
 def gap_figure(
@@ -348,93 +301,6 @@ def reconstruction_figure(originals: Tensor, reconstructions: Tensor, samples: T
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
     return figure
-
-
-def audit_figure(report: AuditReport) -> Figure:
-    """Draw what an audited loss returned against the true KL, one point a probe, and what was found.
-
-    The line y = x is where the KL lies. What was found is a straight line where it is the KL times a constant, and
-    else an open marker a probe. A value that is not finite has no point; the legend counts them.
-
-    Args:
-        report: what `audit` returned.
-
-    Raises:
-        ImportError: if matplotlib is missing.
-        ValueError: if the report has no points.
-
-    Example:
-        >>> from torch_klloss.auditing import audit
-        >>> from torch_klloss.plots import audit_figure
-        >>> figure = audit_figure(audit(lambda mean, logvar: -(1 + logvar - mean**2 - logvar.exp()).sum(-1).mean()))
-        >>> [text.get_text() for text in figure.legends[0].get_texts()]
-        ['the KL: y = x', 'half-missing: 2 times the KL', 'returned by the loss']
-    """
-    if not report.points:
-        raise ValueError("audit_figure needs a report with points; one that was not judged has none.")
-    points = sorted(report.points, key=lambda point: point.kl)
-    kl, got, error = (np.array([getattr(point, name) for point in points]) for name in ("kl", "got", "std_error"))
-    fitted = np.array([math.nan if point.fitted is None else point.fitted for point in points])
-    figure = _new_figure(9, 5.6)
-    axes = figure.subplots()
-    finite = np.isfinite(got)
-    missed = "" if finite.all() else f" ({(~finite).sum()} of {len(got)} values are not finite)"
-    axes.errorbar(
-        kl,
-        np.where(finite, got, math.nan),
-        yerr=np.where(finite, 1.96 * error, math.nan) if error.any() else None,
-        color=_BLUE,
-        fmt="o",
-        markersize=4,
-        elinewidth=1.2,
-        capsize=2,
-        label=f"returned by the loss{', 95 % interval' if error.any() else ''}{missed}",
-        zorder=3,
-    )
-    _scale_by(axes, kl, got[finite])
-    _along(axes, kl, 1.0, color=_INK, linewidth=1.2, label="the KL: y = x")
-    _draw_found(axes, kl, fitted, ", ".join(finding.id for finding in report.mistakes) or report.convention)
-    axes.set(xlabel="KL(q‖p) in nats, the mean over the examples of a probe", ylabel="returned by the loss, in nats")
-    _tidy(axes)
-    figure.suptitle(textwrap.shorten(report.name, 70, placeholder=" …") + f": {report.verdict}")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    return figure
-
-
-def _draw_found(axes: Axes, kl: np.ndarray, fitted: np.ndarray, label: str) -> None:
-    """Draw what was found: nothing where that is the KL itself, or where nothing was found."""
-    known = np.isfinite(fitted)
-    if not known.any() or np.allclose(fitted, kl, rtol=_SAME):
-        return
-    factor = float(np.median(fitted[known] / kl[known]))
-    if np.allclose(fitted, factor * kl, rtol=_SAME):
-        _along(axes, kl, factor, color=_VERMILION, linestyle=(0, (5, 1.5)), label=f"{label}: {factor:.4g} times the KL")
-        return
-    axes.plot(kl[known], fitted[known], color=_VERMILION, linewidth=0.6, alpha=0.4)
-    ring: dict[str, Any] = {"marker": "o", "markersize": 7.5, "markerfacecolor": "none", "markeredgewidth": 1.2}
-    axes.plot(kl, fitted, color=_VERMILION, linestyle="none", **ring, label=label)
-
-
-def _along(axes: Axes, kl: np.ndarray, factor: float, **style: Any) -> None:
-    """Draw the line y = factor · x, which is straight on linear axes and on logarithmic ones."""
-    x = np.geomspace(kl.min(), kl.max(), 200)
-    axes.plot(x, factor * x, **style)
-
-
-def _scale_by(axes: Axes, kl: np.ndarray, got: np.ndarray) -> None:
-    """Make the axes logarithmic where the values span decades; beyond an interval around zero, if not all are > 0."""
-    sizes = np.abs(np.concatenate([kl, got]))
-    sizes = sizes[sizes > 0]
-    span = sizes.max() / sizes.min()
-    if (got > 0).all() and span > _WIDE:
-        axes.set(xscale="log", yscale="log")
-    elif span > _WIDE**2:
-        axes.set_xscale("log")
-        axes.set_yscale("symlog", linthresh=float(np.quantile(sizes, 0.1)))
-
-
-_WIDE = 30.0  # from the smallest to the largest value: more than a linear axis shows
-_SAME = 1e-6  # relative: rounding, and far below what a figure shows
 
 
 def _new_figure(width: float, height: float) -> Figure:

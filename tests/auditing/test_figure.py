@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from torch_klloss.auditing import AuditReport, Finding
-from torch_klloss.auditing.report import ProbePoint
-from torch_klloss.plots import audit_figure
+from torch_klloss.auditing.figure import ProbePoint, audit_figure
 
 KL = [2.0, 1.0, 4.0]
 
@@ -31,7 +30,7 @@ def drawn(figure):
 
 
 def test_a_right_loss_is_points_on_the_line():
-    figure = audit_figure(report(KL, KL, verdict="right", ids=()))
+    figure = report(KL, KL, verdict="right", ids=()).figure()
     lines = drawn(figure)
     assert lines.keys() == {"the KL: y = x", "returned by the loss"}
     assert lines["returned by the loss"].tolist() == [[1, 1], [2, 2], [4, 4]]
@@ -42,22 +41,22 @@ def test_a_right_loss_is_points_on_the_line():
 
 def test_a_constant_factor_is_a_straight_line():
     halves = [kl / 2 for kl in KL]
-    line = drawn(audit_figure(report(halves, halves)))["named: 0.5 times the KL"]
+    line = drawn(report(halves, halves).figure())["named: 0.5 times the KL"]
     assert line[:, 1] == pytest.approx(line[:, 0] / 2)
     assert (line[0, 0], line[-1, 0]) == pytest.approx((1, 4))
 
 
 def test_anything_else_is_a_marker_a_probe():
-    lines = drawn(audit_figure(report([3.0, 1.0, 2.0], [3.0, 1.0, 2.0], ids=("one", "other"))))
+    lines = drawn(report([3.0, 1.0, 2.0], [3.0, 1.0, 2.0], ids=("one", "other")).figure())
     assert lines["one, other"].tolist() == [[1, 1], [2, 3], [4, 2]]
 
 
 def test_nothing_is_drawn_where_nothing_was_found():
-    assert drawn(audit_figure(report([3.0, 1.0, 2.0]))).keys() == {"the KL: y = x", "returned by the loss"}
+    assert drawn(report([3.0, 1.0, 2.0]).figure()).keys() == {"the KL: y = x", "returned by the loss"}
 
 
 def test_means_have_their_interval():
-    figure = audit_figure(report(KL, KL, error=0.1))
+    figure = report(KL, KL, error=0.1).figure()
     assert "returned by the loss, 95 % interval" in drawn(figure)
     (bars,) = figure.axes[0].containers[0][2]
     assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [
@@ -66,11 +65,11 @@ def test_means_have_their_interval():
 
 
 def test_what_is_not_finite_is_counted():
-    lines = drawn(audit_figure(report([math.nan, 1.0, math.inf], [math.nan, 1.0, 2.0])))
+    lines = drawn(report([math.nan, 1.0, math.inf], [math.nan, 1.0, 2.0]).figure())
     points = lines["returned by the loss (2 of 3 values are not finite)"]
     assert points[0].tolist() == [1, 1]
     assert np.isnan(points[1:, 1]).all()
-    drawn(audit_figure(report([math.nan] * 3, [math.nan] * 3)))
+    drawn(report([math.nan] * 3, [math.nan] * 3).figure())
 
 
 @pytest.mark.parametrize(
@@ -84,7 +83,7 @@ def test_what_is_not_finite_is_counted():
     ],
 )
 def test_the_axes_are_logarithmic_where_the_values_span_decades(got, scales):
-    figure = audit_figure(report(got, got))
+    figure = report(got, got).figure()
     drawn(figure)
     assert (figure.axes[0].get_xscale(), figure.axes[0].get_yscale()) == scales
 
@@ -92,12 +91,14 @@ def test_the_axes_are_logarithmic_where_the_values_span_decades(got, scales):
 def test_a_long_name_is_shortened():
     long = report(KL)
     object.__setattr__(long, "name", "my_kl(" + ", ".join(f"argument_{n}" for n in range(20)) + ")")
-    assert len(audit_figure(long).get_suptitle()) < 90
+    assert len(long.figure().get_suptitle()) < 90
 
 
 def test_without_points_or_matplotlib_it_says_so(monkeypatch):
-    with pytest.raises(ValueError, match="needs a report with points"):
-        audit_figure(AuditReport("f()", "auto", "not judged"))
+    with pytest.raises(ValueError, match="needs at least one point"):
+        audit_figure([], title="f()")
+    with pytest.raises(ValueError, match="there is nothing to draw"):
+        AuditReport("f()", "auto", "not judged").figure()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r'pip install "torch_klloss\[plot\]"'):
-        audit_figure(report(KL))
+        report(KL).figure()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from torch_klloss.auditing import AuditReport, audit
-from torch_klloss.cli import entry_point as cli
+from torch_klloss.cli import main as cli
 from torch_klloss.cli import mistakes_page as documentation
 from torch_klloss.cli.entry_point import main
 

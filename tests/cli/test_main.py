@@ -13,7 +13,7 @@ import torch
 
 from torch_klloss import __version__
 from torch_klloss.cli import compare as comparison
-from torch_klloss.cli import entry_point as cli
+from torch_klloss.cli import main as cli
 from torch_klloss.cli import pairs
 from torch_klloss.cli.compare import compare_methods
 from torch_klloss.cli.demo import question_curves

@@ -17,7 +17,7 @@ from torch.distributions import (
     constraints,
 )
 
-from torch_klloss.distributions.selection import NotSelectableError, flattened, in_float64, select
+from torch_klloss.distributions.tensors import NotSelectableError, flattened, in_float64, select
 
 SHAPE = torch.Size([2, 3])
 

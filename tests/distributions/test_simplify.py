@@ -32,8 +32,9 @@ from torch.distributions import (
 
 from tests.expectations import integrate, log_density
 from torch_klloss import AutoKL, MonteCarloKL, has_closed_form, kl_divergence
+from torch_klloss.distributions.checks import check_common_measure, check_pair, name
 from torch_klloss.distributions.logistic import Logistic
-from torch_klloss.distributions.simplify import check_common_measure, check_pair, name, peel, simplify
+from torch_klloss.distributions.simplify import peel, simplify
 from torch_klloss.distributions.supports import bounds_of
 from torch_klloss.distributions.tensors import unvalidated
 from torch_klloss.methods import ClosedForm, Enumeration, MonteCarlo

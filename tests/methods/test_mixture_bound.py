@@ -23,8 +23,8 @@ from torch.distributions import (
 )
 
 from torch_klloss import AutoKL
+from torch_klloss.distributions.tensors import with_batch_dim
 from torch_klloss.methods import MixtureBound
-from torch_klloss.methods.mixture_bound import with_batch_dim
 
 F64 = torch.float64
 

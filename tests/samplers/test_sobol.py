@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.distributions import Categorical, Independent, Normal, Uniform
 
 from torch_klloss.samplers import IID, Sobol, sobol
-from torch_klloss.samplers.nets import MAX_DIMENSION, sobol_net
-from torch_klloss.samplers.uniform import Cells, cells_of, middles
+from torch_klloss.samplers.sobol import MAX_DIMENSION, sobol_net
+from torch_klloss.samplers.transport import Cells, cells_of, middles
 
 F64 = torch.float64
 BITS = 4

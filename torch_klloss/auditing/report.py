@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from torch_klloss.auditing.figure import ProbePoint, audit_figure
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
 
 Verdict = Literal["right", "wrong value", "wrong gradient", "wrong value and gradient", "not judged"]
 
@@ -30,17 +34,6 @@ class Finding:
     evidence: str
     fix: str
     alternatives: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class ProbePoint:
-    """Hold one point of the figure: the KL of a probe and what the loss returned, in nats for each example."""
-
-    shape: tuple[int, ...]
-    kl: float
-    got: float
-    fitted: float | None
-    std_error: float
 
 
 @dataclass(frozen=True)
@@ -114,9 +107,9 @@ class AuditReport:
         """
         if not self.points:
             raise ValueError(f"there is nothing to draw: {self.reason or 'no value was compared with the KL'}.")
-        from torch_klloss.plots import audit_figure
-
-        return audit_figure(self)
+        title = f"{textwrap.shorten(self.name, 70, placeholder=' …')}: {self.verdict}"
+        found = ", ".join(finding.id for finding in self.mistakes) or self.convention
+        return audit_figure(self.points, title=title, found=found)
 
 
 def _capitalised(sentence: str) -> str:

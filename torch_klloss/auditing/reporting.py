@@ -11,8 +11,9 @@ from torch_klloss.auditing.experiment.parameters import Call
 from torch_klloss.auditing.explanation.candidates import right_core
 from torch_klloss.auditing.explanation.fit import convention
 from torch_klloss.auditing.explanation.mistake import Mistake
+from torch_klloss.auditing.figure import ProbePoint
 from torch_klloss.auditing.judge import FALSE_ALARM, Judgement, pooled_ratio
-from torch_klloss.auditing.report import AuditReport, Finding, ProbePoint, Verdict
+from torch_klloss.auditing.report import AuditReport, Finding, Verdict
 
 
 def report_of(name: str, judged: Judgement, seed: int) -> AuditReport:

@@ -10,8 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from torch_klloss.callbacks.base import Callback
-from torch_klloss.callbacks.watching import publish, steps_taken
+from torch_klloss.callbacks.watching import Callback, publish, steps_taken
 from torch_klloss.elbo import ELBOLoss
 from torch_klloss.schedules import Schedule
 

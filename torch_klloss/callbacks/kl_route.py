@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 from torch_klloss.callbacks.watching import AllRanks, Call, LossWatcher
-from torch_klloss.distributions.simplify import name
+from torch_klloss.distributions.checks import name
 from torch_klloss.distributions.tensors import device_of
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.methods import ClosedForm, Enumeration, FirstOf

@@ -13,7 +13,7 @@ from torch_klloss.callbacks.figures import log_figure
 from torch_klloss.callbacks.latent import kl_per_unit, mutual_information, posterior_means
 from torch_klloss.callbacks.moments import Moments
 from torch_klloss.callbacks.watching import AllRanks, Call, LossWatcher, publish, steps_taken, sum_over_ranks
-from torch_klloss.distributions.simplify import check_pair
+from torch_klloss.distributions.checks import check_pair
 from torch_klloss.distributions.tensors import device_of
 from torch_klloss.rng import private_rng
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import warnings
 from collections import Counter
@@ -14,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from torch_klloss.callbacks.base import Callback
-from torch_klloss.distributions.simplify import check_pair
+from torch_klloss.distributions.checks import check_pair
 from torch_klloss.distributions.tensors import device_of
 from torch_klloss.elbo import ELBOLoss
 from torch_klloss.elbo.batches import Batch
@@ -23,6 +23,29 @@ from torch_klloss.elbo.divergence import ElementwiseKL
 from torch_klloss.losses import KLLoss
 from torch_klloss.reduction import example_shape
 from torch_klloss.rng import RngState, rng_state
+
+
+def _callback_bases() -> tuple[type, ...]:
+    """Return the `Callback` class of every Lightning package there is.
+
+    The two packages have classes of the same name that know nothing of each other; a callback that derives from both
+    is at home in the Trainer and the command line of either.
+    """
+    bases = []
+    for package in ("pytorch_lightning", "lightning.pytorch"):
+        try:
+            bases.append(importlib.import_module(package).Callback)
+        except ModuleNotFoundError:
+            continue
+    if not bases:
+        raise ImportError(
+            "torch_klloss.callbacks needs Lightning, which is not installed: pip install 'torch_klloss[lightning]' "
+            "(pytorch-lightning), or pip install lightning."
+        )
+    return tuple(dict.fromkeys(bases))
+
+
+Callback: Any = type("Callback", _callback_bases(), {"__doc__": "Base of the callbacks, for every Lightning package."})
 
 AllRanks = Callable[[Tensor], Tensor]  # sums a tensor over the ranks
 

@@ -6,18 +6,30 @@ Weights q(x) dx belong to points of a grid; points drawn from q carry 1/S, becau
 
 from __future__ import annotations
 
+import argparse
 import math
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Normal
 
+from torch_klloss.cli.console import InputError, _console, _count_with_error, _print_table, _seed
 from torch_klloss.closed_forms import kl_divergence
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.methods import MonteCarlo
+from torch_klloss.plots import _BAND, _BLUE, _GREEN, _INK, _VERMILION, _new_figure, _tidy
 from torch_klloss.rng import private_rng
 from torch_klloss.samplers import IID, Points
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from rich.console import Console
+
 
 EXPECTED_FACTOR = 1 / (2 * math.sqrt(math.pi))
 """E_q[q(x)] for a Normal q of scale one, 0.2821: what an extra weight q(x) averages to."""
@@ -122,3 +134,103 @@ def _slope(terms: Tensor, closed_form: Tensor) -> tuple[float, float]:
     num_samples = len(per_draw)
     std_error = per_draw.std().item() / math.sqrt(num_samples) if num_samples > 1 else math.nan
     return per_draw.mean().item(), std_error
+
+
+# --- demo -------------------------------------------------------------------------------------------------------------
+
+
+def _add_demo(commands: Any) -> None:
+    about = "The question that the library began with: a figure, a table, and the answer."
+    parser = commands.add_parser("demo", help=about, description=about)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where question.png goes")
+    samples = {"type": _count_with_error, "default": 100, "metavar": "N"}
+    parser.add_argument("--num-samples", **samples, help="samples for each mean of q, at least 2 (100)")
+    parser.add_argument("--seed", type=_seed, default=0, metavar="S", help="of the samples (0)")
+    parser.set_defaults(run=_demo)
+
+
+def _demo(args: argparse.Namespace) -> None:
+    console = _console()
+    curves = question_curves(num_samples=args.num_samples, seed=args.seed)
+    path = args.out / "question.png"
+    figure = question_figure(curves)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+    _print_question(console, curves)
+    console.print(f"Figure: {path}", soft_wrap=True)
+
+
+def _print_question(console: Console, curves: QuestionCurves) -> None:
+    title = f"KL(Normal(μ, 1)‖Normal(0, 1)) in nats, {curves.num_samples} samples for each μ, ± standard error"
+    columns = ("μ", "mean q·(log q - log p)", "mean (log q - log p)", "closed form", "grid integral")
+    std_error = torch.as_tensor(curves.sampled.std_error)
+    series = (curves.mu, curves.questioner, curves.sampled.value, std_error, curves.closed_form, curves.grid)
+    rows = [
+        [f"{mu:g}", f"{questioner:.3f}", f"{sampled:.3f} ± {error:.3f}", f"{closed_form:.3f}", f"{grid:.3f}"]
+        for mu, questioner, sampled, error, closed_form, grid in torch.stack(series, dim=1)[::4].tolist()
+    ]
+    _print_table(console, title, columns, rows)
+    low, high = curves.sampled.interval(0.95)
+    covered = ((low <= curves.closed_form) & (curves.closed_form <= high)).sum().item()
+    console.print(
+        "Drawing from q is the weighting by q already: the mean of q·(log q - log p) over samples of q weights twice, "
+        f"and comes to {curves.factor:.3f} ± {curves.factor_std_error:.3f} of the KL, where E[q(x)] = 1/(2√π) = "
+        f"{EXPECTED_FACTOR:.4f} is expected. The plain mean of (log q - log p) over the same samples is the estimate, "
+        f"with 95 % intervals that cover the closed form at {covered} of {len(curves.mu)} μ; the weight q(x) dx "
+        "belongs to the points of a grid."
+    )
+
+
+def question_figure(curves: QuestionCurves) -> Figure:
+    """Draw the four curves of the question, in nats over μ, and beside them their gaps to the closed form.
+
+    Args:
+        curves: what `question_curves` returned.
+
+    Raises:
+        ImportError: if matplotlib is missing.
+
+    Example:
+        >>> from torch_klloss.cli.demo import question_figure
+        >>> from torch_klloss.cli.demo import question_curves
+        >>> figure = question_figure(question_curves())
+        >>> [axes.get_ylabel() for axes in figure.axes]
+        ['KL(q‖p) in nats', 'gap to the closed form in nats']
+    """
+    figure = _new_figure(9, 4.9)
+    left, right = figure.subplots(1, 2)
+    zero, exact = np.zeros(len(curves.mu)), curves.closed_form.numpy()
+    _question_panel(left, curves, zero)
+    _question_panel(right, curves, exact)
+    expected: dict[str, Any] = {"color": _INK, "linewidth": 1.1, "linestyle": ":", "label": "0.2821 · closed form"}
+    left.plot(curves.mu.numpy(), EXPECTED_FACTOR * exact, **expected)
+    factor = f"weighted by q twice:\n{curves.factor:.3f} ± {curves.factor_std_error:.3f} of the KL is left"
+    right.text(0.5, 0.3, factor, transform=right.transAxes, color=_VERMILION, ha="center")
+    left.set(title="The curves", ylabel="KL(q‖p) in nats")
+    right.set(title="Their gaps to the closed form", ylabel="gap to the closed form in nats")
+    figure.suptitle(f"KL(q‖p) of q = Normal(μ, 1) and p = Normal(0, 1), {curves.num_samples} samples for each μ")
+    twice, sampled, interval, exact_line, grid, expected_line = left.get_legend_handles_labels()[0]
+    in_columns = [twice, expected_line, sampled, interval, exact_line, grid]
+    figure.legend(handles=in_columns, loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def _question_panel(axes: Axes, curves: QuestionCurves, baseline: np.ndarray) -> None:
+    """Draw the curves less the baseline. Those that coincide are told apart: a band, a line, markers on the line."""
+    mu = curves.mu.numpy()
+    low, high = (end.numpy() - baseline for end in curves.sampled.interval(0.95))
+    questioner, sampled, exact, grid = (
+        curve.numpy() - baseline for curve in (curves.questioner, curves.sampled.value, curves.closed_form, curves.grid)
+    )
+    every = max(1, len(mu) // 20)
+    axes.plot(mu, questioner, color=_VERMILION, linewidth=2, linestyle=(0, (5, 1.5)), label="mean of q·(log q − log p)")
+    axes.plot(mu, sampled, color=_BLUE, linewidth=1.6, label="mean of (log q − log p)")
+    axes.fill_between(mu, low, high, **_BAND, label="its 95 % interval")
+    axes.plot(mu, exact, color=_INK, linewidth=1.2, label="closed form")
+    ring: dict[str, Any] = {"marker": "o", "markersize": 5.5, "markerfacecolor": "none", "markeredgewidth": 1.3}
+    axes.plot(mu, grid, color=_GREEN, linestyle="none", markevery=every, **ring, label="∫ q (log q − log p) dx, grid")
+    axes.set_xlabel("μ, the mean of q")
+    _tidy(axes)

@@ -6,21 +6,28 @@ example of every concrete class, once as q and once, with other parameters, as p
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch.distributions import Distribution
 
+from torch_klloss.cli.console import InputError, _console
 from torch_klloss.cli.example_pairs import Example, all_examples, same_shape
-from torch_klloss.distributions.simplify import check_common_measure
+from torch_klloss.distributions.checks import check_common_measure
 from torch_klloss.distributions.supports import contained
 from torch_klloss.losses import AutoKL
 from torch_klloss.methods import MonteCarlo, Quadrature
 from torch_klloss.rng import private_rng
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
 
 Route = Literal["closed form", "infinite", "enumeration", "quadrature", "sampling", "undefined"]
 
@@ -122,3 +129,57 @@ def grouped(pairs: Sequence[Pair]) -> dict[str, dict[Route, list[str]]]:
     for pair in pairs:
         by_q[pair.q][pair.route].append(pair.p)
     return {q: {route: names for route, names in by_route.items() if names} for q, by_route in by_q.items()}
+
+
+# --- pairs ------------------------------------------------------------------------------------------------------------
+
+
+def _add_pairs(commands: Any) -> None:
+    about = "Every ordered pair of torch's distributions, and the route that its KL takes."
+    parser = commands.add_parser("pairs", help=about, description=about)
+    parser.add_argument("--type", metavar="NAME", help="only the pairs in which q or p is a NAME, such as Gamma")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("--write-docs", type=Path, metavar="FILE", help="write the table into FILE, as Markdown")
+    parser.set_defaults(run=_pairs)
+
+
+def _pairs(args: argparse.Namespace) -> None:
+    if args.type is not None and args.write_docs is not None:
+        raise InputError("--write-docs writes the whole table: leave out --type")
+    console = None if args.json else _console()
+    try:
+        pairs = routes(type_name=args.type)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if args.write_docs is not None:
+        try:
+            write_docs(pairs, args.write_docs)
+        except OSError as error:
+            raise InputError(f"cannot write {args.write_docs}: {error.strerror}") from error
+    if console is None:
+        report = {
+            "fallback": "quadrature, else monte_carlo",
+            "routes": ROUTES,
+            "rows": [asdict(pair) for pair in pairs],
+        }
+        print(json.dumps(report, indent=2))
+    else:
+        _print_pairs(console, pairs, args.type)
+
+
+def _print_pairs(console: Console, pairs: Sequence[Pair], type_name: str | None) -> None:
+    from rich import box
+    from rich.table import Table
+
+    console.print("KL(q‖p) by AutoKL(fallback=[Quadrature(), MonteCarlo()]): the route of every pair of examples")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("q", max_width=36, overflow="fold")
+    table.add_column("route", no_wrap=True)
+    table.add_column("p", overflow="fold")
+    for q, found in grouped(pairs).items():
+        shown = {route: names for route, names in found.items() if type_name is None or route != "undefined"}
+        for first, (route, names) in enumerate(shown.items()):
+            table.add_row("" if first else q, route, ", ".join(names))
+    console.print(table)
+    for route, how in ROUTES.items():
+        console.print(f"{sum(pair.route == route for pair in pairs):5} {route}: {how}")

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.distributions.kl import _KL_REGISTRY as _TORCH_RULES
 
-from torch_klloss.distributions.simplify import check_common_measure, check_pair, name, peel
+from torch_klloss.distributions.checks import check_common_measure, check_pair, name
+from torch_klloss.distributions.simplify import peel
 from torch_klloss.distributions.tensors import dtype_of, in_full_precision
 
 Rule = Callable[[Any, Any], Tensor]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from torch_klloss.distributions.simplify import check_pair, name, peel
+from torch_klloss.distributions.checks import check_pair, name
+from torch_klloss.distributions.simplify import peel
 from torch_klloss.distributions.supports import log_prob_within
 from torch_klloss.distributions.tensors import device_of, in_full_precision, unvalidated
 from torch_klloss.estimate import KLEstimate

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 
+from torch_klloss.distributions.checks import check_pair, name
 from torch_klloss.distributions.families import LogVarNormal, StandardNormal
-from torch_klloss.distributions.simplify import check_pair, name, peel
+from torch_klloss.distributions.simplify import peel
 from torch_klloss.distributions.tensors import device_of, replace_examples
 from torch_klloss.elbo.batches import Batch
 from torch_klloss.losses import KLLoss

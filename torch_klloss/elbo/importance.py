@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from torch_klloss.distributions.simplify import check_pair, name
+from torch_klloss.distributions.checks import check_pair, name
 from torch_klloss.distributions.supports import contained, has_moving_support, is_discrete, log_prob_within
 from torch_klloss.distributions.tensors import device_of, in_full_precision, map_tensors, unvalidated
 from torch_klloss.elbo.batches import batch_of

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Distribution, Independent, constraints
 from torch.nn import functional
 
-from torch_klloss.distributions.simplify import name
+from torch_klloss.distributions.checks import name
 from torch_klloss.distributions.supports import support_of
 from torch_klloss.distributions.tensors import dtype_of, in_full_precision, unvalidated
 from torch_klloss.numerics.tracing import is_traced

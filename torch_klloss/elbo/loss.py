@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from torch_klloss.distributions.checks import check_pair
 from torch_klloss.distributions.families import diagonal_normal, standard_normal_like
-from torch_klloss.distributions.simplify import check_pair
 from torch_klloss.distributions.tensors import replace_examples
 from torch_klloss.elbo.arguments import Latents, check_moments, num_element_dims, pairs_of, same_shape, total
 from torch_klloss.elbo.batches import Batch, batch_of

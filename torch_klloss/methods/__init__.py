@@ -1,13 +1,12 @@
-"""How a KL is computed, one file a method. A method turns (q, p) into a `KLEstimate`."""
+"""How a KL is computed, one file or folder a method. A method turns (q, p) into a `KLEstimate`."""
 
 from torch_klloss.methods.base import Method, NotCertifiedError
 from torch_klloss.methods.closed_form import ClosedForm
-from torch_klloss.methods.enumeration.method import Enumeration
+from torch_klloss.methods.enumeration import Enumeration
 from torch_klloss.methods.first_of import FirstOf
 from torch_klloss.methods.mixture_bound import MixtureBound
-from torch_klloss.methods.monte_carlo.method import MonteCarlo
-from torch_klloss.methods.monte_carlo.mixed import MixedGradient
-from torch_klloss.methods.quadrature.method import Quadrature
+from torch_klloss.methods.monte_carlo import MixedGradient, MonteCarlo
+from torch_klloss.methods.quadrature import Quadrature
 
 __all__ = [
     "ClosedForm",

@@ -12,7 +12,8 @@ from torch.distributions import Distribution
 
 from torch_klloss.closed_forms.registry import Match, evaluate, find_rule, has_closed_form, refuse
 from torch_klloss.closed_forms.structural import structural
-from torch_klloss.distributions.simplify import check_pair, peel, simplify
+from torch_klloss.distributions.checks import check_pair
+from torch_klloss.distributions.simplify import peel, simplify
 from torch_klloss.distributions.tensors import device_of
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.rng import private_rng

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch.distributions import Distribution
 
-from torch_klloss.distributions.simplify import name
+from torch_klloss.distributions.checks import name
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.methods.base import Method, NotCertifiedError, name_of, route_of, supports
 

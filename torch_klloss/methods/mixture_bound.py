@@ -18,8 +18,9 @@ from torch.distributions import (
     Normal,
 )
 
-from torch_klloss.distributions.simplify import check_common_measure, check_pair, name, peel
-from torch_klloss.distributions.tensors import dtype_of
+from torch_klloss.distributions.checks import check_common_measure, check_pair, name
+from torch_klloss.distributions.simplify import peel
+from torch_klloss.distributions.tensors import dtype_of, with_batch_dim
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.methods.closed_form import ClosedForm
 from torch_klloss.methods.enumeration.masses import Masses
@@ -232,26 +233,3 @@ def _log_affinity(f: _Gaussian, g: _Gaussian, power: float) -> Tensor:
     distance, log_det = _quadratic(f.loc - g.loc, power * f.covariance + (1 - power) * g.covariance)
     of_f, of_g = (_log_det(torch.linalg.cholesky(d.covariance)) for d in (f, g))
     return -0.5 * (power * (1 - power) * distance + log_det - power * of_f - (1 - power) * of_g)
-
-
-def with_batch_dim(d: Distribution, from_right: int) -> Distribution:
-    """Return a copy of d with a batch dimension of size one before its last `from_right` ones."""
-    copy = d.__new__(type(d))
-    for key, value in d.__dict__.items():
-        if isinstance(value, Tensor):
-            value = _with_dim(d, key, value, from_right)
-        elif isinstance(value, Distribution):
-            value = with_batch_dim(value, from_right + len(value.batch_shape) - len(d.batch_shape))
-        copy.__dict__[key] = value
-    shape = list(d.batch_shape)
-    shape.insert(len(shape) - from_right, 1)
-    copy.__dict__["_batch_shape"] = torch.Size(shape)
-    return copy
-
-
-def _with_dim(d: Distribution, key: str, t: Tensor, from_right: int) -> Tensor:
-    """Insert the dimension into one tensor; not where the batch dimensions to the left of it are left out."""
-    constraint = d.arg_constraints.get(key.removeprefix("_unbroadcasted_"))
-    dims = 2 if key.endswith("_tril") else getattr(constraint, "event_dim", max(0, t.dim() - len(d.batch_shape)))
-    position = t.dim() - dims - from_right
-    return t.unsqueeze(position) if position >= 0 else t

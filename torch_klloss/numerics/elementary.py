@@ -189,3 +189,11 @@ def _x_minus_log1p_near_zero(x: Tensor, s: Tensor) -> Tensor:
     """With s = x/(2 + x), log(1 + x) = 2 artanh s and x = 2s/(1 - s): xs - 2s³ (1/3 + s²/5 + s⁴/7 + …)."""
     square = s * s
     return s * torch.addcmul(x, square, horner(square, _ARTANH), value=-2)
+
+
+def infinity(*parameters: Tensor) -> Tensor:
+    """Return inf in the broadcast shape of the parameters, NaN where one of them is; its gradient is 0."""
+    value = torch.full((), torch.inf, dtype=parameters[0].dtype, device=parameters[0].device)
+    for parameter in parameters:
+        value = torch.where(parameter.isnan(), parameter, value)
+    return value

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from torch_klloss.samplers.blocks import in_blocks
-from torch_klloss.samplers.draws import Draws
+from torch_klloss.samplers.draws import Draws, in_blocks
 from torch_klloss.samplers.points import Points
-from torch_klloss.samplers.uniform import Transported, cells_of
+from torch_klloss.samplers.transport import Transported, cells_of
 
 
 @dataclass(frozen=True)

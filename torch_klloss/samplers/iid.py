@@ -10,8 +10,7 @@ from torch.distributions import Distribution, Independent, Normal
 
 from torch_klloss.distributions.pushforward import is_a
 from torch_klloss.distributions.tensors import device_of
-from torch_klloss.samplers.blocks import Part, in_blocks
-from torch_klloss.samplers.draws import Draws
+from torch_klloss.samplers.draws import Draws, Part, in_blocks
 from torch_klloss.samplers.points import Points, evenly_weighted
 
 

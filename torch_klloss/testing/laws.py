@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent
 
 from torch_klloss.closed_forms import kl_divergence
-from torch_klloss.distributions.simplify import check_pair, name
+from torch_klloss.distributions.checks import check_pair, name
 from torch_klloss.distributions.supports import has_moving_support, log_prob_within
 from torch_klloss.distributions.tensors import device_of, map_tensors, unvalidated
 from torch_klloss.estimate import KLEstimate

@@ -13,7 +13,7 @@ from tests.references.composed import pair
 from tests.references.harness import draw, errors_at
 from torch_klloss import MonteCarloKL, NotCertifiedError, has_closed_form, kl_divergence
 from torch_klloss.closed_forms.cross_family import COMPOSED, FAMILIES
-from torch_klloss.closed_forms.cross_family.infinite_tails import INFINITE
+from torch_klloss.closed_forms.cross_family.infinite import INFINITE
 from torch_klloss.closed_forms.cross_family.registration import TOLERANCE, by_moments
 from torch_klloss.closed_forms.registry import _RULES
 from torch_klloss.distributions.tails import is_infinite

@@ -12,9 +12,8 @@ from torch.utils._pytree import tree_leaves
 from tests.processes import run as in_a_new_process
 from torch_klloss.methods.monte_carlo.chunks import expectation_in_chunks
 from torch_klloss.samplers import IID, Antithetic, Points, Sobol, Stratified
-from torch_klloss.samplers.blocks import in_blocks
 from torch_klloss.samplers.components import prepare_by_component
-from torch_klloss.samplers.draws import Held, prepare
+from torch_klloss.samplers.draws import Held, in_blocks, prepare
 
 F64 = torch.float64
 SAMPLERS = [IID(), Antithetic(), Stratified(), Stratified(8), Sobol(), Sobol(8)]

@@ -12,8 +12,8 @@ from torch.distributions import Distribution, Normal
 from torch_klloss.auditing.experiment.signatures import LOG_VARIANCE, Spread
 from torch_klloss.auditing.training_step.names import is_kl_name, is_of_data, level_of, moment_of, side_of, words_of
 from torch_klloss.auditing.training_step.record import Seen, Value
+from torch_klloss.distributions.checks import check_pair
 from torch_klloss.distributions.families import standard_normal_like
-from torch_klloss.distributions.simplify import check_pair
 from torch_klloss.distributions.tensors import tensors_of
 
 

@@ -22,7 +22,8 @@ from torch_klloss.auditing.explanation.fit import TOLERANCE
 from torch_klloss.auditing.explanation.mistake import ANALYTIC, CATEGORICAL, SAMPLED, Hypothesis, Parts, hypotheses
 from torch_klloss.auditing.explanation.mistakes import CATALOGUE
 from torch_klloss.auditing.training_step.pairs import Pair
-from torch_klloss.distributions.simplify import check_pair, simplify
+from torch_klloss.distributions.checks import check_pair
+from torch_klloss.distributions.simplify import simplify
 from torch_klloss.distributions.tensors import in_full_precision, tensors_of
 from torch_klloss.losses import AutoKL
 from torch_klloss.methods import MonteCarlo, Quadrature

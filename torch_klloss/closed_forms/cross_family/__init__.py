@@ -1,6 +1,6 @@
 """Pairs of unlike families, composed from what q's family gives and p's asks for.
 
-A family is one `Family` class in one of the files `line`, `gamma_kind`, `half_line`, `interval`: it declares the
+A family is one `Family` class in one of the files `line`, `gamma_family`, `half_line`, `interval`: it declares the
 moments that it has as q and what its log-density needs as p. `fill_table` does the rest.
 """
 
@@ -15,7 +15,7 @@ from torch_klloss.closed_forms.cross_family import (  # noqa: F401
     to_interval,
     to_line,
 )
-from torch_klloss.closed_forms.cross_family.infinite_tails import register_infinite
+from torch_klloss.closed_forms.cross_family.infinite import register_infinite
 from torch_klloss.closed_forms.cross_family.nested import register_shared
 from torch_klloss.closed_forms.cross_family.registration import COMPOSED, FAMILIES, Family, fill_table
 

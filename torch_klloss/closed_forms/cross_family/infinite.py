@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
+import torch.distributions as dist
 from torch import Tensor
 from torch.distributions import (
     Bernoulli,
@@ -24,10 +22,11 @@ from torch.distributions import (
 )
 from torch.nn.functional import softplus
 
-from torch_klloss.closed_forms.registry import register_kl
+from torch_klloss.closed_forms.cross_family.registration import FAMILIES, parameters_of
+from torch_klloss.closed_forms.registry import _RULES, register_kl
 from torch_klloss.distributions.given import as_given
 from torch_klloss.distributions.tensors import dtype_of
-from torch_klloss.numerics.elementary import log_ratio
+from torch_klloss.numerics.elementary import infinity
 
 # q: where it has mass and these have none: below a Pareto's first point, beyond an interval, below 0.
 _INFINITE: dict[type[Distribution], tuple[type[Distribution], ...]] = {
@@ -40,52 +39,6 @@ _INFINITE: dict[type[Distribution], tuple[type[Distribution], ...]] = {
     Laplace: (Beta, ContinuousBernoulli, Exponential, Gamma, Pareto, Uniform),
     Normal: (Beta, ContinuousBernoulli, Exponential, Gamma, Pareto, Uniform),
 }
-
-
-def parameters_of(d: Distribution) -> tuple[Tensor, ...]:
-    """Return the parameters of d in float64, from those that it was built from.
-
-    They are torch's, but log-odds for a ContinuousBernoulli, and for a Bernoulli the probabilities of 1 and of 0.
-    """
-    for cls in type(d).__mro__:
-        if cls in _PARAMETERS:
-            return tuple(t.double() for t in _PARAMETERS[cls](d))
-    raise NotImplementedError(f"no parameters are known for {type(d).__name__}")
-
-
-def _probabilities(d: Bernoulli) -> tuple[Tensor, Tensor]:
-    param, is_probs = as_given(d)
-    param = param.double()
-    return (param, 1 - param) if is_probs else (param.sigmoid(), (-param).sigmoid())
-
-
-def _log_odds(d: ContinuousBernoulli) -> tuple[Tensor]:
-    param, is_probs = as_given(d)
-    param = param.double()
-    return (log_ratio(param, 1 - param, 2 * param - 1) if is_probs else param,)
-
-
-_PARAMETERS: dict[type[Distribution], Callable[[Any], tuple[Tensor, ...]]] = {
-    Bernoulli: _probabilities,
-    Beta: lambda d: (d.concentration1, d.concentration0),
-    ContinuousBernoulli: _log_odds,
-    Exponential: lambda d: (d.rate,),
-    Gamma: lambda d: (d.concentration, d.rate),
-    Gumbel: lambda d: (d.loc, d.scale),
-    Laplace: lambda d: (d.loc, d.scale),
-    Normal: lambda d: (d.loc, d.scale),
-    Pareto: lambda d: (d.scale, d.alpha),
-    Poisson: lambda d: (d.rate,),
-    Uniform: lambda d: (d.low, d.high),
-}
-
-
-def infinity(*parameters: Tensor) -> Tensor:
-    """Return inf in the broadcast shape of the parameters, NaN where one of them is; its gradient is 0."""
-    value = torch.full((), torch.inf, dtype=parameters[0].dtype, device=parameters[0].device)
-    for parameter in parameters:
-        value = torch.where(parameter.isnan(), parameter, value)
-    return value
 
 
 def _infinite(q: Distribution, p: Distribution) -> Tensor:
@@ -111,3 +64,55 @@ def _poisson_binomial(q: Poisson, p: Bernoulli | Binomial) -> Tensor:
     at_zero = torch.where(count > 0, at_zero, 0.0)
     value = torch.where(is_finite & ~param.isnan(), at_zero, infinity(q.rate, count, param))
     return value.to(torch.promote_types(dtype_of(q), dtype_of(p)))
+
+
+Types = tuple[type[Distribution], ...]
+
+_LINE: Types = (dist.Normal, dist.Laplace, dist.Gumbel, dist.StudentT, dist.Cauchy)
+_LIGHT: Types = (dist.Exponential, dist.Gamma)  # -log p grows as x
+_HALF_LINE: Types = (
+    *_LIGHT,
+    dist.FisherSnedecor,
+    dist.HalfCauchy,
+    dist.HalfNormal,
+    dist.InverseGamma,
+    dist.LogNormal,
+    dist.Weibull,
+)
+_UNIT: Types = (dist.Beta, dist.ContinuousBernoulli, dist.Kumaraswamy)
+_MOVING: Types = (dist.Uniform, dist.Pareto)
+_CIRCLE: Types = (dist.VonMises,)
+# A density that is neither 0 nor infinite at 0, against one whose -log grows as 1/x.
+_FLAT_AT_ZERO: Types = (dist.Exponential, dist.HalfNormal, dist.HalfCauchy, dist.ContinuousBernoulli)
+
+INFINITE: list[tuple[Types, Types]] = [
+    (_LINE, (*_HALF_LINE, *_UNIT, *_MOVING, *_CIRCLE, dist.GeneralizedPareto)),
+    (_HALF_LINE, (*_UNIT, *_MOVING, *_CIRCLE)),
+    ((dist.Pareto,), (*_UNIT, dist.Uniform, *_CIRCLE)),
+    (_UNIT, (dist.Pareto,)),
+    (_CIRCLE, (*_HALF_LINE, *_UNIT, dist.Pareto)),
+    ((dist.Cauchy, dist.HalfCauchy), (dist.Normal, dist.Laplace, dist.Gumbel)),
+    ((dist.HalfCauchy,), (dist.HalfNormal, *_LIGHT)),
+    ((dist.StudentT,), (dist.Gumbel,)),
+    (_FLAT_AT_ZERO, (dist.InverseGamma,)),
+]
+
+
+def register_infinite() -> None:
+    """Register the pairs of `INFINITE` that have no rule of ours yet."""
+    for types_q, types_p in INFINITE:
+        for type_q in types_q:
+            for type_p in types_p:
+                if (type_q, type_p) not in _RULES:
+                    register_kl(type_q, type_p)(_infinite_by_tails)
+
+
+def _infinite_by_tails(q: Distribution, p: Distribution) -> Tensor:
+    """Infinite: q has mass where p has none, or tails that are too heavy for p."""
+    value = infinity(*_parameters(q), *_parameters(p))
+    return value.to(torch.promote_types(dtype_of(q), dtype_of(p)))
+
+
+def _parameters(d: Distribution) -> tuple[Tensor, ...]:
+    family = next(FAMILIES[cls] for cls in type(d).__mro__ if cls in FAMILIES)
+    return tuple(t.double() for t in family.parameters_of(d))

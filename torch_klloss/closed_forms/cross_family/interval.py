@@ -9,8 +9,7 @@ import torch
 import torch.distributions as dist
 from torch import Tensor
 
-from torch_klloss.closed_forms.cross_family.infinite import parameters_of
-from torch_klloss.closed_forms.cross_family.registration import Family
+from torch_klloss.closed_forms.cross_family.registration import Family, parameters_of
 from torch_klloss.numerics.elementary import log_ratio, magnitude
 from torch_klloss.numerics.moments import tilt_divergence, tilt_log_norm, tilt_mean, tilt_std, uniform_log_drop
 from torch_klloss.numerics.rounded import (

@@ -7,14 +7,28 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import (
+    Bernoulli,
+    Beta,
+    ContinuousBernoulli,
+    Distribution,
+    Exponential,
+    Gamma,
+    Gumbel,
+    Laplace,
+    Normal,
+    Pareto,
+    Poisson,
+    Uniform,
+)
 
-from torch_klloss.closed_forms.cross_family.infinite import infinity
 from torch_klloss.closed_forms.registry import _RULES, Types, register_kl
-from torch_klloss.distributions.simplify import name
+from torch_klloss.distributions.checks import name
+from torch_klloss.distributions.given import as_given
 from torch_klloss.distributions.tails import Tails, compare, declare_tails, declared_tails
 from torch_klloss.distributions.tensors import dtype_of
 from torch_klloss.estimate import NotCertifiedError
+from torch_klloss.numerics.elementary import infinity, log_ratio
 from torch_klloss.numerics.rounded import Rounded
 from torch_klloss.numerics.tracing import is_traced
 
@@ -166,3 +180,85 @@ def _certify(kl: Rounded, mask: Tensor, dtype: torch.dtype, q: Distribution, p: 
         f"take {lost:.1e} of it here, where q and p are near to one another or far from 1: use "
         "AutoKL(fallback=[...]) with a method that computes it otherwise, such as quadrature or MonteCarlo."
     )
+
+
+Formula = Callable[..., Tensor]
+
+# Parameters that stand in where the KL is infinite whatever the formula says; every pair of them has a finite KL.
+_HARMLESS: dict[type[Distribution], tuple[float, ...]] = {
+    Beta: (2.0, 2.0),
+    ContinuousBernoulli: (1.0,),
+    Exponential: (1.0,),
+    Gamma: (2.0, 2.0),
+    Normal: (0.0, 1.0),
+    Pareto: (0.125, 3.0),
+    Uniform: (0.25, 0.75),
+}
+
+
+def cross(
+    type_q: type[Distribution], type_p: type[Distribution], *, infinite: Formula | None = None
+) -> Callable[[Formula], Formula]:
+    """Register a formula of the parameters of q, then of p, which it is given in float64 and in one shape.
+
+    Args:
+        type_q: the family of q.
+        type_p: the family of p.
+        infinite: tells from the same parameters where the KL is inf. The gradient is 0 there.
+    """
+
+    def decorator(formula: Formula) -> Formula:
+        @register_kl(type_q, type_p)
+        def rule(q: Distribution, p: Distribution) -> Tensor:
+            given = torch.broadcast_tensors(*parameters_of(q), *parameters_of(p))
+            if infinite is None:
+                value = formula(*given)
+            else:
+                mask = infinite(*given)
+                harmless = _HARMLESS[type_q] + _HARMLESS[type_p]
+                kept = (torch.where(mask, h, t) for h, t in zip(harmless, given, strict=True))
+                value = torch.where(mask, infinity(*given), formula(*kept))
+            return value.to(torch.promote_types(dtype_of(q), dtype_of(p)))
+
+        rule.__doc__ = formula.__doc__
+        return formula
+
+    return decorator
+
+
+def parameters_of(d: Distribution) -> tuple[Tensor, ...]:
+    """Return the parameters of d in float64, from those that it was built from.
+
+    They are torch's, but log-odds for a ContinuousBernoulli, and for a Bernoulli the probabilities of 1 and of 0.
+    """
+    for cls in type(d).__mro__:
+        if cls in _PARAMETERS:
+            return tuple(t.double() for t in _PARAMETERS[cls](d))
+    raise NotImplementedError(f"no parameters are known for {type(d).__name__}")
+
+
+def _probabilities(d: Bernoulli) -> tuple[Tensor, Tensor]:
+    param, is_probs = as_given(d)
+    param = param.double()
+    return (param, 1 - param) if is_probs else (param.sigmoid(), (-param).sigmoid())
+
+
+def _log_odds(d: ContinuousBernoulli) -> tuple[Tensor]:
+    param, is_probs = as_given(d)
+    param = param.double()
+    return (log_ratio(param, 1 - param, 2 * param - 1) if is_probs else param,)
+
+
+_PARAMETERS: dict[type[Distribution], Callable[[Any], tuple[Tensor, ...]]] = {
+    Bernoulli: _probabilities,
+    Beta: lambda d: (d.concentration1, d.concentration0),
+    ContinuousBernoulli: _log_odds,
+    Exponential: lambda d: (d.rate,),
+    Gamma: lambda d: (d.concentration, d.rate),
+    Gumbel: lambda d: (d.loc, d.scale),
+    Laplace: lambda d: (d.loc, d.scale),
+    Normal: lambda d: (d.loc, d.scale),
+    Pareto: lambda d: (d.scale, d.alpha),
+    Poisson: lambda d: (d.rate,),
+    Uniform: lambda d: (d.low, d.high),
+}

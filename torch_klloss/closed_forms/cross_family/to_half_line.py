@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Beta, ContinuousBernoulli, Exponential, Gamma, Pareto, Uniform
 
-from torch_klloss.closed_forms.cross_family.to_line import cross
+from torch_klloss.closed_forms.cross_family.registration import cross
 from torch_klloss.numerics.elementary import log_ratio, magnitude
 from torch_klloss.numerics.lgamma import bregman, product_error
 from torch_klloss.numerics.moments import (

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Beta, ContinuousBernoulli, Uniform
 
+from torch_klloss.closed_forms.cross_family.registration import cross
 from torch_klloss.closed_forms.cross_family.to_half_line import beta_exponential
-from torch_klloss.closed_forms.cross_family.to_line import cross
 from torch_klloss.closed_forms.dirichlet import dirichlet_kl
 from torch_klloss.numerics.elementary import log_ratio, magnitude
 from torch_klloss.numerics.moments import (

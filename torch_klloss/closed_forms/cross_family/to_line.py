@@ -13,7 +13,6 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,7 +20,6 @@ from torch.distributions import (
     Bernoulli,
     Beta,
     ContinuousBernoulli,
-    Distribution,
     Exponential,
     Gamma,
     Gumbel,
@@ -32,9 +30,7 @@ from torch.distributions import (
     Uniform,
 )
 
-from torch_klloss.closed_forms.cross_family.infinite import infinity, parameters_of
-from torch_klloss.closed_forms.registry import register_kl
-from torch_klloss.distributions.tensors import dtype_of
+from torch_klloss.closed_forms.cross_family.registration import cross
 from torch_klloss.numerics.elementary import magnitude
 from torch_klloss.numerics.lgamma import product_error
 from torch_klloss.numerics.moments import (
@@ -58,54 +54,11 @@ from torch_klloss.numerics.moments import (
     tilt_std,
 )
 
-Formula = Callable[..., Tensor]
-
 # Constants as a float64 and what is left of them.
 _EULER = (0.5772156649015329, -4.942915152430645e-18)
 _PI_OVER_ROOT_6 = (1.282549830161864, 1.6029947261005143e-17)
 _ROOT_2 = (1.4142135623730951, -9.667293313452913e-17)
 _OVER_ROOT_12 = (0.28867513459481287, 1.6725140369678172e-17)
-
-# Parameters that stand in where the KL is infinite whatever the formula says; every pair of them has a finite KL.
-_HARMLESS: dict[type[Distribution], tuple[float, ...]] = {
-    Beta: (2.0, 2.0),
-    ContinuousBernoulli: (1.0,),
-    Exponential: (1.0,),
-    Gamma: (2.0, 2.0),
-    Normal: (0.0, 1.0),
-    Pareto: (0.125, 3.0),
-    Uniform: (0.25, 0.75),
-}
-
-
-def cross(
-    type_q: type[Distribution], type_p: type[Distribution], *, infinite: Formula | None = None
-) -> Callable[[Formula], Formula]:
-    """Register a formula of the parameters of q, then of p, which it is given in float64 and in one shape.
-
-    Args:
-        type_q: the family of q.
-        type_p: the family of p.
-        infinite: tells from the same parameters where the KL is inf. The gradient is 0 there.
-    """
-
-    def decorator(formula: Formula) -> Formula:
-        @register_kl(type_q, type_p)
-        def rule(q: Distribution, p: Distribution) -> Tensor:
-            given = torch.broadcast_tensors(*parameters_of(q), *parameters_of(p))
-            if infinite is None:
-                value = formula(*given)
-            else:
-                mask = infinite(*given)
-                harmless = _HARMLESS[type_q] + _HARMLESS[type_p]
-                kept = (torch.where(mask, h, t) for h, t in zip(harmless, given, strict=True))
-                value = torch.where(mask, infinity(*given), formula(*kept))
-            return value.to(torch.promote_types(dtype_of(q), dtype_of(p)))
-
-        rule.__doc__ = formula.__doc__
-        return formula
-
-    return decorator
 
 
 # p a Normal. p* has the mean and the variance of q; KL(q‖p*), the excess of q, is ½ log(2πe variance) - entropy.

@@ -19,7 +19,7 @@ from torch.distributions import (
 )
 from torch.utils.checkpoint import checkpoint
 
-from torch_klloss.distributions.simplify import check_pair, name
+from torch_klloss.distributions.checks import check_pair, name
 from torch_klloss.distributions.tensors import device_of
 from torch_klloss.methods.base import NotCertifiedError
 from torch_klloss.methods.enumeration.masses import Masses, has_masses, masses

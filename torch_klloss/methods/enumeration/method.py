@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Multinomial, TransformedDistribution
 
-from torch_klloss.distributions.simplify import check_common_measure, check_pair, name, peel
+from torch_klloss.distributions.checks import check_common_measure, check_pair, name
+from torch_klloss.distributions.simplify import peel
 from torch_klloss.distributions.supports import contained
 from torch_klloss.distributions.tensors import device_of, dtype_of
 from torch_klloss.estimate import KLEstimate

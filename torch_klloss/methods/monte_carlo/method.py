@@ -10,7 +10,8 @@ from typing import ClassVar
 import torch
 from torch.distributions import Distribution
 
-from torch_klloss.distributions.simplify import check_common_measure, check_pair, name, peel
+from torch_klloss.distributions.checks import check_common_measure, check_pair, name
+from torch_klloss.distributions.simplify import peel
 from torch_klloss.distributions.supports import contained, has_moving_support, is_discrete
 from torch_klloss.distributions.tensors import device_of, unvalidated
 from torch_klloss.estimate import KLEstimate

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch.distributions import Distribution
 
-from torch_klloss.distributions.simplify import name
+from torch_klloss.distributions.checks import name
 from torch_klloss.methods.monte_carlo.surrogates import diagonal_normal_of
 from torch_klloss.samplers.components import mixture_of
 

@@ -1,1 +1,5 @@
-"""Quadrature in one dimension that certifies its error: where the nodes go, their sum, and what it is worth."""
+"""Quadrature in one dimension that certifies its error."""
+
+from torch_klloss.methods.quadrature.method import Quadrature
+
+__all__ = ["Quadrature"]

@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.distributions import Distribution, MixtureSameFamily, VonMises
 
 from torch_klloss.distributions.densities import log_density
-from torch_klloss.distributions.selection import NotSelectableError, flattened, in_float64, select
-from torch_klloss.distributions.tensors import unvalidated
+from torch_klloss.distributions.tensors import NotSelectableError, flattened, in_float64, select, unvalidated
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, MixtureSameFamily
 
-from torch_klloss.distributions.simplify import check_common_measure, check_pair, name, simplify
+from torch_klloss.distributions.checks import check_common_measure, check_pair, name
+from torch_klloss.distributions.simplify import simplify
 from torch_klloss.distributions.supports import bounds_of, contained, is_discrete
 from torch_klloss.distributions.tensors import device_of, dtype_of
 from torch_klloss.estimate import KLEstimate, NotCertifiedError

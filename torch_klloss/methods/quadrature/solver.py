@@ -8,14 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from torch_klloss.methods.quadrature.certificate import Judgement, judge
+from torch_klloss.methods.quadrature.certificate import FINITE, Judgement, judge, verdict_of
 from torch_klloss.methods.quadrature.integrand import Integrand
-from torch_klloss.methods.quadrature.placement import centre_and_scale, ends_of
+from torch_klloss.methods.quadrature.placement import centre_and_scale, ends_of, panels_of, split_points
 from torch_klloss.methods.quadrature.rules import STRAIGHT, Panels, Rule, Sums, Trapezoid, integrate, weigh
 from torch_klloss.methods.quadrature.scan import BEND, NEGLIGIBLE, NUM_EVALUATIONS, NUM_POINTS, Scan, scan
-from torch_klloss.methods.quadrature.splits import panels_of, split_points
 from torch_klloss.methods.quadrature.state import Placement, State, beyond
-from torch_klloss.methods.quadrature.verdict import FINITE, verdict_of
 
 _BUDGET = 40  # evaluations that halving may take, in units of num_nodes
 _MAX_SCANS = 12

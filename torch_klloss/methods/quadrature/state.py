@@ -54,7 +54,7 @@ class State:
         is_open: where something is left beyond either end, `[2, *lanes]`.
         sums: over the panels.
         rest: what is beyond the ends in either form, in mass and in the gap, and the error of that, `[2, 4, *lanes]`.
-        verdict: what is known beforehand, `[*batch]`: see `torch_klloss.methods.quadrature.verdict`.
+        verdict: what is known beforehand, `[*batch]`: see `torch_klloss.methods.quadrature.certificate`.
         slope: of the tail that decides whether the KL is infinite, `[*batch]`.
         values: at the nodes of the rule, for the derivative; None where they are not at hand any more.
     """

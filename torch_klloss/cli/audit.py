@@ -1,0 +1,108 @@
+"""`python -m torch_klloss audit`: audit a loss from a file."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from torch_klloss.auditing import AuditReport, audit
+from torch_klloss.auditing.experiment.signatures import SignatureName
+from torch_klloss.cli.console import InputError, _count, _seed, _strict
+from torch_klloss.cli.loading import LoadError, loaded
+
+if TYPE_CHECKING:
+    pass
+
+
+# --- audit ------------------------------------------------------------------------------------------------------------
+
+
+def _add_audit(commands: Any) -> None:
+    about = "What is wrong with a hand-written KL? Imports and runs its file, calls the loss, explains what it returns."
+    statuses = (
+        "Exit status: 0 the loss is right, 1 it is wrong, 2 it could not be run or judged (the reason on stderr)."
+    )
+    parser = commands.add_parser("audit", help=about, description=about, epilog=statuses)
+    parser.add_argument(
+        "target",
+        nargs="?",
+        metavar="FILE.py:FUNCTION",
+        help="the loss, or package.module:FUNCTION; for FUNCTION also Class or Class.method, constructed without "
+        "arguments. The file is imported and run, as Python would run it: audit only files that you trust",
+    )
+    parser.add_argument(
+        "--signature",
+        choices=get_args(SignatureName),
+        default="auto",
+        metavar="NAME",
+        help=f"what the loss takes: {', '.join(get_args(SignatureName))}; auto tells it from the parameters' names",
+    )
+    parser.add_argument("--seed", type=_seed, default=0, metavar="S", help="of the probes and of the loss's draws (0)")
+    budget = inspect.signature(audit).parameters["budget"].default
+    calls = f"of a loss that draws its own samples, in all ({budget})"
+    parser.add_argument("--budget", type=_count, default=budget, metavar="N", help=f"calls {calls}")
+    parser.add_argument("--no-gradient", action="store_true", help="judge the value alone")
+    parser.add_argument("--num-dims", type=_count, metavar="N", help="dimensions of the arguments (2, or what runs)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw what it returned against the KL into FILE")
+    parser.add_argument("--write-docs", type=Path, metavar="FILE", help="write the catalogue of mistakes, as Markdown")
+    parser.set_defaults(run=_audit)
+
+
+def _audit(args: argparse.Namespace) -> int:
+    if (args.target is None) == (args.write_docs is None):
+        raise InputError("audit takes a loss, FILE.py:FUNCTION, or --write-docs FILE, and not both")
+    if args.write_docs is not None:
+        return _write_mistakes(args.write_docs)
+    print(f"imports and runs {args.target.rpartition(':')[0] or args.target}", file=sys.stderr)
+    try:
+        with loaded(args.target) as fn:
+            report = audit(
+                fn,
+                signature=args.signature,
+                seed=args.seed,
+                budget=args.budget,
+                gradient=not args.no_gradient,
+                num_dims=args.num_dims,
+            )
+    except LoadError as error:
+        raise InputError(str(error)) from error
+    except Exception:  # a fault of the audit must not leave with the status of a wrong loss
+        traceback.print_exc()
+        return 2
+    if args.json:
+        print(json.dumps(_strict(report.to_dict()), indent=2, allow_nan=False))
+    if report.verdict == "not judged":
+        raise InputError(str(report))
+    if not args.json:
+        print(report)
+    if args.figure is not None:
+        _save_points(report, args.figure)
+    return 0 if report.ok else 1
+
+
+def _save_points(report: AuditReport, path: Path) -> None:
+    if not report.points:
+        print("no figure: no value could be compared with the KL", file=sys.stderr)
+        return
+    try:
+        report.figure().savefig(path)
+    except (ImportError, ValueError) as error:  # no matplotlib, or no format of that suffix
+        raise InputError(f"cannot draw {path}: {error}") from error
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _write_mistakes(path: Path) -> int:
+    from torch_klloss.cli.mistakes_page import write_docs
+
+    try:
+        write_docs(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+    return 0
