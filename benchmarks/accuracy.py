@@ -168,7 +168,7 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 
 def is_compared(row: Row) -> bool:
-    """Tell whether a row counts where the two are compared: a same-family pair of both, that has lost no digits yet."""
+    """Return whether a row counts where the two are compared: a same-family pair of both, with all its digits."""
     return row["same_family"] and row["as_given"] and row["torch_ulp"] is not None
 
 

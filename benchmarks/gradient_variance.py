@@ -188,7 +188,7 @@ def measure(case: Case, rounds: int, num_runs: int) -> tuple[list[Row], list[str
 
 
 def _agree(a: Tensor, b: Tensor) -> bool:
-    """Tell whether two sets of estimates have the same mean: value, and gradient along its mean."""
+    """Return whether two sets of estimates have the same mean: value, and gradient along its mean."""
     direction = a[:, 1:].mean(0)
     pairs = ((a[:, 0], b[:, 0]), (a[:, 1:] @ direction, b[:, 1:] @ direction))
     for x, y in pairs:

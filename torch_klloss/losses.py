@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from torch_klloss.distributions.checks import check_pair, name
+from torch_klloss.distributions.checks import check_pair, type_name
 from torch_klloss.distributions.tensors import device_of, dtype_of, in_full_precision, replace_examples, tensors_of
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.methods import ClosedForm, Enumeration, FirstOf, Method, MonteCarlo, Quadrature
@@ -17,6 +17,7 @@ from torch_klloss.methods.base import route_of
 from torch_klloss.methods.first_of import Announced, Withheld, check_method
 from torch_klloss.methods.monte_carlo.method import Gradient, Value
 from torch_klloss.methods.monte_carlo.mixed import MixedGradient
+from torch_klloss.numerics.tracing import is_autocast_enabled
 from torch_klloss.reduction import (
     ReductionName,
     check_reduction,
@@ -121,7 +122,7 @@ class KLLoss(nn.Module):
         """Return the unreduced `KLEstimate`, of the broadcast batch shape; it knows no mask and no reduction."""
         check_pair(q, p)
         q, p = in_full_precision(q), in_full_precision(p)
-        if not torch._C._is_any_autocast_enabled():
+        if not is_autocast_enabled():
             return self.method.estimate(q, p, generator)
         with torch.autocast(device_of(q).type, enabled=False):
             return self.method.estimate(q, p, generator)
@@ -160,7 +161,8 @@ class KLLoss(nn.Module):
         route = route_of(self.method, q, p)
         if route is None:
             raise NotImplementedError(
-                f"{self.method!r} has no route for KL({name(q)}‖{name(p)}); AutoKL() has one wherever q can be sampled."
+                f"{self.method!r} has no route for KL({type_name(q)}‖{type_name(p)}); AutoKL() has one wherever q can "
+                "be sampled."
             )
         return route
 

@@ -102,7 +102,7 @@ def _check_not_empty(examples: Tensor) -> None:
 
 
 def is_zero(total: Tensor) -> bool:
-    """Tell whether a number is zero, where that can be asked: not while tracing, and not under vmap."""
+    """Return whether a number is zero, where that can be asked: not while tracing, and not under vmap."""
     if torch.compiler.is_compiling():
         return False
     try:

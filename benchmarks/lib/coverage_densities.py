@@ -28,7 +28,7 @@ class Line:
     normal: tuple[float, float] | None = None  # mean and standard deviation, where it is one
 
     def reaches(self, x: Any) -> bool:
-        """Tell whether x is in the closure of the support."""
+        """Return whether x is in the closure of the support."""
         return bool(self.lower <= x <= self.upper)
 
 
@@ -40,7 +40,7 @@ class Counts:
     last: int | None
 
     def reaches(self, k: int | None) -> bool:
-        """Tell whether k, or with None every count, is in the support."""
+        """Return whether k, or with None every count, is in the support."""
         return self.last is None or (k is not None and k <= self.last)
 
 

@@ -70,7 +70,7 @@ def kl_on_the_line(q: Line, p: Line) -> Truth:
 
 
 def diverges(q: Line, p: Line, end: Any) -> bool:
-    """Tell whether the positive part of q log(q/p) has an infinite integral towards an end of q's support.
+    """Return whether the positive part of q log(q/p) has an infinite integral towards an end of q's support.
 
     With v the logarithm of the distance, the integrand falls as exp(slope v), or faster, where it converges; a power
     that is just critical has a slope of 0, and its logarithms add about 1/300.

@@ -225,7 +225,7 @@ def elementwise(reference: Reference, size: tuple[int, int], dtype: torch.dtype,
 
 
 def is_elementwise(reference: Reference) -> bool:
-    """Tell whether the pair is of one family, has no matrices, and exists in torch."""
+    """Return whether the pair is of one family, has no matrices, and exists in torch."""
     if not is_same_family(reference) or issubclass(reference.type_q, (*MATRIX, Wishart, LKJCholesky)):
         return False
     pair = reference.build(*draw(reference, reference.regimes[0], torch.float64, 1))

@@ -32,7 +32,7 @@ from torch.distributions import (
 
 from tests.expectations import integrate, log_density
 from torch_klloss import AutoKL, MonteCarloKL, has_closed_form, kl_divergence
-from torch_klloss.distributions.checks import check_common_measure, check_pair, name
+from torch_klloss.distributions.checks import check_common_measure, check_pair, type_name
 from torch_klloss.distributions.logistic import Logistic
 from torch_klloss.distributions.simplify import peel, simplify
 from torch_klloss.distributions.supports import bounds_of
@@ -179,8 +179,8 @@ def test_independent_is_told_by_isinstance():
 
 
 def test_a_pair_is_named_as_one_would_write_it():
-    assert name(normal()) == "Normal"
-    assert name(independent(normal(2, 3), 1, 1)) == "Independent(Independent(Normal, 1), 1)"
+    assert type_name(normal()) == "Normal"
+    assert type_name(independent(normal(2, 3), 1, 1)) == "Independent(Independent(Normal, 1), 1)"
 
 
 def moved(d, *transforms):

@@ -106,13 +106,13 @@ def target(reference: Reference, dtype: torch.dtype) -> Target:
 
 
 def is_given_by_covariance(reference: Reference) -> bool:
-    """Tell whether torch's constructor takes a Cholesky factor of what the pair is given by."""
+    """Return whether torch's constructor takes a Cholesky factor of what the pair is given by."""
     drawn = reference.draw(reference.regimes[0], 1, np.random.default_rng(0), torch.float64)
     return any("covariance_matrix" in side for side in drawn)
 
 
 def is_same_family(reference: Reference) -> bool:
-    """Tell whether one of the two types is, or inherits from, the other; MATRIX is one family."""
+    """Return whether one of the two types is, or inherits from, the other; MATRIX is one family."""
     types = reference.type_q, reference.type_p
     return issubclass(*types) or issubclass(*reversed(types)) or all(issubclass(t, MATRIX) for t in types)
 

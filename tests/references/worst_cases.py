@@ -168,7 +168,7 @@ def _step(reference: Reference, q: Params, p: Params, rng: np.random.Generator) 
 
 
 def _is_fair(reference: Reference, q: Params, p: Params) -> bool:
-    """Tell whether torch accepts the parameters, and p has the support of q.
+    """Return whether torch accepts the parameters, and p has the support of q.
 
     A step may lead out of a simplex, or to an indefinite matrix; and outside of p's support the references, being
     formulas, go on to a finite number.

@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 from torch_klloss.callbacks.watching import AllRanks, Call, LossWatcher
-from torch_klloss.distributions.checks import name
+from torch_klloss.distributions.checks import type_name
 from torch_klloss.distributions.tensors import device_of
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.methods import ClosedForm, Enumeration, FirstOf
@@ -61,7 +61,8 @@ class KLRoute(LossWatcher):
         self._metrics[f"{call.name}/num_evaluations"] = float(used.num_evaluations)
         if self.routes.get(call.name) != used.method:
             self.routes[call.name] = used.method
-            self._news.append(f"KLRoute: {call.name!r} takes KL({name(call.q)}‖{name(call.p)}) by {used.method}")
+            pair = f"KL({type_name(call.q)}‖{type_name(call.p)})"
+            self._news.append(f"KLRoute: {call.name!r} takes {pair} by {used.method}")
         self._warn_of_sampling(call, used)
 
     def collect(self, all_ranks: AllRanks) -> dict[str, float]:
@@ -82,7 +83,7 @@ class KLRoute(LossWatcher):
             return
         self._warned.add(call.name)
         warnings.warn(
-            f"{call.name!r} samples KL({name(call.q)}‖{name(call.p)}) in training ({used.method}), although "
+            f"{call.name!r} samples KL({type_name(call.q)}‖{type_name(call.p)}) in training ({used.method}), although "
             f"{_EXACT.route(call.q, call.p)} is exact: AutoKL() takes it, without the noise in value and gradient.",
             UserWarning,
             stacklevel=2,

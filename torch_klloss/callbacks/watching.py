@@ -200,7 +200,7 @@ class LossWatcher(Callback):
         return mixed
 
     def _has_other_source(self) -> bool:
-        """Tell whether there is something to log without a hook."""
+        """Return whether there is something to log without a hook."""
         return False
 
     def _prefixed(self, metrics: dict[str, float]) -> dict[str, float]:

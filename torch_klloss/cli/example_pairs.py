@@ -28,7 +28,7 @@ class Example:
     p: Distribution
 
     def is_of(self, type_name: str) -> bool:
-        """Tell whether the example is of the class called `type_name`, or made of it."""
+        """Return whether the example is of the class called `type_name`, or made of it."""
         return type_name in re.findall(r"\w+", self.name)
 
 

@@ -129,7 +129,7 @@ def _add_in_parts(t: Tensor) -> Tensor:
 
 
 def _is_spread(weights: Tensor) -> bool:
-    """Tell whether no few classes are most of any row, so that the roundings of its parts average out."""
+    """Return whether no few classes are most of any row, so that the roundings of its parts average out."""
     if weights.shape[-1] % _PART:
         return False
     parts = weights.unflatten(-1, (-1, _PART)).sum(-1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.distributions.kl import _KL_REGISTRY as _TORCH_RULES
 
-from torch_klloss.distributions.checks import check_common_measure, check_pair, name
+from torch_klloss.distributions.checks import check_common_measure, check_pair, type_name
 from torch_klloss.distributions.simplify import peel
 from torch_klloss.distributions.tensors import dtype_of, in_full_precision
 
@@ -127,7 +127,7 @@ def kl_divergence(q: Distribution, p: Distribution) -> Tensor:
 
 
 def has_closed_form(q: Distribution, p: Distribution) -> bool:
-    """Tell whether `kl_divergence(q, p)` has a closed form for these very instances; an infinite one counts.
+    """Return whether `kl_divergence(q, p)` has a closed form for these very instances; an infinite one counts.
 
     The rule's own `supports(q, p)` answers where it has one; otherwise the rule is run without gradients.
 
@@ -193,8 +193,8 @@ def refuse(q: Distribution, p: Distribution, because: str = "") -> NoReturn:
     check_common_measure(q, p)
     detail = f" for these instances ({because})" if because else ""
     raise NotImplementedError(
-        f"No closed form is registered for KL({name(q)}‖{name(p)}){detail}. Use AutoKL(), which samples where there "
-        f"is none, or MonteCarloKL(num_samples=…); or register one with @register_kl({type(q).__name__}, "
+        f"No closed form is registered for KL({type_name(q)}‖{type_name(p)}){detail}. Use AutoKL(), which samples "
+        f"where there is none, or MonteCarloKL(num_samples=…); or register one with @register_kl({type(q).__name__}, "
         f"{type(p).__name__})."
     )
 

@@ -88,7 +88,7 @@ def _lead_and_growth(v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _can_fuse(*tensors: Tensor) -> bool:
-    """Tell whether the blocks pay: on the processor, outside of what torch traces or transforms."""
+    """Return whether the blocks pay: on the processor, outside of what torch traces or transforms."""
     return not is_traced() and all(t.device.type == "cpu" and t.numel() > 0 for t in tensors)
 
 

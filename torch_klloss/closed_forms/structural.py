@@ -17,7 +17,7 @@ def _of_the_bases(q: LogNormal | InverseGamma, p: LogNormal | InverseGamma) -> T
 
 
 def structural_supports(q: Distribution, p: Distribution) -> bool:
-    """Tell whether the pair simplifies to one with a closed form."""
+    """Return whether the pair simplifies to one with a closed form."""
     simple_q, simple_p, _ = simplify(q, p)
     return not (simple_q is q and simple_p is p) and has_closed_form(simple_q, simple_p)
 

@@ -43,15 +43,15 @@ def check_common_measure(q: Distribution, p: Distribution) -> None:
         return
     kinds = ["discrete" if d else "continuous" for d in discrete]
     raise ValueError(
-        f"KL({name(q)}‖{name(p)}) is not defined: q is {kinds[0]} and p is {kinds[1]}, so that their log_prob are "
-        "taken against different measures and cannot be subtracted. Make both discrete or both continuous."
+        f"KL({type_name(q)}‖{type_name(p)}) is not defined: q is {kinds[0]} and p is {kinds[1]}, so that their "
+        "log_prob are taken against different measures and cannot be subtracted. Make both discrete or both continuous."
     )
 
 
-def name(d: Distribution) -> str:
+def type_name(d: Distribution) -> str:
     """Return the type of `d` as its expression would show it: Independent(Normal, 1)."""
     if isinstance(d, Independent):
-        return f"{type(d).__name__}({name(d.base_dist)}, {d.reinterpreted_batch_ndims})"
+        return f"{type(d).__name__}({type_name(d.base_dist)}, {d.reinterpreted_batch_ndims})"
     return type(d).__name__
 
 

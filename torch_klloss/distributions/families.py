@@ -207,7 +207,7 @@ def _independent(base: Distribution, batch_dims: int) -> Independent:
 
 
 def _may_hold_nan(*tensors: Tensor) -> bool:
-    """Tell whether a sum of the tensors is NaN: one pass, where an elementwise check takes three."""
+    """Return whether a sum of the tensors is NaN: one pass, where an elementwise check takes three."""
     if is_traced() or tensors[0].is_meta:
         return False
     return any(math.isnan(t.detach().sum().item()) for t in tensors)

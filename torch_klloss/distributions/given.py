@@ -45,7 +45,7 @@ def both_as_given(q: Distribution, p: Distribution, *, is_binary: bool = True) -
 
 
 def _comes_first(d: Distribution, is_binary: bool) -> bool:
-    """Tell whether the probabilities that d holds are what its logits were computed from.
+    """Return whether the probabilities that d holds are what its logits were computed from.
 
     torch's `expand` lists them first whichever it was. Logits that are not what the probabilities give came first.
     """

@@ -65,7 +65,7 @@ class Affine:
         return x / size if self.is_inverse else x * size
 
     def is_scaling(self) -> bool:
-        """Tell whether it is known to leave zero, and the positive numbers, where they are."""
+        """Return whether it is known to leave zero, and the positive numbers, where they are."""
         return is_constant(self.loc, 0.0) and is_positive(self.scale)
 
 
@@ -104,22 +104,22 @@ def split(t: Transform, d: Distribution) -> Distribution | None:
 
 
 def is_known(condition: Tensor) -> bool:
-    """Tell whether a condition holds for every element, as far as one may look."""
+    """Return whether a condition holds for every element, as far as one may look."""
     return not (is_traced() or condition.is_meta) and bool(condition.all())
 
 
 def is_positive(x: Tensor | float) -> bool:
-    """Tell whether a parameter is known to be positive, or NaN, which is to come out as NaN."""
+    """Return whether a parameter is known to be positive, or NaN, which is to come out as NaN."""
     return is_known(~(x <= 0)) if isinstance(x, Tensor) else x > 0
 
 
 def is_constant(x: Tensor | float, value: float) -> bool:
-    """Tell whether a parameter is known to be the value, and to stay it."""
+    """Return whether a parameter is known to be the value, and to stay it."""
     return not x.requires_grad and is_known(x == value) if isinstance(x, Tensor) else x == value
 
 
 def is_a(d: Distribution, family: type[_Family]) -> TypeGuard[_Family]:
-    """Tell whether d is of the family, and has its density."""
+    """Return whether d is of the family, and has its density."""
     return isinstance(d, family) and type(d).log_prob is family.log_prob
 
 

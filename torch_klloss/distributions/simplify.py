@@ -135,12 +135,12 @@ def _last_elementwise(d: Distribution) -> Transform | None:
 
 
 def _is_plain(d: Distribution) -> TypeGuard[TransformedDistribution]:
-    """Tell whether d is a TransformedDistribution without a name of its own."""
+    """Return whether d is a TransformedDistribution without a name of its own."""
     return type(d) is TransformedDistribution
 
 
 def _is_open(d: TransformedDistribution) -> bool:
-    """Tell whether d is what its base and its transforms say: no class of a user's has given it another density."""
+    """Return whether d is what its base and its transforms say: no class of a user's has given it another density."""
     own = type(d).log_prob is not TransformedDistribution.log_prob
     return not own or type(d).__module__.startswith("torch.distributions.")
 

@@ -54,7 +54,7 @@ def support_of(d: Distribution) -> constraints.Constraint | None:
 
 
 def is_discrete(d: Distribution) -> bool | None:
-    """Tell whether d lives on separate points; None where its support does not say."""
+    """Return whether d lives on separate points; None where its support does not say."""
     if isinstance(d, TransformedDistribution):  # torch names the whole line for counts that were moved
         return is_discrete(d.base_dist)
     support = support_of(d)
@@ -77,7 +77,7 @@ def bounds_of(d: Distribution) -> Bounds | None:
 
 
 def has_moving_support(q: Distribution) -> bool:
-    """Tell whether a gradient flows into the ends of q's support, as with Uniform(0, theta).
+    """Return whether a gradient flows into the ends of q's support, as with Uniform(0, theta).
 
     There the identity E_q[∇ log q] = 0 fails, and with it every gradient but the pathwise one.
     """
@@ -90,7 +90,7 @@ def has_moving_support(q: Distribution) -> bool:
 
 
 def contained(q: Distribution, p: Distribution) -> bool | Tensor | None:
-    """Tell whether p's support contains q's, as far as the constraints decide.
+    """Return whether p's support contains q's, as far as the constraints decide.
 
     Returns:
         True or False for every batch element alike, a bool tensor that broadcasts to the batch shape, or None
@@ -204,7 +204,7 @@ def _interior_point(support: constraints.Constraint, bounds: Bounds | None, x: T
 
 
 def _is_within(x: float | Tensor, bounds: Bounds) -> Any:
-    """Tell whether x lies between the ends; a NaN does, so that it comes out as NaN rather than as an infinity."""
+    """Return whether x lies between the ends; a NaN does, so that it comes out as NaN rather than as an infinity."""
     outside = (x < bounds.lower) | (x > bounds.upper)
     return ~outside if isinstance(outside, Tensor) else not outside
 

@@ -49,7 +49,7 @@ def elementwise(t: Transform) -> Transform | None:
 
 
 def is_injective(t: Transform, d: Distribution) -> bool:
-    """Tell whether t maps different points of d to different points.
+    """Return whether t maps different points of d to different points.
 
     Bijective transforms do, on their domain: a power does on the positive numbers only, and beyond the unit interval
     torch's logit is that of an end.
@@ -69,7 +69,7 @@ def is_injective(t: Transform, d: Distribution) -> bool:
 
 
 def are_equal(t: Any, u: Any) -> bool:
-    """Tell whether two transforms are the same map for good: one that learns is equal to itself alone."""
+    """Return whether two transforms are the same map for good: one that learns is equal to itself alone."""
     if t is u:
         return True
     if type(t) is not type(u):
@@ -90,7 +90,7 @@ def are_equal(t: Any, u: Any) -> bool:
 
 
 def is_same(a: Tensor | float, b: Tensor | float) -> bool:
-    """Tell whether two parameters are equal for good: values that tracing cannot see, or that learn, are not."""
+    """Return whether two parameters are equal for good: values that tracing cannot see, or that learn, are not."""
     if a is b:
         return True
     if not (isinstance(a, Tensor) or isinstance(b, Tensor)):

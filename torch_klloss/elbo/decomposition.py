@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from torch_klloss.distributions.checks import check_pair, name
+from torch_klloss.distributions.checks import check_pair, type_name
 from torch_klloss.distributions.simplify import peel
 from torch_klloss.distributions.supports import log_prob_within
 from torch_klloss.distributions.tensors import device_of, in_full_precision, unvalidated
@@ -115,7 +115,8 @@ def _factorised(
     base_q, base_p, _ = peel(q, p)
     if base_q.event_shape:
         raise NotImplementedError(
-            f"decompose_kl needs q and p of independent dimensions, Independent(…, 1), got {name(q)} and {name(p)}."
+            f"decompose_kl needs q and p of independent dimensions, Independent(…, 1), got {type_name(q)} and "
+            f"{type_name(p)}."
         )
     return base_q, base_p
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 
-from torch_klloss.distributions.checks import check_pair, name
+from torch_klloss.distributions.checks import check_pair, type_name
 from torch_klloss.distributions.families import LogVarNormal, StandardNormal
 from torch_klloss.distributions.simplify import peel
 from torch_klloss.distributions.tensors import device_of, replace_examples
@@ -92,7 +92,7 @@ def divergence(
     if split is None and must_split:
         raise ValueError(
             "free nats of dimensions, or of groups of them, need a KL that splits into dimensions, which "
-            f"KL({name(q)}‖{name(p)}) does not: use free_nats_per='example', or 'group' without groups."
+            f"KL({type_name(q)}‖{type_name(p)}) does not: use free_nats_per='example', or 'group' without groups."
         )
     return Divergence(value, split)
 
@@ -145,19 +145,19 @@ def show(kl: KLLoss, q: Distribution, p: Distribution, batch: Batch) -> None:
 
 
 def is_watched(kl: KLLoss) -> bool:
-    """Tell whether somebody looks at the calls of the loss, as the callbacks do."""
+    """Return whether somebody looks at the calls of the loss, as the callbacks do."""
     return bool(kl._forward_hooks or kl._forward_pre_hooks)
 
 
 def _is_plain_normal(kl: KLLoss, mean: Tensor, logvar: Tensor) -> bool:
-    """Tell whether there is nothing to choose and nothing to complain about: the closed form of float32 tensors."""
+    """Return whether there is nothing to choose and nothing to complain about: the closed form of float32 tensors."""
     if not is_closed_form(kl) or is_traced() or not mean.dtype == logvar.dtype == torch.float32:
         return False
     return mean.shape == logvar.shape and not mean.is_meta and mean.numel() > 0 and not _is_extreme(mean, logvar)
 
 
 def is_closed_form(kl: KLLoss) -> bool:
-    """Tell whether the loss takes the closed form wherever there is one."""
+    """Return whether the loss takes the closed form wherever there is one."""
     method = kl.method
     return type(method.methods[0] if type(method) is FirstOf else method) is ClosedForm
 
@@ -217,7 +217,7 @@ class _NormalTerms(torch.autograd.Function):
 
 
 def _is_extreme(mean: Tensor, logvar: Tensor) -> bool:
-    """Tell whether a log-variance is out of bounds or a parameter is NaN, unless torch's validation is off."""
+    """Return whether a log-variance is out of bounds or a parameter is NaN, unless torch's validation is off."""
     if not Distribution._validate_args:
         return False
     low, high = torch.aminmax(logvar.detach())

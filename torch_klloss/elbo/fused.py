@@ -15,18 +15,18 @@ from torch_klloss.elbo.divergence import LARGEST_LOGVAR, is_closed_form
 from torch_klloss.elbo.likelihoods import LikelihoodName, log_bernoulli
 from torch_klloss.elbo.terms import ELBOTerms
 from torch_klloss.losses import KLLoss
-from torch_klloss.numerics.tracing import is_traced
+from torch_klloss.numerics.tracing import is_autocast_enabled, is_traced
 
 _ENOUGH = 0.02  # nats a dimension: above, the float32 exp(v) - 1 - v has digits to spare
 _SUM = 2  # what torch's own kernels call reduction="sum"
 
 
 def can_fuse(kl: KLLoss, recon: Tensor, x: Tensor, mean: Tensor, logvar: Tensor) -> bool:
-    """Tell whether there is nothing to choose: float32 tensors, and a loss that takes the closed form."""
+    """Return whether there is nothing to choose: float32 tensors, and a loss that takes the closed form."""
     if not recon.dtype == x.dtype == mean.dtype == logvar.dtype == torch.float32 or mean.shape != logvar.shape:
         return False
     is_filled = mean.dim() > kl.batch_dims and mean.numel() > 0 and not mean.is_meta
-    is_quiet = not (x.requires_grad or torch._C._is_any_autocast_enabled() or is_traced())
+    is_quiet = not (x.requires_grad or is_autocast_enabled() or is_traced())
     return is_filled and is_quiet and is_closed_form(kl)
 
 

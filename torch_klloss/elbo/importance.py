@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from torch_klloss.distributions.checks import check_pair, name
+from torch_klloss.distributions.checks import check_pair, type_name
 from torch_klloss.distributions.supports import contained, has_moving_support, is_discrete, log_prob_within
 from torch_klloss.distributions.tensors import device_of, in_full_precision, map_tensors, unvalidated
 from torch_klloss.elbo.batches import batch_of
@@ -144,13 +144,13 @@ class IWAELoss(nn.Module):
             return "none"
         if not q.has_rsample or is_discrete(q):
             raise NotImplementedError(
-                f"IWAELoss(gradient={self.gradient!r}) needs q.rsample, which {name(q)} lacks; use gradient='none', or "
-                "torch.no_grad() to evaluate."
+                f"IWAELoss(gradient={self.gradient!r}) needs q.rsample, which {type_name(q)} lacks; use "
+                "gradient='none', or torch.no_grad() to evaluate."
             )
         if self.gradient == "doubly_reparameterized" and has_moving_support(q):
             raise NotImplementedError(
-                f"IWAELoss(gradient='doubly_reparameterized') would be biased for {name(q)}, whose support moves with "
-                "its parameters; use gradient='pathwise'."
+                f"IWAELoss(gradient='doubly_reparameterized') would be biased for {type_name(q)}, whose support moves "
+                "with its parameters; use gradient='pathwise'."
             )
         return self.gradient
 

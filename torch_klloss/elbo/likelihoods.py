@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Distribution, Independent, constraints
 from torch.nn import functional
 
-from torch_klloss.distributions.checks import name
+from torch_klloss.distributions.checks import type_name
 from torch_klloss.distributions.supports import support_of
 from torch_klloss.distributions.tensors import dtype_of, in_full_precision, unvalidated
 from torch_klloss.numerics.tracing import is_traced
@@ -140,7 +140,7 @@ def check_support(p_x: Distribution, x: Tensor) -> None:
 def _refuse(p_x: Distribution, x: Tensor) -> NoReturn:
     wide = x.detach().double()
     raise ValueError(
-        f"x must lie in the support of the likelihood {name(p_x)}, {support_of(p_x)}, got values from "
+        f"x must lie in the support of the likelihood {type_name(p_x)}, {support_of(p_x)}, got values from "
         f"{wide.min().item():g} to {wide.max().item():g}, where log p(x) is -inf or not defined. Scale or binarise x, "
         "or choose a likelihood that covers it; from_tensors takes any x in [0, 1] for a Bernoulli."
     )

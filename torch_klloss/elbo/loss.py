@@ -33,6 +33,7 @@ from torch_klloss.elbo.likelihoods import (
 from torch_klloss.elbo.terms import ELBOTerms
 from torch_klloss.elbo.weighting import FreeNats, FreeNatsPer, balanced
 from torch_klloss.losses import AutoKL, KLLoss
+from torch_klloss.numerics.tracing import is_autocast_enabled
 from torch_klloss.schedules import Schedule
 
 
@@ -230,7 +231,7 @@ class ELBOLoss(nn.Module):
             return self._terms(tensor_nll(recon, x, likelihood), [level], batch, step)
 
     def _is_plain(self) -> bool:
-        """Tell whether the loss is reconstruction + β · KL and no more, with a number for β."""
+        """Return whether the loss is reconstruction + β · KL and no more, with a number for β."""
         if self.reduction != "mean" or self.free_nats.nats > 0:
             return False
         return self.controller is None and self.capacity is None and self.balance is None
@@ -371,6 +372,6 @@ def _checked_capacity(value: float) -> float:
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    if not torch._C._is_any_autocast_enabled():
+    if not is_autocast_enabled():
         return nullcontext()
     return torch.autocast(x.device.type, enabled=False)

@@ -53,6 +53,6 @@ def route_of(method: Any, q: Distribution, p: Distribution) -> str | None:
 
 
 def supports(method: Any, q: Distribution, p: Distribution) -> bool | None:
-    """Tell whether a method takes the pair; None where only computing can tell."""
+    """Return whether a method takes the pair; None where only computing can tell."""
     answer: bool | None = method.supports(q, p) if hasattr(method, "supports") else None
     return answer

@@ -55,14 +55,14 @@ class ClosedForm:
         return KLEstimate(evaluate(match, inner_q, inner_p, peeled, batch_shape), exact=True, method=self.name)
 
     def supports(self, q: Distribution, p: Distribution) -> bool:
-        """Tell whether the pair has a closed form."""
+        """Return whether the pair has a closed form."""
         inner_q, inner_p, _ = peel(q, p)
         match = find_rule(inner_q, inner_p)
         return match is not None and _applies(match, inner_q, inner_p) and has_closed_form(q, p)
 
 
 def _applies(match: Match, q: Distribution, p: Distribution) -> bool:
-    """Tell whether q and p have the densities that the rule was written for, down to what they are transformed from."""
+    """Return whether q and p, and what they are transformed from, have the densities that the rule was written for."""
     if not (_keeps_density(q, match.types[0]) and _keeps_density(p, match.types[1])):
         return False
     if match.rule is not structural:
@@ -73,7 +73,7 @@ def _applies(match: Match, q: Distribution, p: Distribution) -> bool:
 
 
 def _keeps_density(d: Distribution, parent: type[Distribution]) -> bool:
-    """Tell whether d has the density of `parent`, which the rule was written for."""
+    """Return whether d has the density of `parent`, which the rule was written for."""
     cls = type(d)
     if cls.log_prob is parent.log_prob or parent.log_prob is Distribution.log_prob:
         return True  # nothing is overridden, or the rule is for an abstract family, which has no density to compare

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch.distributions import Distribution
 
-from torch_klloss.distributions.checks import name
+from torch_klloss.distributions.checks import type_name
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.methods.base import Method, NotCertifiedError, name_of, route_of, supports
 
@@ -56,7 +56,7 @@ class FirstOf:
                 refusals.append(refusal)
         tried = "".join(f"\n  {name_of(m)}: {r}" for m, r in zip(self.methods, refusals, strict=True))
         kind = NotCertifiedError if any(isinstance(r, NotCertifiedError) for r in refusals) else NotImplementedError
-        raise kind(f"No method took KL({name(q)}‖{name(p)}):{tried}")
+        raise kind(f"No method took KL({type_name(q)}‖{type_name(p)}):{tried}")
 
     def route(self, q: Distribution, p: Distribution) -> str | None:
         """Return the name of the method that would be taken, without drawing or evaluating a density.
@@ -74,7 +74,7 @@ class FirstOf:
         return ", else ".join(names) or None
 
     def supports(self, q: Distribution, p: Distribution) -> bool | None:
-        """Tell whether one of the methods takes the pair; None where only computing can tell."""
+        """Return whether one of the methods takes the pair; None where only computing can tell."""
         answers = [supports(method, q, p) for method in self.methods]
         return True if True in answers else None if None in answers else False
 
@@ -96,8 +96,9 @@ class Announced:
 
     def estimate(self, q: Distribution, p: Distribution, generator: torch.Generator | None = None) -> KLEstimate:
         """Return the estimate of `method`, after a warning that names it and the pair."""
+        route = route_of(self.method, q, p)
         warnings.warn(
-            f"KL({name(q)}‖{name(p)}) has no exact route: AutoKL falls back on {route_of(self.method, q, p)}.",
+            f"KL({type_name(q)}‖{type_name(p)}) has no exact route: AutoKL falls back on {route}.",
             UserWarning,
             stacklevel=2,
         )

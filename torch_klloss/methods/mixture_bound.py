@@ -18,7 +18,7 @@ from torch.distributions import (
     Normal,
 )
 
-from torch_klloss.distributions.checks import check_common_measure, check_pair, name
+from torch_klloss.distributions.checks import check_common_measure, check_pair, type_name
 from torch_klloss.distributions.simplify import peel
 from torch_klloss.distributions.tensors import dtype_of, with_batch_dim
 from torch_klloss.estimate import KLEstimate
@@ -91,7 +91,7 @@ class MixtureBound:
         inner_q, inner_p, peeled = peel(q, p)
         if not any(isinstance(d, MixtureSameFamily) for d in (inner_q, inner_p)):
             raise NotImplementedError(
-                f"MixtureBound needs a MixtureSameFamily as q or p, got {name(q)} and {name(p)}; use AutoKL."
+                f"MixtureBound needs a MixtureSameFamily as q or p, got {type_name(q)} and {type_name(p)}; use AutoKL."
             )
         f, g = _components(inner_q), _components(inner_p)
         value = _upper(f, g, self.num_iterations) if self.side == "upper" else _lower(f, g)
@@ -190,7 +190,7 @@ def _gaussian(d: Any) -> _Gaussian:
         base = base.base_dist
     if not isinstance(base, Normal):
         raise NotImplementedError(
-            f"MixtureBound('lower') needs Normal or MultivariateNormal components, got {name(d)}; "
+            f"MixtureBound('lower') needs Normal or MultivariateNormal components, got {type_name(d)}; "
             "MonteCarloKL estimates the KL itself."
         )
     loc, variance = (t.double().flatten(-dims) if dims else t.double().unsqueeze(-1) for t in (base.loc, base.variance))

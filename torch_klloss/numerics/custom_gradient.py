@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_klloss.numerics.tracing import is_recorded_by_operation
+from torch_klloss.numerics.tracing import is_func_transformed, needs_plain_operations
 
 Value = Callable[..., Tensor]
 Partials = Callable[..., Sequence[Tensor | None]]
@@ -66,9 +66,9 @@ def analytic(partials: Partials) -> Callable[[Value], Value]:
         )
 
         def formula(*tensors: Tensor) -> Tensor:
-            if is_recorded_by_operation():
+            if needs_plain_operations():
                 return value(*tensors)
-            form = functional if torch._C._are_functorch_transforms_active() else eager
+            form = functional if is_func_transformed() else eager
             result: Tensor = form.apply(*tensors)
             return result
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_klloss.numerics.tracing import is_recorded_by_operation, is_traced
+from torch_klloss.numerics.tracing import is_traced, needs_plain_operations
 
 # A parameter below this counts as this much in the derivative of a logarithm, which stays finite at 0.
 _TINY = 1e-280
@@ -37,7 +37,7 @@ _COTH = (
 
 def horner(x: Tensor, coefficients: Sequence[float]) -> Tensor:
     """Return the polynomial of x whose coefficients are given from the constant one up."""
-    if is_recorded_by_operation():  # a compiler prefers numbers, which cost eager mode an operation each
+    if needs_plain_operations():  # a compiler prefers numbers, which cost eager mode an operation each
         value = torch.full_like(x, coefficients[-1])
         for c in reversed(coefficients[:-1]):
             value = value * x + c
@@ -49,7 +49,7 @@ def horner(x: Tensor, coefficients: Sequence[float]) -> Tensor:
 
 
 def has_float64(*tensors: Tensor) -> bool:
-    """Tell whether one of the tensors is in float64, so that float64 arithmetic does not leave digits to spare."""
+    """Return whether one of the tensors is in float64, so that float64 arithmetic does not leave digits to spare."""
     return any(t.dtype == torch.float64 for t in tensors)
 
 
@@ -73,12 +73,12 @@ def difference_error(a: Tensor, b: Tensor) -> Tensor:
 
 
 def may_fall_to(x: Tensor, bound: float) -> bool:
-    """Tell whether a number is not above the bound somewhere, or out of sight: whether its case has to be computed."""
+    """Return whether the case of x at or below the bound has to be computed: x reaches it, or cannot be looked at."""
     return is_traced() or not x.is_cpu or not (x.numel() == 0 or x.amin().item() > bound)
 
 
 def may_be_infinite(x: Tensor) -> bool:
-    """Tell whether a number is not finite somewhere, or out of sight; nothing is cheaper to look at than the sum."""
+    """Return whether a number is not finite somewhere, or out of sight; nothing is cheaper to look at than the sum."""
     return is_traced() or not x.is_cpu or not math.isfinite(x.sum().item())
 
 
@@ -99,7 +99,7 @@ def log_ratio(a: Tensor, b: Tensor, gap: Tensor) -> Tensor:
     they are.
     """
     sign = sign_of(gap)
-    is_differentiated = torch.is_grad_enabled() or is_recorded_by_operation()  # where a tie must not be split
+    is_differentiated = torch.is_grad_enabled() or needs_plain_operations()  # where a tie must not be split
     smaller = torch.where(sign > 0, b, a) if is_differentiated else torch.minimum(a, b)
     return sign * torch.log1p(sign * gap / smaller.clamp_min(_TINY))
 

@@ -1,15 +1,37 @@
-"""What is looking on while a KL is computed, and what it forbids."""
+"""Detection of torch.compile, torch.func, forward-mode AD and autocast, by torch's private API."""
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager
 
 import torch
 
 
 def is_traced() -> bool:
-    """Tell whether `torch.compile`, `torch.func` or forward mode is at work, which may not look at values."""
-    return is_recorded_by_operation() or torch._C._are_functorch_transforms_active()
+    """Return whether `torch.compile`, `torch.func` or forward-mode AD is active, which may not branch on values."""
+    return needs_plain_operations() or is_func_transformed()
 
 
-def is_recorded_by_operation() -> bool:
-    """Tell whether the derivative has to come from plain operations: under `torch.compile`, and in forward mode."""
-    return torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level >= 0
+def needs_plain_operations() -> bool:
+    """Return whether the derivative has to come from plain operations: under `torch.compile` and in forward mode."""
+    return torch.compiler.is_compiling() or is_forward_mode()
+
+
+def is_func_transformed() -> bool:
+    """Return whether a transform of `torch.func`, such as vmap or grad, is active."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def is_forward_mode() -> bool:
+    """Return whether forward-mode AD is active."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def is_autocast_enabled() -> bool:
+    """Return whether autocast is enabled for any device."""
+    return torch._C._is_any_autocast_enabled()
+
+
+def without_func() -> AbstractContextManager[None]:
+    """Return a context in which no transform of `torch.func` is active, for code that writes in place."""
+    return torch._C._DisableFuncTorch()

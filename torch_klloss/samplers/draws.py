@@ -46,7 +46,7 @@ def prepare(sampler: Sampler, q: Distribution, num_samples: int, *, differentiab
 
 
 def _is_current(sampler: PreparedSampler) -> bool:
-    """Tell whether `prepare` was written knowing what `draw` does: no subclass has overridden `draw` alone."""
+    """Return whether `prepare` was written knowing what `draw` does: no subclass has overridden `draw` alone."""
     first = next(
         (vars(cls) for cls in type(sampler).__mro__ if {"draw", "prepare"} & vars(cls).keys()), {"prepare": None}
     )

@@ -10,6 +10,7 @@ from torch.distributions import Distribution, Independent, Normal
 
 from torch_klloss.distributions.pushforward import is_a
 from torch_klloss.distributions.tensors import device_of
+from torch_klloss.numerics.tracing import is_func_transformed
 from torch_klloss.samplers.draws import Draws, Part, in_blocks
 from torch_klloss.samplers.points import Points, evenly_weighted
 
@@ -40,7 +41,7 @@ class IID:
         """
 
         def make(n: int) -> Tensor:
-            if torch._C._are_functorch_transforms_active() and (normal := _normal_of(q)) is not None:
+            if is_func_transformed() and (normal := _normal_of(q)) is not None:
                 loc, scale = normal.loc, normal.scale
                 x = loc + scale * torch.randn(n, *loc.shape, dtype=loc.dtype, device=loc.device)
                 return x if differentiable else x.detach()

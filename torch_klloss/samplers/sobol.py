@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.quasirandom import SobolEngine
 
+from torch_klloss.numerics.tracing import without_func
 from torch_klloss.samplers.draws import Draws
 from torch_klloss.samplers.points import Points
 from torch_klloss.samplers.transport import Transported, cells_of
@@ -62,7 +63,7 @@ def _made(n: int, d: int, bits: int) -> Tensor:
 
 
 def _sobol_points(n: int, d: int) -> Tensor:
-    with torch._C._DisableFuncTorch(), torch.device("cpu"):  # the engine writes in place
+    with without_func(), torch.device("cpu"):  # the engine writes in place
         engine = SobolEngine(d, scramble=True, seed=0)
         points = engine.quasi.clone().long().unsqueeze(0)  # the first one: `draw` would round it to float32
         if n > 1:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, TransformedDistribution
 
-from torch_klloss.distributions.checks import name
+from torch_klloss.distributions.checks import type_name
 from torch_klloss.distributions.tensors import dtype_and_device_of
 from torch_klloss.samplers.draws import Part
 from torch_klloss.samplers.points import Points, evenly_weighted
@@ -103,14 +103,15 @@ def transport(q: Distribution, u: Tensor, *, differentiable: bool) -> Tensor:
     """
     if differentiable and not is_differentiable(q):
         raise NotImplementedError(
-            f"{name(q)} is discrete in part: its points carry no gradient. Use gradient='score_function' or 'none'."
+            f"{type_name(q)} is discrete in part: its points carry no gradient. Use gradient='score_function' or "
+            "'none'."
         )
     with nullcontext() if differentiable else torch.no_grad():
         return _transport_of(q).points(q, u)
 
 
 def is_differentiable(q: Distribution) -> bool:
-    """Tell whether the points that `transport` makes can carry a gradient to q."""
+    """Return whether the points that `transport` makes can carry a gradient to q."""
     base = getattr(q, "base_dist", None)
     return _transport_of(q).differentiable and (base is None or is_differentiable(base))
 
@@ -128,20 +129,20 @@ def _transport_of(q: Distribution) -> Transport:
     if isinstance(q, TransformedDistribution) and _keeps_the_law(type(q), TransformedDistribution):
         return _TRANSFORMED
     raise NotImplementedError(
-        f"no way from uniform numbers to {name(q)} is known: it has neither an icdf nor a transport. Draw with IID(), "
-        "or add one with torch_klloss.samplers.transport.register_transport."
+        f"no way from uniform numbers to {type_name(q)} is known: it has neither an icdf nor a transport. Draw with "
+        "IID(), or add one with torch_klloss.samplers.transport.register_transport."
     )
 
 
 def _keeps_the_law(subclass: type, cls: type) -> bool:
-    """Tell whether a subclass draws its points as its parent does."""
+    """Return whether a subclass draws its points as its parent does."""
     return subclass is cls or all(
         getattr(subclass, method) is getattr(cls, method) for method in ("rsample", "sample", "log_prob")
     )
 
 
 def _has_quantiles(q: Distribution) -> bool:
-    """Tell whether q is single numbers with an icdf of their own."""
+    """Return whether q is single numbers with an icdf of their own."""
     own = type(q).icdf not in (Distribution.icdf, TransformedDistribution.icdf)
     return own and not q.event_shape
 

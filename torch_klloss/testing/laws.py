@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent
 
 from torch_klloss.closed_forms import kl_divergence
-from torch_klloss.distributions.checks import check_pair, name
+from torch_klloss.distributions.checks import check_pair, type_name
 from torch_klloss.distributions.supports import has_moving_support, log_prob_within
 from torch_klloss.distributions.tensors import device_of, map_tensors, unvalidated
 from torch_klloss.estimate import KLEstimate
@@ -99,7 +99,7 @@ def check_kl(
         else:
             passed.append(title)
     if failed:
-        title = f"KL({name(q)}‖{name(p)}) fails {len(failed)} of {len(_CHECKS)} checks:"
+        title = f"KL({type_name(q)}‖{type_name(p)}) fails {len(failed)} of {len(_CHECKS)} checks:"
         raise AssertionError("\n".join((title, *failed)))
     return KLReport(case.value.detach(), case.reference, tuple(passed), skipped)
 

@@ -76,7 +76,7 @@ _ALTERNATIVES = ({"probs", "logits"}, {"covariance_matrix", "precision_matrix", 
 
 
 def _is_free(constraint: Any) -> bool:
-    """Tell whether numbers or vectors under the constraint may move in every direction, once they are normalised."""
+    """Return whether numbers or vectors under the constraint may move in every direction, once they are normalised."""
     is_vector = constraint is constraints.simplex or isinstance(constraint, constraints.independent)
     return not constraint.is_discrete and (constraint.event_dim == 0 or is_vector)
 

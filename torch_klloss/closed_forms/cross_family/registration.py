@@ -23,7 +23,7 @@ from torch.distributions import (
 )
 
 from torch_klloss.closed_forms.registry import _RULES, Types, register_kl
-from torch_klloss.distributions.checks import name
+from torch_klloss.distributions.checks import type_name
 from torch_klloss.distributions.given import as_given
 from torch_klloss.distributions.tails import Tails, compare, declare_tails, declared_tails
 from torch_klloss.distributions.tensors import dtype_of
@@ -97,7 +97,7 @@ class Family:
 
     @classmethod
     def gives(cls, moment: str) -> bool:
-        """Tell whether the family gives a moment as q."""
+        """Return whether the family gives a moment as q."""
         return hasattr(cls, moment)
 
     def cross_entropy(self, q: Any) -> Rounded:
@@ -176,8 +176,8 @@ def _certify(kl: Rounded, mask: Tensor, dtype: torch.dtype, q: Distribution, p: 
         return
     lost = torch.where(good, 0.0, kl.error / value.abs()).max().item()
     raise NotCertifiedError(
-        f"KL({name(q)}‖{name(p)}) as a sum of moments must be good to {tolerance:g} of its value, but rounding may "
-        f"take {lost:.1e} of it here, where q and p are near to one another or far from 1: use "
+        f"KL({type_name(q)}‖{type_name(p)}) as a sum of moments must be good to {tolerance:g} of its value, but "
+        f"rounding may take {lost:.1e} of it here, where q and p are near to one another or far from 1: use "
         "AutoKL(fallback=[...]) with a method that computes it otherwise, such as quadrature or MonteCarlo."
     )
 

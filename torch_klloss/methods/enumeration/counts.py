@@ -19,7 +19,7 @@ from torch.distributions import (
 )
 from torch.utils.checkpoint import checkpoint
 
-from torch_klloss.distributions.checks import check_pair, name
+from torch_klloss.distributions.checks import check_pair, type_name
 from torch_klloss.distributions.tensors import device_of
 from torch_klloss.methods.base import NotCertifiedError
 from torch_klloss.methods.enumeration.masses import Masses, has_masses, masses
@@ -77,7 +77,7 @@ class _Tail(NamedTuple):
 
 
 def is_countable(q: Distribution) -> bool:
-    """Tell whether q lives on the counts 0, 1, …, or on their image, and how fast its probabilities fall is known."""
+    """Return whether q lives on the counts 0, 1, …, or on their image, and how fast its probabilities fall is known."""
     if is_traced() or q.event_shape or device_of(q).type == "meta" or not has_masses(q):
         return False
     if isinstance(q, TransformedDistribution):
@@ -154,8 +154,8 @@ def _checked(window: Window, q: Distribution, max_terms: int) -> Window:
     if window.lower.numel() == 0 or (window.upper - window.lower).max() <= max_terms:
         return window
     raise NotImplementedError(
-        f"Enumeration sums at most max_terms={max_terms} counts, and the mass of {name(q)} is spread over more: its "
-        f"standard deviation is {float(q.stddev.max()):.3g}. Raise max_terms, or use MonteCarloKL."
+        f"Enumeration sums at most max_terms={max_terms} counts, and the mass of {type_name(q)} is spread over more: "
+        f"its standard deviation is {float(q.stddev.max()):.3g}. Raise max_terms, or use MonteCarloKL."
     )
 
 
@@ -221,8 +221,8 @@ def _certify(q: Distribution, p: Distribution, value: Tensor, bound: Tensor) -> 
     is_vouched = (bound <= _RTOL * value.abs() + _ATOL) | value.isnan()
     if not is_vouched.all():
         raise NotCertifiedError(
-            f"The tail of the sum for KL({name(q)}‖{name(p)}) cannot be bounded: what is left out may be as large as "
-            f"{float(bound[~is_vouched].nan_to_num(math.inf, math.inf).max()):.3g}. Use MonteCarloKL."
+            f"The tail of the sum for KL({type_name(q)}‖{type_name(p)}) cannot be bounded: what is left out may be as "
+            f"large as {float(bound[~is_vouched].nan_to_num(math.inf, math.inf).max()):.3g}. Use MonteCarloKL."
         )
 
 

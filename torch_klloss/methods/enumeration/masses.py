@@ -64,7 +64,7 @@ def masses(d: Distribution, x: Tensor) -> Masses:
 
 
 def has_masses(d: Distribution) -> bool:
-    """Tell whether the probabilities of d come from its parameters, so that they are known to sum to one."""
+    """Return whether the probabilities of d come from its parameters, so that they are known to sum to one."""
     if not any(isinstance(d, cls) and type(d).log_prob is cls.log_prob for cls in _RULES):
         return False
     parts = getattr(d, "base_dist", None), getattr(d, "component_distribution", None)

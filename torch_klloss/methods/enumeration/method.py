@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Multinomial, TransformedDistribution
 
-from torch_klloss.distributions.checks import check_common_measure, check_pair, name
+from torch_klloss.distributions.checks import check_common_measure, check_pair, type_name
 from torch_klloss.distributions.simplify import peel
 from torch_klloss.distributions.supports import contained
 from torch_klloss.distributions.tensors import device_of, dtype_of
@@ -99,7 +99,7 @@ class Enumeration:
         )
 
     def supports(self, q: Distribution, p: Distribution) -> bool | None:
-        """Tell whether q's support can be summed over; None for counts without end, where computing tells."""
+        """Return whether q's support can be summed over; None for counts without end, where computing tells."""
         inner_q = peel(q, p)[0]
         if support_points(inner_q, self.max_support) is not None:
             return True
@@ -108,7 +108,7 @@ class Enumeration:
     def _refuse(self, q: Distribution) -> NoReturn:
         raise NotImplementedError(
             f"Enumeration needs a q with a finite support of at most {self.max_support} points or known counts, got "
-            f"{name(q)}; use MonteCarloKL or AutoKL."
+            f"{type_name(q)}; use MonteCarloKL or AutoKL."
         )
 
 
@@ -125,7 +125,7 @@ def _finite_sum(q: Distribution, p: Distribution, points: Tensor) -> Tensor:
 
 
 def _has_no_more(p: Distribution, q: Distribution) -> Tensor | Literal[True] | None:
-    """Tell whether p has all of its mass on the points of q; None where that is not known."""
+    """Return whether p has all of its mass on the points of q; None where that is not known."""
     if not has_masses(p) or any(isinstance(_stripped(d), TransformedDistribution) for d in (p, q)):
         return None
     if isinstance(q, Multinomial) and isinstance(p, Multinomial):

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch.distributions import Distribution
 
-from torch_klloss.distributions.checks import check_common_measure, check_pair, name
+from torch_klloss.distributions.checks import check_common_measure, check_pair, type_name
 from torch_klloss.distributions.simplify import peel
 from torch_klloss.distributions.supports import contained, has_moving_support, is_discrete
 from torch_klloss.distributions.tensors import device_of, unvalidated
@@ -177,7 +177,7 @@ class MonteCarlo:
         )
 
     def supports(self, q: Distribution, p: Distribution) -> bool | None:
-        """Tell whether q can be sampled in the way that `gradient` and `value` need.
+        """Return whether q can be sampled in the way that `gradient` and `value` need.
 
         None where only a draw can tell: of a sampler of one's own, whether its points are independent.
         """
@@ -219,17 +219,17 @@ class MonteCarlo:
             gradient = "pathwise" if has_path else "score_function"
         if gradient in REPARAMETERISED and not has_path:
             raise NotImplementedError(
-                f"MonteCarlo(gradient={gradient!r}) needs q.rsample, which {name(q)} lacks; use "
+                f"MonteCarlo(gradient={gradient!r}) needs q.rsample, which {type_name(q)} lacks; use "
                 "gradient='score_function', or AutoKL, which takes an exact route where there is one."
             )
         if gradient != "none" and mixture is not None and has_moving_support(q):
             raise NotImplementedError(
-                f"MonteCarlo(gradient={gradient!r}) would be biased for {name(q)}, whose density jumps where the "
+                f"MonteCarlo(gradient={gradient!r}) would be biased for {type_name(q)}, whose density jumps where the "
                 "support of a component ends, which moves with its parameters; use gradient='none'."
             )
         if gradient in ("sticking_the_landing", "score_function", "mixed") and has_moving_support(q):
             raise NotImplementedError(
-                f"MonteCarlo(gradient={gradient!r}) would be biased for {name(q)}, whose support moves with its "
+                f"MonteCarlo(gradient={gradient!r}) would be biased for {type_name(q)}, whose support moves with its "
                 "parameters; use gradient='pathwise'."
             )
         if gradient == "mixed":

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-import torch
 from torch.distributions import Distribution
 
-from torch_klloss.distributions.checks import name
+from torch_klloss.distributions.checks import type_name
 from torch_klloss.methods.monte_carlo.surrogates import diagonal_normal_of
+from torch_klloss.numerics.tracing import is_forward_mode, is_func_transformed
 from torch_klloss.samplers.components import mixture_of
 
 Gradient = Literal["auto", "pathwise", "sticking_the_landing", "mixed", "score_function", "none"]
@@ -44,12 +44,12 @@ def refuse_value(value: str, q: Distribution) -> None:
     """Raise a NotImplementedError where q lacks what the form of the value needs."""
     if value in SURROGATES and diagonal_normal_of(q) is None:
         raise NotImplementedError(
-            f"MonteCarlo(value={value!r}) needs a q that is a Normal with independent coordinates, got {name(q)}; use "
-            "value='log_ratio'."
+            f"MonteCarlo(value={value!r}) needs a q that is a Normal with independent coordinates, got {type_name(q)}; "
+            "use value='log_ratio'."
         )
     if value == "entropy" and not _has_entropy(q):
         raise NotImplementedError(
-            f"MonteCarlo(value='entropy') needs q.entropy(), which {name(q)} lacks; use value='log_ratio'."
+            f"MonteCarlo(value='entropy') needs q.entropy(), which {type_name(q)} lacks; use value='log_ratio'."
         )
 
 
@@ -57,7 +57,7 @@ def refuse_transforms(gradient: str, value: str) -> None:
     """Raise a NotImplementedError where derivatives are taken ahead of those that `torch.func` is taking."""
     if gradient != "mixed" and value not in SURROGATES:
         return
-    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+    if is_func_transformed() or is_forward_mode():
         raise NotImplementedError(
             f"MonteCarlo(value={value!r}, gradient={gradient!r}) takes derivatives of its own, which works neither "
             "under torch.func (vmap, grad, ...) nor in forward mode; use value='log_ratio' with gradient='pathwise'."

@@ -137,7 +137,7 @@ def sum_from(t: Tensor, dim: int) -> Tensor:
 
 
 def reaches_others(t: Tensor, leaves: Sequence[Tensor]) -> bool:
-    """Tell whether the graph of t ends in any other leaf than these."""
+    """Return whether the graph of t ends in any other leaf than these."""
     own, seen, open_nodes = {id(leaf) for leaf in leaves}, set(), [t.grad_fn]
     while open_nodes:
         node: Any = open_nodes.pop()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, MixtureSameFamily
 
-from torch_klloss.distributions.checks import check_common_measure, check_pair, name
+from torch_klloss.distributions.checks import check_common_measure, check_pair, type_name
 from torch_klloss.distributions.simplify import simplify
 from torch_klloss.distributions.supports import bounds_of, contained, is_discrete
 from torch_klloss.distributions.tensors import device_of, dtype_of
@@ -162,7 +162,7 @@ class Quadrature:
 
 
 def _is_open_to(q: Distribution, p: Distribution) -> bool:
-    """Tell whether a pair is continuous, one-dimensional, on an interval that is known, and may be looked at."""
+    """Return whether a pair is continuous, one-dimensional, on an interval that is known, and may be looked at."""
     if is_traced() or q.event_shape or p.event_shape or is_discrete(q) or is_discrete(p):
         return False
     measure = q.component_distribution if isinstance(q, MixtureSameFamily) else q
@@ -177,7 +177,8 @@ def _refuse(q: Distribution, p: Distribution) -> None:
         )
     raise NotImplementedError(
         f"Quadrature needs counts, or a q and p that simplify to one dimension, on a support that is an interval, got "
-        f"KL({name(q)}‖{name(p)}); use AutoKL, which takes an exact route where there is one, or MonteCarloKL."
+        f"KL({type_name(q)}‖{type_name(p)}); use AutoKL, which takes an exact route where there is one, or "
+        "MonteCarloKL."
     )
 
 
