@@ -256,7 +256,7 @@ def test_the_route_is_the_one_that_the_estimate_takes(loss, q, p, route):
     said = loss.route(q, p)
     assert torch.equal(before, torch.get_rng_state())
     assert route is None or said == route
-    if "warn" not in repr(loss) and "Announced" not in repr(loss):
+    if "warn" not in repr(loss) and "WarnFirst" not in repr(loss):
         assert loss.estimate(q, p).method == said
 
 

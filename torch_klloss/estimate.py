@@ -4,12 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from torch_klloss.numerics.special import student_t_quantile
+
+
+class NoRouteError(NotImplementedError):
+    """A method's refusal of a pair, in words that are written only if somebody reads them.
+
+    `FirstOf` drops most refusals unread, and their text costs more than the refusal.
+
+    Args:
+        write: returns the text, given the rest.
+        about: what the text is about.
+    """
+
+    def __init__(self, write: Callable[..., str], *about: object) -> None:
+        super().__init__(write, *about)
+
+    def __str__(self) -> str:
+        write, *about = self.args
+        return str(write(*about))
 
 
 class NotCertifiedError(ValueError):

@@ -13,8 +13,8 @@ from torch_klloss.distributions.checks import check_pair, type_name
 from torch_klloss.distributions.tensors import device_of, dtype_of, in_full_precision, replace_examples, tensors_of
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.methods import ClosedForm, Enumeration, FirstOf, Method, MonteCarlo, Quadrature
-from torch_klloss.methods.base import route_of
-from torch_klloss.methods.first_of import Announced, Withheld, check_method
+from torch_klloss.methods.base import as_method
+from torch_klloss.methods.first_of import Refuse, WarnFirst
 from torch_klloss.methods.monte_carlo.method import Gradient, Value
 from torch_klloss.methods.monte_carlo.mixed import MixedGradient
 from torch_klloss.numerics.tracing import is_autocast_enabled
@@ -66,7 +66,7 @@ class KLLoss(nn.Module):
 
     def __init__(self, method: Method, *, reduction: ReductionName = "mean", batch_dims: int = 1) -> None:
         super().__init__()
-        check_method(method)
+        as_method(method)  # or a TypeError
         check_reduction(reduction, batch_dims)
         self.method = method
         self.reduction = reduction
@@ -120,12 +120,12 @@ class KLLoss(nn.Module):
 
     def estimate(self, q: Distribution, p: Distribution, generator: torch.Generator | None = None) -> KLEstimate:
         """Return the unreduced `KLEstimate`, of the broadcast batch shape; it knows no mask and no reduction."""
-        check_pair(q, p)
+        batch_shape, method = check_pair(q, p), as_method(self.method)
         q, p = in_full_precision(q), in_full_precision(p)
         if not is_autocast_enabled():
-            return self.method.estimate(q, p, generator)
+            return method.estimate_checked(q, p, batch_shape, generator)
         with torch.autocast(device_of(q).type, enabled=False):
-            return self.method.estimate(q, p, generator)
+            return method.estimate_checked(q, p, batch_shape, generator)
 
     def reduce(self, estimate: KLEstimate, mask: Tensor | None = None) -> KLEstimate:
         """Reduce an unreduced estimate as this loss would: the batch mean or sum, with its standard error.
@@ -158,7 +158,7 @@ class KLLoss(nn.Module):
             TypeError, ValueError: as `forward`.
         """
         check_pair(q, p)
-        route = route_of(self.method, q, p)
+        route = as_method(self.method).route(q, p)
         if route is None:
             raise NotImplementedError(
                 f"{self.method!r} has no route for KL({type_name(q)}‖{type_name(p)}); AutoKL() has one wherever q can "
@@ -303,9 +303,9 @@ class AutoKL(KLLoss):
             fallback = MonteCarlo(1)
         fallbacks = tuple(fallback) if isinstance(fallback, Sequence) else (fallback,)
         if on_fallback == "warn":
-            fallbacks = (Announced(FirstOf(*fallbacks)),)
+            fallbacks = (WarnFirst(FirstOf(*fallbacks)),)
         elif on_fallback == "error":
-            fallbacks = (Withheld(FirstOf(*fallbacks)),)
+            fallbacks = (Refuse(FirstOf(*fallbacks)),)
         exact = ClosedForm(), Enumeration(max_terms=0)
         super().__init__(FirstOf(*exact, *fallbacks), reduction=reduction, batch_dims=batch_dims)
 

@@ -20,7 +20,7 @@ from torch_klloss.distributions.tensors import device_of
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.losses import AutoKL, KLLoss
 from torch_klloss.methods import ClosedForm, Enumeration, Method, MonteCarlo, NotCertifiedError, Quadrature
-from torch_klloss.methods.base import name_of
+from torch_klloss.methods.base import as_method
 from torch_klloss.methods.monte_carlo.method import Gradient
 from torch_klloss.methods.monte_carlo.options import HELD_OUT
 from torch_klloss.rng import private_rng
@@ -84,7 +84,7 @@ def compare_methods(q: Distribution, p: Distribution, num_samples: int = 1000, s
     exact: float | None = None
     for method, gradient in _methods(num_samples):
         loss = KLLoss(method, reduction="mean", batch_dims=batch_dims)
-        name = name_of(method)
+        name = as_method(method).name
         try:
             estimate = loss.reduce(loss.estimate(q, p, generator=torch.Generator().manual_seed(seed)))
         except (NotImplementedError, NotCertifiedError) as refusal:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, LowRankMultivariateNormal, MultivariateNormal, Normal
 
 from torch_klloss.closed_forms.registry import has_closed_form, kl_divergence, register_kl
-from torch_klloss.closed_forms.structural import structural, structural_supports
+from torch_klloss.closed_forms.structural import by_structure, simplified
 from torch_klloss.distributions.families import LogVarNormal
 from torch_klloss.distributions.pushforward import is_a
 from torch_klloss.distributions.tensors import dtype_of
@@ -28,7 +28,7 @@ def _diagonal(d: Distribution) -> Normal | None:
 
 def _supports(q: Distribution, p: Distribution) -> bool:
     is_mixed = _diagonal(q) is not None or _diagonal(p) is not None
-    return is_mixed or structural_supports(q, p) or _marginals_match(q, p)
+    return is_mixed or simplified(q, p) is not None or _marginals_match(q, p)
 
 
 @register_kl(Independent, MultivariateNormal, supports=_supports)
@@ -43,7 +43,7 @@ def _diagonal_mvn(q: Independent, p: MultivariateNormal) -> Tensor:
     """
     base = _diagonal(q)
     if base is None:
-        return structural(q, p) if structural_supports(q, p) else _by_marginals(q, p)
+        return _otherwise(q, p)
     L = p._unbroadcasted_scale_tril.double()
     scale, diagonal = _scale(base), L.diagonal(dim1=-2, dim2=-1)
     identity = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
@@ -64,7 +64,7 @@ def _mvn_diagonal(q: MultivariateNormal, p: Independent) -> Tensor:
     """
     base = _diagonal(p)
     if base is None:
-        return structural(q, p) if structural_supports(q, p) else _by_marginals(q, p)
+        return _otherwise(q, p)
     L, scale = q._unbroadcasted_scale_tril.double(), _scale(base)
     below = (L.tril(-1).square().sum(-1) / scale.square()).sum(-1)
     distance = ((q.loc.double() - base.loc.double()) / scale).square().sum(-1)
@@ -82,12 +82,18 @@ def _diagonal_low_rank(q: Any, p: Any) -> Tensor:
     """
     base = _diagonal(q if isinstance(q, Independent) else p)
     if base is None:
-        return structural(q, p) if structural_supports(q, p) else _by_marginals(q, p)
+        return _otherwise(q, p)
     scale = _scale(base)
     is_nan = scale.isnan()  # no matrix with a NaN has a Cholesky factor
     diagonal = _as_low_rank(base.loc.double(), torch.where(is_nan, 1.0, scale).square())
     value = kl_divergence(*(diagonal if isinstance(d, Independent) else d for d in (q, p)))
     return torch.where(is_nan.any(-1), torch.nan, value).to(_dtype(q, p))
+
+
+def _otherwise(q: Distribution, p: Distribution) -> Tensor:
+    """Return the KL of a pair whose independent side is not made of Normals."""
+    value = by_structure(q, p)
+    return _by_marginals(q, p) if value is None else value
 
 
 def _between(q: Distribution, p: Distribution) -> tuple[Normal, Distribution]:

@@ -1,4 +1,4 @@
-"""Which formula belongs to which pair of types.
+"""Table of closed forms: from a pair (q, p) to the rule that computes its KL.
 
 The library keeps a table of its own and asks it together with torch's; torch's table is read, never written to.
 """
@@ -15,8 +15,9 @@ from torch.distributions import Distribution
 from torch.distributions.kl import _KL_REGISTRY as _TORCH_RULES
 
 from torch_klloss.distributions.checks import check_common_measure, check_pair, type_name
-from torch_klloss.distributions.simplify import peel
+from torch_klloss.distributions.simplify import peel, simplify
 from torch_klloss.distributions.tensors import dtype_of, in_full_precision
+from torch_klloss.estimate import NoRouteError
 
 Rule = Callable[[Any, Any], Tensor]
 Types = tuple[type[Distribution], type[Distribution]]
@@ -35,6 +36,24 @@ class Match(NamedTuple):
     def is_ours(self) -> bool:
         """Whether the rule is this library's, and not torch's."""
         return self.types in _RULES
+
+
+class Resolution(NamedTuple):
+    """The rule for a pair, and the simple pair that it is called with.
+
+    Attributes:
+        match: the rule.
+        q: what is left of q once everything that it shares with p has been taken off.
+        p: what is left of p.
+        num_summed: how many of the last batch dimensions of q and p the KL is summed over.
+        densities: the distributions met on the way, each with the type whose density the rule takes it to have.
+    """
+
+    match: Match
+    q: Distribution
+    p: Distribution
+    num_summed: int
+    densities: tuple[tuple[Distribution, type[Distribution]], ...]
 
 
 def register_kl(
@@ -118,11 +137,10 @@ def kl_divergence(q: Distribution, p: Distribution) -> Tensor:
     """
     batch_shape = check_pair(q, p)
     dtype = torch.promote_types(dtype_of(q), dtype_of(p))
-    inner_q, inner_p, peeled = peel(in_full_precision(q), in_full_precision(p))
-    match = find_rule(inner_q, inner_p)
-    if match is None:
+    resolution = resolve(in_full_precision(q), in_full_precision(p))
+    if resolution is None:
         refuse(q, p)
-    value = evaluate(match, inner_q, inner_p, peeled, batch_shape)
+    value = evaluate(resolution, batch_shape)
     return value.to(dtype) if dtype in (torch.float16, torch.bfloat16) else value
 
 
@@ -142,16 +160,50 @@ def has_closed_form(q: Distribution, p: Distribution) -> bool:
         (True, False)
     """
     batch_shape = check_pair(q, p)
+    resolution = resolve(q, p)
+    return resolution is not None and has_formula(resolution, batch_shape)
+
+
+def resolve(q: Distribution, p: Distribution) -> Resolution | None:
+    """Return the rule for the pair with the simple pair that it takes; None where there is no rule.
+
+    A shared `Independent` is peeled. Where only the structure of a pair leads on, it is simplified, once, and the rule
+    of the simpler pair is taken.
+    """
     q, p, peeled = peel(q, p)
     match = find_rule(q, p)
     if match is None:
-        return False
-    supports = getattr(match.rule, "supports", None)
+        return None
+    densities = ((q, match.types[0]), (p, match.types[1]))
+    if match.rule is not structural:
+        return Resolution(match, q, p, peeled, densities)
+    simple_q, simple_p, taken_off = simplify(q, p)
+    if simple_q is q and simple_p is p:
+        return None
+    simpler = resolve(in_full_precision(simple_q), in_full_precision(simple_p))
+    if simpler is None:
+        return None
+    num_summed = peeled + taken_off + simpler.num_summed
+    return simpler._replace(num_summed=num_summed, densities=densities + simpler.densities)
+
+
+def structural(q: Distribution, p: Distribution) -> Tensor:
+    """Stand for a pair whose structure may lead to a simpler pair; `resolve` follows it, and nothing calls it.
+
+    A transform that is not injective, such as the absolute value, maps different distributions to the same one: it is
+    not taken off.
+    """
+    return kl_divergence(q, p)
+
+
+def has_formula(resolution: Resolution, batch_shape: torch.Size) -> bool:
+    """Return whether the rule has a formula for these instances: it says so, or is run without gradients."""
+    supports = getattr(resolution.match.rule, "supports", None)
     if supports is not None:
-        return bool(supports(q, p))
+        return bool(supports(resolution.q, resolution.p))
     try:
         with torch.no_grad():
-            evaluate(match, q, p, peeled, batch_shape)
+            evaluate(resolution, batch_shape)
     except NotImplementedError:
         return False
     return True
@@ -174,29 +226,55 @@ def find_rule(q: Distribution, p: Distribution) -> Match | None:
     return None
 
 
-def evaluate(match: Match, q: Distribution, p: Distribution, peeled: int, batch_shape: torch.Size) -> Tensor:
-    """Return the rule's KL of the peeled pair, summed over what was peeled, in the broadcast batch shape."""
-    summed = getattr(match.rule, "summed", None) if peeled else None
+def evaluate(resolution: Resolution, batch_shape: torch.Size) -> Tensor:
+    """Return the rule's KL, summed over what was peeled, in the broadcast batch shape of the pair."""
+    match, q, p, num_summed, _ = resolution
+    summed = getattr(match.rule, "summed", None) if num_summed else None
     try:
         if summed is not None:
-            value = summed(q, p, peeled)
+            value = summed(q, p, num_summed)
         else:
             value = match.rule(q, p) if match.is_ours else _call_torch(match.rule, q, p)
-            value = value.sum(tuple(range(-peeled, 0))) if peeled else value
+            value = value.sum(tuple(range(-num_summed, 0))) if num_summed else value
     except NotImplementedError as error:
         refuse(q, p, because=str(error))
     return value if value.shape == batch_shape else value.expand(batch_shape)
 
 
 def refuse(q: Distribution, p: Distribution, because: str = "") -> NoReturn:
-    """Raise the error for a pair without a closed form, naming the way out."""
+    """Raise the error for a pair without a closed form, which says what to do instead.
+
+    Raises:
+        ValueError: if one of the two is discrete and the other continuous, so that there is no KL at all.
+        NotImplementedError: otherwise.
+    """
     check_common_measure(q, p)
+    raise NoRouteError(_refusal, q, p, because)
+
+
+def _refusal(q: Distribution, p: Distribution, because: str) -> str:
+    because = because or _what_structure_leaves(q, p)
     detail = f" for these instances ({because})" if because else ""
-    raise NotImplementedError(
+    return (
         f"No closed form is registered for KL({type_name(q)}‖{type_name(p)}){detail}. Use AutoKL(), which samples "
         f"where there is none, or MonteCarloKL(num_samples=…); or register one with @register_kl({type(q).__name__}, "
         f"{type(p).__name__})."
     )
+
+
+def _what_structure_leaves(q: Distribution, p: Distribution) -> str:
+    """Return why a pair behind transforms has no closed form; empty for any other pair."""
+    q, p, _ = peel(q, p)
+    match = find_rule(q, p)
+    if match is None or match.rule is not structural:
+        return ""
+    simple_q, simple_p, _ = simplify(q, p)
+    if simple_q is q and simple_p is p:
+        return (
+            "a transform is taken off where both end with it, or the other one is a family that it maps to a family; "
+            "it must be injective and, where it learns, the same object"
+        )
+    return f"the pair simplifies to KL({type_name(simple_q)}‖{type_name(simple_p)}), which has none"
 
 
 def _call_torch(rule: Rule, q: Distribution, p: Distribution) -> Tensor:

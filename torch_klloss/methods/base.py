@@ -1,12 +1,15 @@
-"""What a method is."""
+"""Methods: objects that turn a pair of distributions into a `KLEstimate`."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch.distributions import Distribution
 
+from torch_klloss.distributions.checks import check_pair
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.estimate import NotCertifiedError as NotCertifiedError  # methods raise it, and closed forms too
 
@@ -15,10 +18,10 @@ class Method(Protocol):
     """An object that turns a pair of distributions into a `KLEstimate`.
 
     `estimate` is all that is needed. A method that cannot take every pair raises `NotImplementedError` (no such
-    route) or `NotCertifiedError` (a number, but one it cannot vouch for); on those two, and no others, `FirstOf` goes
-    on to its next method. Two more attributes are used where they exist: `name`, by which `route` calls the method, and
+    route) or `NotCertifiedError` (a number that it cannot certify); on those two, and no others, `FirstOf` goes on to
+    its next method. Three more attributes are used where they exist: `name`, by which `route` calls the method;
     `supports(q, p)`, which says without drawing or evaluating a density whether the method takes the pair (None:
-    only computing can tell).
+    only computing can tell); and `route(q, p)`, for a method that chooses among others.
 
     Example:
         A method of your own works in every place where the library's do:
@@ -39,20 +42,88 @@ class Method(Protocol):
         ...
 
 
-def name_of(method: Any) -> str:
-    """Return the name that `route` calls a method by."""
-    return str(getattr(method, "name", type(method).__name__))
+class BaseMethod(ABC):
+    """A method of this library. The pair is checked once: by `estimate`, or by the loss or method that asks this one.
+
+    Attributes:
+        name: what `route` and `KLEstimate.method` call it.
+    """
+
+    name: ClassVar[str]
+
+    def estimate(self, q: Distribution, p: Distribution, generator: torch.Generator | None = None) -> KLEstimate:
+        """Return the KL of every batch element, with its error.
+
+        Args:
+            q: the distribution that the expectation is under, `[*batch, *event]`.
+            p: the other one; its batch shape broadcasts against q's.
+            generator: where a sampling method takes its randomness from.
+
+        Returns:
+            The KL in nats, of the broadcast batch shape.
+
+        Raises:
+            NotImplementedError: if the method has no route for the pair.
+            NotCertifiedError: if it found a number that it cannot certify.
+            ValueError: if the shapes do not fit, or q is discrete and p continuous, or the reverse.
+            TypeError: if q or p is not a distribution.
+        """
+        return self.estimate_checked(q, p, check_pair(q, p), generator)
+
+    @abstractmethod
+    def estimate_checked(
+        self, q: Distribution, p: Distribution, batch_shape: torch.Size, generator: torch.Generator | None = None
+    ) -> KLEstimate:
+        """Return what `estimate` does, of a pair that `check_pair` found to have this batch shape."""
+
+    def supports(self, q: Distribution, p: Distribution) -> bool | None:
+        """Return whether the method takes the pair; None where only computing can tell."""
+        return None
+
+    def route(self, q: Distribution, p: Distribution) -> str | None:
+        """Return the route that the method would take on the pair; None where it would refuse it."""
+        return self.name if self.supports(q, p) is not False else None
 
 
-def route_of(method: Any, q: Distribution, p: Distribution) -> str | None:
-    """Return the route that a method would take on the pair; None where it would refuse it."""
-    if hasattr(method, "route"):
-        route: str | None = method.route(q, p)
+@dataclass(frozen=True)
+class _UserMethod(BaseMethod):
+    """A method that a user wrote, with the attributes that it may lack."""
+
+    method: Any
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """The method's own name, or its type's."""
+        return str(getattr(self.method, "name", type(self.method).__name__))
+
+    def estimate_checked(
+        self, q: Distribution, p: Distribution, batch_shape: torch.Size, generator: torch.Generator | None = None
+    ) -> KLEstimate:
+        """Return the method's own estimate."""
+        estimate: KLEstimate = self.method.estimate(q, p, generator)
+        return estimate
+
+    def supports(self, q: Distribution, p: Distribution) -> bool | None:
+        """Return what the method says itself; None where it does not say."""
+        answer: bool | None = self.method.supports(q, p) if hasattr(self.method, "supports") else None
+        return answer
+
+    def route(self, q: Distribution, p: Distribution) -> str | None:
+        """Return what the method says itself, or its name."""
+        route: str | None = self.method.route(q, p) if hasattr(self.method, "route") else super().route(q, p)
         return route
-    return name_of(method) if supports(method, q, p) is not False else None
 
 
-def supports(method: Any, q: Distribution, p: Distribution) -> bool | None:
-    """Return whether a method takes the pair; None where only computing can tell."""
-    answer: bool | None = method.supports(q, p) if hasattr(method, "supports") else None
-    return answer
+def as_method(method: Any) -> BaseMethod:
+    """Return the method with all that a `BaseMethod` has.
+
+    Raises:
+        TypeError: if `method` has no `estimate`.
+    """
+    if isinstance(method, BaseMethod):
+        return method
+    if not callable(getattr(method, "estimate", None)) or isinstance(method, type):
+        raise TypeError(
+            f"a method must have estimate(q, p, generator=None), as ClosedForm() and MonteCarlo(64) do, got {method!r}."
+        )
+    return _UserMethod(method)

@@ -10,12 +10,11 @@ from typing import ClassVar
 import torch
 from torch.distributions import Distribution
 
-from torch_klloss.closed_forms.registry import Match, evaluate, find_rule, has_closed_form, refuse
-from torch_klloss.closed_forms.structural import structural
+from torch_klloss.closed_forms.registry import Resolution, evaluate, has_formula, refuse, resolve
 from torch_klloss.distributions.checks import check_pair
-from torch_klloss.distributions.simplify import peel, simplify
 from torch_klloss.distributions.tensors import device_of
 from torch_klloss.estimate import KLEstimate
+from torch_klloss.methods.base import BaseMethod
 from torch_klloss.rng import private_rng
 
 # Classes whose own log_prob was seen to differ from the one that a rule was written for.
@@ -23,7 +22,7 @@ _DIFFERENT: weakref.WeakSet[type[Distribution]] = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
-class ClosedForm:
+class ClosedForm(BaseMethod):
     """Compute KL(q‖p) by the registered closed form.
 
     Value and gradient are exact, for the parameters of q and of p alike. A subclass that overrides `log_prob`
@@ -39,37 +38,29 @@ class ClosedForm:
 
     name: ClassVar[str] = "closed_form"
 
-    def estimate(self, q: Distribution, p: Distribution, generator: torch.Generator | None = None) -> KLEstimate:
+    def estimate_checked(
+        self, q: Distribution, p: Distribution, batch_shape: torch.Size, generator: torch.Generator | None = None
+    ) -> KLEstimate:
         """Return the exact KL, of the broadcast batch shape.
 
         Raises:
             NotImplementedError: if the pair has no closed form.
-            ValueError: if the shapes do not fit, or q is discrete and p continuous, or the reverse.
-            TypeError: if q or p is not a distribution.
+            ValueError: if q is discrete and p continuous, or the reverse.
         """
-        batch_shape = check_pair(q, p)
-        inner_q, inner_p, peeled = peel(q, p)
-        match = find_rule(inner_q, inner_p)
-        if match is None or not _applies(match, inner_q, inner_p):
+        resolution = resolve(q, p)
+        if resolution is None or not _keep_densities(resolution):
             refuse(q, p)
-        return KLEstimate(evaluate(match, inner_q, inner_p, peeled, batch_shape), exact=True, method=self.name)
+        return KLEstimate(evaluate(resolution, batch_shape), exact=True, method=self.name)
 
     def supports(self, q: Distribution, p: Distribution) -> bool:
         """Return whether the pair has a closed form."""
-        inner_q, inner_p, _ = peel(q, p)
-        match = find_rule(inner_q, inner_p)
-        return match is not None and _applies(match, inner_q, inner_p) and has_closed_form(q, p)
+        batch_shape, resolution = check_pair(q, p), resolve(q, p)
+        return resolution is not None and _keep_densities(resolution) and has_formula(resolution, batch_shape)
 
 
-def _applies(match: Match, q: Distribution, p: Distribution) -> bool:
-    """Return whether q and p, and what they are transformed from, have the densities that the rule was written for."""
-    if not (_keeps_density(q, match.types[0]) and _keeps_density(p, match.types[1])):
-        return False
-    if match.rule is not structural:
-        return True
-    q, p, _ = simplify(q, p)
-    simple = find_rule(q, p)
-    return simple is not None and (simple.rule is structural or _applies(simple, q, p))
+def _keep_densities(resolution: Resolution) -> bool:
+    """Return whether q, p and what they are transformed from have the densities that the rules are for."""
+    return all(_keeps_density(d, parent) for d, parent in resolution.densities)
 
 
 def _keeps_density(d: Distribution, parent: type[Distribution]) -> bool:

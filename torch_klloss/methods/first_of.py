@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch.distributions import Distribution
 
 from torch_klloss.distributions.checks import type_name
 from torch_klloss.estimate import KLEstimate
-from torch_klloss.methods.base import Method, NotCertifiedError, name_of, route_of, supports
+from torch_klloss.methods.base import BaseMethod, Method, NotCertifiedError, as_method
 
 
-class FirstOf:
+class FirstOf(BaseMethod):
     """Ask the methods in turn and return what the first one that takes the pair returns.
 
     A method passes by raising `NotImplementedError` or `NotCertifiedError`; any other error is an error. A batch goes
@@ -34,27 +34,30 @@ class FirstOf:
         'monte_carlo'
     """
 
+    name: ClassVar[str] = "first_of"
+
     def __init__(self, *methods: Method) -> None:
         if not methods:
             raise ValueError("FirstOf needs at least one method, got none: FirstOf(ClosedForm(), MonteCarlo(64)).")
-        for method in methods:
-            check_method(method)
         self.methods = methods
+        self._methods = [as_method(method) for method in methods]
 
-    def estimate(self, q: Distribution, p: Distribution, generator: torch.Generator | None = None) -> KLEstimate:
+    def estimate_checked(
+        self, q: Distribution, p: Distribution, batch_shape: torch.Size, generator: torch.Generator | None = None
+    ) -> KLEstimate:
         """Return the estimate of the first method that takes the pair.
 
         Raises:
             NotImplementedError: if every method passes; it says what each of them said.
-            NotCertifiedError: the same, where at least one method had a number that it could not vouch for.
+            NotCertifiedError: the same, where at least one method had a number that it could not certify.
         """
         refusals: list[NotImplementedError | NotCertifiedError] = []
-        for method in self.methods:
+        for method in self._methods:
             try:
-                return method.estimate(q, p, generator)
+                return method.estimate_checked(q, p, batch_shape, generator)
             except (NotImplementedError, NotCertifiedError) as refusal:
                 refusals.append(refusal)
-        tried = "".join(f"\n  {name_of(m)}: {r}" for m, r in zip(self.methods, refusals, strict=True))
+        tried = "".join(f"\n  {m.name}: {r}" for m, r in zip(self._methods, refusals, strict=True))
         kind = NotCertifiedError if any(isinstance(r, NotCertifiedError) for r in refusals) else NotImplementedError
         raise kind(f"No method took KL({type_name(q)}‖{type_name(p)}):{tried}")
 
@@ -64,18 +67,18 @@ class FirstOf:
         "quadrature, else monte_carlo" where only computing can tell; None where every method would pass.
         """
         names = []
-        for method in self.methods:
-            route = route_of(method, q, p)
+        for method in self._methods:
+            route = method.route(q, p)
             if route is None:
                 continue
             names.append(route)
-            if supports(method, q, p):
+            if method.supports(q, p):
                 break
         return ", else ".join(names) or None
 
     def supports(self, q: Distribution, p: Distribution) -> bool | None:
         """Return whether one of the methods takes the pair; None where only computing can tell."""
-        answers = [supports(method, q, p) for method in self.methods]
+        answers = [method.supports(q, p) for method in self._methods]
         return True if True in answers else None if None in answers else False
 
     def __repr__(self) -> str:
@@ -89,52 +92,49 @@ class FirstOf:
 
 
 @dataclass(frozen=True)
-class Announced:
-    """Warn, then let another method estimate: what AutoKL(on_fallback="warn") puts before its fallback."""
+class WarnFirst(BaseMethod):
+    """Warn, then let another method estimate: the fallback of AutoKL(on_fallback="warn")."""
 
-    method: Method
+    method: BaseMethod
+    name: ClassVar[str] = "fallback"
 
-    def estimate(self, q: Distribution, p: Distribution, generator: torch.Generator | None = None) -> KLEstimate:
+    def estimate_checked(
+        self, q: Distribution, p: Distribution, batch_shape: torch.Size, generator: torch.Generator | None = None
+    ) -> KLEstimate:
         """Return the estimate of `method`, after a warning that names it and the pair."""
-        route = route_of(self.method, q, p)
+        route = self.method.route(q, p)
         warnings.warn(
             f"KL({type_name(q)}‖{type_name(p)}) has no exact route: AutoKL falls back on {route}.",
             UserWarning,
             stacklevel=2,
         )
-        return self.method.estimate(q, p, generator)
+        return self.method.estimate_checked(q, p, batch_shape, generator)
 
     def route(self, q: Distribution, p: Distribution) -> str | None:
         """Return the route of `method`."""
-        return route_of(self.method, q, p)
+        return self.method.route(q, p)
 
     def supports(self, q: Distribution, p: Distribution) -> bool | None:
         """Return what `method` supports."""
-        return supports(self.method, q, p)
+        return self.method.supports(q, p)
 
 
 @dataclass(frozen=True)
-class Withheld:
-    """Refuse what another method would take: what AutoKL(on_fallback="error") puts in place of its fallback."""
+class Refuse(BaseMethod):
+    """Refuse what another method would take: the fallback of AutoKL(on_fallback="error")."""
 
-    method: Method
+    method: BaseMethod
     name: ClassVar[str] = "fallback"
 
-    def estimate(self, q: Distribution, p: Distribution, generator: torch.Generator | None = None) -> KLEstimate:
-        """Raise a `NotImplementedError` that names `method` and the way out."""
+    def estimate_checked(
+        self, q: Distribution, p: Distribution, batch_shape: torch.Size, generator: torch.Generator | None = None
+    ) -> KLEstimate:
+        """Raise a `NotImplementedError` that names `method` and says what to do instead."""
         raise NotImplementedError(
-            f"on_fallback='error' keeps AutoKL from {route_of(self.method, q, p)}; take it with on_fallback='warn' or "
+            f"on_fallback='error' keeps AutoKL from {self.method.route(q, p)}; take it with on_fallback='warn' or "
             "'allow', or register a closed form with @register_kl."
         )
 
     def supports(self, q: Distribution, p: Distribution) -> bool:
         """Return False."""
         return False
-
-
-def check_method(method: Any) -> None:
-    """Raise a TypeError where `method` has no `estimate`."""
-    if not callable(getattr(method, "estimate", None)) or isinstance(method, type):
-        raise TypeError(
-            f"a method must have estimate(q, p, generator=None), as ClosedForm() and MonteCarlo(64) do, got {method!r}."
-        )

@@ -18,10 +18,11 @@ from torch.distributions import (
     Normal,
 )
 
-from torch_klloss.distributions.checks import check_common_measure, check_pair, type_name
+from torch_klloss.distributions.checks import check_common_measure, type_name
 from torch_klloss.distributions.simplify import peel
 from torch_klloss.distributions.tensors import dtype_of, with_batch_dim
 from torch_klloss.estimate import KLEstimate
+from torch_klloss.methods.base import BaseMethod
 from torch_klloss.methods.closed_form import ClosedForm
 from torch_klloss.methods.enumeration.masses import Masses
 from torch_klloss.methods.enumeration.terms import kl_terms
@@ -32,7 +33,7 @@ _POWERS = (1 / 64, 1 / 16, 1 / 4, 1 / 2, 3 / 4)  # of g/f, one of which bounds E
 
 
 @dataclass(frozen=True)
-class MixtureBound:
+class MixtureBound(BaseMethod):
     """Bound KL(q‖p) where q, p or both are mixtures (`MixtureSameFamily`), from the KLs of their components.
 
     The value is not the KL but a bound of it, `method` says which, and no loss takes it unless it is told to.
@@ -77,7 +78,9 @@ class MixtureBound:
         if self.num_iterations < 1:
             raise ValueError(f"num_iterations must be at least 1, got {self.num_iterations}.")
 
-    def estimate(self, q: Distribution, p: Distribution, generator: torch.Generator | None = None) -> KLEstimate:
+    def estimate_checked(
+        self, q: Distribution, p: Distribution, batch_shape: torch.Size, generator: torch.Generator | None = None
+    ) -> KLEstimate:
         """Return the bound, of the broadcast batch shape.
 
         Raises:
@@ -86,7 +89,6 @@ class MixtureBound:
             ValueError: if the shapes do not fit, or q is discrete and p continuous, or the reverse.
             TypeError: if q or p is not a distribution.
         """
-        batch_shape = check_pair(q, p)
         check_common_measure(q, p)
         inner_q, inner_p, peeled = peel(q, p)
         if not any(isinstance(d, MixtureSameFamily) for d in (inner_q, inner_p)):

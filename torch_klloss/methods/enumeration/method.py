@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Multinomial, TransformedDistribution
 
-from torch_klloss.distributions.checks import check_common_measure, check_pair, type_name
+from torch_klloss.distributions.checks import check_common_measure, type_name
 from torch_klloss.distributions.simplify import peel
 from torch_klloss.distributions.supports import contained
 from torch_klloss.distributions.tensors import device_of, dtype_of
 from torch_klloss.estimate import KLEstimate
+from torch_klloss.methods.base import BaseMethod
 from torch_klloss.methods.enumeration.counts import is_countable, sum_over_counts
 from torch_klloss.methods.enumeration.masses import has_masses, masses
 from torch_klloss.methods.enumeration.support import align, support_points
@@ -21,7 +22,7 @@ from torch_klloss.methods.enumeration.terms import kl_terms, settled
 
 
 @dataclass(frozen=True)
-class Enumeration:
+class Enumeration(BaseMethod):
     """Compute KL(q‖p) = Σ_x q(x) (log q(x) - log p(x)) over the support of q.
 
     q may be any discrete distribution of few points, a product or a mixture of such: value and gradient are then
@@ -66,7 +67,9 @@ class Enumeration:
         if self.max_terms < 0:
             raise ValueError(f"max_terms must be at least 0, got {self.max_terms}.")
 
-    def estimate(self, q: Distribution, p: Distribution, generator: torch.Generator | None = None) -> KLEstimate:
+    def estimate_checked(
+        self, q: Distribution, p: Distribution, batch_shape: torch.Size, generator: torch.Generator | None = None
+    ) -> KLEstimate:
         """Return the exact KL, of the broadcast batch shape; of counts without end, with an `error_bound`.
 
         Raises:
@@ -76,7 +79,6 @@ class Enumeration:
             ValueError: if the shapes do not fit, or p is continuous.
             TypeError: if q or p is not a distribution.
         """
-        batch_shape = check_pair(q, p)
         check_common_measure(q, p)
         dtype = torch.promote_types(dtype_of(q), dtype_of(p))
         inner_q, inner_p, peeled = peel(q, p)

@@ -15,6 +15,7 @@ from torch_klloss.distributions.simplify import peel
 from torch_klloss.distributions.supports import contained, has_moving_support, is_discrete
 from torch_klloss.distributions.tensors import device_of, unvalidated
 from torch_klloss.estimate import KLEstimate
+from torch_klloss.methods.base import BaseMethod
 from torch_klloss.methods.monte_carlo.chunks import check_chunk_size
 from torch_klloss.methods.monte_carlo.control_variate import estimate_with_surrogate
 from torch_klloss.methods.monte_carlo.gradients import REPARAMETERISED
@@ -38,7 +39,7 @@ __all__ = ["Gradient", "MonteCarlo", "Value"]
 
 
 @dataclass(frozen=True)
-class MonteCarlo:
+class MonteCarlo(BaseMethod):
     """Estimate KL(q‖p) by the mean of log q(x) - log p(x) over samples x of q.
 
     The value is unbiased with variance Var_q[log q - log p] / S. A single value may be negative where the KL is small,
@@ -132,12 +133,15 @@ class MonteCarlo:
         remembers = isinstance(self.gradient, MixedGradient)
         check_options(self._gradient_name, self.value, self.num_samples, self.chunk_size, remembers)
 
-    def estimate(self, q: Distribution, p: Distribution, generator: torch.Generator | None = None) -> KLEstimate:
+    def estimate_checked(
+        self, q: Distribution, p: Distribution, batch_shape: torch.Size, generator: torch.Generator | None = None
+    ) -> KLEstimate:
         """Return the estimate, of the broadcast batch shape, with its standard error (NaN where nothing tells it).
 
         Args:
             q: the distribution that is sampled.
             p: the other one.
+            batch_shape: what their batch shapes broadcast to.
             generator: where the randomness comes from, which then leaves the global stream alone; by default the
                 global stream. Processes that train together under one global seed draw the same noise; a generator
                 kept by each, `torch.Generator().manual_seed(seed + rank)`, gives them their own.
@@ -149,14 +153,13 @@ class MonteCarlo:
             ValueError: if the shapes do not fit, or q is discrete and p continuous, or the reverse.
             TypeError: if q or p is not a distribution.
         """
-        check_pair(q, p)
         check_common_measure(q, p)
         infinite_variance = None if self.num_samples == 1 else has_infinite_variance(q, p)
         q, p, peeled = _peel_mixture(q, p)
         gradient = self._gradient_for(q)
         reach = contained(q, p)
         # Expanded before it is drawn from: batch elements do not share their noise.
-        shape = check_pair(q, p)
+        shape = check_pair(q, p) if peeled else batch_shape
         q = unvalidated(q if q.batch_shape == shape else q.expand(shape))
         source = nullcontext() if generator is None else private_rng(draw_seed(generator), device_of(q))
         sampled = self._sample(Pair(q, p, reach, peeled), gradient, source)

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, MixtureSameFamily
 
-from torch_klloss.distributions.checks import check_common_measure, check_pair, type_name
+from torch_klloss.distributions.checks import check_common_measure, type_name
 from torch_klloss.distributions.simplify import simplify
 from torch_klloss.distributions.supports import bounds_of, contained, is_discrete
 from torch_klloss.distributions.tensors import device_of, dtype_of
 from torch_klloss.estimate import KLEstimate, NotCertifiedError
+from torch_klloss.methods.base import BaseMethod
 from torch_klloss.methods.enumeration.method import Enumeration
 from torch_klloss.methods.quadrature.certificate import refusal
 from torch_klloss.methods.quadrature.gradient import Outcome, with_gradient
@@ -27,7 +28,7 @@ _CHUNK = 2**17  # elements times nodes that are worked on at a time: 1 MB a tens
 
 
 @dataclass(frozen=True)
-class Quadrature:
+class Quadrature(BaseMethod):
     """Compute KL(q‖p) = ∫ q (log q - log p) dx of a one-dimensional pair, to an error that is checked.
 
     Deterministic, for every q and p with a `log_prob` and a support that is an interval, a half line, the line or the
@@ -81,7 +82,9 @@ class Quadrature:
         if not 0 < self.rtol < 1:
             raise ValueError(f"rtol must lie strictly between 0 and 1, got {self.rtol!r}.")
 
-    def estimate(self, q: Distribution, p: Distribution, generator: torch.Generator | None = None) -> KLEstimate:
+    def estimate_checked(
+        self, q: Distribution, p: Distribution, batch_shape: torch.Size, generator: torch.Generator | None = None
+    ) -> KLEstimate:
         """Return the KL, of the broadcast batch shape, with the bound of its error.
 
         Raises:
@@ -92,10 +95,9 @@ class Quadrature:
             ValueError: if the shapes do not fit, or q is discrete and p continuous, or the reverse.
             TypeError: if q or p is not a distribution.
         """
-        batch_shape = check_pair(q, p)
         check_common_measure(q, p)
         if is_discrete(q) and _SUM.supports(q, p) is not False:
-            return _SUM.estimate(q, p)
+            return _SUM.estimate_checked(q, p, batch_shape)
         inner_q, inner_p, peeled = simplify(q, p)
         if not _is_open_to(inner_q, inner_p):
             _refuse(q, p)
