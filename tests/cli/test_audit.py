@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from torch_klloss.auditing import AuditReport, audit
-from torch_klloss.cli import main as cli
-from torch_klloss.cli import mistakes_page as documentation
+from torch_klloss.cli import audit as command
+from torch_klloss.cli import mistakes_page
 from torch_klloss.cli.entry_point import main
 
 ROOT = Path(__file__).parents[2]
@@ -200,7 +200,7 @@ def test_the_options_reach_the_audit(capsys, monkeypatch, file):
         asked.update(options, budget=budget)
         return AuditReport(fn.__name__, "mean_std", "right")
 
-    monkeypatch.setattr(cli, "audit", remember)
+    monkeypatch.setattr(command, "audit", remember)
     assert main(["audit", f"{file}:right"]) == 0
     assert asked == {"signature": "auto", "seed": 0, "budget": 7, "gradient": True, "num_dims": None}
     options = ["--signature", "mean_std", "--seed", "3", "--budget", "640", "--no-gradient", "--num-dims", "3"]
@@ -212,7 +212,7 @@ def test_a_fault_of_the_audit_does_not_pass_for_a_verdict(capsys, monkeypatch, f
     def faulty(fn, *, budget=7, **options):
         raise AssertionError("a fault")
 
-    monkeypatch.setattr(cli, "audit", faulty)
+    monkeypatch.setattr(command, "audit", faulty)
     assert "AssertionError: a fault" in failure(capsys, f"{file}:right")
 
 
@@ -288,7 +288,7 @@ def test_it_takes_a_loss_or_a_page_to_write(capsys, file, tmp_path):
 
 
 def test_it_writes_the_page(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(documentation, "markdown", lambda: "# A page\n")
+    monkeypatch.setattr(mistakes_page, "markdown", lambda: "# A page\n")
     assert main(["audit", "--write-docs", f"{tmp_path}/page.md"]) == 0
     assert (tmp_path / "page.md").read_text() == "# A page\n"
     assert "cannot write" in failure(capsys, "--write-docs", tmp_path / "none" / "page.md")
