@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 # The palette of Okabe and Ito, which survives the common kinds of colour blindness.
-_BLUE, _VERMILION, _GREEN, _INK = "#0072B2", "#D55E00", "#007A5A", "#222222"
-_BAND: dict[str, Any] = {"color": _BLUE, "alpha": 0.22, "linewidth": 0}
+BLUE, VERMILION, GREEN, INK = "#0072B2", "#D55E00", "#007A5A", "#222222"
+BAND: dict[str, Any] = {"color": BLUE, "alpha": 0.22, "linewidth": 0}
 
 Sampled = Literal["value", "reference"]
 
@@ -79,20 +79,18 @@ def gap_figure(
     if sampled not in get_args(Sampled):
         raise ValueError(f"sampled must be 'value' or 'reference', got {sampled!r}.")
     used, again, half_width = np.asarray(value), np.asarray(reference), 1.96 * np.asarray(std_error)
-    figure = _new_figure(9, 5.6)
+    figure = new_figure(9, 5.6)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     figure.suptitle(title)
     line: dict[str, Any] = {"linewidth": 1.4, "marker": "o" if len(steps) <= 50 else None, "markersize": 3}
-    top.plot(
-        steps, used, color=_VERMILION, linestyle=(0, (4, 2)), label=f"in training: {value_label}", zorder=3, **line
-    )
-    top.plot(steps, again, color=_BLUE, label=f"estimated again: {reference_label}", **line)
-    bottom.plot(steps, used - again, color=_BLUE, label="gap: in training − estimated again", **line)
-    bottom.axhline(0, color=_INK, linewidth=1)
+    top.plot(steps, used, color=VERMILION, linestyle=(0, (4, 2)), label=f"in training: {value_label}", zorder=3, **line)
+    top.plot(steps, again, color=BLUE, label=f"estimated again: {reference_label}", **line)
+    bottom.plot(steps, used - again, color=BLUE, label="gap: in training − estimated again", **line)
+    bottom.axhline(0, color=INK, linewidth=1)
     for axes, centre in ((top, used if sampled == "value" else again), (bottom, used - again)):
-        axes.fill_between(steps, centre - half_width, centre + half_width, **_BAND, label="95 % interval")
+        axes.fill_between(steps, centre - half_width, centre + half_width, **BAND, label="95 % interval")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, borderaxespad=0)
-        _tidy(axes)
+        tidy_axes(axes)
     top.set_ylabel("KL(q‖p) in nats")
     bottom.set(xlabel="training step", ylabel="gap in nats")
     return figure
@@ -134,7 +132,7 @@ def collapse_figure(
         )
     values = np.asarray(kl, dtype=float)
     order = np.argsort(-values[-1], kind="stable")
-    figure = _new_figure(9, 4.2 if active is None else 5.4)
+    figure = new_figure(9, 4.2 if active is None else 5.4)
     panels = figure.subplots(1 if active is None else 2, 1, sharex=True, squeeze=False, height_ratios=_heights(active))
     top = panels[0, 0]
     edges = _edges(np.asarray(steps, dtype=float))
@@ -146,11 +144,11 @@ def collapse_figure(
     figure.suptitle(title)
     if active is not None:
         line: dict[str, Any] = {"marker": "o" if len(steps) <= 50 else None, "markersize": 3}
-        panels[1, 0].plot(steps, active, color=_BLUE, linewidth=1.6, **line)
+        panels[1, 0].plot(steps, active, color=BLUE, linewidth=1.6, **line)
         most = max(values.shape[1], *active)
         ticks = np.unique(np.linspace(0, most, 5).round())
         panels[1, 0].set(ylabel="active units", ylim=(-0.05 * most, 1.05 * most), yticks=ticks)
-        _tidy(panels[1, 0])
+        tidy_axes(panels[1, 0])
     panels[-1, 0].set_xlabel("training step")
     figure.colorbar(mesh, ax=top, label="KL in nats", pad=0.01)
     return figure
@@ -198,16 +196,16 @@ def annealing_figure(
     lengths = [len(series) for series in (steps, weights, kl, reconstruction)]
     if len(set(lengths)) > 1 or lengths[0] == 0:
         raise ValueError(f"steps, weights, kl and reconstruction must have the same length, at least 1, got {lengths}.")
-    figure = _new_figure(9, 5.2)
+    figure = new_figure(9, 5.2)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[2, 3])
     figure.suptitle(title)
-    top.plot(steps, weights, color=_INK, linewidth=1.6)
+    top.plot(steps, weights, color=INK, linewidth=1.6)
     top.set(ylabel="weight β", ylim=(0, 1.08 * max(*weights, 1e-12)))
-    bottom.plot(steps, kl, color=_BLUE, linewidth=1.6, label="KL(q‖p)")
+    bottom.plot(steps, kl, color=BLUE, linewidth=1.6, label="KL(q‖p)")
     bottom.plot(
         steps,
         reconstruction,
-        color=_VERMILION,
+        color=VERMILION,
         linewidth=1.6,
         linestyle=(0, (4, 2)),
         label="reconstruction, −log p(x|z)",
@@ -216,7 +214,7 @@ def annealing_figure(
     bottom.set(xlabel="training step", ylabel="nats per example")
     bottom.set_ylim(bottom=0)
     for axes in (top, bottom):
-        _tidy(axes)
+        tidy_axes(axes)
     return figure
 
 
@@ -252,16 +250,16 @@ def schedule_figure(
     last = max(1.1 * schedule.total_steps for schedule in schedules.values()) or 1.0 if num_steps is None else num_steps
     if not last > 0:
         raise ValueError(f"num_steps must be above 0, got {num_steps!r}.")
-    figure = _new_figure(9, 3.2 + 0.25 * len(schedules))
+    figure = new_figure(9, 3.2 + 0.25 * len(schedules))
     axes = figure.subplots()
     steps = np.linspace(0, last, 1801)  # one a pixel: a cycle ends in a fall, not in a slope
-    styles = itertools.product(("-", (0, (5, 1.5)), (0, (1, 1.2))), (_BLUE, _VERMILION, _GREEN, _INK))
+    styles = itertools.product(("-", (0, (5, 1.5)), (0, (1, 1.2))), (BLUE, VERMILION, GREEN, INK))
     for (label, schedule), (style, colour) in zip(schedules.items(), itertools.cycle(styles)):
         axes.plot(steps, [schedule(step) for step in steps.tolist()], color=colour, linestyle=style, label=label)
         if 0 < schedule.total_steps <= last:
             axes.plot(schedule.total_steps, schedule(schedule.total_steps), color=colour, marker="o", markersize=4)
     axes.set(xlabel="step", ylabel="weight β", xlim=(0, last))
-    _tidy(axes)
+    tidy_axes(axes)
     figure.suptitle(title)
     figure.legend(loc="outside lower center", ncols=1 if max(map(len, schedules)) > 40 else 4, frameon=False)
     return figure
@@ -292,7 +290,7 @@ def reconstruction_figure(originals: Tensor, reconstructions: Tensor, samples: T
         if images.dim() != 3 or len(images) == 0:
             raise ValueError(f"{label} must be images of shape [n, height, width], got {tuple(images.shape)}.")
     count, height, width = originals.shape
-    figure = _new_figure(9, 0.6 + 3 * min(1.5, 7.2 / count * height / width))
+    figure = new_figure(9, 0.6 + 3 * min(1.5, 7.2 / count * height / width))
     for axes, (label, images) in zip(figure.subplots(3, 1), rows.items(), strict=True):
         # One picture a row: the images side by side, with a column of NaN, which is drawn as nothing, between them.
         spaced = torch.nn.functional.pad(images.detach().cpu().float(), (0, 1), value=math.nan)
@@ -303,7 +301,7 @@ def reconstruction_figure(originals: Tensor, reconstructions: Tensor, samples: T
     return figure
 
 
-def _new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """Return an empty figure that is 900 pixels wide at 9 inches on screen, and twice as sharp in its file."""
     try:
         from matplotlib.figure import Figure
@@ -312,7 +310,8 @@ def _new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=200, layout="constrained")
 
 
-def _tidy(axes: Axes) -> None:
+def tidy_axes(axes: Axes) -> None:
+    """Draw a light grid behind the curves, and no frame at the top and on the right."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)

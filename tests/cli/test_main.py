@@ -12,9 +12,7 @@ import pytest
 import torch
 
 from torch_klloss import __version__
-from torch_klloss.cli import compare as comparison
-from torch_klloss.cli import main as cli
-from torch_klloss.cli import pairs
+from torch_klloss.cli import compare, entry_point, pairs
 from torch_klloss.cli.compare import compare_methods
 from torch_klloss.cli.demo import question_curves
 from torch_klloss.cli.entry_point import main
@@ -26,7 +24,7 @@ NUM_GRADIENTS = len(get_args(Gradient))
 
 @pytest.fixture
 def _untimed(monkeypatch):
-    monkeypatch.setattr(comparison, "_microseconds", lambda loss, q, p, seed: 12.0)
+    monkeypatch.setattr(compare, "_microseconds", lambda loss, q, p, seed: 12.0)
 
 
 def report_of(capsys, *argv):
@@ -326,6 +324,6 @@ def test_a_command_is_one_entry_in_the_list(capsys, monkeypatch):
     def add(commands):
         commands.add_parser("more").set_defaults(run=lambda args: print("ran"))
 
-    monkeypatch.setattr(cli, "_COMMANDS", (*cli._COMMANDS, add))
+    monkeypatch.setattr(entry_point, "COMMANDS", (*entry_point.COMMANDS, add))
     assert main(["more"]) == 0
     assert capsys.readouterr().out == "ran\n"

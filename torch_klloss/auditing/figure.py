@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torch_klloss.plots import _BLUE, _INK, _VERMILION, _new_figure, _tidy
+from torch_klloss.plots import BLUE, INK, VERMILION, new_figure, tidy_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,7 +54,7 @@ def audit_figure(points: Sequence[ProbePoint], *, title: str, found: str = "") -
     points = sorted(points, key=lambda point: point.kl)
     kl, got, error = (np.array([getattr(point, name) for point in points]) for name in ("kl", "got", "std_error"))
     fitted = np.array([math.nan if point.fitted is None else point.fitted for point in points])
-    figure = _new_figure(9, 5.6)
+    figure = new_figure(9, 5.6)
     axes = figure.subplots()
     finite = np.isfinite(got)
     missed = "" if finite.all() else f" ({(~finite).sum()} of {len(got)} values are not finite)"
@@ -62,7 +62,7 @@ def audit_figure(points: Sequence[ProbePoint], *, title: str, found: str = "") -
         kl,
         np.where(finite, got, math.nan),
         yerr=np.where(finite, 1.96 * error, math.nan) if error.any() else None,
-        color=_BLUE,
+        color=BLUE,
         fmt="o",
         markersize=4,
         elinewidth=1.2,
@@ -71,10 +71,10 @@ def audit_figure(points: Sequence[ProbePoint], *, title: str, found: str = "") -
         zorder=3,
     )
     _scale_by(axes, kl, got[finite])
-    _along(axes, kl, 1.0, color=_INK, linewidth=1.2, label="the KL: y = x")
+    _along(axes, kl, 1.0, color=INK, linewidth=1.2, label="the KL: y = x")
     _draw_found(axes, kl, fitted, found)
     axes.set(xlabel="KL(q‖p) in nats, the mean over the examples of a probe", ylabel="returned by the loss, in nats")
-    _tidy(axes)
+    tidy_axes(axes)
     figure.suptitle(title)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
@@ -87,11 +87,11 @@ def _draw_found(axes: Axes, kl: np.ndarray, fitted: np.ndarray, label: str) -> N
         return
     factor = float(np.median(fitted[known] / kl[known]))
     if np.allclose(fitted, factor * kl, rtol=_SAME):
-        _along(axes, kl, factor, color=_VERMILION, linestyle=(0, (5, 1.5)), label=f"{label}: {factor:.4g} times the KL")
+        _along(axes, kl, factor, color=VERMILION, linestyle=(0, (5, 1.5)), label=f"{label}: {factor:.4g} times the KL")
         return
-    axes.plot(kl[known], fitted[known], color=_VERMILION, linewidth=0.6, alpha=0.4)
+    axes.plot(kl[known], fitted[known], color=VERMILION, linewidth=0.6, alpha=0.4)
     ring: dict[str, Any] = {"marker": "o", "markersize": 7.5, "markerfacecolor": "none", "markeredgewidth": 1.2}
-    axes.plot(kl, fitted, color=_VERMILION, linestyle="none", **ring, label=label)
+    axes.plot(kl, fitted, color=VERMILION, linestyle="none", **ring, label=label)
 
 
 def _along(axes: Axes, kl: np.ndarray, factor: float, **style: Any) -> None:

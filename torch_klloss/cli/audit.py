@@ -8,21 +8,16 @@ import json
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 from torch_klloss.auditing import AuditReport, audit
 from torch_klloss.auditing.experiment.signatures import SignatureName
-from torch_klloss.cli.console import InputError, _count, _seed, _strict
+from torch_klloss.cli.console import InputError, json_safe, parse_count, parse_seed
 from torch_klloss.cli.loading import LoadError, loaded
 
-if TYPE_CHECKING:
-    pass
 
-
-# --- audit ------------------------------------------------------------------------------------------------------------
-
-
-def _add_audit(commands: Any) -> None:
+def add_command(commands: Any) -> None:
+    """Add the command `audit` to the parser."""
     about = "What is wrong with a hand-written KL? Imports and runs its file, calls the loss, explains what it returns."
     statuses = (
         "Exit status: 0 the loss is right, 1 it is wrong, 2 it could not be run or judged (the reason on stderr)."
@@ -42,19 +37,24 @@ def _add_audit(commands: Any) -> None:
         metavar="NAME",
         help=f"what the loss takes: {', '.join(get_args(SignatureName))}; auto tells it from the parameters' names",
     )
-    parser.add_argument("--seed", type=_seed, default=0, metavar="S", help="of the probes and of the loss's draws (0)")
+    parser.add_argument(
+        "--seed", type=parse_seed, default=0, metavar="S", help="of the probes and of the loss's draws (0)"
+    )
     budget = inspect.signature(audit).parameters["budget"].default
     calls = f"of a loss that draws its own samples, in all ({budget})"
-    parser.add_argument("--budget", type=_count, default=budget, metavar="N", help=f"calls {calls}")
+    parser.add_argument("--budget", type=parse_count, default=budget, metavar="N", help=f"calls {calls}")
     parser.add_argument("--no-gradient", action="store_true", help="judge the value alone")
-    parser.add_argument("--num-dims", type=_count, metavar="N", help="dimensions of the arguments (2, or what runs)")
+    parser.add_argument(
+        "--num-dims", type=parse_count, metavar="N", help="dimensions of the arguments (2, or what runs)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw what it returned against the KL into FILE")
     parser.add_argument("--write-docs", type=Path, metavar="FILE", help="write the catalogue of mistakes, as Markdown")
-    parser.set_defaults(run=_audit)
+    parser.set_defaults(run=run)
 
 
-def _audit(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
+    """Audit the loss, print the report, and return the exit status."""
     if (args.target is None) == (args.write_docs is None):
         raise InputError("audit takes a loss, FILE.py:FUNCTION, or --write-docs FILE, and not both")
     if args.write_docs is not None:
@@ -76,7 +76,7 @@ def _audit(args: argparse.Namespace) -> int:
         traceback.print_exc()
         return 2
     if args.json:
-        print(json.dumps(_strict(report.to_dict()), indent=2, allow_nan=False))
+        print(json.dumps(json_safe(report.to_dict()), indent=2, allow_nan=False))
     if report.verdict == "not judged":
         raise InputError(str(report))
     if not args.json:

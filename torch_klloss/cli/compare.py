@@ -13,7 +13,7 @@ import torch
 from torch.distributions import Distribution
 from torch.utils.benchmark import Timer
 
-from torch_klloss.cli.console import InputError, _console, _count, _print_table, _seed, _strict
+from torch_klloss.cli.console import InputError, json_safe, new_console, parse_count, parse_seed, print_table
 from torch_klloss.cli.expressions import parse_distribution
 from torch_klloss.distributions.checks import check_common_measure, check_pair
 from torch_klloss.distributions.tensors import device_of
@@ -124,21 +124,22 @@ def _microseconds(loss: KLLoss, q: Distribution, p: Distribution, seed: int) -> 
         return timer.blocked_autorange(min_run_time=0.1).median * 1e6
 
 
-# --- compare ----------------------------------------------------------------------------------------------------------
-
-
-def _add_compare(commands: Any) -> None:
+def add_command(commands: Any) -> None:
+    """Add the command `compare` to the parser."""
     about = "Every method on one pair of distributions: value, standard error, gap to the exact value, time."
     parser = commands.add_parser("compare", help=about, description=about)
     parser.add_argument("q", help='the distribution that is sampled, such as "Normal(1, 0.5)"')
     parser.add_argument("p", help='the other one, such as "StudentT(4)"')
-    parser.add_argument("--num-samples", type=_count, default=1000, metavar="N", help="samples of monte_carlo (1000)")
-    parser.add_argument("--seed", type=_seed, default=0, metavar="S", help="of the samples (0)")
+    parser.add_argument(
+        "--num-samples", type=parse_count, default=1000, metavar="N", help="samples of monte_carlo (1000)"
+    )
+    parser.add_argument("--seed", type=parse_seed, default=0, metavar="S", help="of the samples (0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.set_defaults(run=_compare)
+    parser.set_defaults(run=run)
 
 
-def _compare(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
+    """Print every method on the pair."""
     q, p = _read("q", args.q), _read("p", args.p)
     try:
         batch_shape = check_pair(q, p)
@@ -147,7 +148,7 @@ def _compare(args: argparse.Namespace) -> None:
         raise InputError(str(error)) from error
     if batch_shape.numel() == 0:
         raise InputError(f"q and p must have at least one batch element, got batch shape {tuple(batch_shape)}.")
-    console = None if args.json else _console()
+    console = None if args.json else new_console()
     rows = compare_methods(q, p, args.num_samples, args.seed)
     report = {
         "q": args.q,
@@ -161,7 +162,7 @@ def _compare(args: argparse.Namespace) -> None:
         "rows": [asdict(row) for row in rows],
     }
     if console is None:
-        print(json.dumps(_strict(report), indent=2, allow_nan=False))
+        print(json.dumps(json_safe(report), indent=2, allow_nan=False))
     else:
         _print_comparison(console, report, rows)
 
@@ -177,7 +178,7 @@ def _print_comparison(console: Console, report: dict[str, Any], rows: Sequence[R
     over = f", mean over the batch shape {tuple(report['batch_shape'])}" if report["batch_shape"] else ""
     title = f"KL(q‖p) in nats{over}\n  q = {report['q']}\n  p = {report['p']}"
     columns = ("method", "gradient", "value", "std error", "gap", "z", "µs")
-    _print_table(console, title, columns, [_cells(row) for row in rows], num_words=2)
+    print_table(console, title, columns, [_cells(row) for row in rows], num_words=2)
     console.print(
         f"AutoKL takes {report['auto_route']}. Each monte_carlo row draws {report['num_samples']} samples from seed "
         f"{report['seed']}; its option changes the gradient, not the value.\n"

@@ -13,38 +13,41 @@ if TYPE_CHECKING:
 
 
 class InputError(Exception):
-    """Raised for what the user can put right; the command line prints its one line and exits with status 2."""
+    """A mistake in what the user typed; the command line prints its one line and exits with status 2."""
 
 
-def _count(text: str, at_least: int = 1) -> int:
+def parse_count(text: str, at_least: int = 1) -> int:
+    """Return the count that an option gives."""
     if not text.isdecimal() or int(text) < at_least:
         raise argparse.ArgumentTypeError(f"must be an integer of at least {at_least}, got {text!r}")
     return int(text)
 
 
-def _count_with_error(text: str) -> int:
-    return _count(text, at_least=2)  # one sample has no standard error
+def parse_num_samples(text: str) -> int:
+    """Return a number of samples of at least two: a single one has no standard error."""
+    return parse_count(text, at_least=2)
 
 
-def _seed(text: str) -> int:
+def parse_seed(text: str) -> int:
+    """Return the seed that an option gives."""
     if not text.isdecimal() or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"must be an integer from 0 to 2**63 - 1, got {text!r}")
     return int(text)
 
 
-def _strict(value: Any) -> Any:
-    """Return `value` with words for the floats that JSON has no number for."""
+def json_safe(value: Any) -> Any:
+    """Return `value` with infinities and NaN, which JSON lacks, as strings."""
     if isinstance(value, dict):
-        return {key: _strict(part) for key, part in value.items()}
+        return {key: json_safe(part) for key, part in value.items()}
     if isinstance(value, list):
-        return [_strict(part) for part in value]
+        return [json_safe(part) for part in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _print_table(
+def print_table(
     console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], num_words: int = 0
 ) -> None:
-    """Print a table whose first `num_words` columns are words, and all others numbers."""
+    """Print a table whose first `num_words` columns are words and the others numbers."""
     from rich import box
     from rich.table import Table
 
@@ -57,8 +60,8 @@ def _print_table(
     console.print(table)
 
 
-def _console() -> Console:
-    """Return a console that prints user text as it is, 100 columns wide where there is no terminal to ask."""
+def new_console() -> Console:
+    """Return a console that prints text without markup, 100 columns wide if the output is not a terminal."""
     try:
         from rich.console import Console
     except ImportError as error:

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Normal
 
-from torch_klloss.cli.console import InputError, _console, _count_with_error, _print_table, _seed
+from torch_klloss.cli.console import InputError, new_console, parse_num_samples, parse_seed, print_table
 from torch_klloss.closed_forms import kl_divergence
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.methods import MonteCarlo
-from torch_klloss.plots import _BAND, _BLUE, _GREEN, _INK, _VERMILION, _new_figure, _tidy
+from torch_klloss.plots import BAND, BLUE, GREEN, INK, VERMILION, new_figure, tidy_axes
 from torch_klloss.rng import private_rng
 from torch_klloss.samplers import IID, Points
 
@@ -136,21 +136,20 @@ def _slope(terms: Tensor, closed_form: Tensor) -> tuple[float, float]:
     return per_draw.mean().item(), std_error
 
 
-# --- demo -------------------------------------------------------------------------------------------------------------
-
-
-def _add_demo(commands: Any) -> None:
+def add_command(commands: Any) -> None:
+    """Add the command `demo` to the parser."""
     about = "The question that the library began with: a figure, a table, and the answer."
     parser = commands.add_parser("demo", help=about, description=about)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where question.png goes")
-    samples = {"type": _count_with_error, "default": 100, "metavar": "N"}
+    samples = {"type": parse_num_samples, "default": 100, "metavar": "N"}
     parser.add_argument("--num-samples", **samples, help="samples for each mean of q, at least 2 (100)")
-    parser.add_argument("--seed", type=_seed, default=0, metavar="S", help="of the samples (0)")
-    parser.set_defaults(run=_demo)
+    parser.add_argument("--seed", type=parse_seed, default=0, metavar="S", help="of the samples (0)")
+    parser.set_defaults(run=run)
 
 
-def _demo(args: argparse.Namespace) -> None:
-    console = _console()
+def run(args: argparse.Namespace) -> None:
+    """Draw the figure and print the table of the question."""
+    console = new_console()
     curves = question_curves(num_samples=args.num_samples, seed=args.seed)
     path = args.out / "question.png"
     figure = question_figure(curves)
@@ -172,7 +171,7 @@ def _print_question(console: Console, curves: QuestionCurves) -> None:
         [f"{mu:g}", f"{questioner:.3f}", f"{sampled:.3f} ± {error:.3f}", f"{closed_form:.3f}", f"{grid:.3f}"]
         for mu, questioner, sampled, error, closed_form, grid in torch.stack(series, dim=1)[::4].tolist()
     ]
-    _print_table(console, title, columns, rows)
+    print_table(console, title, columns, rows)
     low, high = curves.sampled.interval(0.95)
     covered = ((low <= curves.closed_form) & (curves.closed_form <= high)).sum().item()
     console.print(
@@ -200,15 +199,15 @@ def question_figure(curves: QuestionCurves) -> Figure:
         >>> [axes.get_ylabel() for axes in figure.axes]
         ['KL(q‖p) in nats', 'gap to the closed form in nats']
     """
-    figure = _new_figure(9, 4.9)
+    figure = new_figure(9, 4.9)
     left, right = figure.subplots(1, 2)
     zero, exact = np.zeros(len(curves.mu)), curves.closed_form.numpy()
     _question_panel(left, curves, zero)
     _question_panel(right, curves, exact)
-    expected: dict[str, Any] = {"color": _INK, "linewidth": 1.1, "linestyle": ":", "label": "0.2821 · closed form"}
+    expected: dict[str, Any] = {"color": INK, "linewidth": 1.1, "linestyle": ":", "label": "0.2821 · closed form"}
     left.plot(curves.mu.numpy(), EXPECTED_FACTOR * exact, **expected)
     factor = f"weighted by q twice:\n{curves.factor:.3f} ± {curves.factor_std_error:.3f} of the KL is left"
-    right.text(0.5, 0.3, factor, transform=right.transAxes, color=_VERMILION, ha="center")
+    right.text(0.5, 0.3, factor, transform=right.transAxes, color=VERMILION, ha="center")
     left.set(title="The curves", ylabel="KL(q‖p) in nats")
     right.set(title="Their gaps to the closed form", ylabel="gap to the closed form in nats")
     figure.suptitle(f"KL(q‖p) of q = Normal(μ, 1) and p = Normal(0, 1), {curves.num_samples} samples for each μ")
@@ -226,11 +225,11 @@ def _question_panel(axes: Axes, curves: QuestionCurves, baseline: np.ndarray) ->
         curve.numpy() - baseline for curve in (curves.questioner, curves.sampled.value, curves.closed_form, curves.grid)
     )
     every = max(1, len(mu) // 20)
-    axes.plot(mu, questioner, color=_VERMILION, linewidth=2, linestyle=(0, (5, 1.5)), label="mean of q·(log q − log p)")
-    axes.plot(mu, sampled, color=_BLUE, linewidth=1.6, label="mean of (log q − log p)")
-    axes.fill_between(mu, low, high, **_BAND, label="its 95 % interval")
-    axes.plot(mu, exact, color=_INK, linewidth=1.2, label="closed form")
+    axes.plot(mu, questioner, color=VERMILION, linewidth=2, linestyle=(0, (5, 1.5)), label="mean of q·(log q − log p)")
+    axes.plot(mu, sampled, color=BLUE, linewidth=1.6, label="mean of (log q − log p)")
+    axes.fill_between(mu, low, high, **BAND, label="its 95 % interval")
+    axes.plot(mu, exact, color=INK, linewidth=1.2, label="closed form")
     ring: dict[str, Any] = {"marker": "o", "markersize": 5.5, "markerfacecolor": "none", "markeredgewidth": 1.3}
-    axes.plot(mu, grid, color=_GREEN, linestyle="none", markevery=every, **ring, label="∫ q (log q − log p) dx, grid")
+    axes.plot(mu, grid, color=GREEN, linestyle="none", markevery=every, **ring, label="∫ q (log q − log p) dx, grid")
     axes.set_xlabel("μ, the mean of q")
-    _tidy(axes)
+    tidy_axes(axes)

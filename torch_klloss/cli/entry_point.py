@@ -1,4 +1,4 @@
-"""The command line: `python -m torch_klloss COMMAND`. A command is one function in `_COMMANDS`.
+"""The command line: `python -m torch_klloss COMMAND`. Each command is one module with an entry in `COMMANDS`.
 
 Tables need rich and figures matplotlib, `pip install "torch_klloss[cli]"`; `--json` and `audit` need neither.
 """
@@ -8,27 +8,22 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch_klloss import __version__
-from torch_klloss.cli.audit import _add_audit
-from torch_klloss.cli.compare import _add_compare
+from torch_klloss.cli import audit, compare, demo, pairs
 from torch_klloss.cli.console import InputError
-from torch_klloss.cli.demo import _add_demo
-from torch_klloss.cli.pairs import _add_pairs
 
-if TYPE_CHECKING:
-    pass
+COMMANDS = (demo.add_command, compare.add_command, pairs.add_command, audit.add_command)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status: 0 where it did what was asked, 2 for bad input.
+    """Run a command and return its exit status: 0 for success, 1 for a missing optional package, 2 for bad input.
 
-    1 means an optional package that is missing. Of `audit`, which is made for scripts, 0 means that the loss is right,
-    1 that it is wrong, and 2 that no answer was found, for whatever reason.
+    The status of `audit` is its answer: 0 means that the loss is right, 1 that it is wrong, and 2 that it could not be
+    judged, for whatever reason.
 
     Args:
-        argv: the arguments, by default those of the process.
+        argv: the arguments, by default the process's.
 
     Raises:
         SystemExit: by argparse, with status 2, for options that do not exist or do not parse.
@@ -62,9 +57,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"torch_klloss {__version__}")
     parser.set_defaults(run=None)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for add in _COMMANDS:
-        add(commands)
+    for add_command in COMMANDS:
+        add_command(commands)
     return parser
-
-
-_COMMANDS = (_add_demo, _add_compare, _add_pairs, _add_audit)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch.distributions import Distribution
 
-from torch_klloss.cli.console import InputError, _console
+from torch_klloss.cli.console import InputError, new_console
 from torch_klloss.cli.example_pairs import Example, all_examples, same_shape
 from torch_klloss.distributions.checks import check_common_measure
 from torch_klloss.distributions.supports import contained
@@ -131,22 +131,21 @@ def grouped(pairs: Sequence[Pair]) -> dict[str, dict[Route, list[str]]]:
     return {q: {route: names for route, names in by_route.items() if names} for q, by_route in by_q.items()}
 
 
-# --- pairs ------------------------------------------------------------------------------------------------------------
-
-
-def _add_pairs(commands: Any) -> None:
+def add_command(commands: Any) -> None:
+    """Add the command `pairs` to the parser."""
     about = "Every ordered pair of torch's distributions, and the route that its KL takes."
     parser = commands.add_parser("pairs", help=about, description=about)
     parser.add_argument("--type", metavar="NAME", help="only the pairs in which q or p is a NAME, such as Gamma")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--write-docs", type=Path, metavar="FILE", help="write the table into FILE, as Markdown")
-    parser.set_defaults(run=_pairs)
+    parser.set_defaults(run=run)
 
 
-def _pairs(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
+    """Print or write the table of routes."""
     if args.type is not None and args.write_docs is not None:
         raise InputError("--write-docs writes the whole table: leave out --type")
-    console = None if args.json else _console()
+    console = None if args.json else new_console()
     try:
         pairs = routes(type_name=args.type)
     except ValueError as error:
