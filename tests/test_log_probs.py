@@ -1,4 +1,4 @@
-"""kl_from_log_probs: what the question's formula should have been."""
+"""`kl_from_log_probs`: values and gradients over all draws of a finite support, masks, sequences, errors."""
 
 import itertools
 import re
@@ -70,20 +70,20 @@ def test_pathwise_is_the_gradient_of_the_mean():
     torch.testing.assert_close(grad, x.mean())  # log q is constant along the path, and -log p falls by x
 
 
-def test_gradient_none_gives_the_number_alone():
+def test_gradient_none_gives_the_value_alone():
     log_q, log_p = torch.randn(4, requires_grad=True), torch.randn(4, requires_grad=True)
     value = kl_from_log_probs(log_q, log_p, gradient="none")
     assert not value.requires_grad
     torch.testing.assert_close(value, (log_q - log_p).mean().detach())
 
 
-def test_a_fixed_q_needs_no_word_and_p_gets_its_gradient():
+def test_a_fixed_q_needs_no_gradient_option_and_p_gets_its_gradient():
     log_q, log_p = torch.randn(4), torch.randn(4, requires_grad=True)
     (grad,) = torch.autograd.grad(kl_from_log_probs(log_q, log_p), log_p)
     assert grad.tolist() == [-0.25] * 4
 
 
-def test_a_gradient_in_log_q_asks_how_the_samples_were_made():
+def test_a_gradient_in_log_q_needs_the_gradient_option():
     log_q = torch.randn(4, requires_grad=True)
     with pytest.raises(ValueError, match=r"(?s)gradient='pathwise'.*gradient='score_function'.*gradient='none'.*zero"):
         kl_from_log_probs(log_q, torch.randn(4))
@@ -184,13 +184,13 @@ def test_a_path_carries_the_gradient_of_k1_whatever_the_value(value):
 
 
 @pytest.mark.parametrize(("gradient", "reason"), [("k1", "expected gradient of zero"), ("k3", "KL(p‖q)")])
-def test_a_gradient_that_is_not_that_of_the_kl_is_refused_with_the_right_one(gradient, reason):
+def test_an_option_without_the_gradient_of_the_kl_is_refused_and_the_right_one_named(gradient, reason):
     with pytest.raises(ValueError, match=rf"{re.escape(reason)}.*gradient='score_function' \(or 'k2'\)"):
         kl_from_log_probs(torch.zeros(4), torch.zeros(4), gradient=gradient)
 
 
 def test_a_path_through_samples_of_another_distribution_is_refused():
-    with pytest.raises(ValueError, match="log_behavior says that they came from elsewhere"):
+    with pytest.raises(ValueError, match="log_behavior says that they came from another distribution"):
         kl_from_log_probs(torch.zeros(4), torch.zeros(4), gradient="pathwise", log_behavior=torch.zeros(4))
 
 
@@ -198,7 +198,7 @@ def test_a_path_through_samples_of_another_distribution_is_refused():
 
 
 @pytest.mark.parametrize("gradient", ["score_function", "k2"])
-def test_what_the_mask_drops_is_as_if_it_were_not_there(gradient):
+def test_masked_samples_are_as_if_they_were_not_there(gradient):
     log_q, log_p = (torch.randn(5, dtype=torch.float64) for _ in range(2))
     kept = torch.tensor([True, False, True, True, False])
     bad = [torch.where(kept, t, torch.tensor([0, torch.nan, 0, 0, torch.inf])).requires_grad_() for t in (log_q, log_p)]
@@ -277,7 +277,7 @@ def test_the_gradient_of_tokens_is_not_that_of_sequences():
     torch.testing.assert_close(whole[1][3:], held[1][3:])
 
 
-def test_tokens_that_were_not_written_count_for_nothing():
+def test_masked_tokens_add_nothing():
     log_q = torch.tensor([[1.0, 2.0, torch.nan], [4.0, torch.inf, 7.0]], requires_grad=True)
     written = torch.tensor([[True, True, False], [True, False, False]])
     for level in get_args(Level):
@@ -294,15 +294,15 @@ def test_tokens_that_were_not_written_count_for_nothing():
     torch.testing.assert_close(per_token, torch.tensor(7 / 3))
 
 
-def test_sequences_are_asked_about_in_full():
+def test_incomplete_or_inconsistent_options_for_sequences_are_refused():
     zeros = torch.zeros(2, 3)
-    with pytest.raises(ValueError, match=r"belong together, got token_dim=1 and level=None.*prefix held fixed"):
+    with pytest.raises(ValueError, match=r"must be given together, got token_dim=1 and level=None.*prefix held fixed"):
         kl_from_log_probs(zeros, zeros, token_dim=1)
-    with pytest.raises(ValueError, match="belong together, got token_dim=None and level='token'"):
+    with pytest.raises(ValueError, match="must be given together, got token_dim=None and level='token'"):
         kl_from_log_probs(zeros, zeros, level="token")
     with pytest.raises(ValueError, match="level must be 'sequence' or 'token', got 'word'"):
         kl_from_log_probs(zeros, zeros, token_dim=1, level="word")
-    with pytest.raises(ValueError, match="another dimension than dim, got -2 and 0"):
+    with pytest.raises(ValueError, match="must differ from dim, got -2 and 0"):
         kl_from_log_probs(zeros, zeros, token_dim=-2, level="token")
     with pytest.raises(ValueError, match=r"must be bool, got torch\.float32"):
         kl_from_log_probs(zeros, zeros, token_dim=1, level="token", mask=torch.ones(2, 3))
@@ -315,7 +315,7 @@ def test_sequences_are_asked_about_in_full():
 # Tails.
 
 
-def test_a_heavy_tail_of_what_is_exponentiated_is_warned_of():
+def test_heavy_tails_of_weights_and_ratios_give_a_warning():
     level = (torch.arange(4096) + 0.5) / 4096
     heavy = -0.9 * level.log()  # exp of it has a Pareto tail of shape 0.9
     with pytest.warns(HeavyTailWarning, match=r"value='k3'.*shape 0\.[89]"):

@@ -12,7 +12,9 @@ if __name__ == "__main__":
     try:
         status = main()
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as head, has seen enough; Python would complain when it flushes at exit
+    except (
+        BrokenPipeError
+    ):  # the reader, such as head, has closed the pipe; Python would complain when it flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     raise SystemExit(status)

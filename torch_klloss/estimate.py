@@ -1,4 +1,4 @@
-"""What every method returns: a KL, and how far it can be trusted."""
+"""Estimates of the KL, with their errors."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch_klloss.numerics.special import student_t_quantile
 
 
 class NoRouteError(NotImplementedError):
-    """A method's refusal of a pair, in words that are written only if somebody reads them.
+    """The error of a method that has no route for a pair. Its text is formatted only when it is read.
 
-    `FirstOf` drops most refusals unread, and their text costs more than the refusal.
+    `FirstOf` drops most of these errors unread, and formatting the text would cost more than raising the error.
 
     Args:
-        write: returns the text, given the rest.
-        about: what the text is about.
+        write: a function that returns the text.
+        about: the arguments of `write`.
     """
 
     def __init__(self, write: Callable[..., str], *about: object) -> None:
@@ -32,24 +32,24 @@ class NoRouteError(NotImplementedError):
 
 
 class NotCertifiedError(ValueError):
-    """Raised by a method that found a number which it cannot vouch for."""
+    """The error of a method that computed a value but cannot certify its accuracy."""
 
 
 @dataclass(frozen=True)
 class KLEstimate:
-    """Hold a KL in nats, one per batch element, with the error its method can vouch for.
+    """A KL in nats, one per batch element, with the error that its method knows.
 
     Attributes:
         value: KL(q‖p). Shape: the broadcast batch shape of q and p.
         exact: whether the value is free of sampling and truncation error.
-        std_error: the standard error of `value`; None for a deterministic method, NaN where
-            sampling cannot tell, as with a single draw.
+        std_error: the standard error of `value`; None for a deterministic method, NaN where it cannot
+            be estimated, as from a single draw.
         dof: the degrees of freedom of `std_error`: a number, or a tensor that broadcasts to `value`.
-        error_bound: a checked bound of the truncation error, of a quadrature or of a sum without end; None elsewhere.
-        method: the name of the route that was taken.
+        error_bound: a certified bound of the truncation error of a quadrature or an infinite sum; otherwise None.
+        method: the name of the method that computed the value.
         num_evaluations: how many points the log-densities were evaluated at, per batch element.
         skewness: the estimated skewness of the error of `value`, which `interval` allows for; a tensor that broadcasts
-            to `value`, or None where nothing tells it.
+            to `value`, or None if unknown.
 
     Example:
         >>> import dataclasses, torch
@@ -60,7 +60,7 @@ class KLEstimate:
         >>> round(low.item(), 4), round(high.item(), 4)
         (0.8689, 3.1311)
 
-        Draws that are skewed to the right miss the truth from below more often than from above:
+        The mean of draws that are skewed to the right is too low more often than too high, so the upper end moves out:
 
         >>> low, high = dataclasses.replace(estimate, skewness=torch.tensor(0.5)).interval(0.95)
         >>> round(low.item(), 4), round(high.item(), 4)
@@ -79,15 +79,15 @@ class KLEstimate:
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """Return the ends of the two-sided confidence interval of `value`.
 
-        A sampled value takes Student's t with `dof` degrees of freedom; a quadrature its error bound;
-        an exact value is its own interval. The ends are NaN where the standard error is.
+        For a sampled value it follows Student's t with `dof` degrees of freedom, for a quadrature the error bound;
+        both ends of an exact value are the value. The ends are NaN where the standard error is.
 
         An error of skewness γ shifts the quantiles ±t of the studentised mean by -γ (1 + 2 t²) / 6. The end on the side
-        of the longer tail moves outwards by so many standard errors. The other one, which would move inwards, stays: a
-        few replicates do not tell their skewness well enough for that.
+        of the longer tail moves outwards by so many standard errors. The other end would move inwards but stays: a few
+        replicates do not determine the skewness well enough for that.
 
-        What never showed in the draws is in no interval: rare draws that carry most of the variance make any interval
-        from a sample too short, and no method knows from the sample alone that they exist (Bahadur and Savage).
+        Where rare draws carry most of the variance, any interval from a sample without them is too short, and no method
+        knows from the sample alone that they exist (Bahadur and Savage).
 
         Args:
             level: the coverage, strictly between 0 and 1.
@@ -114,8 +114,8 @@ class KLEstimate:
         """Return the estimate summed over the last `num_dims` dimensions of `value`.
 
         The errors of different batch elements are taken as independent: their squares add up, and so do their third
-        cumulants, for the skewness; the degrees of freedom follow Welch and Satterthwaite. A sum over dimensions of one
-        *event* is not this: a method takes it per draw, before it knows any error.
+        cumulants, for the skewness; the degrees of freedom follow Welch and Satterthwaite. The dimensions of one event
+        are not independent: a method sums them per draw, before it estimates an error.
         """
         if num_dims == 0:
             return self
@@ -123,7 +123,7 @@ class KLEstimate:
         return self.combine(torch.ones_like(self.value), dims)
 
     def combine(self, weights: Tensor, dims: tuple[int, ...]) -> KLEstimate:
-        """Return the weighted sum over `dims`; elements of weight zero count for nothing, NaN or not."""
+        """Return the weighted sum over `dims`; elements of weight zero add nothing, even if NaN."""
 
         def total(terms: Tensor) -> Tensor:
             kept = torch.where(weights == 0, 0.0, terms)
@@ -136,7 +136,7 @@ class KLEstimate:
             std_error = variance.sqrt()
             if dims and self.dof is not None:
                 each = torch.as_tensor(self.dof, dtype=variance.dtype, device=variance.device).expand(variances.shape)
-                # Welch-Satterthwaite; where nothing spreads, every degree of freedom there is.
+                # Welch-Satterthwaite; where all errors are zero, the sum of the degrees of freedom.
                 dof = torch.where(variance == 0, total(each), variance**2 / total(variances**2 / each))
             if self.skewness is not None:
                 third = total((weights * self.std_error) ** 3 * self.skewness)

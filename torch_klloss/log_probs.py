@@ -1,4 +1,4 @@
-"""The KL for people who hold nothing but log-probabilities at samples."""
+"""Estimates of the KL from log-probabilities at samples."""
 
 from __future__ import annotations
 
@@ -40,54 +40,54 @@ def kl_from_log_probs(
 
     **The value**, with ℓ = log q - log p and r = p/q: "k1", the mean of ℓ, is unbiased with variance Var_q[ℓ] / S; a
     single one may be negative. "k3", the mean of r - 1 + ℓ, is unbiased and never negative, but has an infinite
-    variance where q's tails are lighter than p's; a `HeavyTailWarning` tells when the ratios at hand look like
+    variance where q's tails are lighter than p's; a `HeavyTailWarning` is given when the ratios at hand look like
     it. "k2", the mean of ℓ²/2, is biased.
 
-    **The gradient** is chosen apart, for each of them is a trap as a loss. Detached samples of k1 have an expected
-    gradient of zero, those of k3 the gradient of KL(p‖q), and k2 or k3 differentiated along a path that of something
-    else. What is offered has the gradient of KL(q‖p) in expectation, whatever the value. It depends on how the
-    samples were made, which their log-probabilities do not tell. So where `log_q` requires a gradient, say it:
+    **The gradient** is chosen separately, because none of the three values is always safe as a loss: at detached
+    samples k1 has an expected gradient of zero and k3 the gradient of KL(p‖q); along a path k2 has the gradient of
+    E_q[ℓ²]/2. The options below have the gradient of KL(q‖p) in expectation, whatever the value. Which one is right
+    depends on how the samples were made, which log-probabilities do not show. So choose if `log_q` requires a gradient:
 
     - "pathwise": x came from `rsample`, and `log_q`, `log_p` are functions of it.
-    - "score_function": x came from `sample`, with no gradient of its own. Takes ℓ ∇ log q, less the mean of the other
-      samples from two on; these must be independent.
-    - "k2": the same without a baseline, which is the gradient of ℓ²/2 to q; noisier, for samples that depend on one
-      another.
-    - "none": the number alone, for logging.
+    - "score_function": x came from `sample`, with no gradient of its own. The gradient is ℓ ∇ log q, where
+      from two samples on ℓ is taken less its mean over the other samples; these must be independent.
+    - "k2": the same without that baseline, which is the gradient of ℓ²/2 to q; noisier, but right for samples that
+      depend on one another.
+    - "none": the value alone, for logging.
 
-    Without a gradient in `log_q` (a fixed q), the gradient to `log_p` is that of -E_q[log p], as it is with every
-    choice but "none".
+    If `log_q` requires no gradient (a fixed q), `log_p` gets the gradient of -E_q[log p], as with every choice but
+    "none".
 
-    **Sequences.** With `token_dim`, log q and log p are those of tokens given what came before, and `level` says what
-    is estimated. "sequence" adds the tokens up first: x is the sequence, and value and gradient are those of the KL of
-    its distribution. "token" takes the estimator of each token and adds these up: Σ_t ℓ_t ∇ log q_t in the gradient,
-    that of every token's KL *with the prefixes held fixed*. The value is the same in expectation (with k3 it
-    spreads less). The gradient drops that an earlier token changes which prefixes later ones meet,
-    Σ_t (Σ_{u>t} ℓ_u) ∇ log q_t: it is not the gradient of the KL of the sequences, on purpose or not.
+    **Sequences.** With `token_dim`, log q and log p belong to tokens, given the tokens before them, and `level` says
+    what is estimated. "sequence" adds the tokens up first: x is the whole sequence, and the result estimates the KL of
+    its distribution, in value and gradient. "token" adds up one estimate per token. The value is the same in
+    expectation (with k3 its variance is lower). The gradient, Σ_t ℓ_t ∇ log q_t, is the gradient of every token's KL
+    *with the prefixes held fixed*. The gradient of the KL of the sequences also has the effect of a token on the
+    prefixes of later tokens, Σ_t (Σ_{u>t} ℓ_u) ∇ log q_t.
 
     Args:
         log_q: log q at the samples, summed over the event: one number a draw. `[..., S, ...]`, with S at `dim`; with
             `token_dim` one number a token.
         log_p: log p at the same samples, of the same shape.
         dim: the dimension that counts the samples.
-        gradient: what the gradient of the result shall be.
-        value: what the value of the result shall be.
-        mask: bool or weights, broadcasting to `log_q`. What has weight zero counts for nothing, inf and NaN included,
-            and is no baseline. It must not depend on x, except that it tells where a sequence ended.
-        normalizer: what the sum is divided by; by default the number of samples, or the sum of the mask over them.
-            Never the number of tokens, unless it is passed here.
-        log_behavior: log b(x), where the samples were drawn from b rather than q. They are weighted by q(x)/b(x),
-            without a gradient, which is unbiased where b covers q, and has heavy tails where q is wider. At the
-            level of tokens the weight of a token is that of its prefix, its own token included.
+        gradient: the gradient of the result.
+        value: the value of the result.
+        mask: bool or weights, broadcasting to `log_q`. Elements of weight zero add nothing, even if inf or NaN, neither
+            to the result nor to a baseline. The mask must not depend on x, except for where a sequence ended.
+        normalizer: the divisor of the sum; by default the number of samples, or the sum of the mask over them.
+            It is the number of tokens only if you pass that.
+        log_behavior: log b(x), if the samples were drawn from b instead of q. They are weighted by q(x)/b(x), which
+            carries no gradient; this is unbiased where b covers q, and has heavy tails where q is wider. With
+            level="token" a token is weighted by the ratio q/b of the tokens up to and including it.
         token_dim: the dimension that counts the tokens, other than `dim`.
-        level: "sequence" or "token"; to be given with `token_dim`.
+        level: "sequence" or "token"; required with `token_dim`.
 
     Returns:
-        The estimate, with `dim` and `token_dim` removed. Half-precision inputs are computed with in float32.
+        The estimate, with `dim` and `token_dim` removed. Half-precision inputs are converted to float32.
 
     Raises:
-        ValueError: if shapes differ or do not fit, there are no samples, an option is not one of the words, is missing
-            where it is needed, or would have another gradient than that of the KL.
+        ValueError: if shapes differ or do not fit, there are no samples, or an option is unknown, is missing where it
+            is needed, or would not have the gradient of the KL.
 
     References:
         *Approximating KL divergence* (Schulman, 2020). *On a few pitfalls in KL divergence gradient estimation for RL*
@@ -112,21 +112,21 @@ def kl_from_log_probs(
     _check_level(log_q, dim, mask, token_dim, level)
     samples = _Samples.of(log_q, log_p, dim, mask, log_behavior, token_dim, level)
     samples.warn_of_tails(value, weighted=log_behavior is not None)
-    terms = samples.number(value).detach() + samples.no_number(gradient)
+    terms = samples.value_terms(value).detach() + samples.gradient_terms(gradient)
     terms = torch.where(samples.kept, terms, 0.0)
     total = ((terms.sum(-1) if level == "token" else terms) * samples.weights).sum(0)
     return total / (_count(samples.weights) if normalizer is None else normalizer)
 
 
 class _Samples(NamedTuple):
-    """What is known of the samples, counted by the first dimension; at the level of tokens these are the last one.
+    """The samples along the first dimension; with level="token" the tokens along the last.
 
     Attributes:
-        log_q: log q, 0 where nothing is kept.
-        log_p: log p, likewise.
+        log_q: log q, 0 where masked.
+        log_p: log p, 0 where masked.
         log_weight: log q - log b without a gradient, or 0.
-        kept: which of them count.
-        weights: of the samples.
+        kept: whether a sample or token has a weight other than zero.
+        weights: the weights of the samples.
     """
 
     log_q: Tensor
@@ -146,7 +146,7 @@ class _Samples(NamedTuple):
         token_dim: int | None,
         level: str | None,
     ) -> _Samples:
-        """Bring the arguments of `kl_from_log_probs` into order."""
+        """Return the arguments of `kl_from_log_probs` in one layout, masked and in at least float32."""
         log_q, log_p = (t.float() if t.element_size() < 4 else t for t in (log_q, log_p))
         weights = torch.ones_like(log_q) if mask is None else mask.to(log_q).expand_as(log_q)
         log_b = log_q if log_behavior is None else log_behavior
@@ -161,8 +161,8 @@ class _Samples(NamedTuple):
             log_weight = log_weight.cumsum(-1)
         return cls(log_q, log_p, log_weight, kept, weights if token_dim is None else weights.amax(-1))
 
-    def number(self, value: str) -> Tensor:
-        """Return the terms that the value averages."""
+    def value_terms(self, value: str) -> Tensor:
+        """Return the terms whose average is the value."""
         log_ratio = self.log_q - self.log_p
         if value == "k2":
             log_ratio = log_ratio**2 / 2
@@ -170,15 +170,15 @@ class _Samples(NamedTuple):
             log_ratio = torch.expm1(-log_ratio) + log_ratio
         return log_ratio * self.log_weight.exp()
 
-    def no_number(self, gradient: str | None) -> Tensor:
-        """Return terms of value zero that have the gradient."""
+    def gradient_terms(self, gradient: str | None) -> Tensor:
+        """Return terms whose value is zero and whose gradient is the one asked for."""
         if gradient == "none":
             return torch.zeros_like(self.log_q)
         by_q = 1.0 if gradient in (None, "pathwise") else self._advantage(baseline=gradient == "score_function")
         return self.log_weight.exp() * (by_q * _zero(self.log_q) - _zero(self.log_p))
 
     def _advantage(self, baseline: bool) -> Tensor:
-        """Return log q - log p, less the mean of the other samples where there are any."""
+        """Return log q - log p, less its mean over the other samples if `baseline`."""
         log_ratio = (self.log_q - self.log_p).detach()
         if baseline:
             weighted = log_ratio * self.log_weight.exp()
@@ -188,16 +188,16 @@ class _Samples(NamedTuple):
         return torch.where(log_ratio.isfinite(), log_ratio, 0.0)
 
     def warn_of_tails(self, value: str, weighted: bool) -> None:
-        """Warn where what is exponentiated has a heavy tail."""
+        """Warn where a weight or ratio has a heavy tail."""
         exponents = []
         if weighted:
-            way_out = "Draw the samples from q, or from something closer to q."
-            exponents.append((self.log_weight, "kl_from_log_probs(log_behavior=...)", way_out))
+            remedy = "Draw the samples from q, or from something closer to q."
+            exponents.append((self.log_weight, "kl_from_log_probs(log_behavior=...)", remedy))
         if value == "k3":
             exponent = self.log_p - self.log_q + self.log_weight
             exponents.append((exponent, "kl_from_log_probs(value='k3')", "Use value='k1'."))
-        for exponent, what, way_out in exponents:
-            untrusted(torch.where(self.kept, exponent, -torch.inf), what, way_out)
+        for exponent, option, remedy in exponents:
+            untrusted(torch.where(self.kept, exponent, -torch.inf), option, remedy)
 
 
 def _zero(t: Tensor) -> Tensor:
@@ -234,20 +234,20 @@ def _check(
     if gradient in _WRONG:
         raise ValueError(
             f"gradient={gradient!r} is refused: differentiated at samples without a gradient, {_WRONG[gradient]}. "
-            "Take gradient='score_function' (or 'k2'), which is that of KL(q‖p)."
+            "Take gradient='score_function' (or 'k2'), the gradient of KL(q‖p)."
         )
     if gradient not in (None, *get_args(LogProbGradient)):
         raise ValueError(f"gradient must be 'pathwise', 'score_function', 'k2' or 'none', got {gradient!r}.")
     if gradient == "pathwise" and log_behavior is not None:
         raise ValueError(
-            "gradient='pathwise' needs samples of q itself, and log_behavior says that they came from elsewhere: a "
-            "path through them is none of q's. Take gradient='score_function'."
+            "gradient='pathwise' needs samples of q itself, but log_behavior says that they came from another "
+            "distribution, so no path leads from q's parameters to them. Take gradient='score_function'."
         )
     if gradient is None and log_q.requires_grad:
         raise ValueError(
-            "log_q requires a gradient, and its values do not tell how the samples were made: pass "
+            "log_q requires a gradient, and its values do not show how the samples were made: pass "
             "gradient='pathwise' (the samples came from q.rsample), gradient='score_function' (they came from "
-            "q.sample, without a gradient of their own), or gradient='none' (the number alone). The plain mean over "
+            "q.sample, without a gradient of their own), or gradient='none' (the value alone). The plain mean over "
             "samples without a gradient would be a loss whose expected gradient is zero."
         )
 
@@ -261,15 +261,15 @@ _WRONG = {
 def _check_level(log_q: Tensor, dim: int, mask: Tensor | None, token_dim: int | None, level: str | None) -> None:
     if (token_dim is None) != (level is None):
         raise ValueError(
-            f"token_dim and level belong together, got token_dim={token_dim!r} and level={level!r}: level='sequence' "
-            "has the gradient of the KL of the sequences, level='token' that of every token's with its prefix held "
-            "fixed."
+            f"token_dim and level must be given together, got token_dim={token_dim!r} and level={level!r}: "
+            "level='sequence' has the gradient of the KL of the sequences, level='token' the gradient of every token's "
+            "KL with its prefix held fixed."
         )
     if level is not None and level not in get_args(Level):
         raise ValueError(f"level must be 'sequence' or 'token', got {level!r}.")
     if token_dim is None:
         return
     if token_dim % log_q.dim() == dim % log_q.dim():
-        raise ValueError(f"token_dim must be another dimension than dim, got {token_dim} and {dim}.")
+        raise ValueError(f"token_dim must differ from dim, got {token_dim} and {dim}.")
     if mask is not None and mask.dtype is not torch.bool:
         raise ValueError(f"with token_dim the mask says which tokens were written, and must be bool, got {mask.dtype}.")

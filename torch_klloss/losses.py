@@ -1,4 +1,4 @@
-"""The losses: `nn.Module`s that are a method plus one reduction."""
+"""Loss modules: a method and a reduction."""
 
 from __future__ import annotations
 
@@ -33,23 +33,22 @@ OnFallback = Literal["allow", "warn", "error"]
 
 
 class KLLoss(nn.Module):
-    """Reduce the KL(q‖p) that a method computes to a loss, in nats.
+    """The KL(q‖p) that a method computes, reduced to a loss, in nats.
 
     Batch elements are `[*examples, *latent]`: the first `batch_dims` dimensions of the broadcast batch shape index
     independent examples, all further ones belong to one latent variable and are summed. "mean" is the mean of the
     per-example KLs; it never divides by the latent size. Bias and variance of value and gradient are the method's.
 
-    Half-precision parameters are computed with in float32, with autocast off, and the loss is float32.
+    Half-precision parameters are converted to float32, autocast is off inside, and the loss is float32.
 
     Args:
         method: an object with `estimate(q, p, generator=None) -> KLEstimate`.
         reduction: "mean", "sum" or "none" over the examples.
-        batch_dims: how many leading batch dimensions index independent examples. A pair with fewer has as many as
-            it has.
+        batch_dims: how many leading batch dimensions index independent examples; all of them if a pair has fewer.
 
     Raises:
         TypeError: if `method` has no `estimate`.
-        ValueError: if `reduction` or `batch_dims` is not one of what there is.
+        ValueError: if `reduction` is unknown or `batch_dims` negative.
 
     Example:
         >>> import torch
@@ -83,18 +82,18 @@ class KLLoss(nn.Module):
 
         Args:
             q: the distribution that the expectation is under, `[*examples, *latent]` + event.
-            p: the other one; its batch shape broadcasts against q's.
+            p: the other distribution; its batch shape broadcasts against q's.
             mask: bool or weights, of the shape `[*examples]` or broadcasting to it. "mean" divides by its sum. An
                 example of weight zero gives zero value and zero gradient, even where its KL is inf or NaN.
-            generator: where sampling methods take their randomness from.
+            generator: the source of randomness of sampling methods; by default torch's global generator.
 
         Returns:
             A scalar, or `[*examples]` with reduction="none".
 
         Raises:
             TypeError: if q or p is not a distribution, or the mask not a tensor.
-            ValueError: if shapes do not fit, q is discrete and p continuous or the reverse, or "mean" has no example
-                to take the mean of: an empty batch, or a mask that sums to zero (NaN under compile and vmap).
+            ValueError: if shapes do not fit, q is discrete and p continuous or the reverse, or "mean" has no example:
+                an empty batch, or a mask that sums to zero (NaN under compile and vmap).
             NotImplementedError: if the method has no route for the pair.
         """
         q, p, mask = self.drop_masked(q, p, mask)
@@ -107,9 +106,9 @@ class KLLoss(nn.Module):
     def drop_masked(
         self, q: Distribution, p: Distribution, mask: Tensor | None
     ) -> tuple[Distribution, Distribution, Tensor | None]:
-        """Return the pair with every example of weight zero replaced by one that counts, and the expanded mask.
+        """Return the expanded mask, and the pair with every example of weight zero replaced by another example.
 
-        What a masked example held, NaN included, then reaches neither a value nor a gradient.
+        The parameters of a masked example, even NaN, then reach neither a value nor a gradient.
         """
         if mask is None:
             return q, p, None
@@ -119,7 +118,7 @@ class KLLoss(nn.Module):
         return replace_examples(q, keep, batch_shape), replace_examples(p, keep, batch_shape), mask
 
     def estimate(self, q: Distribution, p: Distribution, generator: torch.Generator | None = None) -> KLEstimate:
-        """Return the unreduced `KLEstimate`, of the broadcast batch shape; it knows no mask and no reduction."""
+        """Return the unreduced `KLEstimate`, of the broadcast batch shape, without mask and reduction."""
         batch_shape, method = check_pair(q, p), as_method(self.method)
         q, p = in_full_precision(q), in_full_precision(p)
         if not is_autocast_enabled():
@@ -128,10 +127,10 @@ class KLLoss(nn.Module):
             return method.estimate_checked(q, p, batch_shape, generator)
 
     def reduce(self, estimate: KLEstimate, mask: Tensor | None = None) -> KLEstimate:
-        """Reduce an unreduced estimate as this loss would: the batch mean or sum, with its standard error.
+        """Return an estimate reduced as this loss does it: the batch mean or sum, with its standard error.
 
         Args:
-            estimate: what `estimate` returned.
+            estimate: the result of `estimate`.
             mask: as in `forward`.
 
         Example:
@@ -149,9 +148,9 @@ class KLLoss(nn.Module):
         return reduce_estimate(estimate, self.reduction, self.batch_dims, mask)
 
     def route(self, q: Distribution, p: Distribution) -> str:
-        """Return which method the pair would take, without drawing or evaluating a density.
+        """Return the name of the method for the pair, without drawing or evaluating a density.
 
-        "quadrature, else monte_carlo" where only computing can tell.
+        The result is "quadrature, else monte_carlo" if only the computation can decide.
 
         Raises:
             NotImplementedError: if no method would take the pair.
@@ -161,8 +160,8 @@ class KLLoss(nn.Module):
         route = as_method(self.method).route(q, p)
         if route is None:
             raise NotImplementedError(
-                f"{self.method!r} has no route for KL({type_name(q)}‖{type_name(p)}); AutoKL() has one wherever q can "
-                "be sampled."
+                f"{self.method!r} has no route for KL({type_name(q)}‖{type_name(p)}); use AutoKL(), which has one for "
+                "every q that can be sampled."
             )
         return route
 
@@ -172,9 +171,9 @@ class KLLoss(nn.Module):
 
 
 class AnalyticKL(KLLoss):
-    """Compute the KL by its closed form: exact in value and in gradient. See `KLLoss` for shapes and reduction.
+    """The KL by its closed form: exact in value and in gradient. See `KLLoss` for shapes and reduction.
 
-    A pair without a closed form raises a `NotImplementedError` that names the pair and the way out.
+    A pair without a closed form raises a `NotImplementedError` that names the pair and what to use instead.
 
     Example:
         >>> from torch.distributions import Normal
@@ -188,17 +187,17 @@ class AnalyticKL(KLLoss):
 
 
 class MonteCarloKL(KLLoss):
-    """Estimate the KL by sampling from q: unbiased in value and in gradient. See `KLLoss` for shapes and reduction.
+    """The KL estimated from samples of q: unbiased in value and in gradient. See `KLLoss` for shapes and reduction.
 
-    `MonteCarlo` says what each `gradient` and `value` computes, and what it refuses. `estimate(q, p)` gives the
-    standard error.
+    `MonteCarlo` documents each `gradient` and `value`, and the combinations that are refused. `estimate(q, p)` gives
+    the standard error.
 
     Args:
         num_samples: how many points are drawn for every batch element.
-        sampler: where the points come from.
+        sampler: the source of the points, by default independent draws.
         gradient: "auto" (pathwise where q has `rsample`, else the score function), "pathwise",
             "sticking_the_landing", "mixed", "score_function" or "none"; or a `MixedGradient()`, whose memory of earlier
-            steps then is part of the `state_dict`.
+            steps is then part of the `state_dict`.
         value: "log_ratio", "entropy", "control_variate", "taylor", "k2" (biased) or "k3".
         chunk_size: how many draws are evaluated at once; None for all.
         reduction: as in `KLLoss`.
@@ -228,18 +227,18 @@ class MonteCarloKL(KLLoss):
         method = MonteCarlo(num_samples, sampler=sampler, gradient=gradient, value=value, chunk_size=chunk_size)
         super().__init__(method, reduction=reduction, batch_dims=batch_dims)
         if isinstance(gradient, MixedGradient):
-            self.mixture = gradient  # a submodule: its state belongs to that of the loss
+            self.mixture = gradient  # a submodule, so that its state is in the state_dict of the loss
 
 
 class QuadratureKL(KLLoss):
-    """Compute the KL of one-dimensional pairs by a quadrature that certifies its error. See `KLLoss` for shapes.
+    """The KL of one-dimensional pairs by a quadrature that certifies its error. See `KLLoss` for shapes.
 
-    Deterministic, with value and gradient right to `rtol`; a batch with an element that it cannot vouch for raises a
-    `NotCertifiedError`, a pair that does not simplify to one dimension a `NotImplementedError`. `Quadrature` says how.
+    It is deterministic, with value and gradient right to `rtol`. A batch with an element that it cannot certify raises
+    a `NotCertifiedError`, a pair that does not simplify to one dimension a `NotImplementedError`. See `Quadrature`.
 
     Args:
         num_nodes: how many nodes the first rule has.
-        rtol: the relative error that is vouched for.
+        rtol: the relative error that is certified.
         reduction: as in `KLLoss`.
         batch_dims: as in `KLLoss`.
 
@@ -263,20 +262,20 @@ class QuadratureKL(KLLoss):
 
 
 class AutoKL(KLLoss):
-    """Compute the KL exactly where that is possible, and by the fallback where it is not. See `KLLoss`.
+    """The exact KL where that is possible, and the fallback's otherwise. See `KLLoss` for shapes and reduction.
 
     The closed form is taken where one is registered, an exact sum where q's support is finite and small, and the
-    fallback otherwise. `route(q, p)` says which it would be. `AutoKL(fallback=[Quadrature(), MonteCarlo(64)])` samples
-    only where nothing else gives a certified number: it also sums counts without end, and integrates.
+    fallback otherwise. `route(q, p)` says which. `AutoKL(fallback=[Quadrature(), MonteCarlo(64)])` also takes certified
+    integrals and infinite sums, and samples only where there is neither.
 
     Args:
-        fallback: a method, or a sequence of methods that are asked in turn; by default `MonteCarlo(1)`.
+        fallback: a method, or a sequence of methods that are tried in turn; by default `MonteCarlo(1)`.
         on_fallback: "allow", "warn" (a warning names the pair and the route) or "error" (a `NotImplementedError`).
         reduction: as in `KLLoss`.
         batch_dims: as in `KLLoss`.
 
     Raises:
-        ValueError: if `on_fallback` is not one of the three words.
+        ValueError: if `on_fallback` is unknown.
 
     Example:
         >>> from torch.distributions import Binomial, Normal, Poisson, StudentT
@@ -311,7 +310,7 @@ class AutoKL(KLLoss):
 
 
 def _no_gradient(q: Distribution, p: Distribution) -> Tensor:
-    """Return a zero that hangs on the parameters of q and p, whatever they hold, with a gradient of zero."""
+    """Return zero, connected to the parameters of q and p with zero gradient, even where they are NaN."""
     zero = torch.zeros((), dtype=dtype_of(in_full_precision(q)), device=device_of(q))
     for t in (*tensors_of(q), *tensors_of(p)):
         if t.requires_grad:

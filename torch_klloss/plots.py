@@ -1,4 +1,4 @@
-"""Figures. Each function returns a `matplotlib.figure.Figure` and leaves pyplot, and its global state, alone.
+"""Figures of training. Each function returns a `matplotlib.figure.Figure` and does not use pyplot or its global state.
 
 matplotlib is imported when a figure is made: `pip install "torch_klloss[plot]"`.
 """
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# The palette of Okabe and Ito, which survives the common kinds of colour blindness.
+# The palette of Okabe and Ito, which colour-blind readers can tell apart.
 BLUE, VERMILION, GREEN, INK = "#0072B2", "#D55E00", "#007A5A", "#222222"
 BAND: dict[str, Any] = {"color": BLUE, "alpha": 0.22, "linewidth": 0}
 
-Sampled = Literal["value", "reference"]
+SampledCurve = Literal["value", "reference"]
 
 
 class Schedule(Protocol):
@@ -45,13 +45,13 @@ def gap_figure(
     *,
     value_label: str = "closed form",
     reference_label: str = "sampled",
-    sampled: Sampled = "reference",
+    sampled: SampledCurve = "reference",
     title: str = "KL(q‖p) in training",
 ) -> Figure:
-    """Draw the KL that training used and a second estimate of it over the steps, and below them their difference.
+    """Draw the KL that training used with a second estimate of it over the steps, and below them their difference.
 
-    The bands are ±1.96 standard errors, 95 % of a Normal: around the sampled curve above, around the gap below. A
-    gap that is noise alone keeps its band over zero; where the standard error is NaN there is no band.
+    The bands are ±1.96 standard errors, 95 % of a Normal: around the sampled curve above, around the gap below. If the
+    gap is only noise, its band covers zero; where the standard error is NaN there is no band.
 
     Args:
         steps: the training steps, `[n]`.
@@ -61,11 +61,11 @@ def gap_figure(
         value_label: how `value` was computed.
         reference_label: how `reference` was computed.
         sampled: which of the two the standard error belongs to, "value" or "reference".
-        title: what stands above the figure.
+        title: the title of the figure.
 
     Raises:
         ImportError: if matplotlib is missing.
-        ValueError: if the lengths differ or are zero, or `sampled` is neither word.
+        ValueError: if the lengths differ or are zero, or `sampled` is unknown.
 
     Example:
         >>> from torch_klloss.plots import gap_figure
@@ -76,7 +76,7 @@ def gap_figure(
     lengths = [len(series) for series in (steps, value, reference, std_error)]
     if len(set(lengths)) > 1 or lengths[0] == 0:
         raise ValueError(f"steps, value, reference and std_error must have the same length, at least 1, got {lengths}.")
-    if sampled not in get_args(Sampled):
+    if sampled not in get_args(SampledCurve):
         raise ValueError(f"sampled must be 'value' or 'reference', got {sampled!r}.")
     used, again, half_width = np.asarray(value), np.asarray(reference), 1.96 * np.asarray(std_error)
     figure = new_figure(9, 5.6)
@@ -105,14 +105,14 @@ def collapse_figure(
 ) -> Figure:
     """Draw the KL of every latent unit over training as a heat map, the unit that ends highest on top.
 
-    The colour is linear in nats, from 0 to the largest KL, but at least to 0.1: a latent of which nothing is left stays
-    dark. Below it, how many units are active.
+    The colour is linear in nats, from 0 to the largest KL, but at least to 0.1, so that a fully collapsed latent stays
+    dark. The number of active units is drawn below.
 
     Args:
         steps: the training steps, `[n]`, rising.
         kl: the KL of every unit at these steps, in nats, `[n, units]`.
         active: how many units were active at these steps, `[n]`.
-        title: what stands above the figure.
+        title: the title of the figure.
 
     Raises:
         ImportError: if matplotlib is missing.
@@ -159,7 +159,7 @@ def _heights(active: Sequence[int] | None) -> list[int]:
 
 
 def _edges(centres: np.ndarray) -> np.ndarray:
-    """Return the borders between the steps, and one beyond either end."""
+    """Return the midpoints between the steps, and one edge beyond either end."""
     between = (centres[1:] + centres[:-1]) / 2
     first = centres[0] - (between[0] - centres[0] if len(between) else 0.5)
     last = centres[-1] + (centres[-1] - between[-1] if len(between) else 0.5)
@@ -174,14 +174,14 @@ def annealing_figure(
     *,
     title: str = "The weight of the KL in training",
 ) -> Figure:
-    """Draw the weight of the KL over training, and below it what it does to KL and reconstruction.
+    """Draw the weight of the KL over training, and below it the KL and the reconstruction.
 
     Args:
         steps: the training steps, `[n]`.
         weights: the weight β at these steps, `[n]`.
         kl: the unweighted KL, in nats per example, `[n]`.
         reconstruction: the negative log-likelihood, in nats per example, `[n]`.
-        title: what stands above the figure.
+        title: the title of the figure.
 
     Raises:
         ImportError: if matplotlib is missing.
@@ -227,9 +227,9 @@ def schedule_figure(
     """Draw schedules over the steps, with a dot where each warm-up ends.
 
     Args:
-        schedules: one, or several, which are labelled by what builds them, or by their keys.
+        schedules: one schedule, or several, which are labelled by their keys or else by their `repr`.
         num_steps: the last step drawn; by default a tenth beyond the end of the last warm-up.
-        title: what stands above the figure.
+        title: the title of the figure.
 
     Raises:
         ImportError: if matplotlib is missing.
@@ -252,7 +252,7 @@ def schedule_figure(
         raise ValueError(f"num_steps must be above 0, got {num_steps!r}.")
     figure = new_figure(9, 3.2 + 0.25 * len(schedules))
     axes = figure.subplots()
-    steps = np.linspace(0, last, 1801)  # one a pixel: a cycle ends in a fall, not in a slope
+    steps = np.linspace(0, last, 1801)  # one a pixel, so that a cycle ends in a vertical line
     styles = itertools.product(("-", (0, (5, 1.5)), (0, (1, 1.2))), (BLUE, VERMILION, GREEN, INK))
     for (label, schedule), (style, colour) in zip(schedules.items(), itertools.cycle(styles)):
         axes.plot(steps, [schedule(step) for step in steps.tolist()], color=colour, linestyle=style, label=label)
@@ -266,11 +266,11 @@ def schedule_figure(
 
 
 def reconstruction_figure(originals: Tensor, reconstructions: Tensor, samples: Tensor) -> Figure:
-    """Draw three rows of grey images: data, what the model makes of them, and what it makes of draws from the prior.
+    """Draw three rows of grey images: data, their reconstructions, and decoded draws from the prior.
 
     Args:
-        originals: `[n, height, width]`, with 0 for black and 1 for white; what lies outside is clipped.
-        reconstructions: of the originals, column by column.
+        originals: `[n, height, width]`, with 0 for black and 1 for white; other values are clipped.
+        reconstructions: the reconstructions of the originals, in the same order.
         samples: decoded draws from the prior.
 
     Raises:
@@ -292,7 +292,7 @@ def reconstruction_figure(originals: Tensor, reconstructions: Tensor, samples: T
     count, height, width = originals.shape
     figure = new_figure(9, 0.6 + 3 * min(1.5, 7.2 / count * height / width))
     for axes, (label, images) in zip(figure.subplots(3, 1), rows.items(), strict=True):
-        # One picture a row: the images side by side, with a column of NaN, which is drawn as nothing, between them.
+        # One picture a row: the images side by side, separated by columns of NaN, which are not drawn.
         spaced = torch.nn.functional.pad(images.detach().cpu().float(), (0, 1), value=math.nan)
         axes.imshow(torch.cat(list(spaced), dim=1)[:, :-1].numpy(), cmap="gray", vmin=0, vmax=1)
         axes.set_ylabel(label, rotation=0, ha="right", va="center")
@@ -302,7 +302,7 @@ def reconstruction_figure(originals: Tensor, reconstructions: Tensor, samples: T
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure that is 900 pixels wide at 9 inches on screen, and twice as sharp in its file."""
+    """Return an empty figure at 200 dots an inch: a width of 9 is 1800 pixels, twice the width of a README."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

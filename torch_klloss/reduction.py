@@ -1,4 +1,4 @@
-"""The one reduction: sum the latent dimensions, weight by the mask, and mean or sum over the examples."""
+"""Reduction of the KL: a sum over latent dimensions, a mask, and a mean or sum over examples."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ReductionName = Literal["mean", "sum", "none"]
 
 
 def check_reduction(reduction: str, batch_dims: int) -> None:
-    """Raise a ValueError for a reduction or a number of batch dimensions that there is not."""
+    """Raise a ValueError if `reduction` is unknown or `batch_dims` is not an integer of at least 0."""
     if reduction not in get_args(ReductionName):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}.")
     if isinstance(batch_dims, bool) or not isinstance(batch_dims, int) or batch_dims < 0:
@@ -22,7 +22,7 @@ def check_reduction(reduction: str, batch_dims: int) -> None:
 
 
 def example_shape(batch_shape: torch.Size, batch_dims: int) -> torch.Size:
-    """Return the leading dimensions that index independent examples, as many as there are up to `batch_dims`."""
+    """Return the shape of the examples: the first `batch_dims` dimensions, or all if there are fewer."""
     return batch_shape[:batch_dims]
 
 
@@ -51,10 +51,10 @@ def reduce(value: Tensor, reduction: str, batch_dims: int, mask: Tensor | None =
         value: the KL, `[*batch]`.
         reduction: "mean" divides by the number of examples, or by the mask's sum; never by the latent size.
         batch_dims: how many leading dimensions index independent examples.
-        mask: bool or weights, of the shape of the examples. An element of weight zero gives zero, NaN or not.
+        mask: bool or weights, of the shape of the examples. An element of weight zero gives zero, even if NaN.
 
     Raises:
-        ValueError: if "mean" has nothing to take the mean of.
+        ValueError: if "mean" has no example, or a mask that sums to zero.
     """
     num_latent = value.dim() - batch_dims
     if num_latent > 0:
@@ -81,7 +81,7 @@ def reduce(value: Tensor, reduction: str, batch_dims: int, mask: Tensor | None =
 def reduce_estimate(estimate: KLEstimate, reduction: str, batch_dims: int, mask: Tensor | None = None) -> KLEstimate:
     """Return the estimate of the reduced KL: the value of `reduce`, with its standard error.
 
-    The errors of different batch elements are independent, so that their squares add up.
+    The errors of different batch elements are independent, so their squares add up.
     """
     per_example = estimate.sum(max(0, estimate.value.dim() - batch_dims))
     weights = torch.ones_like(per_example.value) if mask is None else mask.to(per_example.value.dtype)
@@ -102,7 +102,7 @@ def _check_not_empty(examples: Tensor) -> None:
 
 
 def is_zero(total: Tensor) -> bool:
-    """Return whether a number is zero, where that can be asked: not while tracing, and not under vmap."""
+    """Return whether a number is zero; False while tracing and under vmap, where its value is unknown."""
     if torch.compiler.is_compiling():
         return False
     try:

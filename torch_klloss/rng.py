@@ -1,4 +1,4 @@
-"""Random draws that leave the caller's random stream where it was."""
+"""Random streams that are seeded, saved and restored without changing the caller's."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_HOST = ("cpu", "meta")  # their draws come from the CPU's generator
+_HOST = ("cpu", "meta")  # devices whose draws come from the CPU's generator
 
 
 @contextmanager
 def private_rng(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed the generators of the CPU and of `device` for the block, and give them back as they were."""
+    """Seed the generators of the CPU and of `device` for the block, and restore their state after it."""
     with _forked(device):
         torch.default_generator.manual_seed(seed)
         if device.type not in _HOST:
@@ -26,7 +26,7 @@ def private_rng(seed: int, device: torch.device) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class RngState:
-    """Hold where the random streams stood: of the CPU, of a device, and of a generator."""
+    """The states of the CPU's random stream, of a device's, and of a generator."""
 
     cpu: Tensor
     device: Tensor | None
@@ -34,7 +34,7 @@ class RngState:
 
 
 def rng_state(device: torch.device, generator: torch.Generator | None = None) -> RngState:
-    """Return where the random streams stand that a draw on `device` could come from."""
+    """Return the states of all random streams that a draw on `device` could use."""
     return RngState(
         torch.get_rng_state(),
         None if device.type in _HOST else torch.get_device_module(device).get_rng_state(device),
@@ -44,7 +44,7 @@ def rng_state(device: torch.device, generator: torch.Generator | None = None) ->
 
 @contextmanager
 def replayed_rng(state: RngState, device: torch.device) -> Iterator[torch.Generator | None]:
-    """Set the streams back to `state` for the block, to repeat its draws; yield the generator that goes with it."""
+    """Set the streams back to `state` for the block, to repeat its draws; yield a generator in the saved state."""
     with _forked(device):
         torch.set_rng_state(state.cpu)
         if state.device is not None:
@@ -57,7 +57,7 @@ def replayed_rng(state: RngState, device: torch.device) -> Iterator[torch.Genera
 
 
 def draw_seed(generator: torch.Generator) -> int:
-    """Draw a seed from `generator`, which advances by it."""
+    """Return a seed drawn from `generator`, which advances."""
     return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
 
 

@@ -1,11 +1,11 @@
-"""Weights that change while a model trains: small frozen values, called with a step.
+"""Schedules of the weight of the KL: small frozen objects that map a step to a weight.
 
     weight = Linear(steps=1000)     # from 0 to 1 over 1000 steps
     loss = ELBOLoss(beta=weight)    # driven by loss(…, step=…), or by the KLAnnealing callback
 
-A step is whatever the caller counts: optimiser steps, epochs, or parts of one. All of them begin at `start`, are at
-`stop` exactly once `step >= total_steps`, and stay there. They compare by value, pickle, and print as they are built.
-A schedule of one's own derives from `Schedule`.
+The caller chooses the unit of a step: optimiser steps, epochs, or fractions of epochs. Every schedule begins at
+`start`, and is exactly `stop` from `step >= total_steps` on. Schedules compare by value, pickle, and print as they are
+built. To write your own, derive from `Schedule`.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class Schedule(ABC):
     @property
     @abstractmethod
     def total_steps(self) -> float:
-        """The step from which on the weight no longer changes: where the warm-up ends."""
+        """The step at which the warm-up ends: the weight is constant from there on."""
 
     def curve(self, num_points: int = 201) -> tuple[list[float], list[float]]:
-        """Return steps from 0 to a tenth beyond the end, and the weights there: what a plot takes.
+        """Return steps from 0 to a tenth beyond the warm-up, and their weights, for a plot.
 
         Example:
             >>> from torch_klloss.schedules import Linear
@@ -59,7 +59,7 @@ class Schedule(ABC):
         return steps, [self(step) for step in steps]
 
     def figure(self, num_steps: float | None = None) -> Figure:
-        """Draw the weight over the steps, as `plots.schedule_figure` draws several.
+        """Return the figure of the weight over the steps; `plots.schedule_figure` draws several schedules.
 
         Args:
             num_steps: the last step drawn; by default a tenth beyond the end of the warm-up.
@@ -106,7 +106,7 @@ class Constant(Schedule):
 
 @dataclass(frozen=True)
 class _Rise(Schedule):
-    """From `start` to `stop` over `steps` steps, after `delay` steps at `start`; `stop` from then on."""
+    """A rise from `start` to `stop` over `steps` steps, after `delay` steps at `start`; `stop` from then on."""
 
     start: float = 0.0
     stop: float = 1.0
@@ -133,23 +133,23 @@ class _Rise(Schedule):
 
     @property
     def total_steps(self) -> float:
-        """The step from which on the weight is `stop`: where the warm-up ends."""
+        """The step at which the warm-up ends: the weight is `stop` from there on."""
         return self.delay + self.steps
 
     @abstractmethod
     def _progress(self, fraction: float) -> float:
-        """Return which part of the way is done after a fraction in (0, 1) of the steps."""
+        """Return the fraction of the rise after a fraction in (0, 1) of the steps."""
 
 
 @dataclass(frozen=True)
 class Linear(_Rise):
-    """Move in a straight line from `start` to `stop`.
+    """A straight line from `start` to `stop`.
 
     Args:
         start: the first weight.
         stop: the last weight.
-        steps: how many steps the way takes.
-        delay: how many steps the weight stays at `start` before.
+        steps: how many steps the rise takes.
+        delay: how many steps the weight stays at `start` before the rise.
 
     References:
         *Ladder variational autoencoders* (Sønderby et al., 2016), "warm-up".
@@ -166,14 +166,14 @@ class Linear(_Rise):
 
 @dataclass(frozen=True)
 class Sigmoid(_Rise):
-    """Move from `start` to `stop` along a logistic curve, scaled to meet both ends exactly.
+    """A logistic curve from `start` to `stop`, scaled to meet both ends exactly.
 
     Args:
         start: the first weight.
         stop: the last weight.
-        steps: how many steps the way takes.
-        delay: how many steps the weight stays at `start` before.
-        sharpness: the range of the curve's argument: near 0 a straight line, the larger, the more of a step.
+        steps: how many steps the rise takes.
+        delay: how many steps the weight stays at `start` before the rise.
+        sharpness: the range of the curve's argument: near 0 a straight line, towards infinity a step.
 
     References:
         *Generating sentences from a continuous space* (Bowman et al., 2016), section 3.1.
@@ -201,13 +201,13 @@ class Sigmoid(_Rise):
 
 @dataclass(frozen=True)
 class Cosine(_Rise):
-    """Move from `start` to `stop` along half a period of a cosine, flat at both ends.
+    """Half a period of a cosine from `start` to `stop`, flat at both ends.
 
     Args:
         start: the first weight.
         stop: the last weight.
-        steps: how many steps the way takes.
-        delay: how many steps the weight stays at `start` before.
+        steps: how many steps the rise takes.
+        delay: how many steps the weight stays at `start` before the rise.
 
     References:
         *SGDR: stochastic gradient descent with warm restarts* (Loshchilov and Hutter, 2017), for the shape.
@@ -224,15 +224,15 @@ class Cosine(_Rise):
 
 @dataclass(frozen=True)
 class Cyclical(_Rise):
-    """Rise from `start` to `stop` again and again: each cycle is a straight line, then a rest at `stop`.
+    """Repeated rises from `start` to `stop`: each cycle is a straight line, then a rest at `stop`.
 
     Args:
         start: the weight at the beginning of a cycle.
         stop: the weight at its end, and after the last cycle.
         steps: how many steps all cycles take together.
-        delay: how many steps the weight stays at `start` before.
-        cycles: how many there are.
-        ramp: which part of a cycle the rise takes, in (0, 1].
+        delay: how many steps the weight stays at `start` before the first cycle.
+        cycles: how many cycles there are.
+        ramp: the fraction of a cycle that the rise takes, in (0, 1].
 
     References:
         *Cyclical annealing schedule: a simple approach to mitigating KL vanishing* (Fu et al., 2019).
@@ -252,7 +252,7 @@ class Cyclical(_Rise):
         if isinstance(self.cycles, bool) or not isinstance(self.cycles, int) or self.cycles < 1:
             raise ValueError(f"cycles must be an integer of at least 1, got {self.cycles!r}.")
         if not 0 < self.ramp <= 1:
-            raise ValueError(f"ramp must lie in (0, 1], the part of a cycle that rises, got {self.ramp!r}.")
+            raise ValueError(f"ramp must lie in (0, 1], the fraction of a cycle that rises, got {self.ramp!r}.")
 
     def _progress(self, fraction: float) -> float:
         return min(1.0, fraction * self.cycles % 1.0 / self.ramp)

@@ -205,7 +205,7 @@ def test_the_demo_writes_the_figure_and_prints_the_numbers(capsys, tmp_path):
     assert len(png) > 20_000  # an empty figure of this size has 10 kB
     assert str(out / "question.png") in printed
     curves = question_curves(seed=5)
-    assert f"{curves.factor:.3f} ± {curves.factor_std_error:.3f} of the KL" in " ".join(printed.split())
+    assert f"{curves.factor:.3f} ± {curves.factor_std_error:.3f} times the KL" in " ".join(printed.split())
     assert "\x1b" not in printed
     for k in range(0, 41, 4):
         values = (curves.questioner, curves.sampled.value, curves.sampled.std_error, curves.closed_form, curves.grid)

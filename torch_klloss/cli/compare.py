@@ -1,4 +1,4 @@
-"""One pair of distributions under every method: what the command `compare` shows."""
+"""The command `compare`: every method on one pair of distributions."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """Hold what one method made of the pair; None where there is nothing to say.
+    """The result of one method on the pair; None where an entry does not apply.
 
     Attributes:
-        method: its name.
+        method: the name of the method.
         gradient: the gradient option of a sampling method.
         value: the KL in nats, the mean over batch elements.
-        std_error: of `value`.
-        gap: `value` less that of the exact method.
+        std_error: the standard error of `value`.
+        gap: `value` less the exact value.
         z: `gap` in standard errors.
         microseconds: the median time of a call.
         reason: why the method does not take the pair.
@@ -57,13 +57,13 @@ class Row:
 def compare_methods(q: Distribution, p: Distribution, num_samples: int = 1000, seed: int = 0) -> list[Row]:
     """Compute KL(q‖p) by every method, in nats: the mean over batch elements, with its error and its time.
 
-    Every sampling method starts from the same seed, and the global random stream is left alone.
+    Every sampling method starts from the same seed; the global random stream does not change.
 
     Args:
         q: the distribution that the expectation is under.
-        p: the other one; all dimensions of the broadcast batch shape count as examples.
+        p: the other distribution; all dimensions of the broadcast batch shape count as examples.
         num_samples: how many samples the sampling methods draw.
-        seed: of the samples.
+        seed: the seed of the samples.
 
     Raises:
         ValueError: if the shapes do not fit, or q is discrete and p continuous, or the reverse.
@@ -110,9 +110,9 @@ def _row(name: str, gradient: str | None, estimate: KLEstimate, exact: float | N
     value, gap, z = estimate.value.item(), None, None
     std_error = None if estimate.std_error is None else estimate.std_error.item()
     if exact is not None:
-        gap = 0.0 if value == exact else value - exact  # inf is no gap from inf
+        gap = 0.0 if value == exact else value - exact  # inf - inf would be NaN
     if gap is not None and std_error is not None:
-        # Samples that all agree have no spread, but they still round.
+        # Samples that all agree have no standard error, but still a rounding error.
         noise = max(std_error, torch.finfo(estimate.value.dtype).eps * abs(value))
         z = gap / noise if noise else 0.0
     return Row(name, gradient, value, std_error, gap, z, microseconds)
@@ -129,7 +129,7 @@ def add_command(commands: Any) -> None:
     about = "Every method on one pair of distributions: value, standard error, gap to the exact value, time."
     parser = commands.add_parser("compare", help=about, description=about)
     parser.add_argument("q", help='the distribution that is sampled, such as "Normal(1, 0.5)"')
-    parser.add_argument("p", help='the other one, such as "StudentT(4)"')
+    parser.add_argument("p", help='the other distribution, such as "StudentT(4)"')
     parser.add_argument(
         "--num-samples", type=parse_count, default=1000, metavar="N", help="samples of monte_carlo (1000)"
     )

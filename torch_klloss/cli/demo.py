@@ -1,7 +1,7 @@
-"""The numbers behind the question that this library began with: why do two curves of KL(q‖p) disagree?
+"""The command `demo`: curves, table and figure of the question that this library began with.
 
-Over samples from q, someone computed mean(q(x) * (log q(x) - log p(x))) and found another curve than the closed form's.
-Weights q(x) dx belong to points of a grid; points drawn from q carry 1/S, because the drawing is the weighting.
+Over samples from q, mean(q(x) * (log q(x) - log p(x))) gives another curve than the closed form. The weight q(x) dx
+belongs to points of a grid; points drawn from q have the weight 1/S, because drawing them from q is the weighting.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 
 EXPECTED_FACTOR = 1 / (2 * math.sqrt(math.pi))
-"""E_q[q(x)] for a Normal q of scale one, 0.2821: what an extra weight q(x) averages to."""
+"""E_q[q(x)] for a Normal q of scale one, 0.2821: the mean of the extra weight q(x)."""
 
 
 @dataclass(frozen=True)
 class QuestionCurves:
-    """Hold KL(Normal(μ, 1)‖Normal(0, 1)) over μ in nats, computed in four ways, one of which is wrong.
+    """KL(Normal(μ, 1)‖Normal(0, 1)) over μ in nats, computed in four ways, one of which is wrong.
 
     Attributes:
         mu: the means of q, `[num_points]`; every curve below has this shape.
@@ -65,12 +65,12 @@ def question_curves(num_points: int = 41, num_samples: int = 100, seed: int = 0)
 
     The questioner's formula has the expectation ∫ q² (log q - log p) dx. Here q² is 1/(2√π) times the density of
     Normal(μ, ½), and log q - log p = μx - μ²/2 is linear in x, so that it is KL(q‖p) / (2√π) exactly: too small by
-    E_q[q(x)] = 0.2821 for every μ. Everything is computed in float64, and the global random stream is left alone.
+    E_q[q(x)] = 0.2821 for every μ. Everything is computed in float64; the global random stream does not change.
 
     Args:
         num_points: how many values of μ, evenly spaced, at least two.
         num_samples: how many samples from q for every μ.
-        seed: of the samples.
+        seed: the seed of the samples.
 
     Raises:
         ValueError: if `num_points` is below two, or `num_samples` below one.
@@ -100,7 +100,7 @@ def question_curves(num_points: int = 41, num_samples: int = 100, seed: int = 0)
     return QuestionCurves(
         mu=mu,
         questioner=points.expectation(weighted_twice),
-        sampled=MonteCarlo(num_samples, sampler=_Drawn(points), gradient="none").estimate(q, p),
+        sampled=MonteCarlo(num_samples, sampler=_FixedPoints(points), gradient="none").estimate(q, p),
         closed_form=closed_form,
         grid=_grid_integral(q, p),
         factor=factor,
@@ -110,8 +110,8 @@ def question_curves(num_points: int = 41, num_samples: int = 100, seed: int = 0)
 
 
 @dataclass(frozen=True)
-class _Drawn:
-    """Hand out points that were drawn before, so that two formulas see the same ones."""
+class _FixedPoints:
+    """A sampler that returns the points it was given, so that two formulas use the same samples."""
 
     points: Points
 
@@ -129,7 +129,7 @@ def _grid_integral(q: Normal, p: Normal) -> Tensor:
 
 
 def _slope(terms: Tensor, closed_form: Tensor) -> tuple[float, float]:
-    """Return the least-squares slope on the closed form of the means of `terms` `[S, n]`, and its standard error."""
+    """Return the least-squares slope of the means of `terms` `[S, n]` on the closed form, and its standard error."""
     per_draw = terms @ (closed_form / closed_form.square().sum())
     num_samples = len(per_draw)
     std_error = per_draw.std().item() / math.sqrt(num_samples) if num_samples > 1 else math.nan
@@ -176,7 +176,7 @@ def _print_question(console: Console, curves: QuestionCurves) -> None:
     covered = ((low <= curves.closed_form) & (curves.closed_form <= high)).sum().item()
     console.print(
         "Drawing from q is the weighting by q already: the mean of q·(log q - log p) over samples of q weights twice, "
-        f"and comes to {curves.factor:.3f} ± {curves.factor_std_error:.3f} of the KL, where E[q(x)] = 1/(2√π) = "
+        f"and is {curves.factor:.3f} ± {curves.factor_std_error:.3f} times the KL, where E[q(x)] = 1/(2√π) = "
         f"{EXPECTED_FACTOR:.4f} is expected. The plain mean of (log q - log p) over the same samples is the estimate, "
         f"with 95 % intervals that cover the closed form at {covered} of {len(curves.mu)} μ; the weight q(x) dx "
         "belongs to the points of a grid."
@@ -187,14 +187,13 @@ def question_figure(curves: QuestionCurves) -> Figure:
     """Draw the four curves of the question, in nats over μ, and beside them their gaps to the closed form.
 
     Args:
-        curves: what `question_curves` returned.
+        curves: the result of `question_curves`.
 
     Raises:
         ImportError: if matplotlib is missing.
 
     Example:
-        >>> from torch_klloss.cli.demo import question_figure
-        >>> from torch_klloss.cli.demo import question_curves
+        >>> from torch_klloss.cli.demo import question_curves, question_figure
         >>> figure = question_figure(question_curves())
         >>> [axes.get_ylabel() for axes in figure.axes]
         ['KL(q‖p) in nats', 'gap to the closed form in nats']
@@ -218,7 +217,7 @@ def question_figure(curves: QuestionCurves) -> Figure:
 
 
 def _question_panel(axes: Axes, curves: QuestionCurves, baseline: np.ndarray) -> None:
-    """Draw the curves less the baseline. Those that coincide are told apart: a band, a line, markers on the line."""
+    """Draw the curves less the baseline; a band, a line and markers keep coinciding curves visible."""
     mu = curves.mu.numpy()
     low, high = (end.numpy() - baseline for end in curves.sampled.interval(0.95))
     questioner, sampled, exact, grid = (
