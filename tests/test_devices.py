@@ -1,4 +1,4 @@
-"""Every tensor is created on q's device. The device here is "meta", which holds shapes alone and needs no hardware."""
+"""Devices: every tensor is created on q's device, here "meta", which has no values and needs no hardware."""
 
 import pytest
 import torch
@@ -10,12 +10,12 @@ from torch.utils._pytree import tree_leaves
 from torch_klloss import AutoKL, MonteCarloKL, categorical, diagonal_normal, kl_divergence, standard_normal_like
 from torch_klloss.methods import ClosedForm, Enumeration, FirstOf, MonteCarlo
 
-# torch's own checks ask for values, which there are none of.
+# torch's argument checks need values, which meta tensors lack.
 pytestmark = pytest.mark.usefixtures("unvalidated")
 
 
 class OnMeta(TorchDispatchMode):
-    """Fail where an operation returns a tensor on another device; a scalar there costs no transfer and is let pass."""
+    """Fail where an operation returns a tensor on another device; scalars are allowed, as they cost no transfer."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._sample_dirichlet.default:  # torch has none for meta tensors
@@ -94,7 +94,7 @@ def test_a_tensor_on_another_device_would_be_noticed():
     q, p = (normal(4) for _ in range(2))
 
     class OnTheHost(MonteCarlo):
-        """Samples without asking where q is: the usual slip."""
+        """The usual mistake: samples on the default device instead of q's."""
 
         def estimate(self, q, p, generator=None):
             torch.full((self.num_samples,), 1 / self.num_samples)

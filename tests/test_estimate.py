@@ -1,4 +1,4 @@
-"""What an estimate says about its own error."""
+"""Errors of estimates: intervals, their coverage, and sums."""
 
 import dataclasses
 import math
@@ -21,7 +21,7 @@ def sampled(value, std_error, dof) -> KLEstimate:
 
 @pytest.mark.parametrize("level", [0.5, 0.9, 0.95, 0.99])
 @pytest.mark.parametrize("dof", [1, 2, 7.5, 63, 1e5])
-def test_the_interval_of_a_sample_is_that_of_students_t(dof, level):
+def test_the_interval_of_a_sample_is_students_t_interval(dof, level):
     low, high = sampled(2.0, 0.5, dof).interval(level)
     half_width = 0.5 * scipy.stats.t.ppf(0.5 + level / 2, dof)
     assert low.item() == pytest.approx(2 - half_width, rel=1e-5)
@@ -56,7 +56,7 @@ def test_a_level_outside_0_and_1_is_an_error(level):
 
 @pytest.mark.parametrize("num_samples", [2, 4, 16])
 def test_the_interval_covers_the_truth_as_often_as_it_says(num_samples):
-    # log q - log p is Normal here, so that Student's t is the law of the error. The other claims are wrong:
+    # log q - log p is Normal here, so the error follows Student's t. The other claims are wrong:
     # ±1.96 standard errors cover less, and so does the t interval of one degree of freedom too many.
     n, level = 20_000, 0.95
     estimate = MonteCarlo(num_samples).estimate(Normal(torch.zeros(n), 1.0), Normal(1.0, 1.0))
@@ -73,7 +73,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(num_samples):
     assert coverage(estimate, half_width=1.96) < level - six_sigma
     if num_samples <= 4:
         assert coverage(dataclasses.replace(symmetric, dof=estimate.dof + 1)) < level - six_sigma
-    # Allowing for a skewness that is noise costs 1.2 % of coverage at most, at three draws.
+    # Where the skewness is only noise, allowing for it raises the coverage by 1.2 % at most, at three draws.
     assert coverage(symmetric) <= coverage(estimate) < 0.962 + six_sigma
 
 
@@ -89,7 +89,7 @@ def test_the_interval_covers_92_to_98_percent_where_the_log_ratio_is_skewed(samp
         return ((low < truth) & (high > truth)).double().mean().item()
 
     assert 0.92 < coverage(estimate.skewness) < 0.98
-    # The t interval that knows no skewness covers less, and so does one that leans the wrong way.
+    # The t interval ignores the skewness and covers less; so does an interval shifted the wrong way.
     six_sigma = 6 * (0.08 / n) ** 0.5
     assert coverage(None) < coverage(estimate.skewness) - six_sigma
     assert coverage(-estimate.skewness) < coverage(estimate.skewness) - six_sigma
@@ -97,7 +97,7 @@ def test_the_interval_covers_92_to_98_percent_where_the_log_ratio_is_skewed(samp
 
 @pytest.mark.parametrize("level", [0.5, 0.95, 0.999])
 @pytest.mark.parametrize("skewness", [-0.7, 0.0, 0.25])
-def test_the_interval_reaches_further_where_the_error_is_skewed_to(skewness, level):
+def test_the_interval_reaches_further_on_the_side_of_the_longer_tail(skewness, level):
     low, high = dataclasses.replace(sampled(2.0, 0.5, 7), skewness=torch.tensor(skewness)).interval(level)
     t = scipy.stats.t.ppf(0.5 + level / 2, 7)
     # Where the Edgeworth expansion of the studentised mean, Φ(x) + γ (2 x² + 1) φ(x) / 6, is Φ(±t) to first order.
@@ -113,14 +113,14 @@ def test_the_ends_are_quantiles_of_a_studentised_mean_of_exponentials_up_to_orde
     torch.manual_seed(0)
     draws = torch.distributions.Exponential(torch.ones((), dtype=torch.float64)).sample((n, repetitions))
     studentised = (draws.mean(0) - 1) / draws.std(0) * n**0.5
-    skewness = 2 / n**0.5  # of the mean: that of an exponential is 2
+    skewness = 2 / n**0.5  # of the mean; the skewness of an exponential is 2
 
     def misses(claim: float) -> float:
         error = KLEstimate(torch.zeros(()), False, torch.ones(()), dof=n - 1, skewness=torch.tensor(claim))
         # The truth is above value + end x error as often as the studentised mean is below -end.
         return (studentised < -error.interval(0.95)[1]).double().mean().item()
 
-    # Measured for n = 50 to 400, the error of a one-sided level falls as 0.3 / n; that of the t interval as 0.2 / √n.
+    # Measured for n = 50 to 400, the error of a one-sided level falls as 0.3 / n; the t interval's as 0.2 / √n.
     tolerance = 0.4 / n + 6 * (0.025 / repetitions) ** 0.5
     assert abs(misses(skewness) - 0.025) < tolerance
     assert misses(0.0) > 0.025 + tolerance
@@ -151,7 +151,7 @@ def test_a_sum_adds_error_bounds():
     assert total.error_bound == 1.5
 
 
-def test_a_sum_of_errors_that_are_zero_keeps_every_degree_of_freedom():
+def test_the_degrees_of_freedom_of_errors_that_are_zero_add_up():
     total = sampled([1.0, 1.0], [0.0, 0.0], 3).sum(1)
     assert (total.std_error, total.dof) == (0.0, 6.0)
     assert total.interval() == (2.0, 2.0)
@@ -170,7 +170,7 @@ def test_a_sum_adds_third_cumulants():
     assert sampled([1.0, 2.0], [3.0, 4.0], 9).sum(1).skewness is None
 
 
-def test_a_skewness_that_cannot_be_told_leaves_the_interval_of_students_t():
+def test_an_unknown_skewness_gives_students_t_interval():
     estimate = dataclasses.replace(sampled([1.0, 1.0], [0.0, 0.0], 9), skewness=torch.zeros(2))
     assert estimate.sum(1).skewness == 0.0
     unknown = dataclasses.replace(sampled([1.0, math.nan], [0.5, math.nan], 9), skewness=torch.tensor([0.5, math.nan]))
@@ -193,7 +193,7 @@ def test_a_skewness_that_cannot_be_told_leaves_the_interval_of_students_t():
     ],
     ids=lambda options: "_".join(map(str, options)) or "default",
 )
-def test_every_sampled_estimate_tells_its_skewness(options):
+def test_every_sampled_estimate_has_a_skewness(options):
     q = Normal(torch.zeros(5, requires_grad=True), 1.0)
     estimate = MonteCarlo(16, **options).estimate(q, StudentT(4.0))
     assert estimate.skewness.shape == estimate.value.shape
@@ -207,7 +207,7 @@ def test_every_sampled_estimate_tells_its_skewness(options):
 
 @pytest.mark.parametrize("sampler", [IID(), Antithetic(), Sobol(6)], ids=lambda s: type(s).__name__)
 @pytest.mark.parametrize("chunk_size", [1, 4, 7, 23, 24])
-def test_the_skewness_is_that_of_the_replicates_however_they_are_chunked(sampler, chunk_size):
+def test_the_skewness_of_the_replicates_does_not_depend_on_chunks(sampler, chunk_size):
     q, p = Normal(torch.zeros(4, dtype=torch.float64), 1.0), StudentT(torch.tensor(4.0, dtype=torch.float64))
     torch.manual_seed(0)
     estimate = MonteCarlo(24, sampler=sampler, chunk_size=chunk_size).estimate(q, p)
@@ -223,7 +223,7 @@ def test_an_unknown_error_makes_the_error_of_the_sum_unknown():
     assert sampled([1.0, 1.0], [0.5, math.nan], 3).sum(1).std_error.isnan()
 
 
-def test_elements_of_weight_zero_count_for_nothing_even_where_they_are_nan():
+def test_elements_of_weight_zero_add_nothing_even_if_nan():
     estimate = sampled([1.0, math.nan, math.inf], [0.5, math.nan, math.nan], 9)
     weighted = estimate.combine(torch.tensor([2.0, 0.0, 0.0]), (0,))
     assert (weighted.value, weighted.std_error, weighted.dof) == (2.0, 1.0, 9.0)

@@ -105,7 +105,7 @@ def test_bad_input_is_an_error_that_says_what_came():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_computed_with_in_float32(dtype):
+def test_half_precision_is_computed_in_float32(dtype):
     log_q, log_p = torch.full((4096,), 1.0, dtype=dtype), torch.full((4096,), 0.75, dtype=dtype)
     value = kl_from_log_probs(log_q, log_p)
     assert (value.dtype, value.item()) == (torch.float32, 0.25)

@@ -1,4 +1,4 @@
-"""The losses: a method plus one reduction, in a module that is nothing but its settings."""
+"""The losses: reduction, settings, randomness, estimates, routes, and users' own methods and samplers."""
 
 import copy
 import math
@@ -75,11 +75,11 @@ def test_the_dimensions_after_the_first_batch_dims_are_summed(shape, batch_dims,
 def test_a_mean_never_divides_by_the_latent_size():
     q = normal(16, 8)
     assert AnalyticKL()(q, STANDARD) == 16
-    assert torch.distributions.kl_divergence(q, STANDARD).mean() == 2  # what is often written in its place
+    assert torch.distributions.kl_divergence(q, STANDARD).mean() == 2  # the usual mistake
     assert AnalyticKL()(Independent(q, 1), Independent(STANDARD.expand((16, 8)), 1)) == 16
 
 
-def test_a_pair_with_fewer_batch_dims_has_as_many_as_it_has():
+def test_a_pair_may_have_fewer_dimensions_than_batch_dims():
     assert AutoKL()(Normal(0.0, 1.0), Normal(1.0, 1.0)) == 0.5
     assert AnalyticKL(batch_dims=3)(normal(4), STANDARD) == 2
 
@@ -117,7 +117,7 @@ def test_more_bad_settings_are_errors():
         AutoKL(fallback=MonteCarloKL)
 
 
-def test_torchs_own_complaints_pass_through():
+def test_torchs_own_errors_pass_through():
     with pytest.raises(ValueError, match=r"Expected parameter scale .* to satisfy the constraint GreaterThan"):
         AutoKL()(Normal(torch.zeros(2), torch.tensor([1.0, -1.0])), STANDARD)
     with pytest.raises(ValueError, match=r"Expected parameter loc .* to satisfy the constraint Real\(\)"):
@@ -176,7 +176,7 @@ def test_it_moves_with_its_module():
 # Randomness
 
 
-def test_a_generator_makes_a_loss_reproducible_and_leaves_the_global_stream_alone():
+def test_a_generator_makes_a_loss_reproducible_and_does_not_touch_the_global_stream():
     loss, q = AutoKL(MonteCarlo(4)), normal(6, 3)
     before = torch.get_rng_state()
     values = [loss(q, T, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
@@ -198,7 +198,7 @@ def test_an_exact_route_draws_nothing():
 # Estimates
 
 
-def test_the_estimate_knows_no_mask_and_no_reduction():
+def test_the_estimate_is_neither_masked_nor_reduced():
     estimate = MonteCarloKL(16, reduction="sum").estimate(normal(6, 3), STANDARD)
     assert isinstance(estimate, KLEstimate)
     assert estimate.value.shape == estimate.std_error.shape == (6, 3)
@@ -213,7 +213,7 @@ def test_the_error_of_the_reduced_estimate_is_the_spread_of_reduced_losses(reduc
     values = torch.stack([loss(q, STANDARD, mask=mask, generator=generator) for _ in range(repeats)])
     reduced = [loss.reduce(loss.estimate(q, STANDARD, generator), mask) for _ in range(200)]
     claimed = torch.stack([r.std_error for r in reduced]).square().mean().sqrt()
-    # The log-ratio is Normal: the spread is known to 1/√(2·2000), the claim to 1/√(2·7·200·3) or better.
+    # The log-ratio is Normal: the relative error of the spread is 1/√(2·2000), of the claim 1/√(2·7·200·3) at most.
     assert abs(values.std() / claimed - 1) < 6 * (1 / (2 * repeats) + 1 / (2 * 7 * 200 * 3)) ** 0.5
     truth = 2 * 3 * (1.0 if reduction == "mean" else mask.sum())
     assert abs(values.mean() - truth) < 6 * values.std() / repeats**0.5
@@ -281,7 +281,7 @@ def test_on_fallback_says_what_happens():
     assert AutoKL(on_fallback="error")(q, STANDARD) == 2
 
 
-def test_a_sequence_of_fallbacks_is_asked_in_turn():
+def test_a_sequence_of_fallbacks_is_tried_in_turn():
     class Unsure:
         def estimate(self, q, p, generator=None):
             raise NotCertifiedError("an error of 0.1")
@@ -295,9 +295,9 @@ def test_a_sequence_of_fallbacks_is_asked_in_turn():
         AutoKL(fallback=Unsure())(normal(3), T)
 
 
-def test_a_method_of_ones_own_works_in_a_loss():
+def test_a_users_own_method_works_in_a_loss():
     class Twice:
-        """All that the protocol asks for."""
+        """The smallest method that the protocol allows."""
 
         def estimate(self, q: Distribution, p: Distribution, generator: torch.Generator | None = None) -> KLEstimate:
             return KLEstimate(2 * torch.distributions.kl_divergence(q, p), exact=True, method="twice")
@@ -309,9 +309,9 @@ def test_a_method_of_ones_own_works_in_a_loss():
     assert AutoKL(Twice()).route(Normal(0.0, 1.0), T) == "Twice"
 
 
-def test_a_sampler_of_ones_own_works_in_a_loss():
+def test_a_users_own_sampler_works_in_a_loss():
     class Twin(IID):
-        """Draw every point twice."""
+        """A sampler that returns every point twice."""
 
         def draw(self, q, num_samples, *, differentiable):
             points = super().draw(q, num_samples // 2, differentiable=differentiable)

@@ -1,4 +1,4 @@
-"""An example of weight zero counts for nothing: neither in the value nor in any gradient, whatever it holds."""
+"""Masks: an example of weight zero reaches neither the value nor a gradient, even if it is NaN."""
 
 import math
 
@@ -80,7 +80,7 @@ def logits(first, second) -> torch.Tensor:
     return torch.stack((first.expand(3), second.expand(3)), -1)
 
 
-# Each case: a parameter of three examples, the second of them bad; and q and p from it and from one that they share.
+# Each case: a parameter with three examples, the second one bad, and the q and p built from it and a shared parameter.
 CASES = {
     "nan_mean": (NAN, lambda v, s: (Normal(v, 1.0), Normal(s, 1.0))),
     "inf_mean": (INF, lambda v, s: (Normal(v, 1.0), Normal(s, 1.0))),
@@ -124,7 +124,7 @@ def test_a_bad_example_of_weight_zero_reaches_no_value_and_no_gradient(bad, buil
     assert by_values.isfinite().all()
     assert by_values[1] == 0
     assert by_shared is None or by_shared.isfinite()
-    # And what it held does not matter: another value in its place gives the same.
+    # Any other value in its place gives the same result.
     expected = loss_and_gradients([1.0, 1.0, 2.0], build, loss, mask)
     for actual, exact in zip((total, by_values, by_shared), expected, strict=True):
         assert actual is exact is None or torch.equal(actual, exact)
@@ -132,7 +132,7 @@ def test_a_bad_example_of_weight_zero_reaches_no_value_and_no_gradient(bad, buil
 
 @cases
 @pytest.mark.usefixtures("unvalidated")
-def test_weighting_the_values_by_hand_would_not_do(bad, build):
+def test_multiplying_the_values_by_the_mask_is_not_enough(bad, build):
     def by_hand(q, p, mask, generator):
         return (AutoKL(reduction="none")(q, p, generator=generator) * mask).sum()
 
@@ -144,7 +144,7 @@ def test_weighting_the_values_by_hand_would_not_do(bad, build):
 @pytest.mark.usefixtures("unvalidated")
 @pytest.mark.parametrize("loss_type", [AutoKL, MonteCarloKL])
 @pytest.mark.parametrize("place", [0, 1])
-def test_where_no_example_counts_there_is_no_gradient_either(bad, build, loss_type, place):
+def test_a_mask_of_zeros_gives_no_gradient(bad, build, loss_type, place):
     values = [1.0, 2.0, 2.0]
     values[place] = bad
     total, *grads = loss_and_gradients(values, build, loss_type(reduction="sum"), torch.zeros(3))
@@ -152,7 +152,7 @@ def test_where_no_example_counts_there_is_no_gradient_either(bad, build, loss_ty
     assert all(g is None or (g == 0).all() for g in grads)
 
 
-def test_the_masked_mean_is_the_mean_of_what_is_left():
+def test_the_masked_mean_is_the_mean_over_the_unmasked_examples():
     loc, mask = torch.randn(6, 3), torch.tensor([True, False, True, True, False, False])
     q, p = Normal(loc, torch.rand(6, 3) + 0.5), Normal(0.3, 2.0)
     left = kl_divergence(Normal(q.loc[mask], q.scale[mask]), p).sum(-1).mean()
@@ -160,7 +160,7 @@ def test_the_masked_mean_is_the_mean_of_what_is_left():
 
 
 def test_parameters_that_all_examples_share_survive_a_mask():
-    # Three examples in three dimensions, with one covariance: nothing of it belongs to an example.
+    # Three examples in three dimensions share one covariance.
     factor = torch.tensor([[1.0, 0.0, 0.0], [0.5, 2.0, 0.0], [-1.0, 0.3, 0.5]])
     loc, p = torch.randn(3, 3), MultivariateNormal(torch.zeros(3), torch.eye(3))
     for options in ({"scale_tril": factor}, {"covariance_matrix": factor @ factor.T}):

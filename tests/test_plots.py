@@ -1,4 +1,4 @@
-"""The figures: what they show, read back from the axes, and what they refuse."""
+"""Figures: their contents, read back from the axes, and their errors."""
 
 import io
 import math
@@ -103,7 +103,7 @@ def test_a_single_step_is_drawn_as_a_point():
     assert line.get_marker() == "o"
 
 
-def test_the_gap_refuses_series_that_do_not_belong_together():
+def test_the_gap_refuses_series_of_different_lengths():
     with pytest.raises(ValueError, match=r"same length, at least 1, got \[3, 3, 2, 3\]"):
         gap_figure(STEPS, VALUE, REFERENCE[:2], STD_ERROR)
     with pytest.raises(ValueError, match=r"same length, at least 1, got \[0, 0, 0, 0\]"):
@@ -128,7 +128,7 @@ def test_the_units_are_a_heat_map_with_the_largest_on_top():
     png_size(figure)
 
 
-def test_a_latent_of_which_nothing_is_left_stays_dark():
+def test_a_collapsed_latent_stays_dark():
     (mesh,) = collapse_figure([0, 1], [[0.001], [0.002]]).axes[0].collections
     assert mesh.get_clim() == (0, 0.1)
 
@@ -139,7 +139,7 @@ def test_a_single_step_without_counts_and_many_units_are_drawn():
     png_size(top.figure)
 
 
-def test_units_that_do_not_belong_together_are_refused():
+def test_units_of_different_lengths_are_refused():
     with pytest.raises(ValueError, match=r"same length, at least 1, .* got \[2, 1\] and \[1\] units"):
         collapse_figure([0, 1], [[1.0]])
     with pytest.raises(ValueError, match=r"got \[2, 2\] and \[1, 2\] units"):
@@ -148,7 +148,7 @@ def test_units_that_do_not_belong_together_are_refused():
         collapse_figure([], [])
 
 
-def test_the_weight_is_drawn_above_what_it_does():
+def test_the_weight_is_drawn_above_the_kl_and_the_reconstruction():
     figure = annealing_figure(STEPS, [0.0, 0.5, 1.0], [3.0, 2.0, 1.0], [30.0, 31.0, 32.0])
     top, bottom = figure.axes
     assert [line.get_ydata().tolist() for line in top.get_lines()] == [[0.0, 0.5, 1.0]]

@@ -1,4 +1,4 @@
-"""What a loss may run under: half precision, autocast, torch.func."""
+"""Losses under half precision, autocast and torch.func."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ T = StudentT(4.0)
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("p", [STANDARD, T], ids=["exact", "sampled"])
-def test_half_precision_is_computed_with_in_float32(dtype, p):
+def test_half_precision_is_computed_in_float32(dtype, p):
     loc = torch.full((64, 3), 2.0, dtype=dtype, requires_grad=True)
     q = Normal(loc, torch.ones((), dtype=dtype))
     value = AutoKL()(q, p)
@@ -27,7 +27,7 @@ def test_half_precision_is_computed_with_in_float32(dtype, p):
         .estimate(q, p, torch.Generator().manual_seed(0))
         .value.equal(AutoKL().estimate(wide, p, torch.Generator().manual_seed(0)).value)
     )
-    assert q.loc.dtype == dtype  # the user's own distribution stays as it is
+    assert q.loc.dtype == dtype  # the user's distribution is unchanged
 
 
 def test_double_precision_stays():
@@ -103,7 +103,9 @@ def test_gradients_can_be_differentiated_again():
     assert torch.autograd.gradgradcheck(kl, (mean, logvar))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch.func.jvp uses it
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
+)  # torch.func.jvp uses torch.jit.script
 @pytest.mark.parametrize(
     "build",
     [
@@ -114,7 +116,7 @@ def test_gradients_can_be_differentiated_again():
     ids=["vae", "normal", "independent"],
 )
 def test_forward_mode_takes_the_exact_route_too(build):
-    # Torch says NotImplementedError where a Function lacks a forward derivative; that is no reason to sample.
+    # A Function without a forward derivative raises NotImplementedError; AutoKL must not sample because of it.
     def kl(mean: torch.Tensor) -> torch.Tensor:
         return AutoKL()(*build(mean))
 

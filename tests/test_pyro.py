@@ -1,4 +1,4 @@
-"""Pyro's distributions keep their closed forms. In processes of its own: importing Pyro changes torch's registry."""
+"""Closed forms of Pyro's distributions. Each runs in a new process, because importing Pyro changes torch's registry."""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""The one reduction, against a loop in plain Python."""
+"""Reduction, against a loop in plain Python."""
 
 import itertools
 import math
@@ -85,12 +85,12 @@ def test_a_zero_sum_of_weights_is_an_error_only_for_the_mean():
         reduce(torch.ones(3), "mean", 1, mask)
 
 
-def test_an_element_of_weight_zero_counts_for_nothing():
+def test_an_element_of_weight_zero_adds_nothing():
     value = torch.tensor([math.nan, 2.0, math.inf], requires_grad=True)
     reduced = reduce(value, "mean", 1, torch.tensor([False, True, False]))
     assert reduced == 2.0
     assert torch.autograd.grad(reduced, value)[0].tolist() == [0.0, 1.0, 0.0]
-    # Multiplying by the mask, which many do, would not be that.
+    # Multiplying by the mask, as many do, leaves NaN.
     assert (value * torch.tensor([0.0, 1.0, 0.0])).sum().isnan()
 
 
@@ -111,7 +111,7 @@ def test_a_mask_of_a_shape_that_does_not_fit_is_an_error():
 
 
 @pytest.mark.parametrize("mask", [[True, False], True, "all", 1.0], ids=str)
-def test_a_mask_that_is_no_tensor_is_a_type_error(mask):
+def test_a_mask_that_is_not_a_tensor_is_a_type_error(mask):
     with pytest.raises(TypeError, match=f"mask must be a tensor, bool or of weights, got {type(mask).__name__}"):
         expand_mask(mask, torch.Size([2]))
 
@@ -123,6 +123,6 @@ def test_an_unknown_reduction_is_an_error(reduction):
 
 
 @pytest.mark.parametrize("batch_dims", [-1, 1.0, True, None, "1"])
-def test_a_number_of_batch_dims_that_is_none_is_an_error(batch_dims):
+def test_an_invalid_number_of_batch_dims_is_an_error(batch_dims):
     with pytest.raises(ValueError, match=f"batch_dims must be an integer of at least 0, got {batch_dims!r}"):
         check_reduction("mean", batch_dims)

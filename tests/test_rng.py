@@ -1,4 +1,4 @@
-"""Randomness that leaves the caller's stream where it was."""
+"""Random streams: private seeds, replay, and the caller's stream unchanged."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch_klloss.rng import draw_seed, private_rng
 CPU = torch.device("cpu")
 
 
-def test_a_private_stream_is_reproducible_and_gives_the_callers_back():
+def test_a_private_stream_is_reproducible_and_the_callers_is_restored():
     before = torch.get_rng_state()
     with private_rng(7, CPU):
         first = torch.randn(4)
@@ -22,14 +22,14 @@ def test_a_private_stream_is_reproducible_and_gives_the_callers_back():
     assert not torch.equal(first, other)
 
 
-def test_the_stream_is_given_back_where_the_block_raises():
+def test_the_stream_is_restored_where_the_block_raises():
     before = torch.get_rng_state()
     with pytest.raises(ZeroDivisionError), private_rng(7, CPU):
         torch.rand(1 // 0)
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_a_device_without_a_generator_is_no_obstacle():
+def test_a_device_without_a_generator_works():
     with private_rng(7, torch.device("meta")):
         assert torch.randn(2, device="meta").is_meta
 

@@ -1,4 +1,4 @@
-"""Schedules: from a step to a weight, exact at both ends, and values in every other respect."""
+"""Schedules: exact at both ends, compared by value, and refused if their settings are wrong."""
 
 import copy
 import dataclasses
@@ -83,7 +83,7 @@ def test_schedules_are_frozen_values_that_pickle_and_print_as_they_are_built(sch
 
 
 @every_schedule
-def test_a_curve_shows_the_whole_way_and_where_it_ends(schedule):
+def test_a_curve_reaches_beyond_the_warm_up(schedule):
     steps, weights = schedule.curve(12)
     assert len(steps) == len(weights) == 12
     assert steps[0] == 0
@@ -104,7 +104,7 @@ def test_the_figure_shows_every_weight_and_where_the_warm_up_ends(schedule):
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [repr(schedule)]
 
 
-def test_several_schedules_are_drawn_over_the_same_steps_and_told_apart():
+def test_several_schedules_are_drawn_over_the_same_steps_and_labelled():
     many = [Linear(steps=10 * k) for k in range(1, 8)]
     (axes,) = schedule_figure(many).axes
     lines = [line for line in axes.get_lines() if len(line.get_xdata()) > 1]
@@ -115,14 +115,14 @@ def test_several_schedules_are_drawn_over_the_same_steps_and_told_apart():
     assert named.axes[0].get_xlim() == (0, 1)
 
 
-def test_what_cannot_be_drawn_is_an_error():
+def test_a_figure_without_steps_or_schedules_is_an_error():
     with pytest.raises(ValueError, match="at least one schedule, got none"):
         schedule_figure([])
     with pytest.raises(ValueError, match="num_steps must be above 0, got 0"):
         Linear(steps=10).figure(num_steps=0)
 
 
-def test_a_schedule_of_ones_own_is_a_schedule():
+def test_a_users_own_schedule_is_a_schedule():
     with pytest.raises(TypeError, match="abstract"):
         Schedule()
 

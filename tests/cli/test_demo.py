@@ -1,4 +1,4 @@
-"""The question's curves: three agree, and the fourth is too small by the factor that theory gives."""
+"""The question's curves: three agree, and the fourth is too small by a known factor."""
 
 import math
 
@@ -75,7 +75,7 @@ def test_the_plain_mean_agrees_with_the_closed_form_and_the_questioners_does_not
 
 def test_both_sampled_curves_see_the_same_samples():
     curves, others = (question_curves(num_points=10, num_samples=1, seed=seed) for seed in (0, 1))
-    # One sample x has log q - log p = μx - μ²/2, which tells x.
+    # One sample x has log q - log p = μx - μ²/2, which determines x.
     x = curves.sampled.value / curves.mu + curves.mu / 2
     weight = torch.distributions.Normal(curves.mu, 1.0).log_prob(x).exp()
     # Log-densities below 50 in size, divided by |μ| ≥ ½ and times |x - μ| < 5, and values below 8.
@@ -90,7 +90,7 @@ def test_a_single_sample_has_no_standard_error():
     assert curves.sampled.std_error.isnan().all()
 
 
-def test_the_seed_decides_and_the_global_stream_stays_where_it_was():
+def test_the_seed_determines_the_samples_and_the_global_stream_does_not_change():
     state = torch.get_rng_state()
     first, again, other = (question_curves(seed=seed) for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), state)
@@ -99,7 +99,7 @@ def test_the_seed_decides_and_the_global_stream_stays_where_it_was():
     assert not torch.equal(first.questioner, other.questioner)
 
 
-def test_counts_that_leave_nothing_are_refused():
+def test_too_few_points_or_samples_are_refused():
     with pytest.raises(ValueError, match="num_points must be at least 2, got 1"):
         question_curves(num_points=1)
     with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):

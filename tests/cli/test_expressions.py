@@ -1,4 +1,4 @@
-"""Expressions: every distribution of torch can be written, and nothing but distributions."""
+"""Expressions: every distribution of torch can be written, and nothing else."""
 
 import math
 

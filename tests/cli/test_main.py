@@ -1,4 +1,4 @@
-"""The command line: what its commands print and write, and one line for what the user can put right."""
+"""The command line: the output of its commands, and one line for each of the user's mistakes."""
 
 import json
 import math
@@ -142,7 +142,7 @@ def test_the_seed_decides_the_samples(capsys):
 
 
 @pytest.mark.usefixtures("_untimed")
-def test_the_table_says_what_the_json_says(capsys):
+def test_the_table_and_the_json_agree(capsys):
     assert main(["compare", "Normal([pi, 1], 0.5)", "Normal(0, 1)", "--num-samples", "64", "--seed", "3"]) == 0
     printed = capsys.readouterr().out
     assert "\x1b" not in printed
@@ -157,7 +157,7 @@ def test_the_table_says_what_the_json_says(capsys):
         assert re.search(rf"^ *{' +'.join(words)} +{re.escape(numbers)} ", printed, re.MULTILINE)
 
 
-def test_compare_times_its_calls_and_leaves_the_global_stream_alone():
+def test_compare_times_its_calls_and_does_not_touch_the_global_stream():
     state = torch.get_rng_state()
     q, p = torch.distributions.Normal(torch.ones(3), 1.0), torch.distributions.Normal(0.0, 1.0)
     rows = compare_methods(q, p, num_samples=10)
