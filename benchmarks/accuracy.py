@@ -1,12 +1,12 @@
-"""How many digits does a KL have: torch's and this library's?
+"""How many digits of a KL are right, torch's and this library's?
 
-Every pair of `tests/references` is drawn in its regimes, in float32 and in float64, and compared at the very
-parameters, as rounded, with mpmath at 60 digits: the value in units in the last place (ULP), the gradient in units of
-its largest entry. "moderate" and "wide" draw q and p apart from one another, "near" a relative 1e-2 to 1e-8 apart,
-which is where training ends up. A target that is missed gives exit status 1.
+Every pair of `tests/references` is drawn in its regimes, in float32 and in float64, and compared with mpmath at 60
+digits, at the rounded parameters: the value in units in the last place (ULP), the gradient in units of its largest
+entry. "moderate" and "wide" draw q and p independently, "near" a relative 1e-2 to 1e-8 apart, which is where training
+ends. A target that is missed gives exit status 1.
 
-`--search SECONDS` climbs the error from random starts instead, and keeps the worst inputs in `worst_cases.json`, which
-the tests check again. `--write-docs` puts the tables into docs/accuracy.md and draws its figure.
+`--search SECONDS` instead maximises the error from random starts, and keeps the worst inputs in `worst_cases.json`,
+which the tests check again. `--write-docs` puts the tables into docs/accuracy.md and draws its figure.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ WORST_COLUMNS = {
 
 
 def remembering(reference: Reference) -> Reference:
-    """Return the reference with a memory, so that what both sides are compared with is computed once."""
+    """Return the reference with a cache, so that it is computed once for torch and this library."""
     known: dict[Any, Any] = {}
 
     def remember(f: Callable[[Exact, Exact], Any]) -> Callable[[Exact, Exact], Any]:
@@ -84,7 +84,7 @@ def remembering(reference: Reference) -> Reference:
 
 
 def by_torch(q: Distribution, p: Distribution) -> Tensor:
-    """Return torch's KL; a constant infinity takes part in a graph, as a value that has no gradient."""
+    """Return torch's KL; a constant infinity is connected to the graph, with zero gradient."""
     kl = torch_kl(q, p)
     return kl if kl.requires_grad else kl.clone().requires_grad_()
 
@@ -92,7 +92,7 @@ def by_torch(q: Distribution, p: Distribution) -> Tensor:
 def without_upper_triangle(reference: Reference) -> Reference:
     """Return the pair with its triangular factors cut to their triangle.
 
-    torch's formula has a slope along the zeros above it. They are no parameters, and it is not blamed for that.
+    torch's formula has a gradient to the zeros above the triangle. These are no parameters, and do not count as errors.
     """
     if not (issubclass(reference.type_q, MATRIX) and issubclass(reference.type_p, MATRIX)):
         return reference
@@ -155,25 +155,25 @@ def _side(name: str, accuracy: Accuracy | None) -> Row:
 
 
 def shown(row: Row) -> Row:
-    """Return the row as the table shows it: what was measured of torch and of this library in one cell."""
+    """Return the row for the table, with torch's and this library's number in one cell."""
     cells = {key: both(row, key) for key in QUANTITIES}
     return {**{key: row[key] for key in ("pair", "regime", "target")}, **cells, "met": YES[row["met"]]}
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
-    """Return the largest relative distance of two parameters' entries, where the larger of the two counts as 1."""
+    """Return the largest relative distance between entries of two parameters, in units of the larger entry."""
     a, b = a.detach().double(), b.detach().double()
     size = torch.maximum(a.abs(), b.abs())
     return torch.where(size > 0, (a - b).abs() / size, 0.0).max().item()
 
 
 def is_compared(row: Row) -> bool:
-    """Return whether a row counts where the two are compared: a same-family pair of both, with all its digits."""
+    """Return whether a row counts in the comparison: a same-family pair that both have, with all its digits."""
     return row["same_family"] and row["as_given"] and row["torch_ulp"] is not None
 
 
 def summary(rows: Sequence[Row]) -> list[str]:
-    """Return in words, for either dtype, what became of the draws near q = p, over the pairs that torch has too."""
+    """Return the results of the draws near q = p in words, for either dtype, over the pairs that torch has."""
     lines = []
     for dtype in DTYPES:
         near = [r for r in rows if is_compared(r) and r["regime"] == "near" and r["dtype"] == dtype]
@@ -208,7 +208,7 @@ def _worst_row(case: WorstCase) -> Row:
 
 
 def main() -> int:
-    """Measure or search, print, and write what was asked for; return the exit status."""
+    """Measure or search, print and write the results, and return the exit status."""
     parser = argument_parser(__doc__)
     parser.add_argument("--draws", type=int, default=100, metavar="N", help="draws of each pair, regime and dtype")
     parser.add_argument("--pairs", default="", metavar="TEXT", help="only the pairs whose name contains TEXT")

@@ -1,17 +1,17 @@
 """What do the callbacks cost a training step of the digits VAE?
 
-One training; every 50 steps another callback is switched on, or none, in random order, and each of them logs once in
-its 50 steps to a CSV file. Two answers:
+In one training run, another callback (or none) is switched on every 50 steps, in random order; each logs to a CSV file
+once in its 50 steps. Two answers:
 
-- "inside": the time spent in the callback's own code and hooks, as a share of the steps without any callback; both
-  are medians over the rounds.
-- "blocks": how much longer its blocks of 50 steps are than the ones without, as the median over the rounds, with
-  quartiles. It also sees what the callback costs elsewhere, and is noisier.
+- "inside": the time spent in the callback's own code and hooks, as a share of the steps without any callback; both are
+  medians over the rounds.
+- "blocks": how much longer its blocks of 50 steps are than blocks without a callback, as the median over the rounds,
+  with quartiles. It includes what the callback costs outside of its own code, and is noisier.
 
-Both are measured in processor time, which other programs do not stretch as they do the time on the wall.
+Both are measured in processor time, which other programs affect less than wall time.
 
-Before anything is timed: the weights come out bit for bit as without the callbacks, the gap is within its error, and
-the KL of the units adds up to the KL that training used. Otherwise exit status 1. One thread.
+Checked before timing: the weights are bit for bit the same as without callbacks, the gap is within its error, and the
+KL of the units adds up to the KL that training used; otherwise exit status 1. One thread.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ COLUMNS = {
 
 
 def callbacks() -> dict[str, Any]:
-    """Return the callbacks in question, without their figures: those are drawn after training."""
+    """Return the callbacks, without their figures, which are drawn after training."""
     return {
         "EstimatorGap": EstimatorGap(every_n_steps=BLOCK, figure=False),
         "PosteriorCollapse": PosteriorCollapse(every_n_steps=BLOCK, patience=10**6, figure=False),
@@ -65,7 +65,7 @@ def callbacks() -> dict[str, Any]:
 
 
 class Switch(pl.Callback):
-    """Passes the hooks on to one callback, or to none, for a block of steps each, and keeps the times."""
+    """Passes the hooks on to one callback (or none) for a block of steps each, and records the times."""
 
     def __init__(self, callbacks: dict[str, Any]) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class Switch(pl.Callback):
 
 
 def train(steps: int, callbacks: list[Any], folder: str | None) -> VAE:
-    """Train the digits VAE for so many steps, and return it."""
+    """Train the digits VAE for `steps` steps, and return it."""
     pl.seed_everything(0, verbose=False)
     images = TensorDataset(load_images("bernoulli")[0])
     model = VAE()
@@ -141,7 +141,7 @@ def train(steps: int, callbacks: list[Any], folder: str | None) -> VAE:
 
 
 def disagreements() -> list[str]:
-    """Return what the callbacks log wrongly, and whether they change the training."""
+    """Return the disagreements: wrong logged values, or weights that the callbacks changed."""
     named = callbacks()
     watchers = [named[name] for name in ("EstimatorGap", "PosteriorCollapse", "KLRoute")]
     plain, watched = train(2 * BLOCK + 1, [], None), train(2 * BLOCK + 1, watchers, None)
@@ -159,7 +159,7 @@ def disagreements() -> list[str]:
 
 
 def measure(rounds: int) -> list[Row]:
-    """Return one row for every callback, and one for the training without."""
+    """Return one row for every callback, and one for training without a callback."""
     switch = Switch(callbacks())
     warm_up = 2  # rounds: the CSV file gets its columns, the allocator its memory
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""How fast are the closed forms, forward and backward, beside what one would use instead?
+"""How fast are the closed forms, forward and backward, compared with the alternatives?
 
 - "VAE": from (mean, logvar) to a scalar and back, beside `kl_divergence(q, p).sum(-1).mean()` of torch and the formula
   written by hand.
@@ -8,10 +8,10 @@
 - Every same-family pair of `tests/references` that torch has too, elementwise, q and p built beforehand.
 - "AutoKL": what a loss adds to a KL that costs next to nothing.
 
-`--compile` compares what `torch.compile` makes of ours and of the peer; that takes some 15 seconds a pair.
-Values and gradients are checked before anything is timed, and a disagreement gives exit status 1; a target that is
-missed does not. Times are processor time, so that what others do on the machine counts less: medians over rounds in
-which the peers take turns. A ratio is the median of the ratios within a round. Everything runs on one thread.
+`--compile` compares ours and the peer under `torch.compile`, which takes about 15 seconds a pair. Values and gradients
+are checked before anything is timed, and a disagreement gives exit status 1; a target that is missed does not. Times
+are processor time, which other programs affect less: medians over rounds in which the peers take turns. A ratio is the
+median of the ratios within a round. Everything runs on one thread.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ MEMORY_COLUMNS = {
 
 
 def eager_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Case]]]:
-    """Yield the name of every case in eager mode and what makes it: one case is in memory at a time."""
+    """Yield the name and the builder of every case in eager mode, so that one case is in memory at a time."""
     for size in [(128, 32)] if quick else VAE_TARGETS:
         yield "VAE", partial(vae, size, VAE_TARGETS[size])
     for side in ("p", "q", "both"):
@@ -91,7 +91,7 @@ def eager_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Case]]]:
 
 
 def compiled_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Case]]]:
-    """Yield the same for what the compiler is asked for."""
+    """Yield the same for the compiled cases."""
     for size in [(128, 32)] if quick else VAE_TARGETS:
         yield "VAE", lambda size=size: compiled(vae(size, COMPILED_VAE_TARGET))
     for reference in [] if quick else filter(is_elementwise, references()):
@@ -113,7 +113,7 @@ def processor_seconds(functions: dict[str, Callable[[], object]], rounds: int, c
 
 
 def timed(case: Case, seconds: float) -> list[Row]:
-    """Return one row for each peer; it takes about so many seconds, and three rounds at least."""
+    """Return one row for each peer, from at least three rounds and about the given number of seconds."""
     steps = {name: partial(case.step, name) for name in case.losses}
     warm = {name: median(times) for name, times in processor_seconds(steps, 2, 1).items()}
     calls = max(1, round(0.002 / warm[OURS]))
@@ -141,7 +141,7 @@ def timed(case: Case, seconds: float) -> list[Row]:
 
 def memory(quick: bool) -> list[Row]:
     """Return the peak memory of the Categorical's peers."""
-    size = (1024, 16384) if quick else (2048, 32768)  # above 32 MB malloc maps and unmaps every tensor by itself
+    size = (1024, 16384) if quick else (2048, 32768)  # malloc maps every tensor above 32 MB separately
     measured = (
         [("both", OURS)]
         if quick
@@ -165,7 +165,7 @@ def _verdict(measured: float, goal: float | None) -> str:
 def main() -> int:
     """Check, time, print; return the exit status."""
     parser = argument_parser(__doc__)
-    parser.add_argument("--compile", action="store_true", help="time what torch.compile makes of it instead")
+    parser.add_argument("--compile", action="store_true", help="time the compiled functions instead")
     parser.add_argument("--cases", default="", metavar="TEXT", help="only the cases whose name contains TEXT")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -173,7 +173,7 @@ def main() -> int:
     rows: list[Row] = []
     disagreements: list[str] = []
     if arguments.compile:
-        Distribution.set_default_validate_args(False)  # a validated constructor does not make a single graph
+        Distribution.set_default_validate_args(False)  # a constructor that validates breaks the graph
     for name, make in (compiled_cases if arguments.compile else eager_cases)(arguments.quick):
         if arguments.cases in name:
             case = make()

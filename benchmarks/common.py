@@ -1,4 +1,4 @@
-"""What the benchmarks share: arguments, interleaved timing, a table, and JSON that says where it was measured."""
+"""Shared code of the benchmarks: arguments, interleaved timing, tables, and JSON with the environment."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 
 def argument_parser(doc: str | None) -> argparse.ArgumentParser:
-    """Return a parser that knows the options of every benchmark, described by the docstring of the script."""
+    """Return a parser with the options of every benchmark, described by the docstring of the script."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows to FILE")
     parser.add_argument("--quick", action="store_true", help="a few seconds: checks everything, measures roughly")
@@ -31,7 +31,7 @@ def argument_parser(doc: str | None) -> argparse.ArgumentParser:
 
 
 def environment() -> dict[str, Any]:
-    """Return what a number depends on besides the code: versions, threads, processor."""
+    """Return the versions, threads and processor that the results depend on."""
     return {
         "torch_klloss": torch_klloss.__version__,
         "torch": torch.__version__,
@@ -52,12 +52,12 @@ def _cpu_name() -> str:
 
 
 def interleaved(functions: Mapping[str, Callable[[], object]], rounds: int, calls: int = 1) -> dict[str, list[float]]:
-    """Time the functions in turn, one block each a round, so that a drift of the machine hits all alike.
+    """Time the functions in turn, one block each a round, so that a drift of the machine affects all alike.
 
     Args:
-        functions: what to time, by name.
-        rounds: how many blocks each function gets. The order changes from round to round, so that none always
-            runs on the caches that the same other one left.
+        functions: the functions to time, by name.
+        rounds: how many blocks each function gets. The order changes from round to round, so that no function always
+            runs after the same other one.
         calls: how many calls make a block.
 
     Returns:
@@ -95,7 +95,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def ratios(seconds: Sequence[float], peer: Sequence[float]) -> list[float]:
-    """Return the ratio within every round: what slowed one round down slowed both of its terms."""
+    """Return the ratio within every round, in which a slow phase of the machine affects both terms."""
     return [ours / theirs for ours, theirs in zip(seconds, peer, strict=True)]
 
 
@@ -103,7 +103,7 @@ def show(title: str, rows: Sequence[Row], columns: Mapping[str, str]) -> None:
     """Print the rows as a table.
 
     Args:
-        title: what stands above it.
+        title: the title of the table.
         rows: the cells by key; None is left blank.
         columns: for every key shown, "heading|format", the format being that of `format`.
     """
@@ -119,7 +119,7 @@ def show(title: str, rows: Sequence[Row], columns: Mapping[str, str]) -> None:
 
 
 def finish(path: Path | None, rows: Sequence[Row], disagreements: Sequence[str]) -> int:
-    """Write the rows, name the environment and what disagreed, and return the exit status."""
+    """Write the rows, print the environment and the disagreements, and return the exit status."""
     if path is not None:
         path.write_text(json.dumps({"environment": environment(), "rows": list(rows)}, indent=1) + "\n")
     print(", ".join(f"{key} {value}" for key, value in environment().items()))

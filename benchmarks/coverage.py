@@ -1,17 +1,17 @@
-"""Which share of all ordered pairs of torch's distributions gets the right KL?
+"""For how many of all ordered pairs of torch's distributions is the KL right?
 
 The examples of `torch_klloss.cli.example_pairs` (every concrete class of `torch.distributions`, some with several
-contents and event shapes) meet in all ordered pairs that share an event shape, with batch shapes that broadcast.
+contents and event shapes) are paired in every order if they share an event shape, with batch shapes that broadcast.
 Right is
 
-- a finite KL within 1e-6 relative or, where it was sampled, within 5 of its own standard errors, which must be at
-  most 5 % of the value or 0.02 nats;
+- a finite KL within 1e-6 relative or, where it was sampled, within 5 of its own standard errors, which must be at most
+  5 % of the value or 0.02 nats;
 - `inf` where p lacks q's support or a moment diverges;
-- a ValueError that says why for a discrete and a continuous distribution.
+- a ValueError that gives the reason, if one distribution is discrete and the other continuous.
 
-The truth is in `coverage_truth.json`; `--write-truth` computes it again, by sums and integrals that know nothing of
-this library. Peers are torch's and, where it is installed, Pyro's `kl_divergence`. What is left of ours is listed with
-its reason, and gives exit status 1.
+The truth is in `coverage_truth.json`; `--write-truth` computes it again, by sums and integrals that do not use this
+library. Peers are torch's and, if it is installed, Pyro's `kl_divergence`. Pairs that this library gets wrong are
+listed with the reason, and give exit status 1.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PEERS = ("torch", "Pyro", "ours")
 KINDS = ("finite", "infinite", "undefined")
 COLUMNS = {"kind": "truth", "pairs": "pairs", "torch": "torch", "Pyro": "Pyro", "ours": "ours"}
 LEFT = {"q": "q", "p": "p", "kind": "truth", "truth": "nats|.6g", "ours_method": "by", "ours_reason": "what came"}
-Answer = tuple[str, str, KLEstimate | None]  # right, refused or wrong; why; what was estimated
+Answer = tuple[str, str, KLEstimate | None]  # right, refused or wrong; the reason; the estimate
 
 
 def by_ours(q: Distribution, p: Distribution) -> KLEstimate:
@@ -52,19 +52,19 @@ def by_ours(q: Distribution, p: Distribution) -> KLEstimate:
 
 
 def by_torch(q: Distribution, p: Distribution) -> KLEstimate:
-    """Return torch's KL, with the rules that are registered by now: Pyro's too, once it is imported."""
+    """Return torch's KL, with all rules registered so far: Pyro's too, once it is imported."""
     return KLEstimate(torch_kl(q, p), exact=True, method="torch")
 
 
 def judged(kl: Callable[[Distribution, Distribution], KLEstimate], q: Example, p: Example, truth: Truth) -> Answer:
-    """Return what became of a pair, and why it is not right."""
+    """Return the outcome of a pair, and the reason if it is not right."""
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             estimate = kl(q.q.expand(BATCH_OF_Q), p.p.expand(BATCH_OF_P))
     except NotImplementedError as error:
         return REFUSED, _one_line(error), None
-    except Exception as error:  # whatever a library raises is its answer
+    except Exception as error:  # any exception is the library's answer
         says_why = isinstance(error, ValueError) and "discrete" in str(error)
         is_right = truth.kind == "undefined" and says_why
         return (RIGHT, "", None) if is_right else (WRONG, f"{type(error).__name__}: {_one_line(error)}", None)
@@ -77,7 +77,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _complaint(estimate: KLEstimate, truth: Truth) -> str:
-    """Return what is wrong with an estimate; nothing where it is right."""
+    """Return what is wrong with an estimate, empty if it is right."""
     value = estimate.value
     if truth.kind == "undefined":
         return f"a number, {value.flatten()[0].item():.4g}"
@@ -166,7 +166,7 @@ def main() -> int:
     progress = {"console": Console(stderr=True), "disable": not sys.stderr.isatty()}
     rows = [row_of(q, p, truths[q.name, p.name]) for q, p in track(pairs, "ours and torch's", **progress)]
     if find_spec("pyro") is not None:
-        import pyro.distributions  # noqa: F401  registers rules of its own
+        import pyro.distributions  # noqa: F401  registers Pyro's rules
 
         for row, (q, p) in zip(rows, track(pairs, "Pyro's", **progress), strict=True):
             row["Pyro"], row["Pyro_reason"], _ = judged(by_torch, q, p, truths[q.name, p.name])

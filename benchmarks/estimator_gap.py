@@ -1,16 +1,15 @@
-"""How far is each estimator of KL(q‖p), and of its gradient, from the truth, for what it costs?
+"""How large is the error of each estimator of KL(q‖p) and of its gradient, at a given cost?
 
 Five pairs, S = 1 … 4096 draws from q, ℓ = log q(x) - log p(x), r = p(x)/q(x):
 
-- values: the library's `MonteCarlo` (the mean of ℓ, "k1"), and written by hand beside it k2 = ℓ²/2, k3 = r - 1 + ℓ,
-  the entropy form -H(q) - mean log p, and the classic mistake: ℓ weighted by q(x) although the draws already are.
+- values: the library's `MonteCarlo` (the mean of ℓ, "k1"), and hand-written k2 = ℓ²/2, k3 = r - 1 + ℓ, the entropy form
+  -H(q) - mean log p, and the classic mistake: ℓ weighted by q(x) although the draws come from q.
 - gradients by q's parameters: `MonteCarlo(gradient=…)` with "pathwise", "sticking_the_landing", "score_function".
 
-The reference is a float64 quadrature, which has to agree with the closed form where there is one. Before anything
-is timed, every unbiased estimator has to agree with the reference, and the mistakes have to be told from it; exit
-status 1 otherwise. Then 64 estimates at a time are drawn as one batch, the estimators taking turns: the root mean
-square error is over all of them, the time is the median of a batch. Evaluations count those of log q and of log p.
-One thread.
+The reference is a float64 quadrature, which has to agree with the closed form where one exists. Before timing, every
+unbiased estimator has to agree with the reference, and the mistakes have to differ from it; exit status 1 otherwise.
+Then 64 estimates at a time are drawn as one batch, the estimators taking turns: the root mean square error is over all
+of them, the time is the median of a batch. Evaluations of log q and of log p both count. One thread.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ SHOWN_SIZES = (64, 4096)
 
 @dataclass(frozen=True)
 class Pair:
-    """Hold a pair of distributions by what they are built from."""
+    """A pair of distributions, with the parameters that it is built from."""
 
     name: str
     story: str
@@ -59,7 +58,7 @@ class Pair:
     def quadrature(self, num_panels: int) -> Tensor:
         """Return KL and gradient in float64, `[1 + parameters]`, by Simpson's rule over ±30 standard deviations of q.
 
-        The mean of q is a node between two panels, so that the kink of a Laplace density does no harm.
+        The mean of q is a node between two panels, so that the kink of a Laplace density adds no error.
         """
         leaves = [t.clone().requires_grad_() for t in self.q_parameters]
         q, p = self.q_family(*leaves), self.p_family(*self.p_parameters)
@@ -77,7 +76,7 @@ class Pair:
 
 
 def pairs() -> list[Pair]:
-    """Return five pairs that tell five stories."""
+    """Return the five pairs."""
 
     def t(*values: float) -> tuple[Tensor, ...]:
         return tuple(torch.tensor(v, dtype=torch.float64) for v in values)
@@ -123,7 +122,7 @@ def entropy_form(q: Distribution, p: Distribution, num_samples: int) -> Tensor:
 
 
 def weighted_again(q: Distribution, p: Distribution, num_samples: int) -> Tensor:
-    """Return the classic mistake: draws from q, weighted by the density of q again."""
+    """Return the classic mistake: draws from q, weighted again by the density of q."""
     log_q, log_p = _log_probs(q, p, num_samples)
     return (log_q.exp() * (log_q - log_p)).mean(0)
 
@@ -139,7 +138,7 @@ def gradient_option(option: Gradient) -> Estimator:
     return lambda q, p, num_samples: MonteCarlo(num_samples, gradient=option).estimate(q, p).value
 
 
-# With each estimator, how many log-densities it evaluates a draw. The first of each kind is the peer for the times.
+# Each estimator with the number of log-densities that it evaluates a draw. The first of each kind is the peer in time.
 ESTIMATORS: dict[str, dict[str, tuple[Estimator, int]]] = {
     "value": {
         "MonteCarlo (k1)": (monte_carlo, 2),
@@ -154,7 +153,7 @@ ESTIMATORS: dict[str, dict[str, tuple[Estimator, int]]] = {
         "score_function": (gradient_option("score_function"), 2),
     },
 }
-# What the check has to reject.
+# Estimators that the check has to reject.
 MISTAKES: dict[str, tuple[str, Estimator]] = {
     "value": ("weighted again", weighted_again),
     "gradient": ("detached draws", detached_log_ratio),
@@ -208,7 +207,7 @@ def estimate(
 
 
 def check(pair: Pair, truth: Tensor, num_samples: int = 64) -> list[str]:
-    """Tell which unbiased estimators miss the reference, and which mistakes cannot be told from it."""
+    """Return which unbiased estimators miss the reference, and which mistakes agree with it."""
     built = pair.build((1024,), torch.float32)
     wrong = []
     for kind, goal in (("value", truth[:1]), ("gradient", truth[1:])):
@@ -216,9 +215,9 @@ def check(pair: Pair, truth: Tensor, num_samples: int = 64) -> list[str]:
         mistake, mistaken = MISTAKES[kind]
         for name, estimator in (estimators | {mistake: mistaken}).items():
             if name == "k2" or (name == "k3" and not pair.k3_has_variance):
-                continue  # k2 is biased, by how little is not known; k3 then has no standard error
+                continue  # the bias of k2 is unknown; k3 then has no standard error
             estimates = estimate(kind, estimator, built, num_samples).double()
-            # The floor is the rounding of float32, for estimators that hardly spread.
+            # The lower limit is the rounding of float32, for estimators of almost no variance.
             std_error = (estimates.std(0) / len(estimates) ** 0.5).clamp_min(1e-6)
             z = ((estimates.mean(0) - goal).abs() / std_error).max().item()
             if (z < 6) == (name == mistake):
@@ -258,12 +257,12 @@ def measure(pair: Pair, truth: Tensor, num_samples: int, rounds: int) -> list[Ro
 
 
 def _summary(mean: Tensor) -> float:
-    """Return a value itself, and of a gradient the norm."""
+    """Return a value unchanged, and the norm of a gradient."""
     return (mean if len(mean) == 1 else mean.norm()).item()
 
 
 def draw(rows: Sequence[Row], kind: str, titles: dict[str, str], path: Path) -> None:
-    """Draw the error against the evaluations, one panel a pair, with the title that `titles` has for it."""
+    """Draw the error against the evaluations, one panel a pair, titled by `titles`."""
     import matplotlib
 
     matplotlib.use("Agg")

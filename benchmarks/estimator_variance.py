@@ -1,14 +1,14 @@
-"""How much less error has each sampler for the same number of evaluations, and can its error bar be believed?
+"""How much smaller is the error of each sampler for the same number of evaluations, and is its error bar right?
 
 S = 4 … 256 points of q from every sampler, averaged by log q(x) - log p(x), gradient pathwise. The mean squared error
-of value and gradient is divided into that of independent draws. The reference is a mean over nets of 2^14 points,
-which has to agree with independent draws. Exit status 1 if an estimate is biased (|z| ≥ 6), a figure that is promised
-is not reached, or an interval of 95 % covers less than 92 % or more than 98 %. Where the skewness of an estimate is
-over 0.7, draws that are too rare to be seen carry much of its variance, and 83 % has to do. The coverage of the plain
-t interval, which knows no skewness, stands beside.
+of independent draws is divided by the sampler's, for value and gradient. The reference is a mean over nets of 2^14
+points, which has to agree with independent draws. Exit status 1 if an estimate is biased (|z| ≥ 6), a promised ratio is
+not reached, or an interval of 95 % covers less than 92 % or more than 98 %. If the skewness of an estimate is over 0.7,
+draws that are too rare to occur carry much of its variance, and 83 % is enough. The table also has the coverage of the
+plain t interval, which ignores skewness.
 
-Then the time of a call against that of independent draws, and the time and memory of 4096 draws in chunks of 64 against
-all at once and against 64 draws. One thread.
+Then the time of a call relative to independent draws, and the time and memory of 4096 draws in chunks of 64 relative to
+all at once and to 64 draws. One thread.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ INTERVALS = 20_000  # the standard error of a coverage of 98 % is 0.1 %
 
 @dataclass(frozen=True)
 class Pair:
-    """Hold a pair, and how many times less error than independent draws is promised at S = 64."""
+    """A pair, with the ratios to the error of independent draws that are promised at S = 64."""
 
     name: str
     q_family: Callable[..., Distribution]
@@ -69,7 +69,7 @@ class Pair:
     gradient: float
 
     def leaves(self, batch: int) -> list[Tensor]:
-        """Return q's parameters, one of each for every repetition."""
+        """Return q's parameters, repeated for every repetition."""
         return [torch.full((batch,), v, dtype=torch.float64, requires_grad=True) for v in self.q_parameters]
 
 
@@ -81,7 +81,7 @@ def two_normals(weight: Tensor, *parameters: Tensor) -> MixtureSameFamily:
 
 
 def pairs() -> list[Pair]:
-    """Return the pairs that figures are promised for, and one of finite support."""
+    """Return the pairs with promised ratios, and one of finite support."""
 
     def t(*values: float) -> list[Tensor]:
         return [torch.tensor(v, dtype=torch.float64) for v in values]
@@ -100,7 +100,7 @@ def pairs() -> list[Pair]:
 
 @dataclass(frozen=True)
 class Estimates:
-    """Hold repeated estimates `[repetitions]`, and gradients `[parameters, repetitions]`."""
+    """Repeated estimates `[repetitions]` with gradients `[parameters, repetitions]`."""
 
     value: Tensor
     gradient: Tensor
@@ -121,7 +121,7 @@ def estimates(pair: Pair, sampler: Sampler, num_samples: int, repetitions: int) 
 
 
 def errors_of(pair: Pair, sizes: Sequence[int], repetitions: int) -> tuple[list[Row], list[str]]:
-    """Return how much less the squared errors are than those of independent draws, and what is not as promised."""
+    """Return the ratios of the squared errors of independent draws to the sampler's, and the broken promises."""
     truth = estimates(pair, Sobol(), 2**14, 16)
     rows, disagreements = [], []
     for num_samples in sizes:

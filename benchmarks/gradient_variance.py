@@ -1,16 +1,16 @@
-"""What do the gradients and value forms of `MonteCarlo` make of the same S = 64 draws?
+"""How large is the error of each gradient and value form of `MonteCarlo`, from S = 64 draws?
 
 Eleven pairs of three kinds: on the line, in 32 dimensions against a mixture of ten components or the energy of a
-two-layer network, and a mixture as q. For each: how many times smaller the mean squared error of the value is than that
-of iid "k1", and that of the gradient (summed over the parameters of q) than that of iid "pathwise".
+two-layer network, and a mixture as q. For each: how many times smaller the mean squared error is than with iid "k1" for
+the value, and than with iid "pathwise" for the gradient (summed over the parameters of q).
 
-All estimators here are unbiased, which is checked first: every pair of them has to agree within six standard errors, in
-the value and along the mean gradient; exit status 1 otherwise. Then the mean squared error is the variance, over
-independent estimates. "mixed" has a memory, `MixedGradient`, of its own for each of 20 runs of 50 steps with a
-single example, after which it is measured; the row "÷ best" says how its error compares to that of the better one of
-pathwise and sticking the landing. Each draw costs one evaluation of log p, and for a gradient one of ∇log p. For a
-value alone a control variate takes ∇log p as well, so that its ratio is halved in the column "per evaluation". A ratio
-of 1e+09 stands for all beyond: what is left is rounding.
+All estimators here are unbiased, which is checked first: every two of them have to agree within six standard errors, in
+the value and along the mean gradient; exit status 1 otherwise. The mean squared error is then the variance over
+independent estimates. "mixed" is measured in 20 runs, each with its own memory (`MixedGradient`) and after 50 steps
+with a single example; the row "÷ best" compares its error with the better one of pathwise and sticking the landing.
+Each draw costs one evaluation of log p, and for a gradient one of ∇log p. For a value alone a control variate needs
+∇log p as well, so its ratio is halved in the column "per evaluation". A ratio of 1e+09 means 1e+09 or more, where only
+rounding is left.
 """
 
 from __future__ import annotations
@@ -34,13 +34,12 @@ from torch.distributions import (
     constraints,
 )
 
-from torch_klloss.methods import MonteCarlo
-from torch_klloss.methods.monte_carlo.mixed import MixedGradient
+from torch_klloss.methods import MixedGradient, MonteCarlo
 from torch_klloss.samplers import Sobol
 
 S, DIM = 64, 32
 NUM_STEPS, NUM_RUNS, BATCH = 50, 20, 200
-EXACT = 1e9  # a ratio beyond which rounding is all that is left
+EXACT = 1e9  # a ratio beyond which only rounding is left
 
 
 class Energy(Distribution):
@@ -65,9 +64,9 @@ class Energy(Distribution):
 
 @dataclass(frozen=True)
 class Case:
-    """Hold a pair by the parameters of q, and what is built from them.
+    """A pair, given by the parameters of q and a function that builds q and p.
 
-    The first dimension of a parameter of q is that of the examples.
+    The first dimension of a parameter of q indexes examples.
     """
 
     name: str
@@ -76,7 +75,7 @@ class Case:
     p: Distribution
 
     def leaves(self, batch: int) -> list[Tensor]:
-        """Return copies of the parameters that take a gradient, as many as there are examples."""
+        """Return copies of the parameters that require a gradient, one for every example."""
         return [t.expand(batch, *t.shape).clone().requires_grad_() for t in self.parameters]
 
 
@@ -120,7 +119,7 @@ def cases() -> list[Case]:
     ]
 
 
-# "mixed" with its memory is measured apart.
+# "mixed" with its memory is measured separately.
 METHODS = {
     "pathwise": MonteCarlo(S),
     "sticking_the_landing": MonteCarlo(S, gradient="sticking_the_landing"),
@@ -145,7 +144,7 @@ def estimates(case: Case, method: MonteCarlo, batch: int = BATCH) -> Tensor:
 
 
 def remembered(case: Case, num_runs: int) -> Tensor:
-    """Return estimates of "mixed" after 50 steps of a single example, from every run."""
+    """Return the estimates of "mixed" of every run, after 50 steps with a single example."""
     parts = []
     for _ in range(num_runs):
         method = MonteCarlo(S, gradient=MixedGradient())
@@ -157,7 +156,7 @@ def remembered(case: Case, num_runs: int) -> Tensor:
 
 
 def measure(case: Case, rounds: int, num_runs: int) -> tuple[list[Row], list[str]]:
-    """Return one row an estimator, and which of them disagree with pathwise."""
+    """Return one row an estimator, and the estimators that disagree with pathwise."""
     samples = {MEMORY: remembered(case, num_runs)}
     for name, method in METHODS.items():
         try:
@@ -192,7 +191,7 @@ def _agree(a: Tensor, b: Tensor) -> bool:
     direction = a[:, 1:].mean(0)
     pairs = ((a[:, 0], b[:, 0]), (a[:, 1:] @ direction, b[:, 1:] @ direction))
     for x, y in pairs:
-        # The floor is the rounding of float32, for estimators that hardly spread.
+        # The lower limit is the rounding of float32, for estimators of almost no variance.
         error = (x.var() / len(x) + y.var() / len(y)).sqrt() + 1e-6 * (1 + x.abs().max())
         if abs(x.mean() - y.mean()) > 6 * error:
             return False

@@ -1,14 +1,14 @@
-"""What does a loss of this library cost a training step, beside torch's own KL and the one-liner written by hand?
+"""What does a loss of this library cost a training step, compared with torch's KL and the usual one-liner?
 
 The peers compute the KL of a diagonal Normal posterior against the standard Normal, sum it over the latent dimensions
 and take the mean over the batch. Three questions, each forward alone and forward with backward:
 
-- "same pair": q and p exist, and every peer is given the same two objects. "Normal" has the leaves (loc, scale) as
-  its parameters, "Independent" wraps the same; "diagonal_normal" was built from (mean, logvar), and these are the
-  leaves that every peer differentiates to.
-- "from (mean, logvar)": the construction of q and p included. Here the one-liner takes part.
-- "from (mean, logvar), with a draw": a VAE's step also needs z = q.rsample(). Whoever puts off the standard deviation,
-  which the KL can do without, pays for it here.
+- "same pair": q and p exist already, and every peer is given the same two objects. The leaves, to which every peer
+  differentiates, are (loc, scale) for "Normal" and for "Independent", which wraps it, and (mean, logvar) for
+  "diagonal_normal".
+- "from (mean, logvar)": includes the construction of q and p, and compares with the one-liner too.
+- "from (mean, logvar), with a draw": a VAE's step also needs z = q.rsample(), and with it the standard deviation, which
+  `diagonal_normal` does not compute for the KL.
 
 Values and gradients are checked in float64 before anything is timed; a disagreement gives exit status 1. Times are
 medians over rounds in which the peers take turns; a ratio is the median of the ratios within a round. One thread.
@@ -47,7 +47,7 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Case:
-    """Hold the peers of one question: losses of the same leaves, by name; "torch" is the one to compare with."""
+    """The peers of one question: losses of the same leaves, by name; "torch" is the baseline."""
 
     name: str
     leaves: tuple[Tensor, Tensor]
@@ -59,11 +59,11 @@ class Case:
         """Take the peer's loss and its gradient to the leaves, as a training step does."""
         for leaf in self.leaves:
             leaf.grad = None
-        # A pair that outlives the step keeps its own part of the graph; all peers pay for that alike.
+        # A pair that outlives the step keeps its part of the graph, at the same cost for all peers.
         self.peers[peer]().backward(retain_graph=self.outlives_step)
 
     def gradient(self, peer: str) -> Tensor:
-        """Return the gradient that `step` leaves behind, `[2, batch, latent]`."""
+        """Return the gradient after `step`, `[2, batch, latent]`."""
         self.step(peer)
         return torch.stack([leaf.grad for leaf in self.leaves if leaf.grad is not None])
 
@@ -103,7 +103,7 @@ def cases(mean: Tensor, logvar: Tensor) -> list[Case]:
 
 
 def from_parameters(mean: Tensor, logvar: Tensor, *, draw: bool) -> dict[str, Callable[[], Tensor]]:
-    """Return the peers that build q and p in every step, and draw z if asked to."""
+    """Return the peers that build q and p in every step, and draw z if `draw`."""
 
     def with_draw(kl: Tensor, sample: Callable[[], Tensor]) -> Tensor:
         return kl + 0 * sample().sum() if draw else kl  # forward and backward cost, no effect
@@ -129,10 +129,10 @@ def _per_example(kl: Tensor) -> Tensor:
 
 
 def checked(case: Case, mean: Tensor, logvar: Tensor) -> tuple[dict[str, Row], list[str]]:
-    """Compare every peer with the formula in float64; return its row so far, and what disagrees.
+    """Compare every peer with the formula in float64; return its row so far, and the disagreements.
 
     An exact peer makes at most 16 roundings an element, of quantities no larger than 1 + |v| + μ² + exp(v), and
-    log2(n) in a pairwise sum. A sampled one is allowed six standard errors, which its own examples tell.
+    log2(n) in a pairwise sum. A sampled one is allowed six standard errors, estimated from its own examples.
     """
     m, v = mean.double(), logvar.double()
     true_value = (0.5 * (m**2 + v.exp() - 1 - v)).sum(-1).mean()

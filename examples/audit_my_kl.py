@@ -1,4 +1,4 @@
-"""Two KLs to audit: the mistake that the library began with, and the same without it.
+"""Two KLs to audit: the mistake that the library began with, and the correct form.
 
 python -m torch_klloss audit examples/audit_my_kl.py:weighted_twice
 python -m torch_klloss audit examples/audit_my_kl.py:plain_mean
@@ -16,7 +16,7 @@ def weighted_twice(q: Normal, p: Normal) -> Tensor:
 
 
 def plain_mean(q: Normal, p: Normal) -> Tensor:
-    """Take the mean over samples of q: drawing them is the weighting."""
+    """Take the plain mean over samples of q: drawing them from q is the weighting."""
     x = q.rsample((16,))
     log_q, log_p = q.log_prob(x).sum(-1), p.log_prob(x).sum(-1)
     return (log_q - log_p).mean()

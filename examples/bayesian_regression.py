@@ -2,9 +2,9 @@
 
     python examples/bayesian_regression.py
 
-The weights are one latent variable for the whole data set: nothing indexes examples, hence `batch_dims=0`, and the KL
-is summed, never averaged. With a batch of B of the N patients, N/B weighs the likelihood. A Normal prior and a Normal
-likelihood have an exact posterior and evidence to compare with.
+The weights are one latent variable for the whole data set: no dimension indexes examples, so `batch_dims=0`, and the KL
+is summed, never averaged. The likelihood of a batch of B of the N patients is weighted by N/B. With a Normal prior and
+a Normal likelihood the exact posterior and the evidence are known, and serve as the comparison.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch.distributions import Distribution, MultivariateNormal, Normal
 
 from torch_klloss import AutoKL
 
-NUM_DRAWS = 4096  # for the bound, in the end
-NOISE = 0.7  # standard deviation of the standardised response about the line
+NUM_DRAWS = 4096  # for the bound after training
+NOISE = 0.7  # standard deviation of the standardised response around the regression
 
 
 class Regression(nn.Module):
-    """Hold a posterior q(w) over the weights, with a full covariance."""
+    """A posterior q(w) over the weights, with a full covariance."""
 
     def __init__(self, num_weights: int) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def exact(x: Tensor, y: Tensor) -> tuple[MultivariateNormal, float]:
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Fit, print, and return bound with its standard error, evidence and the KL to the exact posterior."""
+    """Fit; print and return the bound with its standard error, the evidence, and the KL to the exact posterior."""
     parser = argparse.ArgumentParser(description="Bayesian linear regression with a KL over the weights.")
     parser.add_argument("--epochs", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)

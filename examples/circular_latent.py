@@ -2,8 +2,8 @@
 
     python examples/circular_latent.py --out runs/circular_latent
 
-VonMises has no `rsample`. None is needed: a grid of angles, each with the weight that q gives it, takes the
-expectation of log p(x|z) (on a circle its error falls exponentially), and one decoded image an angle serves the whole
+VonMises has no `rsample`, and needs none here: the expectation of log p(x|z) is a sum over a grid of angles, each
+weighted by q (on a circle the error of such a sum falls exponentially). One decoded image an angle serves the whole
 batch.
 """
 
@@ -54,7 +54,7 @@ class CircularVAE(nn.Module):
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Train, print and return the bound on held-out images, and draw the circle."""
+    """Train; print and return the bound on held-out images; draw the circle."""
     parser = argparse.ArgumentParser(description="A VAE whose latent is an angle.")
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,10 +1,10 @@
-"""Train the digits VAE in one process and in two, on the same images: what the callbacks log is the same.
+"""Train the digits VAE in one process and in two, on the same images, and compare what the callbacks log.
 
     python examples/ddp_digits.py
     python examples/ddp_digits.py --epochs 1
 
 Every logged step is compared: β to the last digit, the KL of training and of every latent unit up to rounding, and the
-gap, whose reference every process samples for itself, within five standard errors. The exit status is 1 where they
+gap, whose reference every process samples for itself, within five standard errors. The exit status is 1 if they
 differ by more.
 """
 
@@ -33,21 +33,21 @@ from torch_klloss import ELBOTerms
 from torch_klloss.callbacks import EstimatorGap, KLAnnealing, PosteriorCollapse
 from torch_klloss.schedules import Linear
 
-BATCH_SIZE = 128  # of all processes together
+BATCH_SIZE = 128  # over all processes
 STEPS_AN_EPOCH = 12
 GAP, GAP_ERROR = "kl/loss.kl/gap_mean", "kl/loss.kl/gap_std_error"
 ROUNDED = ("kl/loss.kl/value", *(f"collapse/loss.kl/kl/{unit}" for unit in range(8)))
-ROUNDING = math.sqrt(torch.finfo(torch.float64).eps)  # half of the digits: training carries rounding on
+ROUNDING = math.sqrt(torch.finfo(torch.float64).eps)  # half of the digits: rounding errors grow in training
 MAX_Z = 5.0
 
-Log = dict[int, dict[str, float]]  # what was logged, by step and name
+Log = dict[int, dict[str, float]]  # logged values by step and name
 
 
 class SharedVAE(VAE):
-    """The digits VAE, where the processes together draw the z that one process draws."""
+    """The digits VAE, where several processes together draw the same z as a single process."""
 
     def terms(self, x: Tensor) -> ELBOTerms:
-        """Return the terms of the loss, at this process's rows of the noise of the whole batch."""
+        """Return the terms of the loss, with this process's rows of the noise of the whole batch."""
         q, world_size = self.posterior(x), self.trainer.world_size
         generator = torch.Generator().manual_seed(self.global_step)
         noise = torch.randn(world_size * len(x), *q.event_shape, generator=generator, dtype=x.dtype)
@@ -68,7 +68,7 @@ class SharedVAE(VAE):
 
 @dataclass(frozen=True)
 class Comparison:
-    """Hold the last logged values of one name, and the largest difference over all steps beside what is allowed."""
+    """The last logged values of one name, and the largest difference over all steps with its limit."""
 
     name: str
     alone: float
@@ -78,14 +78,14 @@ class Comparison:
 
 
 def train(devices: int, epochs: int, seed: int, folder: Path) -> Log:
-    """Train in so many processes and return what was logged; nothing in any process but the first."""
+    """Train in `devices` processes and return the log; it is empty in all processes but the first."""
     pl.seed_everything(seed, verbose=False)
     trainer = pl.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
         devices=devices,
         strategy="ddp" if devices > 1 else "auto",
-        precision="64-true",  # rounding then stays far below whatever would be wrong
+        precision="64-true",  # keeps rounding far below a real difference
         logger=CSVLogger(folder, name="csv", version=f"processes_{devices}"),
         callbacks=[
             EstimatorGap(every_n_steps=2),
@@ -133,7 +133,7 @@ def compare(alone: Log, both: Log) -> list[Comparison]:
 
 
 def report(comparisons: list[Comparison], num_steps: int) -> bool:
-    """Print the comparisons, and return whether all are within what is allowed."""
+    """Print the comparisons, and return whether all are within their limits."""
     table = Table(title="what is logged, in nats")
     for column in ("", "one process", "two", "largest difference", "allowed"):
         table.add_column(column, justify="right" if column else "left")

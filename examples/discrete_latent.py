@@ -1,9 +1,9 @@
-"""Train a VAE on scikit-learn's digits with a Categorical latent: which of 20 prototypes is it?
+"""Train a VAE on scikit-learn's digits with a Categorical latent: the index of one of 20 prototypes.
 
     python examples/discrete_latent.py --out runs/discrete_latent
 
-A finite latent needs no draw and no relaxation: its support is enumerated, each value with its probability under q.
-The prior learns how common every prototype is.
+A finite latent needs no sample and no relaxation: its support is enumerated, and each value weighted by its probability
+under q. The prior learns how common every prototype is.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NUM_VALUES = 20
 
 
 class DiscreteVAE(nn.Module):
-    """A VAE whose latent is one of `NUM_VALUES` values, whose prototypes begin as the given images, `[values, 64]`."""
+    """A VAE whose latent has `NUM_VALUES` values; their prototypes begin as the given images, `[values, 64]`."""
 
     def __init__(self, images: Tensor) -> None:
         super().__init__()
@@ -51,14 +51,14 @@ class DiscreteVAE(nn.Module):
 
 
 def purity(values: Tensor, labels: Tensor) -> float:
-    """Return the share of images whose digit is the commonest one of their value."""
+    """Return the share of images whose digit is the most common one for their latent value."""
     counts = torch.zeros(NUM_VALUES, 10)
     counts.index_put_((values, labels), torch.ones(len(values)), accumulate=True)
     return (counts.max(1).values.sum() / len(values)).item()
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Train, print and return bound and purity on held-out images, and draw the prototypes."""
+    """Train; print and return bound and purity on held-out images; draw the prototypes."""
     parser = argparse.ArgumentParser(description="A VAE with a Categorical latent, by enumeration.")
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)

@@ -3,7 +3,7 @@
     python examples/distillation.py
 
 The student minimises the KL to the teacher's softened distribution over the ten classes on all images, without their
-labels; its twin of the same size sees the same few labels and nothing else.
+labels. Its twin of the same size is trained on the same few labels alone.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def distil(teacher: nn.Module) -> object:
 
 
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Return the share of images that are named right."""
+    """Return the share of images that are classified correctly."""
     with torch.no_grad():
         return (model(x).argmax(-1) == y).float().mean().item()
 

@@ -1,25 +1,25 @@
-"""What Lightning says about every small run on the processor, left out of what the examples print."""
+"""Suppression of the warnings that Lightning gives for every small run on the CPU."""
 
 from __future__ import annotations
 
 import logging
 import warnings
 
-_SAID = (
+_EXPECTED = (
     ".*does not have many workers.*",  # the images are in memory
-    ".*LeafSpec.*is deprecated.*",  # Lightning's own affair
+    ".*LeafSpec.*is deprecated.*",  # inside Lightning
 )
 
 
 def quiet(*expected: str) -> None:
-    """Mute both Lightning packages below warnings, and the warnings that are expected.
+    """Silence both Lightning packages below warnings, and the warnings that are expected.
 
     Args:
         expected: patterns of further warnings.
     """
-    for pattern in (*_SAID, *expected):
+    for pattern in (*_EXPECTED, *expected):
         warnings.filterwarnings("ignore", pattern)
     for package in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric", "lightning_fabric"):
-        # they say it through a child, which has a level of its own where its package was imported first
+        # the child that logs has its own level if its package was imported first
         for name in (package, f"{package}.utilities.rank_zero"):
             logging.getLogger(name).setLevel(logging.WARNING)

@@ -14,7 +14,7 @@ import torch
 from pytorch_lightning.cli import ArgsType, LightningCLI
 from torch.utils.data import DataLoader, TensorDataset
 
-sys.path.insert(0, str(Path(__file__).parent))  # where vae_digits is, wherever this is called from
+sys.path.insert(0, str(Path(__file__).parent))  # the folder of vae_digits
 from quiet import quiet
 from vae_digits import VAE, load_images
 
@@ -23,7 +23,7 @@ class Digits(pl.LightningDataModule):
     """The 1797 digits of scikit-learn, binarised.
 
     Args:
-        batch_size: of the training images.
+        batch_size: the batch size of the training images.
     """
 
     def __init__(self, batch_size: int = 128) -> None:

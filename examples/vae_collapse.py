@@ -1,4 +1,4 @@
-"""Train the digits VAE at β = 4 twice: plain, where its posterior collapses, and with annealing and free nats.
+"""Train the digits VAE at β = 4 twice: plain, so that its posterior collapses, and with annealing and free nats.
 
     python examples/vae_collapse.py --out runs/vae_collapse
 
@@ -28,7 +28,7 @@ STEPS_AN_EPOCH = 12
 
 
 class Recorder(pl.Callback):
-    """Keeps what every validation has seen: step, weight, KL, reconstruction."""
+    """Records step, weight, KL and reconstruction of every validation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Recorder(pl.Callback):
 def train(
     free_nats: float, warm_up: int, epochs: int, seed: int
 ) -> tuple[list[dict], list[tuple[float, float, float, float]]]:
-    """Train one VAE and return what the two callbacks have seen."""
+    """Train one VAE and return the records of the two callbacks."""
     pl.seed_everything(seed, verbose=False)
     images, validation = load_images("bernoulli")
     collapse, recorder = PosteriorCollapse(stage="validation"), Recorder()
@@ -67,14 +67,14 @@ def train(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train both, print what is left of their units, and draw it."""
+    """Train both, print how many of their units are active, and draw them."""
     parser = argparse.ArgumentParser(description="Posterior collapse at β = 4, and what prevents it.")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/vae_collapse"), help="folder for the figures")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # small models are several times slower on two
-    quiet(".*the posterior collapses.*")  # which is what this is about
+    quiet(".*the posterior collapses.*")  # the collapse is the point here
     args.out.mkdir(parents=True, exist_ok=True)
 
     warm_up = STEPS_AN_EPOCH * max(1, args.epochs * 2 // 3)

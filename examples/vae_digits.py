@@ -3,7 +3,7 @@
     python examples/vae_digits.py --out runs/vae_digits
     python examples/vae_digits.py --prior mixture --num-samples 4      # no closed form: the same script samples
 
-Everything that concerns the loss is in `VAE.__init__` and `VAE.terms`: q, p, p(x|z), and self.loss(p_x, x, q, p).
+The loss is built in `VAE.__init__` and called in `VAE.terms`: q, p, p(x|z), and self.loss(p_x, x, q, p).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ NUM_TRAIN = 1500
 
 
 class Prior(nn.Module):
-    """Build p(z) for a posterior q; the mixture's components are learned."""
+    """The prior p(z) for a posterior q; the mixture's components are learned."""
 
     def __init__(self, kind: str, latent_dim: int, num_components: int = 10) -> None:
         super().__init__()
@@ -105,13 +105,13 @@ class VAE(pl.LightningModule):
         self.save_hyperparameters()
         self.encoder = nn.Sequential(nn.Linear(PIXELS, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 2 * latent_dim))
         self.decoder = nn.Sequential(nn.Linear(latent_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, PIXELS))
-        self.pixel_log_scale = nn.Parameter(torch.tensor(-1.5))  # of the Gaussian likelihood
+        self.pixel_log_scale = nn.Parameter(torch.tensor(-1.5))  # for the Gaussian likelihood
         self.prior = Prior(prior, latent_dim)
         self.loss = ELBOLoss(
             kl_loss(kl, num_samples),
             beta=beta,
             free_nats=free_nats,
-            free_nats_per="dimension" if free_nats else "example",  # a KL that does not split has no dimensions
+            free_nats_per="dimension" if free_nats else "example",  # not every KL splits into dimensions
         )
 
     def posterior(self, x: Tensor) -> Distribution:
@@ -172,7 +172,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def write_metrics(rows: list[dict[str, float]], file: Path) -> None:
-    """Write the rows as one CSV file, with a column for every key that there is."""
+    """Write the rows as one CSV file, with a column for every key."""
     names = sorted({key for row in rows for key in row})
     with file.open("w", newline="") as target:
         writer = csv.DictWriter(target, fieldnames=names)
@@ -233,12 +233,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prior", choices=("normal", "laplace", "student-t", "mixture"), default="normal")
     parser.add_argument("--kl", choices=("auto", "analytic", "monte-carlo"), default="auto")
     parser.add_argument("--likelihood", choices=("bernoulli", "gaussian"), default="bernoulli")
-    parser.add_argument("--num-samples", type=int, default=1, help="draws a KL, where it is sampled (default 1)")
+    parser.add_argument("--num-samples", type=int, default=1, help="samples for a KL that is sampled (default 1)")
     parser.add_argument("--latent-dim", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--beta", type=float, default=1.0, help="weight of the KL (default 1)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/vae_digits"), help="folder for what is written")
+    parser.add_argument("--out", type=Path, default=Path("runs/vae_digits"), help="folder for the results")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     return parser.parse_args(argv)
 
