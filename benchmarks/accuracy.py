@@ -182,8 +182,8 @@ def summary(rows: Sequence[Row]) -> list[str]:
                 sum(row[key] for row in near) / len(near) for key in SHARES
             )
             lines.append(
-                f"{dtype}, q near p: off by more than {MANY_ULP} ULP are {torch_share:.1%} of torch's values and "
-                f"{our_share:.1%} of ours; negative are {torch_negative:.1%} and {our_negative:.1%}"
+                f"{dtype}, q near p: {torch_share:.1%} of torch's values and {our_share:.1%} of ours are off by more "
+                f"than {MANY_ULP} ULP; {torch_negative:.1%} and {our_negative:.1%} are negative"
             )
     return lines
 

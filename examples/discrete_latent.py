@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     print(
         f"held-out ELBO {-(reconstruction + kl):.2f}: reconstruction {reconstruction:.2f}, KL {kl:.2f} nats per image"
     )
-    print(f"{results['purity']:.1%} of the images have the digit of their prototype, which no label has told")
+    print(f"{results['purity']:.1%} of the images have the digit of their prototype; training used no labels")
     print(f"figure: {args.out / 'prototypes.png'}, its last row the commonest prototypes")
     return results
 
