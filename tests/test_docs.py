@@ -8,14 +8,17 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *(ROOT / "docs").glob("*.md")]
-FOLDERS = "torch_klloss|tests|benchmarks|examples|docs"
+FOLDER = r"(?:torch_klloss|tests|benchmarks|examples|docs)/[\w./-]*\w"
+FILE = r"\w+(?:/\w+)+\.(?:py|md|json|yaml|png)"
+PATH = rf"(?<![\w./])(?!path/to/)(?:{FOLDER}|{FILE})"
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
-def missing_paths(page: Path, text: str) -> set[Path]:
-    named = {ROOT / path for path in re.findall(rf"(?<![\w./])(?:{FOLDERS})/[\w./-]*\w", text)}
-    linked = {page.parent / path for path in re.findall(r"\]\(([^)#:]+)", text)}
-    return {path for path in named | linked if not path.exists()}
+def missing_paths(page: Path, text: str) -> set[str]:
+    """Return the paths and links that exist neither in the repository nor in the package nor beside the page."""
+    paths = {*re.findall(PATH, text), *re.findall(r"\]\(([^)#:]+)", text)}
+    folders = ROOT, ROOT / "torch_klloss", page.parent
+    return {path for path in paths if not any((folder / path).exists() for folder in folders)}
 
 
 def missing_names(text: str) -> set[str]:
