@@ -222,7 +222,7 @@ def main() -> int:
     pairs = [reference for reference in references() if arguments.pairs in reference.name]
     if arguments.search is not None:
         rows = search_all(pairs, arguments.search, arguments.seed)
-        show("worst inputs found: error, of what is allowed", rows, WORST_COLUMNS)
+        show("worst inputs found: error as a fraction of its limit", rows, WORST_COLUMNS)
         return finish(arguments.json, rows, [])
     num_draws = 2 if arguments.quick else arguments.draws
     rows, points = [], []

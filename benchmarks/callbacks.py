@@ -147,7 +147,7 @@ def disagreements() -> list[str]:
     plain, watched = train(2 * BLOCK + 1, [], None), train(2 * BLOCK + 1, watchers, None)
     wrong = []
     if not all(torch.equal(a, b) for a, b in zip(plain.parameters(), watched.parameters(), strict=True)):
-        wrong.append("the weights differ from those of a training without callbacks")
+        wrong.append("the weights differ from a training without callbacks")
     gaps, units = (named[name].history["loss.kl"] for name in ("EstimatorGap", "PosteriorCollapse"))
     for gap, unit in zip(gaps, units, strict=True):
         if abs(gap["gap_z"]) > 6:

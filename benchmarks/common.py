@@ -105,7 +105,7 @@ def show(title: str, rows: Sequence[Row], columns: Mapping[str, str]) -> None:
     Args:
         title: the title of the table.
         rows: the cells by key; None is left blank.
-        columns: for every key shown, "heading|format", the format being that of `format`.
+        columns: for every key shown, "heading|format", with a format of `format`.
     """
     table = Table(title=title, title_justify="left")
     for key, column in columns.items():

@@ -177,7 +177,7 @@ def main() -> int:
     show("ours, by route", list(by_route(rows)), routes)
     left = [row for row in rows if row["ours"] != RIGHT]
     if left:
-        show("what is left", left, LEFT)
+        show("pairs that are not right", left, LEFT)
     exact = sum(row["ours"] == RIGHT and row["kind"] == "finite" and not row["ours_sampled"] for row in rows)
     print(f"{exact} of {sum(row['kind'] == 'finite' for row in rows)} finite ones are right without sampling")
     return finish(arguments.json, rows, [f"KL({row['q']}‖{row['p']}): {row['ours_reason']}" for row in left])

@@ -53,7 +53,7 @@ class Case:
     leaves: tuple[Tensor, Tensor]
     peers: dict[str, Callable[[], Tensor]]
     gives_logvar: bool  # the second leaf is a log-variance, not a standard deviation
-    outlives_step: bool  # q and p are built once, outside of what is timed
+    outlives_step: bool  # q and p are built once, outside of the timing
 
     def step(self, peer: str) -> None:
         """Take the peer's loss and its gradient to the leaves, as a training step does."""

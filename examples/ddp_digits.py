@@ -134,7 +134,7 @@ def compare(alone: Log, both: Log) -> list[Comparison]:
 
 def report(comparisons: list[Comparison], num_steps: int) -> bool:
     """Print the comparisons, and return whether all are within their limits."""
-    table = Table(title="what is logged, in nats")
+    table = Table(title="logged values, in nats")
     for column in ("", "one process", "two", "largest difference", "allowed"):
         table.add_column(column, justify="right" if column else "left")
     for c in comparisons:

@@ -49,8 +49,8 @@ def kl_from_log_probs(
     depends on how the samples were made, which log-probabilities do not show. So choose if `log_q` requires a gradient:
 
     - "pathwise": x came from `rsample`, and `log_q`, `log_p` are functions of it.
-    - "score_function": x came from `sample`, with no gradient of its own. The gradient is ℓ ∇ log q, where
-      from two samples on ℓ is taken less its mean over the other samples; these must be independent.
+    - "score_function": x came from `sample`, so it has no gradient. The estimate is ℓ ∇ log q, and from two samples on
+      ℓ is taken less its mean over the other samples; these must be independent.
     - "k2": the same without that baseline, which is the gradient of ℓ²/2 to q; noisier, but right for samples that
       depend on one another.
     - "none": the value alone, for logging.

@@ -1,4 +1,4 @@
-"""Which route every pair of torch's distributions takes: the table behind `python -m torch_klloss pairs`.
+"""The command `pairs`: the route of every pair of torch's distributions.
 
 A route depends on the types, and at times on the parameters. It is therefore found by asking `AutoKL` about one
 example of every concrete class, once as q and once, with other parameters, as p.
@@ -55,7 +55,7 @@ infinite one. `AutoKL().route(q, p)` answers for your own pair.
 
 @dataclass(frozen=True)
 class Pair:
-    """Hold a row of the table: the names of q and p, and the route that KL(q‖p) takes."""
+    """A row of the table: the names of q and p, and the route of KL(q‖p)."""
 
     q: str
     p: str
@@ -65,7 +65,7 @@ class Pair:
 def routes(examples: Iterable[Example] | None = None, type_name: str | None = None) -> list[Pair]:
     """Return the route of every ordered pair of examples that share an event shape.
 
-    The routes are those of `AutoKL(fallback=[Quadrature(), MonteCarlo()])`. The global random stream is left alone.
+    The routes are those of `AutoKL(fallback=[Quadrature(), MonteCarlo()])`. The global random stream does not change.
 
     Args:
         examples: by default, one of every concrete class in `torch.distributions`, and more of those that are built
