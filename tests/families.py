@@ -1,8 +1,8 @@
 """All families of `torch.distributions` and of the library, each declared once.
 
 To add a family, add one entry to `FAMILIES`: its parameters as functions of numbers in [-1, 1], and its KL from the
-definition. The laws (`tests/test_laws.py`), the sweep over registered pairs (`tests/closed_forms/test_registered_pairs.py`)
-and the accuracy targets (`tests/references/targets.py`) read it from here.
+definition. `tests/test_laws.py`, the sweep of `tests/closed_forms/test_registered_pairs.py` and the accuracy targets of
+`tests/references/targets.py` read it from here.
 """
 
 import itertools
