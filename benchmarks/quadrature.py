@@ -20,6 +20,7 @@ from pathlib import Path
 import mpmath as mp
 import torch
 from common import Row, argument_parser, finish, interleaved, median, quartiles, ratios, show
+from lib.coverage_densities import Line, beta, kumaraswamy, normal, student
 from torch import Tensor
 from torch.distributions import Beta, Distribution, Gamma, Kumaraswamy, Laplace, LogNormal, Normal, StudentT, Uniform
 
@@ -81,27 +82,24 @@ PAIRS: dict[str, tuple[Make, tuple[float, ...], tuple[int, ...]]] = {
 }
 
 
-def _by_mpmath(name: str) -> Callable[..., object] | None:
-    """Return the KL as a function of the parameters, for pairs without a closed form."""
+# The laws of q and p where no closed form is at hand, and the points between which they are integrated.
+LAWS: dict[str, tuple[Callable[..., tuple[Line, Line]], tuple[float, ...]]] = {
+    "Normal‖StudentT(4)": (lambda m, s, nu: (normal(m, s), student(nu, 0, 1)), (-16, -4, 0, 4, 16)),
+    "Beta(2, 3)‖Kumaraswamy(2, 2)": (lambda a, b, c, d: (beta(a, b), kumaraswamy(c, d)), (0, 0.5, 1)),
+}
 
-    def normal_student(m, s, nu):
-        norm = mp.loggamma((nu + 1) / 2) - mp.loggamma(nu / 2) - mp.log(nu * mp.pi) / 2
-        log_q = lambda x: -(((x - m) / s) ** 2) / 2 - mp.log(s * mp.sqrt(2 * mp.pi))  # noqa: E731
-        log_p = lambda x: norm - (nu + 1) / 2 * mp.log1p(x * x / nu)  # noqa: E731
-        return mp.quad(lambda x: mp.exp(log_q(x)) * (log_q(x) - log_p(x)), [-16, -4, 0, 4, 16])
 
-    def beta_kumaraswamy(a, b, c, d):
-        log_q = lambda x: (a - 1) * mp.log(x) + (b - 1) * mp.log1p(-x) - mp.log(mp.beta(a, b))  # noqa: E731
-        log_p = lambda x: mp.log(c * d) + (c - 1) * mp.log(x) + (d - 1) * mp.log1p(-(x**c))  # noqa: E731
-        return mp.quad(lambda x: mp.exp(log_q(x)) * (log_q(x) - log_p(x)), [0, 0.5, 1])
-
-    return {"Normal‖StudentT(4)": normal_student, "Beta(2, 3)‖Kumaraswamy(2, 2)": beta_kumaraswamy}.get(name)
+def _by_mpmath(name: str, *parameters: mp.mpf) -> mp.mpf:
+    """Return the KL of the pair `name` of `LAWS`."""
+    laws, points = LAWS[name]
+    q, p = laws(*parameters)
+    return mp.quad(lambda x: mp.exp(q.log_density(x)) * (q.log_density(x) - p.log_density(x)), points)
 
 
 def truth(name: str, make: Make, parameters: tuple[float, ...]) -> tuple[float, Tensor]:
     """Return the KL and its gradient to the parameters."""
-    f = _by_mpmath(name)
-    if f is not None:
+    if name in LAWS:
+        f = partial(_by_mpmath, name)
         with mp.workdps(25):
             numbers = [mp.mpf(x) for x in parameters]
             slopes = [

@@ -1,7 +1,8 @@
-"""All families of `torch.distributions`, listed once; the laws of the library loop over them.
+"""All families of `torch.distributions` and of the library, each declared once.
 
-To add a family, add one entry to `FAMILIES`: how its parameters follow from numbers in [-1, 1], and how its KL is
-told without a formula.
+To add a family, add one entry to `FAMILIES`: its parameters as functions of numbers in [-1, 1], and its KL from the
+definition. `tests/test_laws.py`, the sweep of `tests/closed_forms/test_registered_pairs.py` and the accuracy targets of
+`tests/references/targets.py` read it from here.
 """
 
 import itertools
@@ -9,26 +10,48 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributions as dist
 from torch import Tensor
 from torch.distributions import Distribution
+from torch.distributions.relaxed_bernoulli import LogitRelaxedBernoulli
+from torch.nn.functional import logsigmoid
 
 from tests.expectations import Density, Ends, Reference, integrate, is_infinite, log_density_on_line, sum_over
+from torch_klloss.distributions.families import LogVarNormal, RawCategorical, StandardNormal
+from torch_klloss.distributions.logistic import Logistic
 
 
 @dataclass(frozen=True)
 class Space:
-    """A parameter as a function of raw numbers in [-1, 1]: `[*batch, size]` -> `[*batch, *parameter]`."""
+    """A parameter as a function of raw numbers in [-1, 1]: `[*batch, size]` -> `[*batch, *parameter]`.
+
+    Attributes:
+        size: how many raw numbers make the parameter.
+        of: the function.
+        wide: the function where no quadrature has to follow the density; `of` by default.
+        constant: whether the parameter cannot be differentiated by, such as a number of trials.
+    """
 
     size: int
     of: Callable[[Tensor], Tensor]
+    wide: Callable[[Tensor], Tensor] | None = None
+    constant: bool = False
 
 
 def scalar(of: Callable[[Tensor], Tensor]) -> Space:
     return Space(1, lambda raw: of(raw[..., 0]))
+
+
+def between(low: float, high: float) -> Space:
+    return scalar(lambda raw: (low + high) / 2 + (high - low) / 2 * raw)
+
+
+def fixed(value: float, constant: bool = False) -> Space:
+    """Return the space of one value, the same in q and p."""
+    return Space(0, lambda raw: raw.new_full(raw.shape[:-1], value), constant=constant)
 
 
 def cholesky(raw: Tensor) -> Tensor:
@@ -40,21 +63,27 @@ def cholesky(raw: Tensor) -> Tensor:
     return torch.einsum("...k,kij->...ij", torch.where(rows == columns, raw.exp(), raw), entries)
 
 
+def peaked(raw: Tensor) -> Tensor:
+    """Return concentrations above 1: no mass where float64 has no points."""
+    return 2.3 * (0.8 * raw).exp()
+
+
 real = scalar(lambda raw: 2 * raw)
 positive = scalar(torch.exp)
-concentration = scalar(lambda raw: 2.3 * (0.8 * raw).exp())  # above 1: no mass where float64 has no points
+concentration = Space(1, lambda raw: peaked(raw[..., 0]), lambda raw: raw[..., 0].exp())
 unit = scalar(lambda raw: (3 * raw).sigmoid())
 reals = Space(3, lambda raw: 2 * raw)
 positives = Space(3, torch.exp)
-concentrations = Space(3, lambda raw: 2.3 * (0.8 * raw).exp())
-simplex = Space(3, lambda raw: (2 * raw).softmax(-1))
+concentrations = Space(3, peaked, torch.exp)
+logits = Space(4, lambda raw: 2 * raw)
+simplex = Space(4, lambda raw: (2 * raw).softmax(-1))
 factor = Space(6, cholesky)
 columns = Space(6, lambda raw: raw.unflatten(-1, (3, 2)))
 
 
 @dataclass(frozen=True)
 class Line:
-    """A continuous family on the line: where its density begins, has a kink or a peak, and ends."""
+    """A continuous family on the line: the points where its density begins, has a kink or a peak, and ends."""
 
     ends: Callable[[Distribution], Ends]
     density: Density = log_density_on_line
@@ -116,12 +145,19 @@ def _von_mises_density(d: dist.VonMises, x: Tensor) -> Tensor:
     return torch.where(x.abs() <= math.pi, on_circle, -math.inf)
 
 
+def _relaxed_logit_density(d: LogitRelaxedBernoulli, x: Tensor) -> Tensor:
+    """Return what torch's log_prob overflows in, far below."""
+    gap = d.logits - d.temperature * x
+    return d.temperature.log() + logsigmoid(gap) + logsigmoid(-gap)
+
+
 def one_hots(q: Distribution, p: Distribution) -> Reference:
     return sum_over(q, p, torch.eye(q.event_shape[0], dtype=torch.float64))
 
 
 def count_vectors(q: Distribution, p: Distribution) -> Reference:
-    counts = [c for c in itertools.product(range(q.total_count + 1), repeat=3) if sum(c) == q.total_count]
+    n, size = q.total_count, q.event_shape[0]
+    counts = [c for c in itertools.product(range(n + 1), repeat=size) if sum(c) == n]
     return sum_over(q, p, torch.tensor(counts, dtype=torch.float64))
 
 
@@ -163,10 +199,15 @@ def partial_correlations(q: dist.LKJCholesky, p: dist.LKJCholesky) -> Reference:
     return betas([(beta(q, level), beta(p, level)) for level in levels])
 
 
-def base_normals(q: Distribution, p: Distribution) -> Reference:
-    """Integrate the Normals behind an injective transform, and sum over the components."""
-    each = line(*(d.base_dist.base_dist for d in (q, p)))
+def components(q: dist.Independent, p: dist.Independent) -> Reference:
+    """Integrate the components on the line, and sum."""
+    each = line(q.base_dist, p.base_dist)
     return Reference(*(part.sum(-1) for part in each))
+
+
+def base_normals(q: dist.LogisticNormal, p: dist.LogisticNormal) -> Reference:
+    """Take the Normals behind the injective transform."""
+    return components(q.base_dist, p.base_dist)
 
 
 def gaussians(q: Distribution, p: Distribution) -> Reference:
@@ -200,23 +241,37 @@ def _formula(value: Tensor, size: Tensor) -> Reference:
 
 @dataclass(frozen=True)
 class Family:
-    """One family: how to build it, its parameters, and its KL, told without the formulas under test.
+    """One family: how to build it, its parameters, and its KL from the definition, without the formulas under test.
 
     Attributes:
-        name: what the tests call it.
-        build: takes the parameters, and `validate_args`, by keyword.
+        type: the class. Several entries may share it; the sweep over registered pairs takes the first of them.
         kl: (q, p) -> Reference, for unvalidated q and p in float64.
         spaces: the parameters.
+        build: takes the parameters, and `validate_args`, by keyword; the class by default.
+        form: what tells the entry from the others of its class.
+        sweep: the spaces of the sweep that are not those of the laws, such as one where a closed form exists.
+        sweep_p: further ones of p, whose support must hold that of q.
+        digits: what limits the digits of its KL: one special function, or a difference of several; see `target`.
         dtype: float64 wherever torch can.
-        defects: which of torch's own `sample` and `rsample` are wrong for it.
+        defects: what torch does wrong, "sample" or "rsample", and what its constructor does not take: parameters in
+            "half" precision, a "nan", or a "trace", for which it may ask for no value of a tensor.
     """
 
-    name: str
-    build: Callable[..., Distribution]
+    type: type[Distribution]
     kl: Callable[[Any, Any], Reference]
     spaces: dict[str, Space] = field(hash=False)
+    build: Callable[..., Distribution] | None = None
+    form: str = ""
+    sweep: dict[str, Space] = field(hash=False, default_factory=dict)
+    sweep_p: dict[str, Space] = field(hash=False, default_factory=dict)
+    digits: Literal["plain", "special", "joint"] = "plain"
     dtype: torch.dtype = torch.float64
     defects: frozenset[str] = frozenset()
+
+    @property
+    def name(self) -> str:
+        """What the tests call it."""
+        return f"{self.type.__name__}({self.form})" if self.form else self.type.__name__
 
     @property
     def size(self) -> int:
@@ -227,7 +282,11 @@ class Family:
         """Return the distribution of raw numbers `[*batch, size]`; gradients flow back to them."""
         parts = raw.split([space.size for space in self.spaces.values()], -1)
         parameters = {name: space.of(part) for (name, space), part in zip(self.spaces.items(), parts, strict=True)}
-        return self.build(**parameters, **options)
+        return self.of(parameters, **options)
+
+    def of(self, parameters: dict[str, Tensor], **options: Any) -> Distribution:
+        """Return the distribution of these parameters."""
+        return (self.build or self.type)(**parameters, **options)
 
     def reference(self, q_raw: Tensor, p_raw: Tensor) -> Reference:
         """Return KL(q‖p) of the broadcast batch shape."""
@@ -250,116 +309,168 @@ def _mixture(logits: Tensor, loc: Tensor, scale: Tensor, validate_args: bool | N
     )
 
 
-def _generalized_pareto(scale: Tensor, concentration: Tensor, validate_args: bool | None = None) -> Distribution:
-    return dist.GeneralizedPareto(torch.zeros_like(scale), scale, concentration, validate_args=validate_args)
-
-
 def _uniform(low: Tensor, width: Tensor, validate_args: bool | None = None) -> Distribution:
     return dist.Uniform(low, low + width, validate_args=validate_args)
 
 
-def _wishart(df: Tensor, scale_tril: Tensor, validate_args: bool | None = None) -> Distribution:
-    return dist.Wishart(df + 4, scale_tril=scale_tril, validate_args=validate_args)
+def _independent(loc: Tensor, scale: Tensor, validate_args: bool | None = None) -> Distribution:
+    return dist.Independent(dist.Normal(loc, scale, validate_args=validate_args), 1, validate_args=validate_args)
+
+
+def _exp_of_normal(loc: Tensor, scale: Tensor, validate_args: bool | None = None) -> Distribution:
+    base = dist.Normal(loc, scale, validate_args=validate_args)
+    return dist.TransformedDistribution(base, [dist.ExpTransform()], validate_args=validate_args)
+
+
+def _standard_normal(like: Tensor, validate_args: bool | None = None) -> Distribution:
+    return StandardNormal(like.shape, dtype=like.dtype)
+
+
+def without(*abilities: str) -> frozenset[str]:
+    return frozenset(abilities)
 
 
 FAMILIES = [
-    Family("Bernoulli", dist.Bernoulli, Counts(2), {"probs": unit}),
-    Family("Bernoulli(logits)", dist.Bernoulli, Counts(2), {"logits": real}),
-    Family("Beta", dist.Beta, interval, {"concentration1": concentration, "concentration0": concentration}),
-    Family("Binomial", partial(dist.Binomial, 5), Counts(6), {"probs": unit}),
-    Family("Binomial(logits)", partial(dist.Binomial, 5), Counts(6), {"logits": real}),
-    Family("Categorical", dist.Categorical, Counts(3), {"probs": simplex}),
-    Family("Categorical(logits)", dist.Categorical, Counts(3), {"logits": reals}),
-    Family("Cauchy", dist.Cauchy, line, {"loc": real, "scale": positive}),
-    Family("Chi2", dist.Chi2, half_line, {"df": scalar(lambda raw: 3 * raw.exp())}),
-    Family("ContinuousBernoulli", dist.ContinuousBernoulli, interval, {"probs": unit}),
-    Family("ContinuousBernoulli(logits)", dist.ContinuousBernoulli, interval, {"logits": real}),
-    Family("Dirichlet", dist.Dirichlet, stick_breaking, {"concentration": concentrations}),
-    Family("Exponential", dist.Exponential, half_line, {"rate": positive}),
+    Family(dist.Bernoulli, Counts(2), {"probs": unit}),
+    Family(dist.Bernoulli, Counts(2), {"logits": real}, form="logits"),
+    Family(dist.Beta, interval, {"concentration1": concentration, "concentration0": concentration}, digits="joint"),
+    Family(dist.Binomial, Counts(6), {"total_count": fixed(5, constant=True), "probs": unit}),
+    Family(dist.Binomial, Counts(6), {"total_count": fixed(5, constant=True), "logits": real}, form="logits"),
+    Family(dist.Categorical, Counts(4), {"logits": logits}, form="logits", digits="special"),
+    Family(dist.Categorical, Counts(4), {"probs": simplex}, digits="special"),
+    Family(dist.Cauchy, line, {"loc": real, "scale": positive}),
+    Family(dist.Chi2, half_line, {"df": scalar(lambda raw: 3 * raw.exp())}),
+    Family(dist.ContinuousBernoulli, interval, {"logits": real}, form="logits", digits="joint"),
+    Family(dist.ContinuousBernoulli, interval, {"probs": unit}, digits="joint"),
+    Family(dist.Dirichlet, stick_breaking, {"concentration": concentrations}, digits="joint"),
+    Family(dist.Exponential, half_line, {"rate": positive}),
     Family(
-        "FisherSnedecor", dist.FisherSnedecor, half_line, {"df1": scalar(lambda raw: 3 * raw.exp()), "df2": positive}
+        dist.FisherSnedecor,
+        half_line,
+        {"df1": scalar(lambda raw: 3 * raw.exp()), "df2": positive},
+        sweep={"df1": between(3, 6), "df2": between(5, 9)},
+        defects=without("nan"),
     ),
-    Family("Gamma", dist.Gamma, half_line, {"concentration": positive, "rate": positive}),
+    Family(dist.Gamma, half_line, {"concentration": positive, "rate": positive}, digits="special"),
     Family(
-        "GeneralizedPareto",
-        _generalized_pareto,
+        dist.GeneralizedPareto,
         Line(half_line.ends, _generalized_pareto_density),
-        {"scale": positive, "concentration": unit},
+        {"loc": fixed(0.0), "scale": positive, "concentration": unit},
+        sweep={"loc": positive, "concentration": between(-0.4, 0.4)},
         dtype=torch.float32,  # its log_prob compares with a constant of the default dtype
     ),
-    Family("Geometric", dist.Geometric, Counts(1000), {"probs": unit}),
-    Family("Geometric(logits)", dist.Geometric, Counts(1000), {"logits": real}),
-    Family("Gumbel", dist.Gumbel, line, {"loc": real, "scale": positive}),
-    Family("HalfCauchy", dist.HalfCauchy, half_line, {"scale": positive}),
-    Family("HalfNormal", dist.HalfNormal, half_line, {"scale": positive}),
-    Family("InverseGamma", dist.InverseGamma, half_line, {"concentration": concentration, "rate": positive}),
+    Family(dist.Geometric, Counts(1000), {"probs": unit}),
+    Family(dist.Geometric, Counts(1000), {"logits": real}, form="logits"),
+    Family(dist.Gumbel, line, {"loc": real, "scale": positive}, digits="special"),
+    Family(dist.HalfCauchy, half_line, {"scale": positive}),
+    Family(dist.HalfNormal, half_line, {"scale": positive}),
+    Family(dist.Independent, components, {"loc": reals, "scale": positives}, _independent),
+    Family(dist.InverseGamma, half_line, {"concentration": concentration, "rate": positive}, digits="special"),
     Family(
-        "Kumaraswamy",
         dist.Kumaraswamy,
         Line(interval.ends, _kumaraswamy_density),
         {"concentration1": concentration, "concentration0": concentration},
+        sweep={"concentration1": fixed(1.5)},
+        digits="joint",
     ),
     Family(
-        "LKJCholesky",
-        partial(dist.LKJCholesky, 3),
+        dist.LKJCholesky,
         partial_correlations,
         {"concentration": concentration},
-        defects=frozenset({"sample"}),  # from three dimensions on it follows another law than the density
+        partial(dist.LKJCholesky, 3),
+        digits="joint",
+        # From three dimensions on its sample follows another law than the density.
+        defects=without("sample", "nan", "trace"),
     ),
-    Family("Laplace", dist.Laplace, line, {"loc": real, "scale": positive}),
-    Family("LogNormal", dist.LogNormal, half_line, {"loc": real, "scale": positive}),
-    Family("LogisticNormal", dist.LogisticNormal, base_normals, {"loc": reals, "scale": positives}),
+    Family(dist.Laplace, line, {"loc": real, "scale": positive}),
+    Family(dist.LogNormal, half_line, {"loc": real, "scale": positive}),
+    Family(LogVarNormal, line, {"loc": real, "logvar": real}),
+    Family(Logistic, line, {"loc": real, "scale": positive}, sweep={"scale": fixed(1.5)}),
+    Family(dist.LogisticNormal, base_normals, {"loc": reals, "scale": positives}),
     Family(
-        "LowRankMultivariateNormal",
+        LogitRelaxedBernoulli,
+        Line(lambda d: (-math.inf, d.logits / d.temperature, math.inf), _relaxed_logit_density),
+        {"temperature": concentration, "logits": real},
+        sweep={"temperature": fixed(1.5)},
+    ),
+    Family(
         dist.LowRankMultivariateNormal,
         gaussians,
         {"loc": reals, "cov_factor": columns, "cov_diag": positives},
+        defects=without("half", "nan"),
     ),
     Family(
-        "MixtureSameFamily",
-        _mixture,
+        dist.MixtureSameFamily,
         Line(lambda d: (-math.inf, *d.component_distribution.loc.sort(-1).values.unbind(-1), math.inf)),
         {"logits": reals, "loc": reals, "scale": positives},
+        _mixture,
     ),
-    Family("Multinomial", partial(dist.Multinomial, 3), count_vectors, {"probs": simplex}),
-    Family("MultivariateNormal", dist.MultivariateNormal, gaussians, {"loc": reals, "scale_tril": factor}),
-    Family("NegativeBinomial", partial(dist.NegativeBinomial, 4), Counts(1000), {"probs": unit}),
-    Family("Normal", dist.Normal, line, {"loc": real, "scale": positive}),
-    Family("OneHotCategorical", dist.OneHotCategorical, one_hots, {"probs": simplex}),
     Family(
-        "OneHotCategoricalStraightThrough",
-        dist.OneHotCategoricalStraightThrough,
-        one_hots,
-        {"logits": reals},
+        dist.Multinomial,
+        count_vectors,
+        {"logits": logits},
+        partial(dist.Multinomial, 4),
+        form="logits",
+        digits="special",
+        defects=without("nan"),
     ),
-    Family("Pareto", dist.Pareto, Line(lambda d: (d.scale, math.inf)), {"scale": positive, "alpha": positive}),
-    Family("Poisson", dist.Poisson, Counts(200), {"rate": positive}),
-    Family("RelaxedBernoulli", dist.RelaxedBernoulli, interval, {"temperature": concentration, "logits": real}),
+    Family(dist.Multinomial, count_vectors, {"probs": simplex}, partial(dist.Multinomial, 3), digits="special"),
+    Family(dist.MultivariateNormal, gaussians, {"loc": reals, "scale_tril": factor}),
     Family(
-        "RelaxedOneHotCategorical",
-        partial(dist.RelaxedOneHotCategorical, torch.tensor(1.5, dtype=torch.float64)),
+        dist.NegativeBinomial,
+        Counts(1000),
+        {"total_count": fixed(4, constant=True), "probs": unit},
+        digits="joint",
+    ),
+    Family(dist.Normal, line, {"loc": real, "scale": positive}),
+    Family(dist.OneHotCategorical, one_hots, {"probs": simplex}, digits="special", defects=without("nan")),
+    Family(dist.OneHotCategoricalStraightThrough, one_hots, {"logits": logits}, digits="special"),
+    Family(
+        dist.Pareto,
+        Line(lambda d: (d.scale, math.inf)),
+        {"scale": positive, "alpha": positive},
+        sweep={"alpha": between(2.5, 5)},
+        sweep_p={"scale": between(0.05, 0.15), "alpha": positive},
+    ),
+    Family(dist.Poisson, Counts(200), {"rate": positive}),
+    Family(RawCategorical, Counts(4), {"logits": logits}, digits="special"),
+    Family(dist.RelaxedBernoulli, interval, {"temperature": concentration, "logits": real}),
+    Family(
+        dist.RelaxedOneHotCategorical,
         two_classes,
         {"logits": Space(2, lambda raw: 2 * raw)},
+        partial(dist.RelaxedOneHotCategorical, torch.tensor(1.5, dtype=torch.float64)),
     ),
-    Family("StudentT", dist.StudentT, line, {"df": positive, "loc": real, "scale": positive}),
+    Family(StandardNormal, line, {"like": fixed(0.0, constant=True)}, _standard_normal),
     Family(
-        "Uniform",
-        _uniform,
+        dist.StudentT,
+        line,
+        {"df": positive, "loc": real, "scale": positive},
+        sweep={"df": between(3, 6)},
+        defects=without("nan"),
+    ),
+    Family(dist.TransformedDistribution, half_line, {"loc": real, "scale": positive}, _exp_of_normal),
+    Family(
+        dist.Uniform,
         Line(lambda d: (d.low, d.high)),
         {"low": scalar(lambda raw: 2 * raw - 0.1), "width": positive},
+        _uniform,
+        sweep={"low": between(0.2, 0.4), "width": between(0.3, 0.5)},
+        sweep_p={"low": between(-2, -1), "width": between(4, 5)},
     ),
     Family(
-        "VonMises",
         dist.VonMises,
         Line(lambda d: (-math.pi, math.pi), _von_mises_density),
         {"loc": real, "concentration": concentration},
+        digits="special",
     ),
-    Family("Weibull", dist.Weibull, half_line, {"scale": positive, "concentration": positive}),
+    Family(dist.Weibull, half_line, {"scale": positive, "concentration": positive}, digits="special"),
     Family(
-        "Wishart",
-        _wishart,
+        dist.Wishart,
         wisharts,
-        {"df": positive, "scale_tril": factor},
-        defects=frozenset({"rsample"}),  # it writes in place to what its own derivative needs
+        {"df": scalar(lambda raw: 4 + raw.exp()), "scale_tril": factor},
+        digits="joint",
+        # Its rsample writes in place to what its own derivative needs.
+        defects=without("rsample", "nan", "trace"),
     ),
 ]

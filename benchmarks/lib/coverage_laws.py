@@ -1,7 +1,4 @@
-"""Which law a distribution of torch is: its parameters, put into the formulas of `coverage_densities`.
-
-Nothing here comes from the library under test.
-"""
+"""Laws of distributions that are made of others or have several dimensions; nothing comes from the library."""
 
 from __future__ import annotations
 
@@ -13,9 +10,10 @@ import mpmath as mp
 import numpy as np
 import torch
 import torch.distributions as dist
-from mpmath import exp, inf, log, log1p, loggamma, mpf
+from mpmath import exp, log, log1p, loggamma, mpf
 
 from lib.coverage_densities import (
+    LAWS,
     Correlation,
     Counts,
     Gaussian,
@@ -26,25 +24,7 @@ from lib.coverage_densities import (
     Vectors,
     WishartLaw,
     beta,
-    binomial,
-    continuous_bernoulli,
-    fisher,
-    gamma,
-    generalized_pareto,
-    gumbel,
-    half,
-    inverse_gamma,
-    kumaraswamy,
-    laplace,
-    negative_binomial,
-    normal,
-    pareto,
-    poisson,
-    relaxed_bernoulli,
-    student,
-    uniform,
-    von_mises,
-    weibull,
+    exponential_of,
 )
 
 
@@ -54,13 +34,12 @@ def law_of(d: Any) -> Any:
     Raises:
         TypeError: if no law is written for its class.
     """
-    if type(d) not in _LAWS:
-        raise TypeError(f"no law is written for {type(d).__name__}: add one to benchmarks/lib/coverage_laws.py.")
-    return _LAWS[type(d)](d)
-
-
-def _read(d: Any, *names: str) -> tuple[Any, ...]:
-    return tuple(mpf(float(getattr(d, name))) for name in names)
+    if type(d) not in LAWS:
+        raise TypeError(
+            f"no law is written for {type(d).__name__}: add one to benchmarks/lib/coverage_densities.py or, of several "
+            "dimensions, to benchmarks/lib/coverage_laws.py."
+        )
+    return LAWS[type(d)](d)
 
 
 def _categorical(d: dist.Categorical) -> Counts:
@@ -143,7 +122,7 @@ def _pushed(law: Any, t: Any) -> Any:
     if isinstance(t, dist.AffineTransform):
         return _affine(law, mpf(float(t.loc)), mpf(float(t.scale)))
     if isinstance(t, dist.ExpTransform):
-        return _exponential(law)
+        return exponential_of(law)
     if isinstance(t, type(dist.SigmoidTransform().inv)) and isinstance(t.inv, dist.SigmoidTransform):
         # The density of a logit: σ(y) (1 - σ(y)) times that of σ(y), by terms that do not round to 0.
         return Line(lambda y: law.log_density(1 / (1 + exp(-y))) - abs(y) - 2 * log1p(exp(-abs(y))))
@@ -155,10 +134,6 @@ def _affine(law: Line, m: Any, s: Any) -> Line:
     moved = None if law.normal is None else (float(m + s * law.normal[0]), float(abs(s) * law.normal[1]))
     kinks = tuple(m + s * kink for kink in law.kinks)
     return Line(lambda y: law.log_density((y - m) / s) - log(abs(s)), *ends, kinks, moved)
-
-
-def _exponential(law: Line) -> Line:
-    return Line(lambda y: law.log_density(log(y)) - log(y), mpf(0), inf, tuple(exp(kink) for kink in law.kinks))
 
 
 # --- several dimensions -----------------------------------------------------------------------------------------------
@@ -219,38 +194,11 @@ def _multinomial(d: dist.Multinomial) -> Vectors:
 
 def _correlation(d: dist.LKJCholesky) -> Correlation:
     """Take the law of the one correlation: (1 + r)/2 ~ Beta(η, η) (Lewandowski, Kurowicka and Joe, 2009)."""
-    (b,) = _read(d, "concentration")
+    b = mpf(float(d.concentration))
     return Correlation(beta(b, b))
 
 
-_LAWS: dict[type, Callable[[Any], Any]] = {
-    dist.Normal: lambda d: normal(*_read(d, "loc", "scale")),
-    dist.Laplace: lambda d: laplace(*_read(d, "loc", "scale")),
-    dist.Cauchy: lambda d: student(mpf(1), *_read(d, "loc", "scale")),
-    dist.StudentT: lambda d: student(*_read(d, "df", "loc", "scale")),
-    dist.Gumbel: lambda d: gumbel(*_read(d, "loc", "scale")),
-    dist.VonMises: lambda d: von_mises(*_read(d, "loc", "concentration")),
-    dist.LogNormal: lambda d: _exponential(normal(*_read(d, "loc", "scale"))),
-    dist.Gamma: lambda d: gamma(*_read(d, "concentration", "rate")),
-    dist.Exponential: lambda d: gamma(mpf(1), *_read(d, "rate")),
-    dist.Chi2: lambda d: gamma(_read(d, "df")[0] / 2, mpf(1) / 2),
-    dist.HalfNormal: lambda d: half(normal(mpf(0), *_read(d, "scale"))),
-    dist.HalfCauchy: lambda d: half(student(mpf(1), mpf(0), *_read(d, "scale"))),
-    dist.Weibull: lambda d: weibull(*_read(d, "scale", "concentration")),
-    dist.InverseGamma: lambda d: inverse_gamma(*_read(d, "concentration", "rate")),
-    dist.FisherSnedecor: lambda d: fisher(*_read(d, "df1", "df2")),
-    dist.Pareto: lambda d: pareto(*_read(d, "scale", "alpha")),
-    dist.GeneralizedPareto: lambda d: generalized_pareto(*_read(d, "loc", "scale", "concentration")),
-    dist.Beta: lambda d: beta(*_read(d, "concentration1", "concentration0")),
-    dist.Kumaraswamy: lambda d: kumaraswamy(*_read(d, "concentration1", "concentration0")),
-    dist.ContinuousBernoulli: lambda d: continuous_bernoulli(*_read(d, "probs")),
-    dist.Uniform: lambda d: uniform(*_read(d, "low", "high")),
-    dist.RelaxedBernoulli: lambda d: relaxed_bernoulli(*_read(d, "temperature", "probs")),
-    dist.Bernoulli: lambda d: binomial(1, *_read(d, "probs")),
-    dist.Binomial: lambda d: binomial(int(d.total_count), *_read(d, "probs")),
-    dist.Geometric: lambda d: negative_binomial(mpf(1), 1 - _read(d, "probs")[0]),
-    dist.NegativeBinomial: lambda d: negative_binomial(*_read(d, "total_count", "probs")),
-    dist.Poisson: lambda d: poisson(*_read(d, "rate")),
+LAWS |= {
     dist.Categorical: _categorical,
     dist.TransformedDistribution: _transformed,
     dist.MixtureSameFamily: _mixture,

@@ -1,7 +1,7 @@
-"""Pairs that are composed from moments, in mpmath: each q brings its moments, each p its cross-entropy.
+"""Families on the line in mpmath: moments as q and the cross-entropy as p, from which the KL of every pair follows.
 
-At 40 digits nothing needs care. The mean and the variance of log x are no formulas but derivatives of E[x^k] at k = 0,
-and a moment is infinite where the integral diverges.
+At 40 digits nothing needs care. Unless a family gives it, the mean of log x is a derivative of E[x^k] at k = 0, and so
+is its variance. A moment is infinite where the integral diverges.
 """
 
 from collections.abc import Callable
@@ -40,7 +40,7 @@ class Moments:
         return mp.diff(self._power, 0)
 
     def log(self) -> Any:
-        return self._mean_of_log
+        return self._others["log"]() if "log" in self._others else self._mean_of_log
 
     def log_second(self) -> Any:
         return mp.diff(self._power, 0, 2)
@@ -51,7 +51,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class Family:
-    """One family: how its parameters are drawn, the ends of its support, and what it is as q and as p.
+    """One family: the draws of its parameters, the ends of its support, its moments as q and its cross-entropy as p.
 
     Args:
         draw: (rng, regime, num_draws) -> parameters under torch's names.
@@ -98,9 +98,24 @@ def gamma_ratio(a: Any, k: Any) -> Any:
     return mp.gamma(a + k) / mp.gamma(a)
 
 
+def beta_moments(p: Exact) -> Moments:
+    a, b = p["concentration1"], p["concentration0"]
+    return Moments(
+        lambda k: gamma_ratio(a, k) / gamma_ratio(a + b, k),
+        -a,
+        log=lambda: mp.psi(0, a) - mp.psi(0, a + b),
+        log1m=lambda: mp.psi(0, b) - mp.psi(0, a + b),
+    )
+
+
 def beta_entropy(a: Any, b: Any) -> Any:
     log_beta = mp.loggamma(a) + mp.loggamma(b) - mp.loggamma(a + b)
     return log_beta - (a - 1) * mp.psi(0, a) - (b - 1) * mp.psi(0, b) + (a + b - 2) * mp.psi(0, a + b)
+
+
+def normal_deviation(loc: Any, scale: Any, m: Any) -> Any:
+    z = (loc - m) / scale
+    return scale * (mp.sqrt(2 / mp.pi) * mp.exp(-z * z / 2) + z * mp.erf(z / mp.sqrt(2)))
 
 
 def half_normal_deviation(s: Any, m: Any) -> Any:
@@ -139,6 +154,10 @@ def gumbel_deviation(loc: Any, scale: Any, m: Any) -> Any:
     return scale * (z - mp.euler + 2 * (mp.e1(w) + mp.log(w) + mp.euler))
 
 
+def xlogx(x: Any) -> Any:
+    return x * mp.log(x) if x else mp.mpf(0)
+
+
 def uniform_moments(p: Exact) -> Moments:
     low, high = p["low"], p["high"]
     width = high - low
@@ -162,6 +181,9 @@ def uniform_moments(p: Exact) -> Moments:
         mean=lambda: (low + high) / 2,
         second=lambda: (low**2 + low * high + high**2) / 3,
         deviation=deviation,
+        log=lambda: between(xlogx) - 1,
+        log1m=lambda: (xlogx(1 - low) - xlogx(1 - high)) / width - 1,
+        laplace=lambda t: (mp.exp(-t * low) - mp.exp(-t * high)) / (t * width),
         log_square=log_square,
         log_affine=lambda c: between(lambda x: (1 + c * x) * mp.log(1 + c * x) / c - x),
         cosine=lambda m: between(lambda x: mp.sin(x - m)),
@@ -262,10 +284,7 @@ FAMILIES: dict[type[dist.Distribution], Family] = {
         drawn(concentration1=shape, concentration0=shape),
         unit,
         lambda p: beta_entropy(p["concentration1"], p["concentration0"]),
-        lambda p: Moments(
-            lambda k: gamma_ratio(p["concentration1"], k) / gamma_ratio(p["concentration1"] + p["concentration0"], k),
-            -p["concentration1"],
-        ),
+        beta_moments,
         lambda p, q: (
             mp.log(mp.beta(p["concentration1"], p["concentration0"]))
             - (p["concentration1"] - 1) * q.log()
@@ -293,6 +312,8 @@ FAMILIES: dict[type[dist.Distribution], Family] = {
         lambda p: Moments(
             lambda k: mp.gamma(1 + k) / p["rate"] ** k,
             -1,
+            log=lambda: -mp.euler - mp.log(p["rate"]),
+            laplace=lambda t: p["rate"] / (p["rate"] + t),
             deviation=lambda m: (
                 (1 / p["rate"] - m) if m < 0 else m - 1 / p["rate"] + 2 * mp.exp(-p["rate"] * m) / p["rate"]
             ),
@@ -319,7 +340,12 @@ FAMILIES: dict[type[dist.Distribution], Family] = {
             + mp.loggamma(p["concentration"])
             + (1 - p["concentration"]) * mp.psi(0, p["concentration"])
         ),
-        lambda p: Moments(lambda k: gamma_ratio(p["concentration"], k) / p["rate"] ** k, -p["concentration"]),
+        lambda p: Moments(
+            lambda k: gamma_ratio(p["concentration"], k) / p["rate"] ** k,
+            -p["concentration"],
+            log=lambda: mp.psi(0, p["concentration"]) - mp.log(p["rate"]),
+            laplace=lambda t: mp.exp(-p["concentration"] * mp.log1p(t / p["rate"])),
+        ),
         lambda p, q: gamma_cross_entropy(p["concentration"], p["rate"], q.log(), q.mean()),
     ),
     dist.GeneralizedPareto: Family(
@@ -345,7 +371,11 @@ FAMILIES: dict[type[dist.Distribution], Family] = {
         location_scale(),
         whole_line,
         lambda p: mp.log(p["scale"]) + 1 + mp.euler,
-        lambda p: Moments(deviation=lambda m: gumbel_deviation(p["loc"], p["scale"], m)),
+        lambda p: Moments(
+            mean=lambda: p["loc"] + mp.euler * p["scale"],
+            second=lambda: (p["loc"] + mp.euler * p["scale"]) ** 2 + (mp.pi * p["scale"]) ** 2 / 6,
+            deviation=lambda m: gumbel_deviation(p["loc"], p["scale"], m),
+        ),
         lambda p, q: (
             mp.log(p["scale"])
             + (q.mean() - p["loc"]) / p["scale"]
@@ -404,6 +434,7 @@ FAMILIES: dict[type[dist.Distribution], Family] = {
         lambda p: 1 + mp.log(2 * p["scale"]),
         lambda p: Moments(
             mean=lambda: p["loc"],
+            second=lambda: p["loc"] ** 2 + 2 * p["scale"] ** 2,
             laplace=lambda t: mp.exp(-t * p["loc"]) / (1 - (t * p["scale"]) ** 2) if t * p["scale"] < 1 else mp.inf,
         ),
         lambda p, q: mp.log(2 * p["scale"]) + q.deviation(p["loc"]) / p["scale"],
@@ -418,7 +449,18 @@ FAMILIES: dict[type[dist.Distribution], Family] = {
         ),
         log_normal_cross_entropy,
     ),
-    dist.Normal: Family(location_scale(), whole_line, cross_entropy=normal_cross_entropy),
+    dist.Normal: Family(
+        location_scale(),
+        whole_line,
+        lambda p: mp.log(2 * mp.pi * mp.e * p["scale"] ** 2) / 2,
+        lambda p: Moments(
+            mean=lambda: p["loc"],
+            second=lambda: p["loc"] ** 2 + p["scale"] ** 2,
+            laplace=lambda t: mp.exp((t * p["scale"]) ** 2 / 2 - t * p["loc"]),
+            deviation=lambda m: normal_deviation(p["loc"], p["scale"], m),
+        ),
+        normal_cross_entropy,
+    ),
     dist.Pareto: Family(
         drawn(scale=positive, alpha=spread(0.5, 20, 1e-2, 1e3)),
         lambda p: (p["scale"], mp.inf),
@@ -427,8 +469,10 @@ FAMILIES: dict[type[dist.Distribution], Family] = {
             lambda k: p["scale"] ** k * p["alpha"] / (p["alpha"] - k),
             -mp.inf,
             p["alpha"],
+            log=lambda: mp.log(p["scale"]) + 1 / p["alpha"],
             deviation=lambda m: pareto_deviation(p["scale"], p["alpha"], m),
         ),
+        lambda p, q: (p["alpha"] + 1) * q.log() - mp.log(p["alpha"]) - p["alpha"] * mp.log(p["scale"]),
     ),
     dist.StudentT: Family(
         drawn(df=spread(0.5, 20, 1e-1, 1e3), loc=real, scale=positive),
@@ -470,19 +514,8 @@ FAMILIES: dict[type[dist.Distribution], Family] = {
 }
 
 
-def before(rng: np.random.Generator, regime: str, n: int) -> Any:
-    return -4 - positive(rng, regime, n)
-
-
-# How p is drawn where its support is to contain that of q.
-AS_P: dict[type[dist.Distribution], Draw] = {
-    dist.GeneralizedPareto: drawn(loc=before, scale=positive, concentration=positive),
-    dist.Uniform: drawn(low=before, high=lambda rng, regime, n: 2 + positive(rng, regime, n)),
-}
-
-
-def pair(type_q: type[dist.Distribution], type_p: type[dist.Distribution]) -> Reference:
-    """Describe a pair; a Uniform p is drawn around [-4, 2]."""
+def kl_by_moments(type_q: type[dist.Distribution], type_p: type[dist.Distribution]) -> Callable[[Exact, Exact], Any]:
+    """Return the KL of two families as a function of their parameters: the cross-entropy less the entropy of q."""
     q, p = FAMILIES[type_q], FAMILIES[type_p]
 
     def kl(by_q: Exact, by_p: Exact) -> Any:
@@ -492,9 +525,26 @@ def pair(type_q: type[dist.Distribution], type_p: type[dist.Distribution]) -> Re
         cross_entropy = p.cross_entropy(by_p, q.moments(by_q))
         return mp.inf if mp.isinf(cross_entropy) else cross_entropy - q.entropy(by_q)
 
+    return kl
+
+
+def before(rng: np.random.Generator, regime: str, n: int) -> Any:
+    return -4 - positive(rng, regime, n)
+
+
+# The draws of p where its support is to contain that of q.
+AS_P: dict[type[dist.Distribution], Draw] = {
+    dist.GeneralizedPareto: drawn(loc=before, scale=positive, concentration=positive),
+    dist.Uniform: drawn(low=before, high=lambda rng, regime, n: 2 + positive(rng, regime, n)),
+}
+
+
+def pair(type_q: type[dist.Distribution], type_p: type[dist.Distribution]) -> Reference:
+    """Return the reference of a pair; a Uniform p is drawn around [-4, 2]."""
+    q, p = FAMILIES[type_q], FAMILIES[type_p]
+
     def draw(regime: str, n: int, rng: np.random.Generator, dtype: torch.dtype) -> tuple[Any, Any]:
         return q.draw(rng, regime, n), AS_P.get(type_p, p.draw)(rng, regime, n)
 
-    return Reference(
-        f"{type_q.__name__}‖{type_p.__name__}", type_q, type_p, draw, kl, regimes=("moderate", "wide"), digits=DIGITS
-    )
+    name, kl = f"{type_q.__name__}‖{type_p.__name__}", kl_by_moments(type_q, type_p)
+    return Reference(name, type_q, type_p, draw, kl, regimes=("moderate", "wide"), digits=DIGITS)
