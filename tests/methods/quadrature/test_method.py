@@ -328,6 +328,16 @@ def test_without_declared_tails_the_slope_tells_an_infinite_kl():
         Quadrature().estimate(power_tail(2.01), normal)
 
 
+def test_the_tails_of_a_user_defined_density_without_a_batch_keep_float64():
+    p = StudentT(f64(0.05))
+    truth = Quadrature().estimate(StudentT(f64(0.1)), p).value.item()
+    assert Quadrature().estimate(power_tail(0.1), p).value.item() == pytest.approx(truth, rel=1e-12)
+    index = f64(1.5).requires_grad_()
+    infinite = Quadrature().estimate(Custom(StudentT(index).log_prob), Normal(f64(0.0), f64(1.0))).value
+    assert infinite == math.inf
+    assert torch.autograd.grad(infinite, index)[0] == 0
+
+
 def test_a_density_that_is_not_normalised_is_refused():
     twice = Custom(lambda x: Normal(f64(0.0), f64(1.0)).log_prob(x) + 0.01)
     with pytest.raises(NotCertifiedError, match=r"does not add up to 1 .* or MonteCarlo"):

@@ -69,7 +69,7 @@ def tail_integrals(f: Integrand, coordinate: Coordinate, v: Tensor, is_open: Ten
     """
     total, error = (torch.zeros(4, *f.shape, dtype=v.dtype, device=v.device) for _ in range(2))
     for end, outward, opened in zip(v, (-1, 1), is_open, strict=True):
-        points = end + float(outward) * torch.arange(-3, 1, device=end.device).reshape(4, *(1,) * end.dim())
+        points = end + outward * torch.arange(-3, 1, device=end.device).reshape(4, *(1,) * end.dim())
         _, mass, log_ratio = weigh(f, coordinate, points, torch.ones_like(end))
         noise = _rounding(coordinate, end.unsqueeze(0))
         inside = log_ratio.clamp(-2, 2)
