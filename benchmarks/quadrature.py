@@ -1,12 +1,12 @@
-"""How accurate is `Quadrature` for what it costs, and what does a batch of it cost, beside sampling?
+"""How accurate is `Quadrature` at its cost, and what does a batch cost, compared with sampling?
 
-- "accuracy": pairs whose KL is known, by a closed form or by mpmath at 25 digits: the relative errors of value and
-  gradient that were reached, the bound that was certified, and how many points it took, the scan included. The peer is
-  `MonteCarlo` with 64 draws: how many times larger its squared error is at as many evaluations. Every value must be
-  within the larger of rtol and its own error bound; otherwise the exit status is 1.
-- "cost": 4096x16 pairs Normal‖StudentT(4), forward and backward, against `MonteCarlo(64)` of the same pairs in turns,
-  in float32 and in float64, and the peak of memory beyond the parameters and their gradients, in a fresh process each.
-  Values are checked against a quadrature of four times as many nodes before anything is timed.
+- "accuracy": pairs with a known KL, by a closed form or by mpmath at 25 digits: the relative errors of value and
+  gradient, the certified bound, and the number of evaluations, the scan included. The peer is `MonteCarlo` with 64
+  draws: how many times larger its squared error is at as many evaluations. Every value must be within the larger of
+  rtol and its own error bound; otherwise the exit status is 1.
+- "cost": 4096x16 pairs Normal‖StudentT(4), forward and backward, in turns with `MonteCarlo(64)` on the same pairs, in
+  float32 and in float64, and the peak of memory beyond the parameters and their gradients, in a fresh process each.
+  Values are checked against a quadrature with four times as many nodes before anything is timed.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _gammas(t: Tensor) -> Pair:
     return Gamma(t[0], t[1]), Gamma(t[2], t[3])
 
 
-# By name: how the pair is made of its parameters, these, and the nodes to try.
+# By name: the constructor of the pair, its parameters, and the numbers of nodes to try.
 PAIRS: dict[str, tuple[Make, tuple[float, ...], tuple[int, ...]]] = {
     "Normal‖StudentT(4)": (_normal_student, (0.3, 1.2, 4.0), (64,)),
     "Gamma(20, 2)‖Gamma(3, 1)": (_gammas, (20.0, 2.0, 3.0, 1.0), (64,)),
@@ -82,7 +82,7 @@ PAIRS: dict[str, tuple[Make, tuple[float, ...], tuple[int, ...]]] = {
 
 
 def _by_mpmath(name: str) -> Callable[..., object] | None:
-    """Return the KL as a function of the parameters, where no closed form is at hand."""
+    """Return the KL as a function of the parameters; None for pairs with a closed form."""
 
     def normal_student(m, s, nu):
         norm = mp.loggamma((nu + 1) / 2) - mp.loggamma(nu / 2) - mp.log(nu * mp.pi) / 2
@@ -115,7 +115,7 @@ def truth(name: str, make: Make, parameters: tuple[float, ...]) -> tuple[float, 
 
 
 def accuracy() -> tuple[list[Row], list[str]]:
-    """Return the rows of the first question, and what disagrees."""
+    """Return the rows of the first question, and the disagreements."""
     rows, disagreements = [], []
     for name, (make, parameters, nodes) in PAIRS.items():
         exact, slopes = truth(name, make, parameters)
@@ -144,7 +144,7 @@ def accuracy() -> tuple[list[Row], list[str]]:
 
 
 class Batch:
-    """Hold the parameters of the second question, and its step."""
+    """The parameters of the second question, with its step."""
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype) -> None:
         torch.manual_seed(0)
@@ -169,7 +169,7 @@ METHODS: dict[str, Method] = {"sampling": MonteCarlo(DRAWS), "quadrature": Quadr
 
 
 def extra_memory(shape: tuple[int, int], dtype: torch.dtype, peer: str) -> float | None:
-    """Return the peak of memory of a step beyond its gradients, in bytes; None where the kernel is not Linux."""
+    """Return the peak of memory of a step beyond its gradients, in bytes; None if the kernel is not Linux."""
     if not Path("/proc/self/clear_refs").exists():
         return None
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
@@ -181,7 +181,7 @@ def _measure(shape: tuple[int, int], dtype: torch.dtype, peer: str) -> float:
     Batch((8, 2), dtype).step(METHODS[peer])
     batch = Batch(shape, dtype)
     before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     batch.step(METHODS[peer])
     gradients = sum(leaf.grad.nbytes for leaf in batch.leaves if leaf.grad is not None)
     return _resident("VmHWM") - before - gradients
@@ -193,7 +193,7 @@ def _resident(key: str) -> int:
 
 
 def cost(shape: tuple[int, int], rounds: int) -> tuple[list[Row], list[str]]:
-    """Return the rows of the second question, and what disagrees."""
+    """Return the rows of the second question, and the disagreements."""
     rows, disagreements = [], []
     for dtype in (torch.float32, torch.float64):
         batch = Batch(shape, dtype)

@@ -7,49 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_klloss.distributions.supports import contained
-from torch_klloss.distributions.tails import is_infinite
-from torch_klloss.distributions.tensors import tensors_of
-from torch_klloss.methods.quadrature.coordinates import Coordinate
-from torch_klloss.methods.quadrature.integrand import Integrand
-from torch_klloss.methods.quadrature.remainder import CONVERGES, DIVERGES, matters_beyond_overflow, slopes
-from torch_klloss.methods.quadrature.scan import Scan
-from torch_klloss.methods.quadrature.state import State
-
-FINITE, INFINITE, UNDECIDED, OVERFLOWN, NOT_A_NUMBER = range(5)
-
-
-def status_of(f: Integrand, coordinate: Coordinate, scan: Scan) -> tuple[Tensor, Tensor]:
-    """Return what is known in advance, and the tail's slope from which it is determined if no tails are declared."""
-    declared, within = is_infinite(f.q, f.p), contained(f.q, f.p)
-    slope = torch.full(f.batch_shape, -torch.inf, dtype=torch.float64, device=scan.v.device)
-    if declared is None and not f.is_closed:
-        slope = f.largest(slopes(scan).amax(0))
-    status = torch.where(slope >= DIVERGES, INFINITE, torch.where(slope < CONVERGES, FINITE, UNDECIDED))
-    is_beyond = False if within is None else ~torch.as_tensor(within)
-    is_beyond = is_beyond if declared is None else is_beyond | declared
-    status = torch.where(torch.as_tensor(is_beyond, device=slope.device), INFINITE, status)
-    status = torch.where((status == FINITE) & _is_overflown(f, coordinate, scan), OVERFLOWN, status)
-    return torch.where(_is_nan(f, scan), NOT_A_NUMBER, status), slope
-
-
-def _is_overflown(f: Integrand, coordinate: Coordinate, scan: Scan) -> Tensor:
-    """Return where log p overflows within its support, and what is lost by that may matter."""
-    is_over = (scan.log_ratio == torch.inf) & bool(f.contains_support)
-    if not is_over.any():
-        return torch.zeros((), dtype=torch.bool, device=is_over.device)
-    matters = torch.stack([matters_beyond_overflow(f, coordinate, scan, outward) for outward in (-1, 1)]).any(0)
-    return matters.any(-1) if f.is_mixture else matters
-
-
-def _is_nan(f: Integrand, scan: Scan) -> Tensor:
-    """Return where a parameter is NaN."""
-    is_empty = scan.log_mass.isnan().all(0)
-    is_nan = is_empty.any(-1) if f.is_mixture else is_empty
-    for t in (*tensors_of(f.q), *tensors_of(f.p)) if f.is_flat else ():
-        is_nan = is_nan | t.isnan().flatten(1).any(1) if t.dim() > 1 else is_nan | t.isnan()
-    return is_nan
-
+from torch_klloss.methods.quadrature.state import INFINITE, NOT_A_NUMBER, OVERFLOWN, UNDECIDED, State
 
 # A KL below this is rounding: log-densities have an error of 1e-16, which enters squared.
 _FLOOR = 1e-28

@@ -93,8 +93,7 @@ class Quadrature(BaseMethod):
                 reached, the reason, and what to do instead.
             NotImplementedError: if the pair is not one-dimensional, or q is discrete and cannot be summed; under
                 `torch.compile` and `torch.func`, where no error can depend on a value.
-            ValueError: if the shapes do not fit, or q is discrete and p continuous, or the reverse.
-            TypeError: if q or p is not a distribution.
+            ValueError: if q is discrete and p continuous, or the reverse.
         """
         check_common_measure(q, p)
         if is_discrete(q) and _SUM.supports(q, p) is not False:

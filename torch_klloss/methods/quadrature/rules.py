@@ -88,8 +88,7 @@ class Panels:
 
     def error(self, terms: Tensor, size: Tensor) -> Tensor:
         """Return the error of the sums of `[panels, nodes, *integrals]`, given the sums of their absolute values."""
-        tail = torch.tensordot(_coefficient_matrix().to(terms.device), terms, dims=([1], [1])).abs().amax(0)
-        return torch.minimum(_SAFETY * tail, size)
+        return _error(_coefficient_matrix(), terms, size)
 
     def select(self, index: Tensor) -> Panels:
         """Return the panels of some elements of a flat batch."""
@@ -133,9 +132,7 @@ class Trapezoid:
 
     def error(self, terms: Tensor, size: Tensor) -> Tensor:
         """Return the error of the sums of `[1, nodes, *integrals]`, given the sums of their absolute values."""
-        matrix = _frequency_matrix(self.num_nodes).to(terms.device)
-        highest = torch.tensordot(matrix, terms, dims=([1], [1])).abs().amax(0)
-        return torch.minimum(_SAFETY * highest, size)
+        return _error(_frequency_matrix(self.num_nodes), terms, size)
 
     def select(self, index: Tensor) -> Trapezoid:
         """Return the rule of some elements of a flat batch."""
@@ -143,6 +140,12 @@ class Trapezoid:
 
 
 Rule = Panels | Trapezoid
+
+
+def _error(matrix: Tensor, terms: Tensor, size: Tensor) -> Tensor:
+    """Return the largest coefficient of the terms, times a safety factor, but no more than the size."""
+    coefficients = torch.tensordot(matrix.to(terms.device), terms, dims=([1], [1]))
+    return torch.minimum(_SAFETY * coefficients.abs().amax(0), size)
 
 
 @cache

@@ -8,13 +8,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from torch_klloss.methods.quadrature.certificate import FINITE, Certificate, certify, status_of
+from torch_klloss.methods.quadrature.certificate import Certificate, certify
 from torch_klloss.methods.quadrature.integrand import Integrand
 from torch_klloss.methods.quadrature.placement import panels_of, place, split_points
 from torch_klloss.methods.quadrature.remainder import tail_integrals
 from torch_klloss.methods.quadrature.rules import STRAIGHT, Panels, Rule, Sums, Trapezoid, integrate, weigh
 from torch_klloss.methods.quadrature.scan import BEND, NEGLIGIBLE, Scan
-from torch_klloss.methods.quadrature.state import State
+from torch_klloss.methods.quadrature.state import FINITE, State, status_of
 
 _BUDGET = 40  # evaluations that halving may take, in units of num_nodes
 _FAR = 4.0  # in v

@@ -1,14 +1,23 @@
-"""The state of a set of integrals: their nodes, and the sums over them."""
+"""The state of a set of integrals: whether they are finite, their nodes, and the sums over them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from torch_klloss.distributions.supports import contained
+from torch_klloss.distributions.tails import is_infinite
+from torch_klloss.distributions.tensors import tensors_of
+from torch_klloss.methods.quadrature.coordinates import Coordinate
 from torch_klloss.methods.quadrature.integrand import Integrand
 from torch_klloss.methods.quadrature.placement import Placement
+from torch_klloss.methods.quadrature.remainder import CONVERGES, DIVERGES, matters_beyond_overflow, slopes
 from torch_klloss.methods.quadrature.rules import Rule, Sums, Values
+from torch_klloss.methods.quadrature.scan import Scan
+
+FINITE, INFINITE, UNDECIDED, OVERFLOWN, NOT_A_NUMBER = range(5)  # known before any sum
 
 
 @dataclass(frozen=True)
@@ -25,7 +34,7 @@ class State:
         sums: the sums over the panels.
         tails: the integrals beyond the ends, of the plain form, the near form, the mass and its gap, and their errors,
             `[2, 4, *integrals]`.
-        status: what is known in advance, `[*batch]`: see `torch_klloss.methods.quadrature.certificate`.
+        status: FINITE, INFINITE, UNDECIDED, OVERFLOWN or NOT_A_NUMBER, `[*batch]`.
         slope: the slope of the tail that decides whether the KL is infinite, `[*batch]`.
         values: at the nodes of the rule, for the derivative; None after panels were halved.
         evaluations: how many points each element has been evaluated at.
@@ -60,3 +69,33 @@ class State:
             None if self.values is None else Values(*(t[:, index] for t in self.values)),
             self.evaluations,
         )
+
+
+def status_of(f: Integrand, coordinate: Coordinate, scan: Scan) -> tuple[Tensor, Tensor]:
+    """Return the status, and the tail's slope, from which it is determined if no tails are declared."""
+    declared, within = is_infinite(f.q, f.p), contained(f.q, f.p)
+    slope = torch.full(f.batch_shape, -torch.inf, dtype=torch.float64, device=scan.v.device)
+    if declared is None and not f.is_closed:
+        slope = f.largest(slopes(scan).amax(0))
+    status = torch.where(slope >= DIVERGES, INFINITE, torch.where(slope < CONVERGES, FINITE, UNDECIDED))
+    is_beyond = False if within is None else ~torch.as_tensor(within)
+    is_beyond = is_beyond if declared is None else is_beyond | declared
+    status = torch.where(torch.as_tensor(is_beyond, device=slope.device), INFINITE, status)
+    status = torch.where((status == FINITE) & _is_overflown(f, coordinate, scan), OVERFLOWN, status)
+    return torch.where(_is_nan(f, scan), NOT_A_NUMBER, status), slope
+
+
+def _is_overflown(f: Integrand, coordinate: Coordinate, scan: Scan) -> Tensor:
+    """Return where log p overflows within its support, at points that may matter."""
+    is_over = (scan.log_ratio == torch.inf) & bool(f.contains_support)
+    if not is_over.any():
+        return torch.zeros((), dtype=torch.bool, device=is_over.device)
+    return f.largest(torch.stack([matters_beyond_overflow(f, coordinate, scan, outward) for outward in (-1, 1)]).any(0))
+
+
+def _is_nan(f: Integrand, scan: Scan) -> Tensor:
+    """Return where a parameter is NaN."""
+    is_nan = f.largest(scan.log_mass.isnan().all(0))
+    for t in (*tensors_of(f.q), *tensors_of(f.p)) if f.is_flat else ():
+        is_nan = is_nan | t.isnan().flatten(1).any(1) if t.dim() > 1 else is_nan | t.isnan()
+    return is_nan
