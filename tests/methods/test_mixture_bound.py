@@ -63,7 +63,7 @@ def test_the_kl_of_normal_mixtures_lies_between_the_bounds(of_q, of_p, spread):
 
 
 def test_what_hershey_and_olsen_call_the_variational_approximation_is_no_bound():
-    # The difference of two lower bounds, which is what a product of Gaussians or a bound of each half alone gives.
+    # The difference of two lower bounds, as a product of Gaussians or a bound of each half alone gives.
     below = above = False
     for spread in (0.3, 1.0, 5.0):
         q, p = normals(drawn(3, spread)), normals(drawn(3, spread))
@@ -155,7 +155,7 @@ GAUSSIANS = {
 
 @pytest.mark.parametrize("side", ["upper", "lower"])
 @pytest.mark.parametrize("name", ["full", "low rank"])
-def test_one_gaussian_in_other_words_has_the_same_bounds(side, name):
+def test_the_same_gaussian_in_another_class_has_the_same_bounds(side, name):
     p = MultivariateNormal(torch.ones(3, dtype=F64), 2 * torch.eye(3, dtype=F64))
     for pair in ((GAUSSIANS[name], p), (p, GAUSSIANS[name])):
         diagonal = [
@@ -208,13 +208,13 @@ def test_components_that_p_does_not_reach_make_the_bound_infinite_unless_they_we
     assert MixtureBound("upper").estimate(never, p).value.abs() < 1e-12
 
 
-def test_no_loss_takes_a_bound_of_its_own_accord():
+def test_no_loss_takes_a_bound_by_default():
     q, p = GAUSSIANS["diagonal"], GAUSSIANS["full"]
     assert "bound" not in AutoKL().route(q, p)
     assert AutoKL(fallback=MixtureBound("upper")).estimate(q, p).method == "upper bound"
 
 
-def test_what_makes_no_sense_is_refused():
+def test_invalid_arguments_are_refused():
     with pytest.raises(ValueError, match="side must be 'upper' or 'lower', got 'both'"):
         MixtureBound("both")
     with pytest.raises(ValueError, match="num_iterations must be at least 1, got 0"):

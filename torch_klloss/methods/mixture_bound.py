@@ -1,4 +1,4 @@
-"""Bounds of the KL between mixtures, from what is known of their components."""
+"""Bounds of the KL between mixtures, from the KLs of their components."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from torch_klloss.distributions.tensors import dtype_of, with_batch_dim
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.methods.base import BaseMethod
 from torch_klloss.methods.closed_form import ClosedForm
-from torch_klloss.methods.enumeration.masses import Masses
-from torch_klloss.methods.enumeration.terms import kl_terms
+from torch_klloss.methods.enumeration.masses import Masses, kl_terms
 from torch_klloss.numerics.tracing import is_traced
+from torch_klloss.samplers.points import sum_last
 
 Side = Literal["upper", "lower"]
 _POWERS = (1 / 64, 1 / 16, 1 / 4, 1 / 2, 3 / 4)  # of g/f, one of which bounds E_f[log g] best
@@ -36,18 +36,18 @@ _POWERS = (1 / 64, 1 / 16, 1 / 4, 1 / 2, 3 / 4)  # of g/f, one of which bounds E
 class MixtureBound(BaseMethod):
     """Bound KL(q‖p) where q, p or both are mixtures (`MixtureSameFamily`), from the KLs of their components.
 
-    The value is not the KL but a bound of it, `method` says which, and no loss takes it unless it is told to.
+    The value is not the KL but a bound of it; `method` says which. No loss uses it by default.
 
     - "upper": the variational bound, min over φ of Σ_ab φ_ab (log(φ_ab/ψ_ab) + KL(q_a‖p_b)), where φ and ψ split the
-      weights of q and of p among the pairs. The updates descend from Σ_ab π_a ω_b KL(q_a‖p_b), every step of them
-      is a bound, and the gradient is that of the bound as a function of q and p. Needs the closed forms of the pairs.
+      weights of q and of p among the pairs. The updates descend from Σ_ab π_a ω_b KL(q_a‖p_b), each step gives a
+      bound, and the gradient is the gradient of the bound in q and p. Needs the closed forms of the pairs.
     - "lower": for Normal components (Normal, its Independent, MultivariateNormal). E_qa[log q] is bounded from below by
       log Σ_b π_b exp(-KL(q_a‖q_b)) - H(q_a), E_qa[log p] from above by log Σ_b ω_b ∫ q_a p_b, and by
       -H(q_a) + log(Σ_b ω_b^α ∫ q_a^(1-α) p_b^α)/α for several α in (0, 1). Never below 0.
 
     Args:
         side: "upper" or "lower".
-        num_iterations: the largest number of updates of the upper bound; they stop when it no longer falls.
+        num_iterations: the largest number of updates of the upper bound; they stop once it no longer falls.
 
     Raises:
         ValueError: if `side` is not one of the two words, or `num_iterations` is below 1.
@@ -84,10 +84,9 @@ class MixtureBound(BaseMethod):
         """Return the bound, of the broadcast batch shape.
 
         Raises:
-            NotImplementedError: if neither is a mixture, a pair of components has no closed form, or the lower bound
-                is asked of components that are not Normal.
-            ValueError: if the shapes do not fit, or q is discrete and p continuous, or the reverse.
-            TypeError: if q or p is not a distribution.
+            NotImplementedError: if neither is a mixture, if a pair of components has no closed form, or if the
+                components are not Normal, for the lower bound.
+            ValueError: if q is discrete and p continuous, or the reverse.
         """
         check_common_measure(q, p)
         inner_q, inner_p, peeled = peel(q, p)
@@ -97,9 +96,10 @@ class MixtureBound(BaseMethod):
             )
         f, g = _components(inner_q), _components(inner_p)
         value = _upper(f, g, self.num_iterations) if self.side == "upper" else _lower(f, g)
-        value = value.sum(tuple(range(-peeled, 0))) if peeled else value
         dtype = torch.promote_types(dtype_of(q), dtype_of(p))
-        return KLEstimate(value.to(dtype).expand(batch_shape), exact=False, method=f"{self.side} bound")
+        return KLEstimate(
+            sum_last(value, peeled).to(dtype).expand(batch_shape), exact=False, method=f"{self.side} bound"
+        )
 
 
 class _Components(NamedTuple):
@@ -123,15 +123,15 @@ def _pairwise(f: _Components, g: _Components) -> Tensor:
 def _upper(f: _Components, g: _Components, num_iterations: int) -> Tensor:
     kl, log_f, log_g = _pairwise(f, g), f.log_weights.unsqueeze(-1), g.log_weights.unsqueeze(-2)
     stranded = ((kl == math.inf) | (log_g == -math.inf)).all(-1, keepdim=True)
-    kl = torch.where(stranded | (log_f == -math.inf), 0.0, kl)  # the first are told below, the second count nothing
+    kl = torch.where(stranded | (log_f == -math.inf), 0.0, kl)  # the former become inf below, the latter have no weight
     with torch.no_grad():
         to_g, from_f = _split(kl, log_f, log_g, num_iterations)
-    bound = _of_split(kl, log_f, log_g, to_g, from_f)
+    bound = _bound_of_split(kl, log_f, log_g, to_g, from_f)
     return torch.where((stranded & (log_f > -math.inf)).any((-1, -2)), math.inf, bound)
 
 
 def _split(kl: Tensor, log_f: Tensor, log_g: Tensor, num_iterations: int) -> tuple[Tensor, Tensor]:
-    """Return log φ_ab/π_a and log ψ_ab/ω_b, each the best for the other in turn."""
+    """Return log φ_ab/π_a and log ψ_ab/ω_b, each optimal for the other in turn."""
     from_f, last = log_f, torch.full((), math.inf, dtype=kl.dtype, device=kl.device)
     for _ in range(num_iterations):
         to_g = (log_g + from_f - kl).log_softmax(-1).nan_to_num(nan=-math.inf, neginf=-math.inf)
@@ -140,14 +140,14 @@ def _split(kl: Tensor, log_f: Tensor, log_g: Tensor, num_iterations: int) -> tup
         from_f = torch.where(total == -math.inf, log_f, joint - total)
         if is_traced():
             continue
-        bound = _of_split(kl, log_f, log_g, to_g, from_f)
+        bound = _bound_of_split(kl, log_f, log_g, to_g, from_f)
         if not (bound < last - 1e-15 * (1 + last.abs()).nan_to_num(posinf=0.0)).any():
             break
         last = bound
     return to_g, from_f
 
 
-def _of_split(kl: Tensor, log_f: Tensor, log_g: Tensor, to_g: Tensor, from_f: Tensor) -> Tensor:
+def _bound_of_split(kl: Tensor, log_f: Tensor, log_g: Tensor, to_g: Tensor, from_f: Tensor) -> Tensor:
     """Return Σ_ab φ_ab (log(φ_ab/ψ_ab) + KL(f_a‖g_b)), an upper bound for every split."""
     phi, psi = (Masses(log.exp(), log) for log in (log_f + to_g, log_g + from_f))
     return (kl_terms(phi, psi) + torch.where(phi.value == 0, 0.0, phi.value * kl)).sum((-1, -2))
@@ -156,20 +156,16 @@ def _of_split(kl: Tensor, log_f: Tensor, log_g: Tensor, to_g: Tensor, from_f: Te
 def _lower(f: _Components, g: _Components) -> Tensor:
     gaussian_f, gaussian_g = _same_blocks(_gaussian(f.each), _gaussian(g.each))
     entropy = f.each.entropy().double()
-    log_f = _log_sum(f.log_weights.unsqueeze(-2) - _pairwise(f, f)) - entropy  # ≤ E_a[log f]
+    log_f = (f.log_weights.unsqueeze(-2) - _pairwise(f, f)).logsumexp(-1) - entropy  # ≤ E_a[log f]
     a, b = gaussian_f.at(-1), gaussian_g.at(-2)
-    log_g = [_log_sum(g.log_weights.unsqueeze(-2) + _log_overlap(a, b))]  # ≥ E_a[log g], each of them
+    log_g = [(g.log_weights.unsqueeze(-2) + _log_overlap(a, b)).logsumexp(-1)]  # ≥ E_a[log g], each of them
     for power in _POWERS:
-        total = _log_sum(power * g.log_weights.unsqueeze(-2) + _log_affinity(a, b, power))
+        total = (power * g.log_weights.unsqueeze(-2) + _log_affinity(a, b, power)).logsumexp(-1)
         log_g.append(total / power - entropy)
     best = torch.stack(torch.broadcast_tensors(*log_g)).amin(0)
     weights = f.log_weights.exp()
     each = torch.where(weights == 0, 0.0, log_f - best)
     return (weights * each).sum(-1).clamp_min(0)
-
-
-def _log_sum(log_terms: Tensor) -> Tensor:
-    return log_terms.logsumexp(-1)
 
 
 class _Gaussian(NamedTuple):
@@ -179,7 +175,7 @@ class _Gaussian(NamedTuple):
     covariance: Tensor
 
     def at(self, dim: int) -> _Gaussian:
-        """Insert a dimension before (-2) or after (-1) that of the components."""
+        """Insert a dimension before (-2) or after (-1) the components."""
         return _Gaussian(self.loc.unsqueeze(dim - 2), self.covariance.unsqueeze(dim - 3))
 
 
@@ -200,7 +196,7 @@ def _gaussian(d: Any) -> _Gaussian:
 
 
 def _same_blocks(f: _Gaussian, g: _Gaussian) -> Sequence[_Gaussian]:
-    """Return both in single coordinates where both are, else both as one block."""
+    """Return both in blocks of one size: as they are if their sizes agree, else each as one block."""
     if f.loc.shape[-1] == g.loc.shape[-1]:
         return f, g
     return [_Gaussian(d.loc.flatten(-2).unsqueeze(-2), _dense(d.covariance)) for d in (f, g)]

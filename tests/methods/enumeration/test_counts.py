@@ -1,4 +1,4 @@
-"""The sum over counts without end, and what is left of it beyond the last term."""
+"""Sums over all counts, and the bound of the terms beyond the last."""
 
 import math
 from typing import ClassVar
@@ -31,12 +31,12 @@ from tests.methods.monte_carlo.exact_sums import (
     leaves,
 )
 from torch_klloss.methods import Enumeration, NotCertifiedError
-from torch_klloss.methods.enumeration import counts as summation
+from torch_klloss.methods.enumeration import counts
 from torch_klloss.methods.enumeration.counts import Window, sum_over_counts
 
 EPS = torch.finfo(torch.float64).eps
 
-# q, p, their parameters, and how many points hold all of q but 1e-30.
+# q, p, their parameters, and the number of points that hold all of q but 1e-30.
 PAIRS = {
     "Poisson‖Geometric": (POISSON, GEOMETRIC, (3.0,), (0.2,), 90),
     "Poisson‖NegativeBinomial": (POISSON, NEGATIVE_BINOMIAL, (7.0,), (4.5, 0.5), 110),
@@ -115,31 +115,31 @@ def test_a_large_mean_is_summed_around_itself(q, p):
 def test_the_bound_holds_for_a_window_that_is_too_small(monkeypatch, q, p, of_q, of_p, num_points):
     of_q, of_p = leaves(of_q), leaves(of_p)
     exact = float(exact_kl(q, p, of_q, of_p, num_points)[0])
-    monkeypatch.setattr(summation, "_RTOL", math.inf)
+    monkeypatch.setattr(counts, "_RTOL", math.inf)
     for upper in (20, 30, 45):
         window = Window(torch.tensor(0.0, dtype=torch.float64), torch.tensor(float(upper), dtype=torch.float64))
-        monkeypatch.setattr(summation, "_window", lambda q, max_terms, window=window: window)
+        monkeypatch.setattr(counts, "_window", lambda q, max_terms, window=window: window)
         value, bound, num_terms = sum_over_counts(q(*of_q), p(*of_p), 10**6)
         assert num_terms == upper
         assert abs(value.item() - exact) <= bound.item() + 100 * EPS * exact
-        if upper == 20:  # and it says something: without it the truncation would go unnoticed
+        if upper == 20:  # and it is tight enough to notice the truncation
             assert abs(value.item() - exact) > 1e-16
             assert bound < 1e6 * abs(value.item() - exact) + 1e-9
 
 
 def test_the_bound_holds_where_the_lower_counts_are_left_out(monkeypatch):
-    monkeypatch.setattr(summation, "_RTOL", math.inf)
+    monkeypatch.setattr(counts, "_RTOL", math.inf)
     q, p = Poisson(torch.tensor(400.0, dtype=torch.float64)), Geometric(torch.tensor(0.01, dtype=torch.float64))
     exact = Enumeration().estimate(q, p).value
     window = Window(*(torch.tensor(end, dtype=torch.float64) for end in (310.0, 700.0)))
-    monkeypatch.setattr(summation, "_window", lambda q, max_terms: window)
+    monkeypatch.setattr(counts, "_window", lambda q, max_terms: window)
     value, bound, _ = sum_over_counts(q, p, 10**6)
     assert 1e-8 < (value - exact).abs() <= bound < 1e-2
 
 
 def test_a_truncation_that_matters_is_not_certified(monkeypatch):
     window = Window(*(torch.tensor(end, dtype=torch.float64) for end in (0.0, 20.0)))
-    monkeypatch.setattr(summation, "_window", lambda q, max_terms: window)
+    monkeypatch.setattr(counts, "_window", lambda q, max_terms: window)
     with pytest.raises(NotCertifiedError, match=r"The tail of the sum for KL\(Poisson‖Geometric\) cannot be bounded"):
         Enumeration().estimate(Poisson(7.0), Geometric(0.2))
 
@@ -151,7 +151,7 @@ def test_chunks_add_up_to_the_whole_in_value_and_gradient(monkeypatch):
         return value, *torch.autograd.grad(value, (rate, probs))
 
     whole = run()
-    monkeypatch.setattr(summation, "_CHUNK", 64)
+    monkeypatch.setattr(counts, "_CHUNK", 64)
     for a, b in zip(run(), whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=0)
 
@@ -174,7 +174,7 @@ def test_a_spread_that_takes_too_many_terms_is_refused(q):
         Enumeration(max_terms=-1)
 
 
-def test_without_terms_counts_are_left_to_others():
+def test_with_no_terms_counts_are_refused():
     assert Enumeration(max_terms=0).supports(Poisson(1.0), Geometric(0.5)) is False
     with pytest.raises(NotImplementedError, match="or known counts, got Poisson"):
         Enumeration(max_terms=0).estimate(Poisson(1.0), Geometric(0.5))
@@ -196,7 +196,7 @@ def test_a_p_of_finite_support_makes_the_kl_infinite():
 
 
 class FromLogMass(Distribution):
-    """A law of a user's own: nothing is known of it but its log_prob."""
+    """A user-defined law: only its log_prob is known."""
 
     support = constraints.nonnegative_integer
     arg_constraints: ClassVar = {}
@@ -209,7 +209,7 @@ class FromLogMass(Distribution):
         return self.log_mass(value)
 
 
-def test_a_p_of_a_users_own_is_taken_by_its_log_prob():
+def test_a_user_defined_p_is_evaluated_by_its_log_prob():
     zeta = FromLogMass(lambda x: -2.5 * torch.log(x + 1) - math.log(float(mpmath.zeta(2.5))))
     q = Poisson(torch.tensor(4.0, dtype=torch.float64))
     estimate = Enumeration().estimate(q, zeta)
@@ -244,7 +244,7 @@ def test_a_q_of_unknown_tail_is_refused():
         Enumeration().estimate(FromLogMass(lambda x: -x), Poisson(1.0))
 
 
-def test_nan_parameters_give_nan_and_leave_the_others_alone():
+def test_nan_parameters_give_nan_in_their_own_element():
     rates = torch.tensor([2.0, math.nan])
     value = Enumeration().estimate(Poisson(rates, validate_args=False), Geometric(0.3)).value
     assert value.isnan().tolist() == [False, True]

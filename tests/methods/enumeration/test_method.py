@@ -1,4 +1,4 @@
-"""The exact sum over a finite support."""
+"""Exact sums over a finite support."""
 
 import itertools
 import math
@@ -346,7 +346,7 @@ def test_nan_parameters_give_nan():
 
 
 class Die(Distribution):
-    """A law of a user's own, which lists its points itself."""
+    """A user-defined law that lists its points."""
 
     arg_constraints: ClassVar = {}
     has_enumerate_support = True

@@ -1,4 +1,4 @@
-"""The quadrature: right, or refused."""
+"""Quadrature: right, or refused."""
 
 import math
 
@@ -81,7 +81,7 @@ def mixture(weights, locs, scales) -> MixtureSameFamily:
 
 MIX = ((0.3, 0.7), (-2.0, 3.0), (0.5, 1.0))
 LINE = (-12, -4, 0, 4, 12)
-# q, p: how to build them from their parameters, and their log-densities at 30 digits; where the integral is split.
+# q, p: their constructors, parameters and log-densities for mpmath; the points that split the integral.
 EXAMPLES = {
     "Normal-StudentT": (Normal, (0.3, 1.2), log_normal_density, StudentT, (4.0,), log_student_density, LINE),
     "Normal-mixture": (Normal, (0.3, 1.2), log_normal_density, mixture, MIX, log_mixture_density, LINE),
@@ -234,7 +234,7 @@ COVERED = [
 
 
 @pytest.mark.parametrize(("q", "p"), COVERED, ids=[f"{type(q).__name__}-{type(p).__name__}" for q, p in COVERED])
-def test_what_an_earlier_number_of_nodes_could_certify_still_is(q, p):
+def test_64_nodes_certify_unlike_pairs(q, p):
     estimate = Quadrature().estimate(q, p)
     finer = Quadrature(512, rtol=1e-8).estimate(q, p)
     assert (estimate.value - finer.value).abs() <= estimate.error_bound + finer.error_bound
@@ -250,7 +250,7 @@ def test_near_equality_the_relative_error_stays_small(distance):
     truth = kl_divergence(Normal(f64(0.0), f64(1.0)), Normal(loc, scale))
     estimate = Quadrature().estimate(Normal(f64(0.0), f64(1.0)), Normal(loc, scale))
     assert abs(estimate.value / truth - 1) < 1e-6
-    subtracted = (1 + estimate.value) - 1  # what the plain sum, which is near 1, could tell of it
+    subtracted = (1 + estimate.value) - 1  # the digits that are left by the plain sum, which is near 1
     if distance == 1e-8:
         assert abs(subtracted / truth - 1) > 1e-6
 
@@ -279,14 +279,14 @@ def test_components_with_gaps_and_moving_ends_are_integrated_one_by_one():
     torch.testing.assert_close(torch.autograd.grad(value, highs)[0], f64(*slopes), rtol=1e-8, atol=0)
 
 
-def test_a_narrow_component_is_met():
+def test_a_narrow_component_is_resolved():
     narrow = mixture(f64(0.5, 0.5), f64(0.0, 0.3), f64(1.0, 1e-4))
     wide = Normal(f64(0.0), f64(1.0))
     for q, p, truth in ((wide, narrow, 0.6910927521370914), (narrow, wide, 3.6857220357933946)):
         assert Quadrature().estimate(q, p).value.item() == pytest.approx(truth, rel=1e-9)
 
 
-def test_infinite_kls_are_told_and_have_no_gradient():
+def test_an_infinite_kl_is_found_and_has_no_gradient():
     df = f64(1.0, 2.0, 3.0).requires_grad_()
     value = Quadrature().estimate(StudentT(df), Normal(f64(0.0), f64(1.0))).value
     assert value.isinf().tolist() == [True, True, False]
@@ -312,18 +312,30 @@ class Custom(Distribution):
 
 
 def power_tail(index: float) -> Custom:
-    """Return ~ |x|^(-index - 1), of which only the tails are declared by what it is: the density itself."""
+    """Return a density ~ |x|^(-index - 1) without declared tails."""
     base = StudentT(f64(index))
     return Custom(base.log_prob)
 
 
-def test_without_declared_tails_the_slope_tells_an_infinite_kl():
+def test_without_declared_tails_the_slope_decides_whether_the_kl_is_infinite():
     normal = Normal(f64(0.0), f64(1.0))
     assert Quadrature().estimate(power_tail(1.5), normal).value == math.inf
     truth = Quadrature().estimate(StudentT(f64(4.0)), normal).value
     assert Quadrature().estimate(power_tail(4.0), normal).value == pytest.approx(truth.item(), rel=1e-6)
-    with pytest.raises(NotCertifiedError, match=r"cannot tell whether the KL is finite.*slope -0\.01 .*declare_tails"):
+    with pytest.raises(
+        NotCertifiedError, match=r"cannot tell whether the KL is finite.*distance\^-0\.01.*declare_tails"
+    ):
         Quadrature().estimate(power_tail(2.01), normal)
+
+
+def test_the_tails_of_a_user_defined_density_without_a_batch_keep_float64():
+    p = StudentT(f64(0.05))
+    truth = Quadrature().estimate(StudentT(f64(0.1)), p).value.item()
+    assert Quadrature().estimate(power_tail(0.1), p).value.item() == pytest.approx(truth, rel=1e-12)
+    index = f64(1.5).requires_grad_()
+    infinite = Quadrature().estimate(Custom(StudentT(index).log_prob), Normal(f64(0.0), f64(1.0))).value
+    assert infinite == math.inf
+    assert torch.autograd.grad(infinite, index)[0] == 0
 
 
 def test_a_density_that_is_not_normalised_is_refused():
@@ -332,7 +344,7 @@ def test_a_density_that_is_not_normalised_is_refused():
         Quadrature().estimate(twice, StudentT(f64(4.0)))
 
 
-def test_a_density_that_says_nothing_of_itself_is_found():
+def test_a_density_without_mean_and_spread_is_found():
     peak = Normal(f64(1e3), f64(1e-2))
     truth = Quadrature().estimate(peak, Cauchy(f64(0.0), f64(1.0))).value
     found = Quadrature().estimate(Custom(peak.log_prob), Cauchy(f64(0.0), f64(1.0)))
@@ -349,7 +361,7 @@ def test_a_kink_that_is_not_declared_costs_more_but_is_not_missed():
     assert Quadrature().estimate(declared, Normal(f64(0.0), f64(1.0))).num_evaluations < hidden.num_evaluations
 
 
-def test_parameters_that_cannot_be_seen_get_their_gradient():
+def test_parameters_outside_the_distribution_get_their_gradient():
     net = torch.nn.Linear(1, 2, dtype=torch.float64)
     q = Custom(lambda x: Normal(net.weight[:, 0], f64(1.0)).log_prob(x), (2,))
     Quadrature().estimate(q, StudentT(f64(4.0))).value.sum().backward()
@@ -425,21 +437,21 @@ def test_nan_parameters_give_nan_and_an_empty_batch_nothing():
     assert Quadrature().estimate(Normal(torch.zeros(0), 1.0), StudentT(4.0)).value.shape == (0,)
 
 
-def test_a_plane_is_no_route():
+def test_a_pair_in_two_dimensions_is_refused():
     q, p = (MultivariateNormal(torch.full((2,), loc), torch.eye(2)) for loc in (0.0, 1.0))
     assert Quadrature().supports(q, p) is False
     with pytest.raises(NotImplementedError, match=r"simplify to one dimension.*use AutoKL"):
         Quadrature().estimate(q, p)
 
 
-def test_counts_without_end_are_summed():
+def test_counts_are_summed():
     q, p = Poisson(torch.tensor(3.0)), Poisson(torch.tensor(2.0))
     estimate = Quadrature().estimate(q, p)
     assert (estimate.method, Quadrature().route(q, p)) == ("enumeration", "enumeration")
     torch.testing.assert_close(estimate.value, kl_divergence(q, p))
 
 
-def test_the_plain_loss_samples_counts_without_end_and_the_careful_one_sums_them():
+def test_auto_samples_counts_unless_its_fallback_sums_them():
     q, p = Poisson(torch.tensor(3.0)), NegativeBinomial(3, torch.tensor(0.4))
     assert AutoKL().route(q, p) == "monte_carlo"
     careful = AutoKL(fallback=[Quadrature(), MonteCarlo(64)])
@@ -447,7 +459,7 @@ def test_the_plain_loss_samples_counts_without_end_and_the_careful_one_sums_them
     assert careful.estimate(q, p).method == "enumeration"
 
 
-def test_under_tracing_there_is_no_route():
+def test_under_tracing_it_is_refused():
     def value(loc):
         return Quadrature().estimate(Normal(loc, 1.0), StudentT(4.0)).value
 
@@ -463,7 +475,7 @@ def test_under_tracing_there_is_no_route():
         ({"rtol": 0.0}, "rtol must lie strictly between 0 and 1, got 0.0"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(arguments, message):
+def test_invalid_settings_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         Quadrature(**arguments)
 

@@ -1,4 +1,4 @@
-"""What lies beyond the nodes."""
+"""The integral beyond the outermost nodes."""
 
 import math
 
@@ -19,7 +19,7 @@ def at_end(f, end: float) -> Tensor:
 @pytest.mark.parametrize("degree", [0, 1, 2, 3])
 def test_a_polynomial_times_an_exponential_is_integrated_exactly(k, degree):
     end = 10.0
-    rest, error = remainder(at_end(lambda v: (-k * v).exp(), end), at_end(lambda v: v**degree, end), 1.0, NONE)
+    rest, error = remainder(at_end(lambda v: (-k * v).exp(), end), at_end(lambda v: v**degree, end), NONE)
     # ∫ v^n exp(-k v) dv from the end on: exp(-k end) Σ n!/(n-j)! end^(n-j) / k^(j+1)
     truth = math.exp(-k * end) * sum(
         math.factorial(degree) / math.factorial(degree - j) * end ** (degree - j) / k ** (j + 1)
@@ -30,20 +30,20 @@ def test_a_polynomial_times_an_exponential_is_integrated_exactly(k, degree):
 
 
 def test_an_exponential_factor_is_followed_too():
-    rest, error = remainder(at_end(lambda v: (-2.2 * v).exp(), 20.0), at_end(lambda v: (2 * v).exp(), 20.0), 1.0, NONE)
+    rest, error = remainder(at_end(lambda v: (-2.2 * v).exp(), 20.0), at_end(lambda v: (2 * v).exp(), 20.0), NONE)
     assert rest.item() == pytest.approx(math.exp(-0.2 * 20) / 0.2, rel=1e-9)
     assert error < 1e-9
 
 
 def test_what_does_not_fall_has_no_known_remainder():
-    _, error = remainder(at_end(torch.ones_like, 5.0), at_end(torch.ones_like, 5.0), 1.0, NONE)
+    _, error = remainder(at_end(torch.ones_like, 5.0), at_end(torch.ones_like, 5.0), NONE)
     assert error == math.inf
-    rest, error = remainder(at_end(torch.zeros_like, 5.0), at_end(torch.ones_like, 5.0), 1.0, NONE)
+    rest, error = remainder(at_end(torch.zeros_like, 5.0), at_end(torch.ones_like, 5.0), NONE)
     assert (rest.item(), error.item()) == (0.0, 0.0)
 
 
 def test_rounding_of_the_points_counts():
     terms = at_end(lambda v: (-0.3 * v).exp(), 10.0), at_end(lambda v: v, 10.0)
-    _, clean = remainder(*terms, 1.0, NONE)
-    _, noisy = remainder(*terms, 1.0, NONE + 1e-6)
+    _, clean = remainder(*terms, NONE)
+    _, noisy = remainder(*terms, NONE + 1e-6)
     assert noisy > 100 * clean

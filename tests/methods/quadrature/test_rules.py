@@ -1,4 +1,4 @@
-"""The two rules: what they integrate, and whether their errors are what they say."""
+"""The two rules: their integrals, and whether their error estimates hold."""
 
 import math
 
@@ -31,7 +31,7 @@ def gaussian(v: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("rule", [panels(-9, -3, 0, 3, 9), trapezoid(-9, 9), trapezoid(-9, 9, 2.5)])
-def test_a_smooth_integrand_is_right_and_told_so(rule):
+def test_a_smooth_integrand_is_right_and_has_a_small_error(rule):
     value, error = integral(rule, gaussian)
     assert abs(value - math.sqrt(2 * math.pi)) <= max(error, 1e-15)
     assert error < 1e-2
@@ -53,8 +53,8 @@ ROUGH = {
 
 @pytest.mark.parametrize("name", ROUGH)
 @pytest.mark.parametrize("rule", [panels(-9, -3, 0.5, 3, 9), trapezoid(-9, 9), trapezoid(-12, 12, 2.5)])
-def test_what_is_not_resolved_is_not_taken_for_resolved(rule, name):
-    """The error must hold wherever between the nodes the rough point lies, also where a difference vanishes."""
+def test_an_integrand_that_is_not_resolved_has_a_large_error(rule, name):
+    """The error must hold wherever the rough point lies between the nodes, even if a difference vanishes."""
     for at in torch.linspace(-1, 1, 101, dtype=torch.float64):
         f = ROUGH[name](at)
         value, error = integral(rule, f)

@@ -1,4 +1,4 @@
-"""The sum over counts without end, and what is left of it beyond the last term."""
+"""Sums over all counts, with a bound of the terms beyond the last."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ from torch.distributions import (
 )
 from torch.utils.checkpoint import checkpoint
 
-from torch_klloss.distributions.checks import check_pair, type_name
+from torch_klloss.distributions.checks import type_name
 from torch_klloss.distributions.tensors import device_of
-from torch_klloss.methods.base import NotCertifiedError
-from torch_klloss.methods.enumeration.masses import Masses, has_masses, masses
+from torch_klloss.estimate import NotCertifiedError
+from torch_klloss.methods.enumeration.masses import Masses, has_masses, kl_terms, masses, zero_gradient_where_infinite
 from torch_klloss.methods.enumeration.support import align
-from torch_klloss.methods.enumeration.terms import kl_terms, settled
 from torch_klloss.numerics.tracing import is_traced
 
-_LEFT_OUT = 1e-32  # of q's mass, on either side
+_NEGLIGIBLE = 1e-32  # of q's mass, on either side of the window
 _RTOL, _ATOL = 1e-12, 1e-25  # of the certified error
-_CHUNK = 2**20  # terms that are in memory at a time
-_PROBES = 20  # doublings of the distance at which -log p is looked at beyond the last term
+_CHUNK = 2**20  # terms in memory at a time
+_PROBES = 20  # steps beyond the last term, at doubling distances, at which -log p is evaluated
+
+_MassesAt = Callable[[Tensor], tuple[Masses, Masses]]  # of q and of p at given counts
 
 
 class Window(NamedTuple):
-    """Hold the counts that are summed over, lower ≤ x < upper, `[*batch]` each."""
+    """The counts lower ≤ x < upper that are summed over, `[*batch]` each."""
 
     lower: Tensor
     upper: Tensor
@@ -45,13 +46,6 @@ class Window(NamedTuple):
         return int((self.upper - self.lower).max())
 
 
-class _Sums(NamedTuple):
-    """Σ (q log(q/p) - q + p) and Σ p over the window, `[*batch]`."""
-
-    divergence: Tensor
-    mass: Tensor
-
-
 class _Ratios(NamedTuple):
     """Bounds of d(j+1)/d(j) over all j ≥ x, and of d(j-1)/d(j) over all j ≤ x."""
 
@@ -60,24 +54,24 @@ class _Ratios(NamedTuple):
 
 
 class _Tail(NamedTuple):
-    """Probabilities that are at most u ρʲ at step j ≥ 0."""
+    """Probabilities of at most u ρʲ at step j ≥ 0, with u = `first` and ρ = `ratio`."""
 
     first: Tensor
     ratio: Tensor
 
     @property
     def length(self) -> Tensor:
-        """How many steps the tail is about as long as, m = 1/(1 - ρ); inf where ρ bounds nothing."""
+        """The typical length of the tail in steps, m = 1/(1 - ρ); inf where ρ bounds nothing."""
         return torch.where(self.ratio >= 1, math.inf, 1 / (1 - self.ratio))
 
     @property
     def mass(self) -> Tensor:
-        """Σ u ρʲ; inf where ρ bounds nothing, even if the first has underflowed."""
+        """Σ u ρʲ; inf where ρ bounds nothing, even if `first` has underflowed."""
         return torch.where(self.ratio >= 1, math.inf, self.first * self.length)
 
 
 def is_countable(q: Distribution) -> bool:
-    """Return whether q lives on the counts 0, 1, …, or on their image, and how fast its probabilities fall is known."""
+    """Return whether q lives on the counts 0, 1, … or their image, and its probabilities fall at a known rate."""
     if is_traced() or q.event_shape or device_of(q).type == "meta" or not has_masses(q):
         return False
     if isinstance(q, TransformedDistribution):
@@ -91,29 +85,29 @@ def sum_over_counts(q: Distribution, p: Distribution, max_terms: int) -> tuple[T
     """Return the KL in float64, a bound of its truncation error, both `[*batch]`, and the number of terms.
 
     The window around q's mean is widened until a geometric series bounds q's mass beyond either end by 1e-32.
-    Beyond its upper end -log p is looked at in doubling distances, and the series bounds Σ q |log p| as well.
+    Beyond its upper end -log p is evaluated at doubling distances, so that the series bounds Σ q |log p| as well.
 
     Raises:
         NotImplementedError: if there are more than `max_terms` terms.
         NotCertifiedError: if the error is not below 1e-12 of the value.
     """
-    shape = check_pair(q, p)
+    shape = torch.broadcast_shapes(q.batch_shape, p.batch_shape)
     counts, push = _counts_of(q)
     with torch.no_grad():
         window = _window(counts, max_terms)
 
-    def both(x: Tensor) -> tuple[Masses, Masses]:
+    def masses_at(x: Tensor) -> tuple[Masses, Masses]:
         x = align(x, len(shape))
         return masses(counts, x), masses(p, push(x))
 
-    sums = _sum(both, window, shape.numel())
+    divergence, mass = _sums(masses_at, window, shape.numel())
     with torch.no_grad():
-        bound, infinite = _left_out(counts, p, both, window)
-        beyond = _mass_beyond(p, window) if counts is q else torch.full_like(bound, math.inf)
-    # The mass of p beyond the window is taken as the rest of one, which rounds, only where it counts.
-    is_negligible = beyond <= (1e-13 * sums.divergence.detach()).clamp(_ATOL / 100, 1e-16)
-    value = sums.divergence + torch.where(is_negligible, 0.0, 1 - sums.mass)
-    value = settled(torch.where(infinite, math.inf, value))
+        bound, infinite = _truncation_error(counts, p, masses_at, window)
+        beyond = _mass_outside(p, window) if counts is q else torch.full_like(bound, math.inf)
+    # p's mass beyond the window is 1 less its mass within, which rounds; this is added only where it matters.
+    is_negligible = beyond <= (1e-13 * divergence.detach()).clamp(_ATOL / 100, 1e-16)
+    value = divergence + torch.where(is_negligible, 0.0, 1 - mass)
+    value = zero_gradient_where_infinite(torch.where(infinite, math.inf, value))
     bound = torch.where(value.detach() == math.inf, 0.0, bound + torch.where(is_negligible, beyond, 0.0))
     _certify(q, p, value.detach(), bound)
     return value.expand(shape), bound.expand(shape), window.num_terms
@@ -135,47 +129,50 @@ def _counts_of(q: Distribution) -> tuple[Distribution, Callable[[Tensor], Tensor
 
 
 def _window(q: Any, max_terms: int) -> Window:
-    """Return a window of q beyond which at most 1e-32 of its mass lies on either side."""
+    """Return a window with at most 1e-32 of q's mass on either side of it."""
     if isinstance(q, MixtureSameFamily):
         each = _window(q.component_distribution, max_terms)
-        return _checked(Window(each.lower.amin(-1), each.upper.amax(-1)), q, max_terms)
+        return _within_limit(Window(each.lower.amin(-1), each.upper.amax(-1)), q, max_terms)
     mean, stddev = (t.double().nan_to_num(0.0) for t in (q.mean, q.stddev))
     reach = 12 * stddev + 16
     while True:
         lower, upper = (mean - reach).floor().clamp_min(0), (mean + reach).ceil()
-        window = _checked(Window(lower, upper), q, max_terms)
-        is_narrow = torch.stack([beyond.mass > _LEFT_OUT for beyond in _beyond(q, window)]).any(0)
+        window = _within_limit(Window(lower, upper), q, max_terms)
+        is_narrow = torch.stack([beyond.mass > _NEGLIGIBLE for beyond in _tails(q, window)]).any(0)
         if not is_narrow.any():
             return window
         reach = torch.where(is_narrow, 1.2 * reach, reach)
 
 
-def _checked(window: Window, q: Distribution, max_terms: int) -> Window:
+def _within_limit(window: Window, q: Distribution, max_terms: int) -> Window:
     if window.lower.numel() == 0 or (window.upper - window.lower).max() <= max_terms:
         return window
     raise NotImplementedError(
-        f"Enumeration sums at most max_terms={max_terms} counts, and the mass of {type_name(q)} is spread over more: "
-        f"its standard deviation is {float(q.stddev.max()):.3g}. Raise max_terms, or use MonteCarloKL."
+        f"Enumeration sums at most max_terms={max_terms} counts, but {type_name(q)} has mass on more: its standard "
+        f"deviation is {float(q.stddev.max()):.3g}. Raise max_terms, or use MonteCarloKL."
     )
 
 
-def _beyond(d: Distribution, window: Window) -> tuple[_Tail, _Tail]:
-    """Return d's tails below and above the window; an empty one below zero."""
+def _tails(d: Distribution, window: Window) -> tuple[_Tail, _Tail]:
+    """Return d's tails below and above the window; the lower one is empty below zero."""
     below, above = window.lower - 1, window.upper
     first = masses(d, torch.stack([below, above])).value
     left = _Tail(torch.where(below < 0, 0.0, first[0]), torch.where(below < 0, 0.0, _ratios(d, below).down))
     return left, _Tail(first[1], _ratios(d, above).up)
 
 
-def _sum(both: Callable[[Tensor], tuple[Masses, Masses]], window: Window, num_elements: int) -> _Sums:
-    """Add up chunk by chunk; the terms of a chunk are computed again when the gradient asks for them."""
+def _sums(masses_at: _MassesAt, window: Window, num_elements: int) -> tuple[Tensor, Tensor]:
+    """Return Σ (q log(q/p) - q + p) and Σ p over the window, `[*batch]`.
+
+    The sums are taken chunk by chunk; the terms of a chunk are computed again for the gradient.
+    """
     lower = window.lower
-    if lower.numel() and (lower == lower.max()).all():  # what depends on the counts alone is then computed once
+    if lower.numel() and (lower == lower.max()).all():  # functions of the counts alone are then computed once
         lower = lower.max().reshape((1,) * lower.dim())
 
     def part(start: int, stop: int) -> tuple[Tensor, Tensor]:
         x = lower + torch.arange(start, stop, dtype=torch.float64, device=lower.device).reshape(-1, *(1,) * lower.dim())
-        at_q, at_p = both(x)
+        at_q, at_p = masses_at(x)
         terms = kl_terms(at_q, at_p)
         inside = align(x < window.upper, terms.dim() - 1)
         return torch.where(inside, terms, 0.0).sum(0), torch.where(inside, at_p.value, 0.0).sum(0)
@@ -183,55 +180,54 @@ def _sum(both: Callable[[Tensor], tuple[Masses, Masses]], window: Window, num_el
     size = max(1, _CHUNK // max(1, num_elements))
     starts = range(0, window.num_terms, size)
     if len(starts) == 1:
-        return _Sums(*part(0, window.num_terms))
+        return part(0, window.num_terms)
     ends = [min(start + size, window.num_terms) for start in starts]
     again = partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
     parts = [again(start, stop) for start, stop in zip(starts, ends, strict=True)]
-    return _Sums(*(torch.stack(each).sum(0) for each in zip(*parts, strict=True)))
+    divergence, mass = (torch.stack(each).sum(0) for each in zip(*parts, strict=True))
+    return divergence, mass
 
 
-def _left_out(
-    q: Distribution, p: Distribution, both: Callable[[Tensor], tuple[Masses, Masses]], window: Window
-) -> tuple[Tensor, Tensor]:
-    """Return a bound of what the terms beyond the window add up to, and where the KL is infinite for them."""
-    left, right = _beyond(q, window)
+def _truncation_error(q: Distribution, p: Distribution, masses_at: _MassesAt, window: Window) -> tuple[Tensor, Tensor]:
+    """Return a bound of the sum of the terms beyond the window, and where these make the KL infinite."""
+    left, right = _tails(q, window)
     steps = _steps(right)
-    at_q, at_p = both(window.upper + steps)
-    bound, infinite = _remainder(right, steps, at_q, at_p, has_masses(p))
+    at_q, at_p = masses_at(window.upper + steps)
+    bound, infinite = _tail_bound(right, steps, at_q, at_p, has_masses(p))
     is_cut = window.lower > 0
-    if is_cut.any():  # down to zero: a finite way, on which -log p is largest at one of its ends
+    if is_cut.any():  # a finite range down to zero: -log p is largest at one of its ends
         start = (window.lower - 1).clamp_min(0)
         steps = torch.minimum(_steps(left), start)
-        at_q, at_p = both(start - steps)
-        of_left, reaches = _remainder(left, torch.zeros_like(steps), at_q, at_p, has_masses(p))
+        at_q, at_p = masses_at(start - steps)
+        of_left, reaches = _tail_bound(left, torch.zeros_like(steps), at_q, at_p, has_masses(p))
         bound, infinite = bound + torch.where(is_cut, of_left, 0.0), infinite | (reaches & is_cut)
     return bound, infinite
 
 
-def _mass_beyond(p: Distribution, window: Window) -> Tensor:
-    """Return a bound of p's mass outside the window; inf where there is none."""
+def _mass_outside(p: Distribution, window: Window) -> Tensor:
+    """Return a bound of p's mass outside the window; inf if no bound is known."""
     if not is_countable(p) or isinstance(p, TransformedDistribution):
         return torch.full_like(window.lower, math.inf)
     zero = window.lower.new_zeros(p.batch_shape)
-    left, right = _beyond(p, Window(window.lower + zero, window.upper + zero))
+    left, right = _tails(p, Window(window.lower + zero, window.upper + zero))
     return left.mass + right.mass
 
 
 def _certify(q: Distribution, p: Distribution, value: Tensor, bound: Tensor) -> None:
-    is_vouched = (bound <= _RTOL * value.abs() + _ATOL) | value.isnan()
-    if not is_vouched.all():
+    is_certified = (bound <= _RTOL * value.abs() + _ATOL) | value.isnan()
+    if not is_certified.all():
         raise NotCertifiedError(
-            f"The tail of the sum for KL({type_name(q)}‖{type_name(p)}) cannot be bounded: what is left out may be as "
-            f"large as {float(bound[~is_vouched].nan_to_num(math.inf, math.inf).max()):.3g}. Use MonteCarloKL."
+            f"The tail of the sum for KL({type_name(q)}‖{type_name(p)}) cannot be bounded: the terms left out may be "
+            f"as large as {float(bound[~is_certified].nan_to_num(math.inf, math.inf).max()):.3g}. Use MonteCarloKL."
         )
 
 
-def _remainder(tail: _Tail, steps: Tensor, q: Masses, p: Masses, p_is_known: bool) -> tuple[Tensor, Tensor]:
-    """Bound Σ q (|log q| + |log p|) over a tail of q, given both at some steps into it; tell where it is infinite.
+def _tail_bound(tail: _Tail, steps: Tensor, q: Masses, p: Masses, p_is_known: bool) -> tuple[Tensor, Tensor]:
+    """Return a bound of Σ q (|log q| + |log p|) over a tail of q, from both at some steps, and where it is infinite.
 
-    Where -log p ≤ A (1 + j/m)² at step j, as it is at those steps, Σ ρʲ (1 + j/m)² ≤ 5m and so Σ q |log p| ≤ 5 m u A.
-    It is infinite where q |log p| exceeds one and rises from step to step, and where q reaches a zero of p; but a p
-    that is not known to be zero where its log_prob is -inf may have underflowed, and nothing is bounded.
+    If -log p ≤ A (1 + j/m)² at step j, as at the given steps, then Σ ρʲ (1 + j/m)² ≤ 5m and so Σ q |log p| ≤ 5 m u A.
+    The sum is infinite if q |log p| exceeds one and rises from step to step, or if q reaches a zero of p. A p whose
+    log_prob is -inf, but not known to be zero, may have underflowed: then nothing is bounded.
     """
     steps = align(steps, p.log.dim() - 1)
     growth = torch.where(q.log > -math.inf, (-p.log).clamp_min(0), 0.0) / (1 + steps / tail.length) ** 2
@@ -247,7 +243,7 @@ def _abs_log(x: Tensor) -> Tensor:
 
 
 def _steps(tail: _Tail) -> Tensor:
-    """Return the steps into a tail at which p is looked at, `[n, *batch]`: in doubling distances."""
+    """Return the steps into a tail at which p is evaluated, `[n, *batch]`, at doubling distances."""
     doublings = 2.0 ** torch.arange(_PROBES, dtype=torch.float64, device=tail.first.device) - 1
     return (doublings.reshape(-1, *(1,) * tail.first.dim()) * tail.length).ceil()
 

@@ -1,7 +1,7 @@
-"""Probabilities of the points of a discrete distribution, in float64 and to their last digits.
+"""Probabilities of the points of a discrete distribution, accurate to float64, and the terms of a KL.
 
 torch's `log_prob` clamps probabilities, and takes differences of lgammas that agree in most of their digits. Here the
-parameter that was given is used as it is, and a large count is compared with its mean before anything is rounded.
+parameter is used as given, and a large count is compared with its mean before anything is rounded.
 """
 
 from __future__ import annotations
@@ -30,20 +30,21 @@ from torch.nn.functional import logsigmoid
 
 from torch_klloss.distributions.given import as_given
 from torch_klloss.distributions.supports import log_prob_within
-from torch_klloss.numerics.elementary import horner, x_minus_log1p
+from torch_klloss.numerics.elementary import e2, horner, x_minus_log1p
 
-# Stands for the logarithm of zero in products with counts, which may be zero themselves.
+# The logarithm of zero in products with counts, which may be zero themselves.
 _LOG_ZERO = -1e300
-# Of stirling_error(x), in 1/x², without the leading 1/x; good to 1e-16 from x = 10 on.
+# The series of stirling_error(x) in 1/x², without the leading 1/x; good to 1e-16 from x = 10 on.
 _STIRLING = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188, -691 / 360360, 1 / 156)
-_SNAP = 2.0**-30  # how far from a whole number a count may come back from its transforms
+_SNAP = 2.0**-30  # how far from a whole number the transforms may move a count
+_BOUND = 645.0  # stands for log p/q in a derivative where q is zero; the closed forms have the same
 
 
 class Masses(NamedTuple):
-    """Hold the probabilities of points and their logarithms, `[n, *batch]` in float64.
+    """Probabilities of points and their logarithms, `[n, *batch]` in float64.
 
-    The two carry the same gradient, except where the probability is exactly zero: there `log` is -inf, without
-    gradient, and `value` is still differentiable, as in a probability that is a parameter itself.
+    Both carry the same gradient, except where the probability is exactly zero: there `log` is -inf, without gradient,
+    and `value` is still differentiable, as for a probability that is a parameter itself.
     """
 
     value: Tensor
@@ -53,8 +54,8 @@ class Masses(NamedTuple):
 def masses(d: Distribution, x: Tensor) -> Masses:
     """Return the probabilities that d gives to the points x `[n, *batch, *event]`; zero outside its support.
 
-    Families of torch's are computed from their parameters, without a clamp; other classes, and subclasses with a
-    `log_prob` of their own, by their `log_prob`.
+    torch's families are computed from their parameters, without a clamp; other classes, and subclasses that override
+    `log_prob`, by their `log_prob`.
     """
     for cls, rule in _RULES.items():
         if isinstance(d, cls) and type(d).log_prob is cls.log_prob:
@@ -71,8 +72,28 @@ def has_masses(d: Distribution) -> bool:
     return all(has_masses(part) for part in parts if part is not None)
 
 
+def kl_terms(q: Masses, p: Masses) -> Tensor:
+    """Return q log(q/p) - q + p ≥ 0, point by point; inf where only p is zero.
+
+    Their sum is the KL if q and p both sum to one over the points. In this form, and with the difference of the
+    logarithms near equality, an error of the logarithms enters squared.
+    """
+    q_is_zero, p_is_zero = q.log == -math.inf, p.log == -math.inf
+    missed, either = p_is_zero & ~q_is_zero, q_is_zero | p_is_zero
+    z = torch.where(either, 0.0, p.log) - torch.where(either, 0.0, q.log)
+    z = torch.where(q_is_zero & ~p_is_zero, _BOUND, z)
+    near = q.value * e2(z.clamp(-1, 1))
+    terms = torch.where(z.abs() < 1, torch.where(q_is_zero, p.value - q.value, near), p.value - q.value - q.value * z)
+    return torch.where(missed, math.inf, terms)
+
+
+def zero_gradient_where_infinite(kl: Tensor) -> Tensor:
+    """Return the KL with a gradient of zero where it is infinite."""
+    return torch.where(kl == math.inf, math.inf, kl)
+
+
 class _Odds(NamedTuple):
-    """Probability and logarithm of a success and of a failure."""
+    """Probabilities of success and failure, and their logarithms."""
 
     success: Tensor
     failure: Tensor
@@ -104,14 +125,14 @@ def _count(x: Tensor, most: Tensor | float = math.inf) -> tuple[Tensor, Tensor]:
 
 
 def _finish(log: Tensor, inside: Tensor, value: Tensor | None = None) -> Masses:
-    """Put zeros outside the support, and -inf where the logarithm stands for that of zero."""
+    """Return masses with zeros outside the support, and -inf where `log` stands for the logarithm of zero."""
     value = log.exp() if value is None else value
     is_zero = ~inside | (log < _LOG_ZERO / 1e10)
     return Masses(torch.where(inside, value, 0.0), torch.where(is_zero, -math.inf, log))
 
 
 def _first_order(x: Tensor, mean: Tensor) -> Tensor:
-    """Return the probabilities of counts whose mean is 0, with their derivative: all is in 0, and moves to 1."""
+    """Return the probabilities of counts to first order in a mean of 0: all mass is at 0, and moves to 1."""
     return torch.where(x == 0, 1 - mean, torch.where(x == 1, mean, 0.0))
 
 
@@ -128,7 +149,7 @@ def stirling_error(x: Tensor) -> Tensor:
 
 
 def _deviance(x: Tensor, mean: Tensor, log_mean: Tensor) -> Tensor:
-    """Return x log(x/mean) - x + mean ≥ 0 of x > 0, the difference of x and mean taken before it rounds."""
+    """Return x log(x/mean) - x + mean ≥ 0 of x > 0, from the difference of x and mean if they are close."""
     near = mean > x / 2
     gap = torch.where(near, (mean - x) / x, 0.0)
     far = x * (x.log() - log_mean) - x + mean
@@ -177,7 +198,7 @@ def _geometric(d: Any, x: Tensor) -> Masses:
 
 
 def _negative_binomial(d: Any, x: Tensor) -> Masses:
-    """The number of failures r of a Binomial of x + r trials whose last one fails: r/(x + r) of its probability."""
+    """Return r/(x + r) times the Binomial probability of r failures in x + r trials: the last trial fails."""
     r, o = d.total_count.double(), _odds(d)
     inside, x = _count(x)
     size, count = torch.where(r > 0, r, 1.0), x.clamp_min(1)
@@ -213,7 +234,7 @@ def _one_hot(d: Any, x: Tensor) -> Masses:
 
 
 def _multinomial(d: Any, x: Tensor) -> Masses:
-    """Independent Poisson counts of mean n p, given that they add up to n."""
+    """Return the masses of independent Poisson counts of mean n p, given that they add up to n."""
     value, log = _class_masses(d._categorical)
     n = torch.as_tensor(float(d.total_count), dtype=torch.float64, device=x.device)
     inside, x = _count(x, n)
@@ -241,7 +262,7 @@ def _mixture(d: Any, x: Tensor) -> Masses:
 
 
 def _transformed(d: Any, x: Tensor) -> Masses:
-    """A bijection carries points along with their mass: there is no volume to correct for."""
+    """Return the masses of the points before the transforms: a bijection moves points with their mass."""
     for transform in reversed(d.transforms):
         x = transform.inv(x)
     whole = x.round()

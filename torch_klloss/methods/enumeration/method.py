@@ -1,4 +1,4 @@
-"""The exact sum over a finite support, and the one over all counts whose tail is bounded."""
+"""Sums over a finite support, which are exact, and over all counts, with a bounded tail."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from torch_klloss.distributions.tensors import device_of, dtype_of
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.methods.base import BaseMethod
 from torch_klloss.methods.enumeration.counts import is_countable, sum_over_counts
-from torch_klloss.methods.enumeration.masses import has_masses, masses
+from torch_klloss.methods.enumeration.masses import has_masses, kl_terms, masses, zero_gradient_where_infinite
 from torch_klloss.methods.enumeration.support import align, support_points
-from torch_klloss.methods.enumeration.terms import kl_terms, settled
+from torch_klloss.samplers.points import sum_last
 
 
 @dataclass(frozen=True)
 class Enumeration(BaseMethod):
     """Compute KL(q‖p) = Σ_x q(x) (log q(x) - log p(x)) over the support of q.
 
-    q may be any discrete distribution of few points, a product or a mixture of such: value and gradient are then
+    q may be any discrete distribution with few points, or a product or mixture of such: value and gradient are then
     exact, for the parameters of q and of p alike. q may also be a Poisson, Geometric or NegativeBinomial, a mixture of
-    these, or one that a bijection carries elsewhere: the sum then covers all but 1e-32 of its mass on either side,
-    and `error_bound` bounds what is left out. p may be of any discrete type; where it does not reach a point that
-    q does, the KL is `inf`.
+    these, or the image of one under a bijection: the sum then covers all but 1e-32 of its mass on either side, and
+    `error_bound` bounds the terms that are left out. p may be of any discrete type; if it gives no mass to a point of
+    q's, the KL is `inf`.
 
-    Probabilities are computed in float64 from the parameters as they were given, without a clamp, and the terms are
-    ≥ 0, so that a KL near zero keeps its digits.
+    Probabilities are computed in float64 from the parameters as given, without a clamp, and the terms are ≥ 0, so that
+    a KL near zero keeps its digits.
 
     Args:
         max_support: the largest number of points of a finite support.
-        max_terms: the largest number of terms that is summed over counts without end; with 0 these are refused. A
-            Poisson of rate 1e8 takes 240,000.
+        max_terms: the largest number of terms of a sum over all counts; 0 refuses such sums. A Poisson of rate 1e8
+            takes 240,000.
 
     Raises:
         ValueError: if `max_support` is below 1 or `max_terms` below 0.
@@ -70,14 +70,13 @@ class Enumeration(BaseMethod):
     def estimate_checked(
         self, q: Distribution, p: Distribution, batch_shape: torch.Size, generator: torch.Generator | None = None
     ) -> KLEstimate:
-        """Return the exact KL, of the broadcast batch shape; of counts without end, with an `error_bound`.
+        """Return the KL, of the broadcast batch shape: exact for a finite support, else with an `error_bound`.
 
         Raises:
-            NotImplementedError: if q's support has over `max_support` points, or is neither listed nor one of counts;
-                if a sum over counts would take over `max_terms` terms.
+            NotImplementedError: if q's support has over `max_support` points, or is neither finite nor all counts; if
+                a sum over all counts would take over `max_terms` terms.
             NotCertifiedError: if the tail of such a sum cannot be bounded.
-            ValueError: if the shapes do not fit, or p is continuous.
-            TypeError: if q or p is not a distribution.
+            ValueError: if p is continuous.
         """
         check_common_measure(q, p)
         dtype = torch.promote_types(dtype_of(q), dtype_of(p))
@@ -91,17 +90,16 @@ class Enumeration(BaseMethod):
             value, bound, num_points = sum_over_counts(inner_q, inner_p, self.max_terms)
         else:
             self._refuse(q)
-        dims = tuple(range(-peeled, 0))
         return KLEstimate(
-            (value.sum(dims) if peeled else value).to(dtype).expand(batch_shape),
+            sum_last(value, peeled).to(dtype).expand(batch_shape),
             exact=bound is None,
-            error_bound=None if bound is None else (bound.sum(dims) if peeled else bound).expand(batch_shape),
+            error_bound=None if bound is None else sum_last(bound, peeled).expand(batch_shape),
             method=self.name,
             num_evaluations=num_points,
         )
 
     def supports(self, q: Distribution, p: Distribution) -> bool | None:
-        """Return whether q's support can be summed over; None for counts without end, where computing tells."""
+        """Return whether q's support can be summed over; None for all counts, where only computing can tell."""
         inner_q = peel(q, p)[0]
         if support_points(inner_q, self.max_support) is not None:
             return True
@@ -119,22 +117,22 @@ def _finite_sum(q: Distribution, p: Distribution, points: Tensor) -> Tensor:
     points = align(points, max(len(q.batch_shape), len(p.batch_shape)) + len(q.event_shape))
     at_p = masses(p, points)
     value = kl_terms(masses(q, points), at_p).sum(0)
-    within = _has_no_more(p, q)
-    if within is True:
-        return settled(value)
-    beyond = 1 - at_p.value.sum(0)  # the mass of p that q does not reach is a part of its KL
-    return settled(value + (beyond if within is None else torch.where(within, 0.0, beyond)))
+    covered = _is_covered(p, q)
+    if covered is not True:
+        beyond = 1 - at_p.value.sum(0)  # p's mass elsewhere is a part of the KL
+        value = value + (beyond if covered is None else torch.where(covered, 0.0, beyond))
+    return zero_gradient_where_infinite(value)
 
 
-def _has_no_more(p: Distribution, q: Distribution) -> Tensor | Literal[True] | None:
-    """Return whether p has all of its mass on the points of q; None where that is not known."""
+def _is_covered(p: Distribution, q: Distribution) -> Tensor | Literal[True] | None:
+    """Return whether all mass of p lies on the points of q; None if that is not known."""
     if not has_masses(p) or any(isinstance(_stripped(d), TransformedDistribution) for d in (p, q)):
         return None
     if isinstance(q, Multinomial) and isinstance(p, Multinomial):
-        within: bool | Tensor | None = q.total_count == p.total_count
+        covered: bool | Tensor | None = q.total_count == p.total_count
     else:
-        within = contained(p, q)
-    return True if within is True else None if within is None else torch.as_tensor(within, device=device_of(q))
+        covered = contained(p, q)
+    return True if covered is True else None if covered is None else torch.as_tensor(covered, device=device_of(q))
 
 
 def _stripped(d: Distribution) -> Distribution:

@@ -26,7 +26,7 @@ from torch_klloss.numerics.tracing import is_traced
 
 
 def support_points(d: Distribution, limit: int) -> Tensor | None:
-    """Return every point that d may give mass to, some that it does not, in float64.
+    """Return all points to which d may give mass, in float64; it may give none to some of them.
 
     A batch whose supports differ shares the largest of them.
 
@@ -35,10 +35,10 @@ def support_points(d: Distribution, limit: int) -> Tensor | None:
         limit: the largest number of points that is listed.
 
     Returns:
-        `[n, *(1, …), *event]`, broadcasting to the batch; None where the support is not finite, cannot be listed, or
-        has more points.
+        `[n, *(1, …), *event]`, broadcasting to the batch; None if the support is infinite, cannot be listed, or has
+        more points.
     """
-    points = _listed(d, limit)
+    points = _points(d, limit)
     return None if points is None else align(points, len(d.batch_shape) + len(d.event_shape))
 
 
@@ -47,22 +47,22 @@ def align(x: Tensor, dims: int) -> Tensor:
     return x.reshape(x.shape[:1] + (1,) * (dims + 1 - x.dim()) + x.shape[1:])
 
 
-def _listed(d: Distribution, limit: int) -> Tensor | None:
-    """Return the points `[n, *event]`; with batch dimensions in between only where they differ along them."""
+def _points(d: Distribution, limit: int) -> Tensor | None:
+    """Return the points `[n, *event]`, with the batch dimensions in between only if they differ along the batch."""
     if is_discrete(d) is not True:
         return None
     if isinstance(d, Independent):
         return _product(d, limit)
     if isinstance(d, MixtureSameFamily):
-        points = _listed(d.component_distribution, limit)
+        points = _points(d.component_distribution, limit)
         return None if points is None or points.dim() > 1 + len(d.event_shape) else points
     if isinstance(d, TransformedDistribution):
-        return _pushed(d, limit)
+        return _transformed(d, limit)
     if isinstance(d, Binomial) and is_traced():
-        return None  # how many points there are is a value
+        return None  # the number of points is a value
     size = _size(d)
     if size is None:
-        return _listed_by_itself(d, limit)
+        return _enumerated(d, limit)
     if size > limit:
         return None
     options: Any = {"dtype": torch.float64, "device": device_of(d)}
@@ -74,7 +74,7 @@ def _listed(d: Distribution, limit: int) -> Tensor | None:
 
 
 def _size(d: Distribution) -> int | None:
-    """Return how many points there are; None for a family that is not known here."""
+    """Return the number of points; None for a family that is not known here."""
     if isinstance(d, Bernoulli):
         return 2
     if isinstance(d, Categorical):
@@ -98,7 +98,7 @@ def _product(d: Independent, limit: int) -> Tensor | None:
     """Return every combination of the points of the factors."""
     shape = d.base_dist.batch_shape[len(d.base_dist.batch_shape) - d.reinterpreted_batch_ndims :]
     factors = shape.numel()
-    points = _listed(d.base_dist, limit)
+    points = _points(d.base_dist, limit)
     event_dims = len(d.base_dist.event_shape)
     if points is None or points.dim() != 1 + event_dims or len(points) ** factors > limit:
         return None
@@ -107,7 +107,7 @@ def _product(d: Independent, limit: int) -> Tensor | None:
     return points[digits].reshape(-1, *shape, *points.shape[1:])
 
 
-def _pushed(d: TransformedDistribution, limit: int) -> Tensor | None:
+def _transformed(d: TransformedDistribution, limit: int) -> Tensor | None:
     points = support_points(d.base_dist, limit)
     if points is None or not all(transform.bijective for transform in d.transforms):
         return None
@@ -116,8 +116,8 @@ def _pushed(d: TransformedDistribution, limit: int) -> Tensor | None:
     return points
 
 
-def _listed_by_itself(d: Distribution, limit: int) -> Tensor | None:
-    """Ask a class that is not torch's, and not for more points than its ends say there are."""
+def _enumerated(d: Distribution, limit: int) -> Tensor | None:
+    """Return what `enumerate_support` lists; None if its ends are too far apart, or it lists too many points."""
     bounds = bounds_of(d)
     if not d.has_enumerate_support or (bounds is not None and _exceeds(bounds.lower, bounds.upper, limit)):
         return None

@@ -1,7 +1,7 @@
-"""Coordinates in which an integral over a support becomes one over v, with the integrand falling off at both ends.
+"""Coordinates v of a support, in which the integrand falls off at both ends.
 
 Close to an end of the support, and far out on an infinite one, v is the logarithm of the distance: powers become
-exponentials there, which a Gauss rule integrates to rounding, and every scale that float64 has is within reach.
+exponentials there, which a Gauss rule integrates to rounding, and every scale of float64 is within reach.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from torch import Tensor
 _FARTHEST = 150 * math.log(10)  # the square of 1e150 is still a float64
 _FAR = 300.0  # in units of the scale, e^300
 _NEAREST = -300 * math.log(10)
-_RESOLUTION = -34 * math.log(2)  # nearer to an end other than 0, a float64 has not the digits to say how near
+_RESOLUTION = -34 * math.log(2)  # nearer to an end other than 0, float64 has too few digits for the distance
 
 
 class Coordinate(Protocol):
-    """A map from v to points x of a support, per lane; its own numbers broadcast to `[*lanes]`."""
+    """A map from v to points x of a support, one for every integral; its parameters broadcast to `[*integrals]`."""
 
     def points(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x and log dx/dv; both are live in the ends of the support."""
+        """Return x and log dx/dv; gradients flow into the ends of the support."""
         ...
 
     def inverse(self, x: Tensor) -> Tensor:
-        """Return v; infinite, or not a number, outside of the support."""
+        """Return v; infinite or NaN outside the support."""
         ...
 
     def limits(self) -> tuple[Tensor, Tensor]:
@@ -60,71 +60,64 @@ class Line:
 
 @dataclass(frozen=True)
 class HalfLine:
-    """x = end + sign exp(middle + width v)."""
+    """x = end + sign exp v."""
 
     end: Tensor
     sign: int
-    middle: Tensor
-    width: Tensor
 
     def points(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x and log dx/dv, of the distance that x has after rounding."""
-        distance = (self.middle + self.width * v).exp()
-        x = self.end + self.sign * distance
-        return x, (self.sign * (x - self.end)).log() + self.width.log()
+        """Return x and log dx/dv, at the distance that x has after rounding."""
+        x = self.end + self.sign * v.exp()
+        return x, self.inverse(x)
 
     def inverse(self, x: Tensor) -> Tensor:
         """Return v."""
-        return ((self.sign * (x - self.end)).log() - self.middle) / self.width
+        return (self.sign * (x - self.end)).log()
 
     def limits(self) -> tuple[Tensor, Tensor]:
         """Return the ends of v."""
         nearest = _log_nearest(self.end.detach())
-        return (nearest - self.middle) / self.width, (_FARTHEST - self.middle) / self.width
+        return nearest, torch.full_like(nearest, _FARTHEST)
 
 
 @dataclass(frozen=True)
 class Interval:
-    """x = lower + (upper - lower) sigmoid(middle + width v)."""
+    """x = lower + (upper - lower) sigmoid v."""
 
     lower: Tensor
     upper: Tensor
-    middle: Tensor
-    width: Tensor
 
     def points(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x and log dx/dv, of the distances that x has after rounding."""
-        logit, length = self.middle + self.width * v, self.upper - self.lower
-        x = torch.where(logit < 0, self.lower + length * logit.sigmoid(), self.upper - length * (-logit).sigmoid())
-        return x, (x - self.lower).log() + (self.upper - x).log() - length.log() + self.width.log()
+        """Return x and log dx/dv, at the distances that x has after rounding."""
+        length = self.upper - self.lower
+        x = torch.where(v < 0, self.lower + length * v.sigmoid(), self.upper - length * (-v).sigmoid())
+        return x, (x - self.lower).log() + (self.upper - x).log() - length.log()
 
     def inverse(self, x: Tensor) -> Tensor:
         """Return v."""
-        return ((x - self.lower).log() - (self.upper - x).log() - self.middle) / self.width
+        return (x - self.lower).log() - (self.upper - x).log()
 
     def limits(self) -> tuple[Tensor, Tensor]:
         """Return the ends of v."""
         length = (self.upper - self.lower).detach().log()
-        nearest, farthest = (_log_nearest(end.detach()) - length for end in (self.lower, self.upper))
-        return (nearest - self.middle) / self.width, (-farthest - self.middle) / self.width
+        return _log_nearest(self.lower.detach()) - length, length - _log_nearest(self.upper.detach())
 
 
 @dataclass(frozen=True)
 class Segment:
-    """x = centre + scale v, of a density that does not vanish at the ends of its support."""
+    """x = centre + v, for a density that does not vanish at the ends of its support."""
 
     lower: Tensor
     upper: Tensor
     centre: Tensor
-    scale: Tensor
 
     def points(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """Return x and log dx/dv."""
-        return self.centre + self.scale * v, self.scale.log().expand_as(v)
+        return self.centre + v, torch.zeros_like(v)
 
     def inverse(self, x: Tensor) -> Tensor:
         """Return v."""
-        return (x - self.centre) / self.scale
+        return x - self.centre
 
     def limits(self) -> tuple[Tensor, Tensor]:
         """Return the ends of v."""
@@ -133,7 +126,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Shifted:
-    """v of another coordinate is offset + stretch v."""
+    """Another coordinate, whose v is offset + stretch v."""
 
     inner: Coordinate
     offset: Tensor
@@ -156,7 +149,7 @@ class Shifted:
 
 @dataclass(frozen=True)
 class Mixed:
-    """One coordinate for some lanes and another one for the others."""
+    """One coordinate for the integrals in `mask`, another one for the others."""
 
     mask: Tensor
     first: Coordinate
@@ -178,18 +171,19 @@ class Mixed:
 
 
 def coordinate(lower: Tensor, upper: Tensor, centre: Tensor, scale: Tensor) -> Coordinate:
-    """Return the coordinate of a support, fitted to where a distribution has its mass.
+    """Return the coordinate of a support, fitted to the mass of a distribution.
 
     Args:
-        lower: the lower end of the support, live, infinite where there is none.
+        lower: the lower end of the support, with its gradient; -inf if there is none.
         upper: the upper end.
-        centre: where the mass is, detached.
-        scale: how wide it is, detached.
+        centre: the centre of the mass, detached.
+        scale: the width of the mass, detached.
     """
+    first, last = _finite_ends(lower, upper)
     kinds: dict[tuple[bool, bool], Callable[[], Coordinate]] = {
-        (True, True): lambda: Interval(*_finite(lower, upper), *_logit_normal(lower, upper, centre, scale)),
-        (True, False): lambda: HalfLine(_finite(lower, upper)[0], 1, *_log_normal(centre - lower.detach(), scale)),
-        (False, True): lambda: HalfLine(_finite(lower, upper)[1], -1, *_log_normal(upper.detach() - centre, scale)),
+        (True, True): lambda: Shifted(Interval(first, last), *_logit_normal(first, last, centre, scale)),
+        (True, False): lambda: Shifted(HalfLine(first, 1), *_log_normal(centre - lower.detach(), scale)),
+        (False, True): lambda: Shifted(HalfLine(last, -1), *_log_normal(upper.detach() - centre, scale)),
         (False, False): lambda: Line(centre, scale),
     }
     masks = {kind: (lower.isfinite() == kind[0]) & (upper.isfinite() == kind[1]) for kind in kinds}
@@ -200,13 +194,13 @@ def coordinate(lower: Tensor, upper: Tensor, centre: Tensor, scale: Tensor) -> C
     return chosen
 
 
-def _finite(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-    """Replace infinite ends, which belong to lanes of another coordinate."""
+def _finite_ends(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the ends, with 0 and 1 for infinite ones, which belong to integrals with another coordinate."""
     return torch.where(lower.isfinite(), lower, 0.0), torch.where(upper.isfinite(), upper, 1.0)
 
 
 def _log_normal(mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of the logarithm, were it Normal."""
+    """Return mean and standard deviation of log x, for a LogNormal x of this mean and standard deviation."""
     mean = mean.abs().clamp(1e-290, 1e290)
     log_ratio = 2 * (scale.clamp(1e-290, 1e290).log() - mean.log())
     variance = torch.logaddexp(log_ratio, torch.zeros_like(log_ratio)).clamp_min(1e-24)
@@ -215,8 +209,8 @@ def _log_normal(mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _logit_normal(lower: Tensor, upper: Tensor, centre: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the centre of the logit, and its width by the slope there."""
-    lower, upper = (end.detach() for end in _finite(lower, upper))
+    """Return the logit of the centre, and the width of the logit from its slope there."""
+    lower, upper = lower.detach(), upper.detach()
     share = ((centre - lower) / (upper - lower)).clamp(1e-6, 1 - 1e-6)
     return share.logit(), (scale / (upper - lower) / (share * (1 - share))).clamp(1e-12, 2.0)
 

@@ -1,6 +1,8 @@
-"""Where a distribution has its mass, told by what it says of itself; and where its density is not smooth."""
+"""Placement of the nodes: where a distribution has its mass, and where its density is not smooth."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,51 +18,147 @@ from torch.distributions import (
 
 from torch_klloss.distributions.supports import bounds_of
 from torch_klloss.distributions.tensors import device_of
-from torch_klloss.methods.quadrature.coordinates import Coordinate
+from torch_klloss.methods.quadrature.coordinates import Coordinate, Segment, Shifted, coordinate
 from torch_klloss.methods.quadrature.integrand import Integrand
 from torch_klloss.methods.quadrature.rules import ORDER, Panels
-from torch_klloss.methods.quadrature.scan import Scan
+from torch_klloss.methods.quadrature.scan import NUM_EVALUATIONS, NUM_POINTS, Scan, scan_support
+
+_MAX_SCANS = 12
+_EXTENT = 8.0  # standard deviations of a component that matter
+_NARROW = 3.0  # in v: nodes about a tenth apart might not resolve anything narrower
 
 
-def ends_of(measure: Distribution, p: Distribution, lanes: torch.Size) -> tuple[Tensor, Tensor]:
-    """Return the ends of the support of a measure, live, `[*lanes]`.
+class Placement(NamedTuple):
+    """Parameters that fit a coordinate to the mass of every integral, detached, `[*integrals]`."""
+
+    centre: Tensor
+    scale: Tensor
+    offset: Tensor
+    stretch: Tensor
+
+    def coordinate(self, f: Integrand) -> Coordinate:
+        """Return the coordinate; where gradients are recorded, they flow into the ends of the support."""
+        lower, upper = ends_of(f.measure, f.p, f.shape)
+        inner: Coordinate
+        inner = Segment(lower, upper, self.centre) if f.is_closed else coordinate(lower, upper, self.centre, self.scale)
+        is_moved = (self.offset != 0).any() or (self.stretch != 1).any()
+        return Shifted(inner, self.offset, self.stretch) if is_moved else inner
+
+    def select(self, index: Tensor) -> Placement:
+        """Return the placement of some elements of a flat batch."""
+        return Placement(*(t[index] for t in self))
+
+
+def place(f: Integrand) -> tuple[Placement, Scan, int]:
+    """Return a placement, its scan, and the number of evaluations.
+
+    The coordinate is fitted to the mean and spread of q, and again to the scan as long as this hardly meets the mass.
+    """
+    centre, scale = centre_and_scale(f.measure, f.shape, ends_of(f.measure, f.p, f.shape))
+    placement = Placement(centre, scale, torch.zeros_like(centre), torch.ones_like(centre))
+    for k in range(1, _MAX_SCANS + 1):
+        scan = scan_support(f, placement.coordinate(f))
+        is_missed = scan.size.amax(0) > 0.5
+        if not is_missed.any() or k == _MAX_SCANS:
+            break
+        middle, width = _peak(scan)
+        offset = torch.where(is_missed, placement.offset + placement.stretch * middle, placement.offset)
+        stretch = torch.where(is_missed, placement.stretch * width, placement.stretch)
+        placement = placement._replace(offset=offset, stretch=stretch)
+    return placement, scan, k * NUM_EVALUATIONS
+
+
+def _peak(scan: Scan) -> tuple[Tensor, Tensor]:
+    """Return the v of the largest point, and a width that is small beside the distance of its neighbours."""
+    peak = scan.size.argmax(0, keepdim=True)
+    v = scan.v.expand_as(scan.size)
+    gap = v.gather(0, (peak + 1).clamp_max(NUM_POINTS - 1)) - v.gather(0, (peak - 1).clamp_min(0))
+    return v.gather(0, peak)[0], gap[0] / 16
+
+
+def ends_of(measure: Distribution, p: Distribution, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """Return the ends of the support of a measure, with their gradients, `[*integrals]`.
 
     Raises:
-        NotImplementedError: if it is not known to be an interval.
+        NotImplementedError: if the support is not known to be an interval.
     """
     if isinstance(measure, VonMises) and isinstance(p, VonMises):  # periodic: the circle may be cut anywhere
         opposite = measure.loc.detach() - torch.pi
-        return opposite.expand(lanes), (opposite + 2 * torch.pi).expand(lanes)
+        return opposite.expand(shape), (opposite + 2 * torch.pi).expand(shape)
     bounds = bounds_of(measure)
     if bounds is None:
         raise NotImplementedError(f"the support of {type(measure).__name__} is not known to be an interval.")
-    lower, upper = (torch.as_tensor(end, dtype=torch.float64).expand(lanes) for end in (bounds.lower, bounds.upper))
+    lower, upper = (torch.as_tensor(end, dtype=torch.float64).expand(shape) for end in (bounds.lower, bounds.upper))
     return lower, upper
 
 
-def centre_and_scale(d: Distribution, lanes: torch.Size, ends: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def centre_and_scale(d: Distribution, shape: torch.Size, ends: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Return the mean and the standard deviation where they are finite, else location and scale, else a guess."""
     lower, upper = (end.detach() for end in ends)
     inner = torch.where(upper.isfinite(), (lower + upper) / 2, lower + 1)
     inner = torch.where(lower.isfinite(), inner, torch.where(upper.isfinite(), upper - 1, 0.0))
     width = torch.where(lower.isfinite() & upper.isfinite(), (upper - lower) / 3, 1.0)
-    mean, stddev = _said(d, "mean", lanes), _said(d, "stddev", lanes)
-    loc, scale = _said(d, "loc", lanes), _said(d, "scale", lanes)
+    mean, stddev, loc, scale = (_property_or_nan(d, name, shape) for name in ("mean", "stddev", "loc", "scale"))
     usable = mean.isfinite() & stddev.isfinite() & (stddev > 0) & (mean > lower) & (mean < upper)
     known = loc.isfinite() & (scale > 0) & scale.isfinite() & (loc > lower) & (loc < upper)
     centre = torch.where(usable, mean, torch.where(known, loc, inner))
     return centre, torch.where(usable, stddev, torch.where(scale > 0, scale, width))
 
 
+def _property_or_nan(d: Distribution, name: str, shape: torch.Size) -> Tensor:
+    """Return a property of d in float64, detached; NaN if d lacks it."""
+    try:
+        value = getattr(d, name)
+    except (AttributeError, NotImplementedError):
+        value = torch.nan
+    return torch.as_tensor(value, dtype=torch.float64).detach().expand(shape)
+
+
+def panels_of(f: Integrand, coordinate: Coordinate, scan: Scan, num_nodes: int) -> Panels:
+    """Return about num_nodes / ORDER panels whose edges include every kink of q and p and every peak of p."""
+    points = split_points(f, coordinate)
+    if peaks := peaks_of(f.p):
+        points = torch.cat([points, _in_v(f, coordinate, [f.per_integral(each) for each in peaks])])
+    edges = scan.edges(max(1, num_nodes // ORDER - len(points)))
+    if len(points):
+        inside = torch.where(points.isnan(), edges[0], points).clamp(edges[0], edges[-1])
+        edges = torch.cat([edges, inside]).sort(0).values
+    return Panels(torch.stack([edges[:-1], edges[1:]]))
+
+
+def split_points(f: Integrand, coordinate: Coordinate) -> Tensor:
+    """Return the v of the kinks of q and p, and of the borders of their narrow components, `[points, *integrals]`.
+
+    NaN where an integral does not need the point.
+    """
+    kinks = [f.per_integral(each) for d in (f.q, f.p) for each in kinks_of(d)]
+    if f.is_mixture:
+        kinks += kinks_of(f.measure)
+    points = [_in_v(f, coordinate, kinks)]
+    for centre, scale in (each for d in (f.q, f.p) for each in components_of(d)):
+        around = [f.per_integral(centre + k * scale) for k in (-_EXTENT, 0, _EXTENT)]
+        v = _in_v(f, coordinate, around)
+        is_narrow = v[2] - v[0] < _NARROW
+        if is_narrow.any():
+            points.append(torch.where(is_narrow, v, torch.nan))
+    return torch.cat(points)
+
+
+def _in_v(f: Integrand, coordinate: Coordinate, x: list[Tensor]) -> Tensor:
+    if not x:
+        return torch.zeros(0, *f.shape, dtype=torch.float64, device=device_of(f.q))
+    return coordinate.inverse(torch.stack([each.detach().double().expand(f.shape) for each in x]))
+
+
 def kinks_of(d: Distribution) -> list[Tensor]:
-    """Return the points `[*batch]` where the log-density of d has a kink, those that d declares itself included."""
+    """Return the points `[*batch]` where the log-density of d has a kink, with those that d declares."""
     if isinstance(d, Laplace):
         return [d.loc]
     declared = getattr(d, "breakpoints", None)
     if isinstance(declared, Tensor):
         return list(declared)
     if isinstance(d, MixtureSameFamily):
-        return _mixture_features(d)
+        return _component_kinks(d)
     if isinstance(d, TransformedDistribution):
         kinks = kinks_of(d.base_dist)
         for transform in d.transforms:
@@ -69,8 +167,17 @@ def kinks_of(d: Distribution) -> list[Tensor]:
     return []
 
 
+def _component_kinks(d: MixtureSameFamily) -> list[Tensor]:
+    """Return the points where components have kinks, begin or end."""
+    components = d.component_distribution
+    bounds = bounds_of(components)
+    ends = () if bounds is None else (bounds.lower, bounds.upper)
+    points = kinks_of(components) + [end for end in ends if isinstance(end, Tensor)]
+    return [each for point in points for each in point.expand(components.batch_shape).unbind(-1)]
+
+
 def peaks_of(d: Distribution) -> list[Tensor]:
-    """Return the points `[*batch]` where the log-density of d has a peak that no scan may meet, though it is smooth."""
+    """Return the points `[*batch]` where the log-density of d is smooth, but has a peak that a scan may miss."""
     return [d.loc] if isinstance(d, (Cauchy, StudentT)) else []
 
 
@@ -84,63 +191,3 @@ def components_of(d: Distribution) -> list[tuple[Tensor, Tensor]]:
     ends = ends_of(components, components, components.batch_shape)
     centre, scale = centre_and_scale(components, components.batch_shape, ends)
     return list(zip(centre.unbind(-1), scale.unbind(-1), strict=True))
-
-
-def _mixture_features(d: MixtureSameFamily) -> list[Tensor]:
-    """Return where the components have kinks, begin and end."""
-    components = d.component_distribution
-    bounds = bounds_of(components)
-    features = kinks_of(components)
-    for end in () if bounds is None else (bounds.lower, bounds.upper):
-        if isinstance(end, Tensor):
-            features.append(end)
-    return [each for feature in features for each in feature.expand(components.batch_shape).unbind(-1)]
-
-
-def _said(d: Distribution, name: str, lanes: torch.Size) -> Tensor:
-    """Return a property of d; NaN where it has none."""
-    try:
-        said = getattr(d, name)
-    except (AttributeError, NotImplementedError):
-        said = torch.nan
-    return torch.as_tensor(said, dtype=torch.float64).detach().expand(lanes)
-
-
-_EXTENT = 8.0  # standard deviations of a component that matter
-_NARROW = 3.0  # in v: narrower, and nodes about a tenth apart might not resolve it
-
-
-def panels_of(f: Integrand, coordinate: Coordinate, seen: Scan, num_nodes: int) -> Panels:
-    """Return about num_nodes / ORDER panels that have among their edges wherever q or p is not smooth, or peaked."""
-    points = split_points(f, coordinate)
-    if peaks := peaks_of(f.p):
-        points = torch.cat([points, _in_v(f, coordinate, [f.per_lane(each) for each in peaks])])
-    edges = seen.edges(max(1, num_nodes // ORDER - len(points)))
-    if len(points):
-        inside = torch.where(points.isnan(), edges[0], points).clamp(edges[0], edges[-1])
-        edges = torch.cat([edges, inside]).sort(0).values
-    return Panels(torch.stack([edges[:-1], edges[1:]]))
-
-
-def split_points(f: Integrand, coordinate: Coordinate) -> Tensor:
-    """Return the v of the kinks of q and p, and of the borders of their narrow components, `[points, *lanes]`.
-
-    NaN where a lane does not need the point.
-    """
-    kinks = [f.per_lane(each) for d in (f.q, f.p) for each in kinks_of(d)]
-    if f.is_mixture:
-        kinks += kinks_of(f.measure)
-    points = [_in_v(f, coordinate, kinks)]
-    for centre, scale in (each for d in (f.q, f.p) for each in components_of(d)):
-        around = [f.per_lane(centre + k * scale) for k in (-_EXTENT, 0, _EXTENT)]
-        v = _in_v(f, coordinate, around)
-        is_narrow = v[2] - v[0] < _NARROW
-        if is_narrow.any():
-            points.append(torch.where(is_narrow, v, torch.nan))
-    return torch.cat(points)
-
-
-def _in_v(f: Integrand, coordinate: Coordinate, x: list[Tensor]) -> Tensor:
-    if not x:
-        return torch.zeros(0, *f.lanes, dtype=torch.float64, device=device_of(f.q))
-    return coordinate.inverse(torch.stack([each.detach().double().expand(f.lanes) for each in x]))

@@ -1,8 +1,7 @@
-"""Two rules that say how well they resolve what they integrate: one trapezoid, and Gauss-Legendre panels."""
+"""Quadrature rules that estimate their own error: Gauss-Legendre panels and the trapezoidal rule."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -16,27 +15,34 @@ from torch_klloss.numerics.elementary import e2
 from torch_klloss.numerics.special import gauss_legendre
 
 ORDER = 16
-STRAIGHT = 2.0**17  # a bend that cannot be told from none: the sinh of t below 1e-4
-_NEAR = 0.01  # a KL that the plain form, which is a sum to 1 less 1, leaves at least 13 digits of
+STRAIGHT = 2.0**17  # a bend so large that v is proportional to t: the sinh of t below 1e-4
+_NEAR = 0.01  # for a KL above this, the plain form, a sum near 1 less 1, keeps at least 13 digits
 _SAFETY = 10.0
 
 
-@dataclass(frozen=True)
-class Sums:
-    """Hold what panels `[panels, *lanes]` add up to.
+class Values(NamedTuple):
+    """Points x at nodes `[nodes, *integrals]`, their mass, and log q - log p there (0 at points without mass)."""
+
+    x: Tensor
+    mass: Tensor
+    log_ratio: Tensor
+
+
+class Sums(NamedTuple):
+    """Sums over the nodes of every panel, `[panels, *integrals]`, with m the mass at a node.
+
+    The three that belong to the form for q near p are NaN where that form is not worth its cost.
 
     Attributes:
-        plain: of m (log q - log p - 1), with m the lane's mass: the KL is 1 more than their sum.
-        plain_error: its error.
-        near: of m e2(log p - log q) ≥ 0, whose sum is the KL wherever the nodes cover p's mass too.
-        near_error: its error.
-        mass: of m.
-        gap: of p's mass over the nodes less m.
-        farthest: the largest |log q - log p| at a node that has mass.
-        size: of the absolute values of what `plain` adds up.
-        is_holed: whether there is a node without mass.
-
-    The three that belong to the form for q near p are NaN where it is not worth its cost.
+        plain: Σ m (log q - log p - 1); the KL is 1 more than the sum over the panels.
+        plain_error: the error of `plain`.
+        near: Σ m e2(log p - log q) ≥ 0; its sum is the KL where the nodes cover the mass of p too.
+        near_error: the error of `near`.
+        mass: Σ m.
+        mass_gap: p's mass at the nodes less Σ m.
+        largest_log_ratio: the largest |log q - log p| at a node with mass.
+        size: Σ |m (log q - log p - 1)|.
+        has_empty_node: whether a node has no mass.
     """
 
     plain: Tensor
@@ -44,23 +50,19 @@ class Sums:
     near: Tensor
     near_error: Tensor
     mass: Tensor
-    gap: Tensor
-    farthest: Tensor
+    mass_gap: Tensor
+    largest_log_ratio: Tensor
     size: Tensor
-    is_holed: Tensor
-
-    def __iter__(self) -> Iterator[Tensor]:
-        """Return the sums, in the order above."""
-        return iter(vars(self).values())
+    has_empty_node: Tensor
 
 
 @dataclass(frozen=True)
 class Panels:
-    """Gauss-Legendre rules on panels between `edges` `[2, panels, *lanes]`.
+    """Gauss-Legendre rules on panels between `edges` `[2, panels, *integrals]`.
 
-    The coefficients of the integrand in Legendre polynomials fall off geometrically where it is smooth. A rule of n
-    nodes integrates the first 2n exactly; the last ones of the first n, which are far above its error there, and about
-    as large as it beside a kink or something narrow, are taken for it.
+    Where the integrand is smooth, its Legendre coefficients fall off geometrically. A rule of n nodes integrates the
+    first 2n exactly. The last of the first n coefficients serve as its error: they are far larger than the error where
+    the integrand is smooth, and about as large near a kink or a narrow peak.
 
     References:
         *Approximation theory and approximation practice* (Trefethen, 2013).
@@ -74,20 +76,19 @@ class Panels:
         return ORDER * self.edges.shape[1]
 
     def nodes(self) -> tuple[Tensor, Tensor]:
-        """Return v and the weights, `[panels * ORDER, *lanes]`."""
+        """Return v and the weights, `[panels * ORDER, *integrals]`."""
         low, high = self.edges
         nodes, weights = (t.to(low.device).reshape(1, -1, *(1,) * (low.dim() - 1)) for t in gauss_legendre(ORDER))
         half = (high - low).unsqueeze(1) / 2
         return ((high + low).unsqueeze(1) / 2 + half * nodes).flatten(0, 1), (half * weights).flatten(0, 1)
 
     def split(self, t: Tensor) -> Tensor:
-        """Return values at the nodes as `[panels, nodes, *lanes]`."""
+        """Return values at the nodes as `[panels, nodes, *integrals]`."""
         return t.unflatten(0, (-1, ORDER))
 
     def error(self, terms: Tensor, size: Tensor) -> Tensor:
-        """Return the error of the sums of `[panels, nodes, *lanes]`, given those of their absolute values."""
-        tail = torch.tensordot(_coefficient_matrix().to(terms.device), terms, dims=([1], [1])).abs().amax(0)
-        return torch.minimum(_SAFETY * tail, size)
+        """Return the error of the sums of `[panels, nodes, *integrals]`, given the sums of their absolute values."""
+        return _error(_coefficient_matrix(), terms, size)
 
     def select(self, index: Tensor) -> Panels:
         """Return the panels of some elements of a flat batch."""
@@ -96,11 +97,11 @@ class Panels:
 
 @dataclass(frozen=True)
 class Trapezoid:
-    """The trapezoidal rule in t, with v = bend sinh t, between `ends` `[2, *lanes]` where the integrand is nothing.
+    """The trapezoidal rule in t, with v = bend sinh t, between `ends` `[2, *integrals]` where the integrand vanishes.
 
-    Its error falls geometrically with the number of nodes for a smooth integrand, as its Fourier coefficients do. Those
-    of the highest frequencies that the nodes can tell are the errors of rules with half as many of them, and taken
-    for its own: several, since one may vanish by chance.
+    For a smooth integrand its error falls geometrically with the number of nodes, as the Fourier coefficients do. The
+    coefficients of the highest frequencies that the nodes resolve are the errors of rules with half as many nodes, and
+    serve as its error: several of them, since one may vanish by chance.
 
     References:
         *The exponentially convergent trapezoidal rule* (Trefethen and Weideman, 2014).
@@ -116,7 +117,7 @@ class Trapezoid:
         return self.num_nodes
 
     def nodes(self) -> tuple[Tensor, Tensor]:
-        """Return v and the weights, `[num_nodes, *lanes]`."""
+        """Return v and the weights, `[num_nodes, *integrals]`."""
         low, high = self.ends
         step = (high - low) / (self.num_nodes - 1)
         t = low + step * torch.arange(self.num_nodes, device=low.device).reshape(-1, *(1,) * low.dim())
@@ -126,14 +127,12 @@ class Trapezoid:
         return self.bend * sinh, self.bend * step * (1 + sinh * sinh).sqrt()
 
     def split(self, t: Tensor) -> Tensor:
-        """Return values at the nodes as `[1, nodes, *lanes]`."""
+        """Return values at the nodes as `[1, nodes, *integrals]`."""
         return t.unsqueeze(0)
 
     def error(self, terms: Tensor, size: Tensor) -> Tensor:
-        """Return the error of the sums of `[1, nodes, *lanes]`, given those of their absolute values."""
-        matrix = _frequency_matrix(self.num_nodes).to(terms.device)
-        highest = torch.tensordot(matrix, terms, dims=([1], [1])).abs().amax(0)
-        return torch.minimum(_SAFETY * highest, size)
+        """Return the error of the sums of `[1, nodes, *integrals]`, given the sums of their absolute values."""
+        return _error(_frequency_matrix(self.num_nodes), terms, size)
 
     def select(self, index: Tensor) -> Trapezoid:
         """Return the rule of some elements of a flat batch."""
@@ -141,6 +140,12 @@ class Trapezoid:
 
 
 Rule = Panels | Trapezoid
+
+
+def _error(matrix: Tensor, terms: Tensor, size: Tensor) -> Tensor:
+    """Return the largest coefficient of the terms, times a safety factor, but no more than the size."""
+    coefficients = torch.tensordot(matrix.to(terms.device), terms, dims=([1], [1]))
+    return torch.minimum(_SAFETY * coefficients.abs().amax(0), size)
 
 
 @cache
@@ -162,16 +167,8 @@ def _frequency_matrix(num_nodes: int) -> Tensor:
     return torch.cat([phases.cos(), phases.sin()])
 
 
-class Values(NamedTuple):
-    """Hold what is known at nodes `[nodes, *lanes]`: where they are, their mass, and log q - log p, 0 without mass."""
-
-    x: Tensor
-    mass: Tensor
-    log_ratio: Tensor
-
-
 def weigh(f: Integrand, coordinate: Coordinate, v: Tensor, weights: Tensor) -> Values:
-    """Return what the nodes v have of the mass, and the logarithm of the ratio there."""
+    """Return the points at nodes v, their mass, and the log-ratio there."""
     x, log_slope = coordinate.points(v)
     log_mass, log_ratio = f.densities(x)
     mass = weights * (log_mass + log_slope).exp()
@@ -183,28 +180,28 @@ def integrate(f: Integrand, values: Values, rule: Rule, is_near: Tensor | None =
 
     Args:
         f: the integrand.
-        values: at the nodes of the rule.
-        rule: where the nodes are.
-        is_near: where the form for q near p is worth its cost, `[*batch]`; by default told by the sums themselves.
+        values: its values at the nodes of the rule.
+        rule: the rule.
+        is_near: where the form for q near p is worth its cost, `[*batch]`; by default determined from the sums.
     """
     mass, log_ratio = rule.split(values.mass), rule.split(values.log_ratio)
-    farthest = log_ratio.abs().amax(1)
+    largest_log_ratio = log_ratio.abs().amax(1)
     terms = mass * (log_ratio - 1)
     plain, size = terms.sum(1), terms.abs().sum(1)
     if is_near is None:
-        is_near = (f.widest(farthest.amax(0)) < 1) & ((1 + f.total(plain.sum(0))).abs() < _NEAR)
-    near, near_error, gap = _near_sums(rule, mass, log_ratio, f.per_lane(is_near).expand(f.lanes))
-    error, is_holed = rule.error(terms, size), (mass == 0).any(1)
-    return Sums(plain, error, near, near_error, mass.sum(1), gap, farthest, size, is_holed)
+        is_near = (f.largest(largest_log_ratio.amax(0)) < 1) & ((1 + f.total(plain.sum(0))).abs() < _NEAR)
+    near, near_error, mass_gap = _near_sums(rule, mass, log_ratio, f.per_integral(is_near).expand(f.shape))
+    error, has_empty_node = rule.error(terms, size), (mass == 0).any(1)
+    return Sums(plain, error, near, near_error, mass.sum(1), mass_gap, largest_log_ratio, size, has_empty_node)
 
 
-def _near_sums(rule: Rule, mass: Tensor, log_ratio: Tensor, lanes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the sums of the form for q near p, their error, and the gap between the masses; NaN in other lanes."""
-    near, near_error, gap = (torch.full_like(mass[:, 0], torch.nan) for _ in range(3))
-    if lanes.any():
-        mass, minus = mass[:, :, lanes], -log_ratio[:, :, lanes]
+def _near_sums(rule: Rule, mass: Tensor, log_ratio: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the sums of the form for q near p, their error, and the mass gap; NaN for integrals outside the mask."""
+    near, near_error, mass_gap = (torch.full_like(mass[:, 0], torch.nan) for _ in range(3))
+    if mask.any():
+        mass, minus = mass[:, :, mask], -log_ratio[:, :, mask]
         terms = mass * e2(minus)
-        near[:, lanes] = terms.sum(1)
-        near_error[:, lanes] = rule.error(terms, near[:, lanes])
-        gap[:, lanes] = (mass * torch.expm1(minus)).sum(1)
-    return near, near_error, gap
+        near[:, mask] = terms.sum(1)
+        near_error[:, mask] = rule.error(terms, near[:, mask])
+        mass_gap[:, mask] = (mass * torch.expm1(minus)).sum(1)
+    return near, near_error, mass_gap

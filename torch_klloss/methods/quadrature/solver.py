@@ -1,4 +1,4 @@
-"""The way of a one-dimensional integral: placed, scanned, summed, halved where that is not enough, and judged."""
+"""The solver of one-dimensional integrals: place, scan, sum, refine, certify."""
 
 from __future__ import annotations
 
@@ -8,70 +8,70 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from torch_klloss.methods.quadrature.certificate import FINITE, Judgement, judge, verdict_of
+from torch_klloss.methods.quadrature.certificate import Certificate, certify
 from torch_klloss.methods.quadrature.integrand import Integrand
-from torch_klloss.methods.quadrature.placement import centre_and_scale, ends_of, panels_of, split_points
+from torch_klloss.methods.quadrature.placement import panels_of, place, split_points
+from torch_klloss.methods.quadrature.remainder import tail_integrals
 from torch_klloss.methods.quadrature.rules import STRAIGHT, Panels, Rule, Sums, Trapezoid, integrate, weigh
-from torch_klloss.methods.quadrature.scan import BEND, NEGLIGIBLE, NUM_EVALUATIONS, NUM_POINTS, Scan, scan
-from torch_klloss.methods.quadrature.state import Placement, State, beyond
+from torch_klloss.methods.quadrature.scan import BEND, NEGLIGIBLE, Scan
+from torch_klloss.methods.quadrature.state import FINITE, State, status_of
 
 _BUDGET = 40  # evaluations that halving may take, in units of num_nodes
-_MAX_SCANS = 12
 _FAR = 4.0  # in v
 _AIM = 0.25  # of the tolerance
 
 
-def solve(f: Integrand, num_nodes: int, rtol: float) -> Iterator[tuple[State, Judgement, int]]:
-    """Yield the elements of the batch, those that took the same panels together, and how many points they took."""
-    state, seen, evaluations = start(f, num_nodes)
+def solve(f: Integrand, index: Tensor, num_nodes: int, rtol: float) -> Iterator[Certificate]:
+    """Yield certificates that cover the batch, each for the elements that took the same number of refinements."""
+    state, scan = start(f, index, num_nodes)
     while True:
-        judgement = judge(state)
-        todo = _is_to_do(state, judgement, rtol)
-        if not todo.any() or evaluations > _BUDGET * num_nodes:
-            yield state, judgement, evaluations
+        certificate = certify(state)
+        is_coarse = _is_coarse(certificate, rtol)
+        if not is_coarse.any() or state.evaluations > _BUDGET * num_nodes:
+            yield certificate
             return
-        if f.is_flat and not todo.all():
-            done = state.select((~todo).nonzero()[:, 0])
-            yield done, judge(done), evaluations
-            rest = todo.nonzero()[:, 0]
-            state, seen = state.select(rest), seen.select(rest)
+        if f.is_flat and not is_coarse.all():
+            yield certify(state.select((~is_coarse).nonzero()[:, 0]))
+            rest = is_coarse.nonzero()[:, 0]
+            state, scan = state.select(rest), scan.select(rest)
         if isinstance(state.rule, Panels):
-            state, added = halve(state, state.rule, judge(state), rtol)
+            state = halve(certify(state), state.rule, rtol)
         else:
-            state, added = with_panels(state, seen, num_nodes)
-        evaluations += added
+            state = with_panels(state, scan, num_nodes)
 
 
-def _is_to_do(state: State, judgement: Judgement, rtol: float) -> Tensor:
-    return (
-        ~judgement.is_settled
-        & (state.verdict == FINITE)
-        & (judgement.errors["panels"] > _AIM * rtol * judgement.value.abs() + 1e-30)
-    )
+def _is_coarse(certificate: Certificate, rtol: float) -> Tensor:
+    """Return where finer panels are needed."""
+    is_open = ~certificate.is_settled & (certificate.state.status == FINITE)
+    return is_open & (certificate.errors["panels"] > _tolerance(certificate, rtol))
 
 
-def start(f: Integrand, num_nodes: int) -> tuple[State, Scan, int]:
-    """Place the nodes, look at the whole support, and take the first sum."""
-    place, seen, evaluations = placed(f)
-    coordinate = place.coordinate(f)
-    verdict, slope = verdict_of(f, coordinate, seen)
-    is_open = (not f.is_closed) & (seen.size[[0, -1]] > NEGLIGIBLE)
-    ends = seen.v[[0, -1]].expand_as(is_open) if f.is_closed else BEND * seen.ends.sinh()
-    rest = torch.zeros(2, 4, *f.lanes, dtype=torch.float64, device=ends.device)
+def _tolerance(certificate: Certificate, rtol: float) -> Tensor:
+    """Return the error that the panels of each batch element may have."""
+    return _AIM * rtol * certificate.value.abs() + 1e-30
+
+
+def start(f: Integrand, index: Tensor, num_nodes: int) -> tuple[State, Scan]:
+    """Return the state after the first sum, and the scan of the whole support."""
+    placement, scan, evaluations = place(f)
+    coordinate = placement.coordinate(f)
+    status, slope = status_of(f, coordinate, scan)
+    is_open = (not f.is_closed) & (scan.size[[0, -1]] > NEGLIGIBLE)
+    ends = scan.v[[0, -1]].expand_as(is_open) if f.is_closed else BEND * scan.ends.sinh()
+    tails = torch.zeros(2, 4, *f.shape, dtype=torch.float64, device=ends.device)
     if is_open.any():
-        rest = torch.stack(beyond(f, coordinate, ends, is_open))
+        tails = torch.stack(tail_integrals(f, coordinate, ends, is_open))
         evaluations += 8
     is_smooth = f.is_periodic or not (f.is_closed or is_open.any() or len(split_points(f, coordinate)))
-    rule = _trapezoid(f, ends, num_nodes) if is_smooth else panels_of(f, coordinate, seen, num_nodes)
-    index = torch.arange(f.batch_shape.numel(), device=ends.device).reshape(f.batch_shape)
+    rule = _trapezoid(f, ends, num_nodes) if is_smooth else panels_of(f, coordinate, scan, num_nodes)
     values = weigh(f, coordinate, *rule.nodes())
     sums = integrate(f, values, rule)
-    state = State(f, index, place, rule, ends, is_open, sums, rest, verdict, slope, values)
-    return state, seen, evaluations + rule.count
+    evaluations += rule.count
+    return State(f, index, placement, rule, ends, is_open, sums, tails, status, slope, values, evaluations), scan
 
 
 def _trapezoid(f: Integrand, ends: Tensor, num_nodes: int) -> Rule:
-    """Return the trapezoidal rule, even in v unless that is to reach far; on the circle the two ends are one point."""
+    """Return the trapezoidal rule, even in v unless it reaches far; on the circle the two ends are one point."""
     low, high = ends
     high = high - (high - low) / num_nodes if f.is_periodic else high
     ends = torch.stack([low, high])
@@ -80,51 +80,33 @@ def _trapezoid(f: Integrand, ends: Tensor, num_nodes: int) -> Rule:
     return Trapezoid(torch.where(bend == STRAIGHT, t, t.asinh()), bend, num_nodes)
 
 
-def with_panels(state: State, seen: Scan, num_nodes: int) -> tuple[State, int]:
-    """Return the state with panels in place of the one rule that did not do, and how many nodes they have."""
+def with_panels(state: State, scan: Scan, num_nodes: int) -> State:
+    """Return the state with panels in place of the trapezoidal rule."""
     coordinate = state.placement.coordinate(state.f)
-    rule = panels_of(state.f, coordinate, seen, num_nodes)
+    rule = panels_of(state.f, coordinate, scan, num_nodes)
     values = weigh(state.f, coordinate, *rule.nodes())
-    return replace(state, rule=rule, sums=integrate(state.f, values, rule), values=values), rule.count
+    sums, evaluations = integrate(state.f, values, rule), state.evaluations + rule.count
+    return replace(state, rule=rule, sums=sums, values=values, evaluations=evaluations)
 
 
-def placed(f: Integrand) -> tuple[Placement, Scan, int]:
-    """Fit a coordinate to what q says of itself, and fit it anew as long as the scan hardly meets the mass."""
-    centre, scale = centre_and_scale(f.measure, f.lanes, ends_of(f.measure, f.p, f.lanes))
-    place = Placement(centre, scale, torch.zeros_like(centre), torch.ones_like(centre))
-    for k in range(1, _MAX_SCANS + 1):
-        seen = scan(f, place.coordinate(f))
-        is_missed = seen.size.amax(0) > 0.5
-        if not is_missed.any() or k == _MAX_SCANS:
-            break
-        middle, width = _moments(seen)
-        offset = torch.where(is_missed, place.offset + place.stretch * middle, place.offset)
-        place = replace(place, offset=offset, stretch=torch.where(is_missed, place.stretch * width, place.stretch))
-    return place, seen, k * NUM_EVALUATIONS
+def halve(certificate: Certificate, rule: Panels, rtol: float) -> State:
+    """Return the state with those panels halved whose error is above their share of the tolerance.
 
-
-def _moments(seen: Scan) -> tuple[Tensor, Tensor]:
-    """Return where the largest point is in v, and a width that is small beside the distance of its neighbours."""
-    peak = seen.size.argmax(0, keepdim=True)
-    v = seen.v.expand_as(seen.size)
-    gap = v.gather(0, (peak + 1).clamp_max(NUM_POINTS - 1)) - v.gather(0, (peak - 1).clamp_min(0))
-    return v.gather(0, peak)[0], gap[0] / 16
-
-
-def halve(state: State, rule: Panels, judgement: Judgement, rtol: float) -> tuple[State, int]:
-    """Halve the panels whose error is above their share of the tolerance, in every lane as many as in the worst."""
+    In every integral as many are halved as in the worst.
+    """
+    state, is_near = certificate.state, certificate.is_near
     f, edges = state.f, rule.edges
-    error = torch.where(f.per_lane(judgement.is_near), state.sums.near_error, state.sums.plain_error)
-    tolerance = f.per_lane(_AIM * rtol * judgement.value.abs() + 1e-30)
-    share = tolerance / (2 * error.shape[0] * (f.lanes[-1] if f.is_mixture else 1))
+    error = torch.where(f.per_integral(is_near), state.sums.near_error, state.sums.plain_error)
+    tolerance = f.per_integral(_tolerance(certificate, rtol))
+    share = tolerance / (2 * error.shape[0] * (f.shape[-1] if f.is_mixture else 1))
     count = int((error > share).sum(0).max())
     order = error.argsort(0, descending=True)
     kept, split = order[count:], order[:count]
     low, high = edges[0].gather(0, split), edges[1].gather(0, split)
     middle = (low + high) / 2
-    halves = torch.stack([torch.cat([low, middle]), torch.cat([middle, high])])
-    new = Panels(halves)
-    added = integrate(f, weigh(f, state.placement.coordinate(f), *new.nodes()), new, judgement.is_near)
-    sums = Sums(*(torch.cat([old.gather(0, kept), more]) for old, more in zip(state.sums, added, strict=True)))
-    edges = torch.stack([torch.cat([old.gather(0, kept), more]) for old, more in zip(edges, halves, strict=True)])
-    return replace(state, rule=Panels(edges), sums=sums, values=None), new.count
+    halves = Panels(torch.stack([torch.cat([low, middle]), torch.cat([middle, high])]))
+    added = integrate(f, weigh(f, state.placement.coordinate(f), *halves.nodes()), halves, is_near)
+    sums = Sums(*(torch.cat([old.gather(0, kept), new]) for old, new in zip(state.sums, added, strict=True)))
+    edges = torch.stack([torch.cat([old.gather(0, kept), new]) for old, new in zip(edges, halves.edges, strict=True)])
+    evaluations = state.evaluations + halves.count
+    return replace(state, rule=Panels(edges), sums=sums, values=None, evaluations=evaluations)
