@@ -1,4 +1,4 @@
-"""The page about the mistakes, `docs/mistakes.md`: the catalogue, with what every wrong line returns when run."""
+"""The page of mistakes, `docs/mistakes.md`: the catalogue, with the value that each wrong line returns."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch.distributions import kl_divergence
 
-from torch_klloss.auditing.experiment.observation import describe
+from torch_klloss.auditing.experiment.observation import describe, without_loss
 from torch_klloss.auditing.experiment.probes import Layout, Width
 from torch_klloss.auditing.experiment.signatures import SIGNATURES, Leaves, Signature
 from torch_klloss.auditing.explanation import mistakes
-from torch_klloss.auditing.explanation.expectations import analytic, categorical
+from torch_klloss.auditing.explanation.candidates import right_core
 from torch_klloss.auditing.explanation.fit import TOLERANCE
 from torch_klloss.auditing.explanation.mistake import Mistake
+from torch_klloss.auditing.report import sentence
 from torch_klloss.rng import private_rng
 
 _NUM_CALLS = 1000  # of a line whose value is random
@@ -135,8 +136,8 @@ _EXPLAINED = {
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Hold what a wrong line returns at one probe, in nats for each example.
+class Measurement:
+    """The value of a wrong line at one probe, in nats for each example.
 
     Attributes:
         shape: of the probe.
@@ -163,28 +164,28 @@ def loss_of(mistake: Mistake) -> Callable[..., Any]:
     return loss
 
 
-def measured(mistake: Mistake) -> Measured:
+def measurement(mistake: Mistake) -> Measurement:
     """Call a mistake's wrong line at a probe of the audit; many times, where its value is random.
 
     Example:
         >>> from torch_klloss.auditing import CATALOGUE
-        >>> from torch_klloss.cli.mistakes_page import measured
-        >>> found = measured(next(mistake for mistake in CATALOGUE if mistake.id == "mean-over-latent"))
+        >>> from torch_klloss.cli.mistakes_page import measurement
+        >>> found = measurement(next(mistake for mistake in CATALOGUE if mistake.id == "mean-over-latent"))
         >>> found.shape, round(found.kl / found.value, 6)
         ((16, 8), 8.0)
     """
     with private_rng(_SEED, torch.device("cpu")):
-        found = _measured(mistake, "any", num_calls=2)
+        found = _measurement(mistake, "any", num_calls=2)
         if found.errors[0] == 0:
             return found
         for width in _WIDTHS:
-            found = _measured(mistake, width, _NUM_CALLS)
+            found = _measurement(mistake, width, _NUM_CALLS)
             if found.errors[0] < _KNOWN * abs(found.value):
                 break
     return found
 
 
-def _measured(mistake: Mistake, width: Width, num_calls: int) -> Measured:
+def _measurement(mistake: Mistake, width: Width, num_calls: int) -> Measurement:
     """Call the line at the first probe, `[batch, latent]`."""
     signature, loss = SIGNATURES[mistake.signature], loss_of(mistake)
     layout, drawn = signature.draw(_SEED, rank=2, width=width)
@@ -194,15 +195,13 @@ def _measured(mistake: Mistake, width: Width, num_calls: int) -> Measured:
     calls = torch.tensor([_call(loss, signature, leaves, reference) for _ in range(num_calls)], dtype=torch.float64)
     value, slope = calls.mean(0).tolist()
     value_error, slope_error = (calls.std(0) / num_calls**0.5).nan_to_num().tolist()
-    return Measured(layout.shapes[0], kl, value, slope, (value_error, slope_error))
+    return Measurement(layout.shapes[0], kl, value, slope, (value_error, slope_error))
 
 
 def _kl(signature: Signature, leaves: Leaves, layout: Layout) -> tuple[float, Leaves]:
     """Return the KL, the mean over the batch, and its gradient to q's parameters."""
     live = {name: leaf.reshape(-1).clone().requires_grad_() for name, leaf in leaves.items()}
-    pair = signature.pair(live, layout)
-    core = categorical(pair, layout, {}) if signature.categorical else analytic(pair, layout, {})
-    kl = layout.means(core.examples).squeeze(0)
+    kl = layout.means(right_core(without_loss(signature.name, layout, live)).core.examples).squeeze(0)
     own = {name: leaf for name, leaf in live.items() if not name.startswith("p.")}
     return kl.item(), dict(zip(own, torch.autograd.grad(kl, list(own.values())), strict=True))
 
@@ -256,9 +255,9 @@ def _entry(mistake: Mistake) -> str:
     right = SIGNATURES[mistake.signature].right.partition(", or with torch_klloss")[0]
     lines = [
         f"### {mistake.id}",
-        _filled(f"{_sentence(mistake.what)} {_EXPLAINED.get(mistake.id, '')}"),
+        _filled(f"{sentence(mistake.what)} {_EXPLAINED.get(mistake.id, '')}"),
         f"```python\n# wrong, as {mistake.signature}\n{mistake.wrong}\n# right\n{right}\n```",
-        f"{_figures(measured(mistake), gradient=mistake.gradient is not None)}",
+        f"{_figures(measurement(mistake), gradient=mistake.gradient is not None)}",
         _filled(mistake.fix),
     ]
     return "".join(f"\n{line}\n" for line in lines)
@@ -268,12 +267,7 @@ def _filled(text: str) -> str:
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
-def _sentence(words: str) -> str:
-    begins_with_a_symbol = words[:2] in ("q ", "p ")
-    return f"{words if begins_with_a_symbol else words[:1].upper() + words[1:]}."
-
-
-def _figures(found: Measured, *, gradient: bool) -> str:
+def _figures(found: Measurement, *, gradient: bool) -> str:
     value_error, slope_error = found.errors
     text = f"At {describe(found.shape)}: {_number(found.value, value_error)} for a KL of {found.kl:.4f}"
     if not gradient:
