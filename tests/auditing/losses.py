@@ -1,4 +1,4 @@
-"""What a corpus of KL losses says of each of its entries."""
+"""The entries of a corpus of KL losses."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Loss:
     Args:
         name: unique in its corpus.
         fn: the loss.
-        signature: what an audit is told that `fn` takes; None where it has to find out.
+        signature: the signature that an audit is given; None where it has to find it out.
         takes: what `fn` takes.
         family: for "distributions": Normal `[batch, latent]`, the same within `Independent`, MultivariateNormal
             `[batch]`, Categorical `[batch]`, or Bernoulli `[batch, latent]`.
@@ -79,7 +79,7 @@ def entry(
     takes: Signature,
     *mistakes: str,
     name: str | None = None,
-    told: bool = True,
+    stated: bool = True,
     value_wrong: bool | None = None,
     gradient_wrong: bool | None = None,
     **facts: Any,
@@ -94,7 +94,7 @@ def entry(
             Loss(
                 name=name or fn.__name__,
                 fn=fn,
-                signature=takes if told else None,
+                signature=takes if stated else None,
                 takes=takes,
                 mistakes=frozenset(mistakes),
                 value_wrong=bool(mistakes) if value_wrong is None else value_wrong,

@@ -87,7 +87,7 @@ def _bindings_by_name(names: tuple[str, ...], fn: Callable[..., Any]) -> list[Bi
     ]
     if not found:
         raise SignatureError(
-            f"the names of the parameters ({', '.join(names)}) determine no signature: pass signature=, one of "
+            f"the parameters ({', '.join(names)}) determine no signature: pass signature=, one of "
             f"{', '.join(map(repr, SIGNATURES))}, or a function adapter(fn, q, p) that calls it."
         )
     if found[0].signature is SIGNATURES["kl_div"] and _says_log_target(fn):

@@ -141,11 +141,11 @@ def _pairs_of_moments(record: FunctionRecord) -> list[Pair]:
 
 def _moments(values: Sequence[NamedValue]) -> Iterator[_Moments]:
     tensors = [v for v in values if isinstance(v.value, Tensor) and v.value.is_floating_point() and v.value.dim() > 0]
-    told = [(v, what, rest) for v in tensors for what, rest in moment_of(v.role)]
-    for mean, what, rest in told:
+    named = [(v, what, rest) for v in tensors for what, rest in moment_of(v.role)]
+    for mean, what, rest in named:
         if what != "mean" or is_of_data(mean.role):
             continue
-        for spread, kind, its_rest in told:
+        for spread, kind, its_rest in named:
             if kind == "mean" or its_rest != rest or spread.value.shape != mean.value.shape:
                 continue
             side, key = side_of(mean.role), level_of(rest)
