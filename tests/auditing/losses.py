@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 from torch import Tensor
 from torch.distributions import Distribution
 
-Signature = Literal[
+SignatureName = Literal[
     "distributions",  # fn(q, p)
     "mean_logvar",  # fn(mean, log σ²), against a standard Normal; so are the next two
     "mean_std",  # fn(mean, σ)
@@ -19,7 +19,7 @@ Signature = Literal[
 ]
 Family = Literal["normal", "independent", "multivariate", "categorical", "bernoulli"]
 Reduction = Literal["mean", "sum", "per_example", "per_element"]
-Gradient = Literal["both", "q only", "p only", "value only"]
+GivenGradients = Literal["both", "q only", "p only", "value only"]
 Draws = Literal["pathwise", "detached"]
 Inputs = Literal["ordinary", "extreme"]
 
@@ -56,15 +56,15 @@ class Loss:
 
     name: str
     fn: Callable[..., Any]
-    signature: Signature | None
-    takes: Signature
+    signature: SignatureName | None
+    takes: SignatureName
     family: Family = "independent"
     shape: tuple[int, ...] = (5, 3)
     draws: Draws = "pathwise"
     num_samples: int | None = 4
     stochastic: bool = False
     reduction: Reduction = "mean"
-    gradient: Gradient = "both"
+    gradient: GivenGradients = "both"
     tolerance: float = 0.0
     mistakes: frozenset[str] = frozenset()
     value_wrong: bool = False
@@ -76,7 +76,7 @@ class Loss:
 
 def entry(
     corpus: list[Loss],
-    takes: Signature,
+    takes: SignatureName,
     *mistakes: str,
     name: str | None = None,
     stated: bool = True,

@@ -40,15 +40,63 @@ class GradientFinding:
     kinds: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class _Test:
+    """The test of the observed gradients against expected ones.
+
+    Attributes:
+        subject: the loss and its probes.
+        observation: what the loss returned.
+        false_alarm: the probability to reject a right gradient of one leaf.
+    """
+
+    subject: Subject
+    observation: Observation
+    false_alarm: float = 0.0
+
+    def accepts(self, name: str, expected: Tensor | None) -> bool:
+        """Return whether a leaf's gradient is the expected one."""
+        found = self.observation.gradients[name]
+        if found is None or expected is None or not bool(found.isfinite().all()):
+            return False
+        if not self.observation.stochastic:
+            split = self.subject.layout.split
+            pairs = zip(split(found), split(expected), strict=True)
+            return all(float((a - b).norm()) <= _TOLERANCE * float(b.norm() + 1e-3 * expected.norm()) for a, b in pairs)
+        limit = largest_deviation(len(found), self.false_alarm) * self.observation.gradient_errors[name]
+        return bool(((found - expected).abs() <= limit + _TOLERANCE * expected.abs() + 1e-12).all())
+
+    def accepts_zero(self, name: str) -> bool:
+        """Return whether a leaf's gradient, if it has one, may be zero."""
+        found = self.observation.gradients[name]
+        return found is not None and self.accepts(name, torch.zeros_like(found))
+
+    def kind(self, name: str, right: Tensor, fit: Fit) -> str:
+        """Return the kind of a leaf's gradient, where `right` is the KL's and `fit` the reduction."""
+        found, error = self.observation.gradients[name], self.observation.gradient_errors.get(name)
+        if found is None or error is None or not (found.any() or error.any()):
+            return "none"
+        if self.accepts(name, right):
+            return "right"
+        if self.observation.stochastic and self.accepts_zero(name):
+            return "zero"
+        other = _gradients_of(fit, self.subject, self.observation, other=True)[name]
+        if self.accepts(name, other):
+            return "other direction"
+        if self.accepts(name, right - other):
+            return "difference"
+        weight = 1 / error.square().clamp(min=1e-12)
+        scale = float((weight * found * right).sum() / (weight * right**2).sum())
+        return f"{scale:.4g} times" if self.accepts(name, scale * right) else "other"
+
+
 def matches_on_samples(subject: Subject, observation: Observation, fit: Fit, seed: int) -> bool:
     """Return whether the gradient equals, sample by sample, the gradient of the log-ratio or of k3."""
+    test = _Test(subject, observation)
     for integrand in UNBIASED:
         reference = replace(subject, fn=_reference(subject, observation, fit, integrand))
-        other = observe(reference, seed).gradients
-        if all(
-            found is not None and other[name] is not None and _close(name, other, subject, observation, 0.0)  # type: ignore[arg-type]
-            for name, found in observation.gradients.items()
-        ):
+        expected = observe(reference, seed).gradients
+        if all(test.accepts(name, expected[name]) for name in observation.gradients):
             return True
     return False
 
@@ -86,37 +134,24 @@ def judge_gradient(subject: Subject, observation: Observation, fit: Fit | None, 
     """
     scaled = _reduction_only(fit, subject, observation)
     right = _gradients_of(scaled, subject, observation)
-    false_alarm /= len(subject.leaves)
-    kinds = {name: _kind(name, right, subject, observation, scaled, false_alarm) for name in subject.leaves}
+    test = _Test(subject, observation, false_alarm / len(subject.leaves))
+    kinds = {name: test.kind(name, right[name], scaled) for name in subject.leaves}
     if fit is not None and fit.scale == 0:
         return GradientFinding("zero, as the value is.", (), kinds)
     if fit is None or fit.candidate.hypothesis.mistakes:
         if fit is not None and _is_a_formula(fit, subject):
             own = _gradients_of(fit, subject, observation)
-            kinds = {
-                name: "the value's" if _follows(name, kind, own, subject, observation, false_alarm) else kind
-                for name, kind in kinds.items()
-            }
+            for name, kind in kinds.items():  # none is the value's own where it does not depend on the parameter
+                if (not own[name].any()) if kind == "none" else test.accepts(name, own[name]):
+                    kinds[name] = "the value's"
         return _of_a_wrong_value(kinds)
     return _summarise(kinds, scaled, subject)
 
 
 def may_be_zero(subject: Subject, observation: Observation, false_alarm: float) -> bool:
     """Return whether one of q's gradients cannot be told from zero."""
-    return any(
-        found is not None and _close(name, {name: torch.zeros_like(found)}, subject, observation, false_alarm)
-        for name, found in observation.gradients.items()
-        if name.startswith("q.")
-    )
-
-
-def _follows(
-    name: str, kind: str, own: dict[str, Tensor], subject: Subject, observation: Observation, false_alarm: float
-) -> bool:
-    """Return whether a gradient is the value's own, which is none where the value does not depend on the parameter."""
-    if kind == "none":
-        return not own[name].any()
-    return _close(name, own, subject, observation, false_alarm)
+    test = _Test(subject, observation, false_alarm)
+    return any(test.accepts_zero(name) for name in observation.gradients if name.startswith("q."))
 
 
 def _is_a_formula(fit: Fit, subject: Subject) -> bool:
@@ -128,12 +163,16 @@ def _of_a_wrong_value(kinds: dict[str, str]) -> GradientFinding:
     """Return the finding about a loss with a wrong value: a mistake of its own only where no gradient flows."""
     every = set(kinds.values())
     if every == {"none"}:
-        return GradientFinding("none: no gradient flows to any argument.", (_BY_KIND["q", "none"],), kinds)
+        return _no_gradient(kinds)
     if every <= {"the value's", "none"}:
         return GradientFinding("the gradient of what it returns, not the KL's.", (), kinds)
     if every <= {"right", "none"}:
         return GradientFinding("the KL's, although the value is not.", (), kinds)
     return GradientFinding("not the KL's.", (), kinds)
+
+
+def _no_gradient(kinds: dict[str, str]) -> GradientFinding:
+    return GradientFinding("none: no gradient flows to any argument.", (_BY_KIND["q", "none"],), kinds)
 
 
 def _reduction_only(fit: Fit | None, subject: Subject, observation: Observation) -> Fit:
@@ -151,10 +190,10 @@ def _gradients_of(fit: Fit, subject: Subject, observation: Observation, *, other
     parts = {"direction": REVERSE} if other else fit.candidate.hypothesis.parts
     candidate = Candidate(Hypothesis(), core_of(live, parts))
     predicted = replace(fit, candidate=candidate).predict(live.layout, observation.arrangement)
-    weights = torch.cat([weights_like(part.detach()) for part in predicted.split(_counts(observation))])
-    total = (predicted * weights).sum() + sum(
-        0 * leaf.sum() for leaf in leaves.values()
-    )  # of leaves without effect too
+    counts = torch.bincount(observation.probe_of_value).tolist()
+    weights = torch.cat([weights_like(part.detach()) for part in predicted.split(counts)])
+    unused = sum(0 * leaf.sum() for leaf in leaves.values())  # the value may not depend on any leaf
+    total = (predicted * weights).sum() + unused
     found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     return {
         name: observation.along(name, torch.zeros_like(leaf) if grad is None else grad, live.layout)
@@ -179,53 +218,6 @@ def _directions(gradient: Tensor) -> Tensor:
     return torch.stack([row / row.norm() for row in (gradient, ones, uneven)])
 
 
-def _counts(observation: Observation) -> list[int]:
-    return torch.bincount(observation.probe_of_value).tolist()
-
-
-def _kind(
-    name: str,
-    right: dict[str, Tensor],
-    subject: Subject,
-    observation: Observation,
-    fit: Fit,
-    false_alarm: float,
-) -> str:
-    found = observation.gradients[name]
-    if found is None or (not found.any() and not observation.gradient_errors[name].any()):
-        return "none"
-    if _close(name, right, subject, observation, false_alarm):
-        return "right"
-    zero = {name: torch.zeros_like(found)}
-    if observation.stochastic and _close(name, zero, subject, observation, false_alarm):
-        return "zero"
-    other = _gradients_of(fit, subject, observation, other=True)
-    if _close(name, other, subject, observation, false_alarm):
-        return "other direction"
-    difference = {name: right[name] - other[name]}
-    if _close(name, difference, subject, observation, false_alarm):
-        return "difference"
-    weight = 1 / observation.gradient_errors[name].square().clamp(min=1e-12)
-    scale = float((weight * found * right[name]).sum() / (weight * right[name] ** 2).sum())
-    if _close(name, {name: scale * right[name]}, subject, observation, false_alarm):
-        return f"{scale:.4g} times"
-    return "other"
-
-
-def _close(
-    name: str, predicted: dict[str, Tensor], subject: Subject, observation: Observation, false_alarm: float
-) -> bool:
-    found, expected = observation.gradients[name], predicted[name]
-    if found is None or not bool(found.isfinite().all()):
-        return False
-    if not observation.stochastic:
-        pairs = zip(subject.layout.split(found), subject.layout.split(expected), strict=True)
-        return all(float((a - b).norm()) <= _TOLERANCE * float(b.norm() + 1e-3 * expected.norm()) for a, b in pairs)
-    errors = observation.gradient_errors[name]
-    limit = largest_deviation(len(found), false_alarm)
-    return bool(((found - expected).abs() <= limit * errors + _TOLERANCE * expected.abs() + 1e-12).all())
-
-
 def _summarise(kinds: dict[str, str], scaled: Fit, subject: Subject) -> GradientFinding:
     groups: dict[str, set[str]] = {}
     for name, kind in kinds.items():
@@ -235,7 +227,7 @@ def _summarise(kinds: dict[str, str], scaled: Fit, subject: Subject) -> Gradient
         return GradientFinding(f"the KL's{times}.", (), kinds)
     every = {kind for found in groups.values() for kind in found}
     if every == {"none"}:
-        return GradientFinding("none: no gradient flows to any argument.", (_BY_KIND["q", "none"],), kinds)
+        return _no_gradient(kinds)
     if every <= {"right", "none"} and all(len(found) == 1 for found in groups.values()):
         alive = next(group for group, found in groups.items() if found == {"right"})
         fixed = next(group for group, found in groups.items() if found == {"none"})

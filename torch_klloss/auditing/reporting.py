@@ -10,7 +10,6 @@ from torch_klloss.auditing.experiment.observation import WrongShapeError, descri
 from torch_klloss.auditing.experiment.parameters import Binding
 from torch_klloss.auditing.explanation.candidates import right_core
 from torch_klloss.auditing.explanation.fit import convention
-from torch_klloss.auditing.explanation.mistake import Mistake
 from torch_klloss.auditing.figure import ProbePoint
 from torch_klloss.auditing.judge import FALSE_ALARM, Judgement, pooled_ratio
 from torch_klloss.auditing.report import AuditReport, Finding, Verdict
@@ -20,21 +19,20 @@ def report_of(name: str, judgement: Judgement, seed: int) -> AuditReport:
     """Return the report on a judgement, with the remarks of a few more calls at edge cases."""
     subject, observation, fits = judgement.subject, judgement.observation, judgement.fits
     findings = [] if judgement.right else _value_findings(judgement)
-    gradient_findings = (
-        [] if judgement.gradient is None else [_gradient_finding(m) for m in judgement.gradient.mistakes]
-    )
+    gradient = judgement.gradient
+    of_gradient = [Finding(m.id, m.what, "", m.fix) for m in gradient.mistakes] if gradient is not None else []
     if observation.changed:
         findings.append(_changes_inputs(observation.changed))
-    notes = _about_call(judgement) + (
-        remarks(subject, fits[0], seed, stochastic=observation.stochastic) if fits else []
-    )
+    notes = _about_call(judgement)
+    if fits:
+        notes += remarks(subject, fits[0], seed, stochastic=observation.stochastic)
     return AuditReport(
         name=name,
         signature=subject.signature.name,
-        verdict=_verdict(bool(findings), bool(gradient_findings)),
-        mistakes=tuple(findings + gradient_findings),
+        verdict=_verdict(bool(findings), bool(of_gradient)),
+        mistakes=tuple(findings + of_gradient),
         convention=convention(fits[0], observation.arrangement) if fits else "",
-        gradient="" if judgement.gradient is None else judgement.gradient.summary,
+        gradient="" if gradient is None else gradient.summary,
         remarks=tuple(notes),
         num_probes=len(subject.layout.shapes),
         num_calls=observation.num_calls,
@@ -172,10 +170,6 @@ def _not_finite(judgement: Judgement, finite: Tensor) -> Finding:
             0,
         ),
     )
-
-
-def _gradient_finding(mistake: Mistake) -> Finding:
-    return Finding(mistake.id, mistake.what, "", mistake.fix)
 
 
 def _changes_inputs(changed: tuple[str, ...]) -> Finding:

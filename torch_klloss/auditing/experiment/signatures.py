@@ -167,17 +167,10 @@ def _bernoulli_pair(leaves: Leaves, layout: Layout) -> Bernoullis:
     return Bernoullis(leaves["q.logits"], leaves["p.logits"], layout)
 
 
-def _log_probs_at_samples(leaves: Leaves) -> tuple[Tensor, Tensor]:
+def _log_probs_at_samples(leaves: Leaves, *, fixed: bool = False) -> tuple[Tensor, Tensor]:
     """Return the joint log-densities at samples of q, `[num_samples]`: an example's draw is a sample."""
     q, p = _independent_normals(leaves)
-    x = q.rsample()
-    return q.log_prob(x), p.log_prob(x)
-
-
-def _log_probs_at_fixed_samples(leaves: Leaves) -> tuple[Tensor, Tensor]:
-    """Return the same at samples that do not depend on q's parameters."""
-    q, p = _independent_normals(leaves)
-    x = q.sample()
+    x = q.sample() if fixed else q.rsample()
     return q.log_prob(x), p.log_prob(x)
 
 
@@ -253,7 +246,7 @@ _SIGNATURES = (
         _log_probs_at_samples,
         right="(log_q - log_p).mean()",
         log_densities=lambda by_role: (by_role["log_q"], by_role["log_p"]),
-        fixed_samples=_log_probs_at_fixed_samples,
+        fixed_samples=partial(_log_probs_at_samples, fixed=True),
         ranks=(2,),
     ),
     replace(
