@@ -1,9 +1,9 @@
 """Are the audit's mistakes found and named, how often is a right loss called wrong, and how long does it take?
 
 For every signature each mistake of the catalogue that can occur in it is made, alone and together with every other that
-goes with it, by losses that compute as a user would (`lib/made_losses.py`), and `audit` is asked about each. Where a
-mistake has no effect on the value, alone or beside the other, the loss is left out; inputs that the audit has not seen
-show that. "exact" is a report with these very mistakes; "one of several" lists them as an alternative, and the two
+can be made with it, by losses that compute as a user would (`lib/made_losses.py`), and each loss is audited. A loss is
+left out if a mistake has no effect on its value, alone or beside the other, at inputs that the audit does not use.
+"exact" is a report with these very mistakes; "one of several" lists them as an alternative, and the two
 losses do agree on such inputs: to 1e-9, or where they sample in the mean of 1000 calls; "same function" names other
 mistakes that, made, agree in the same way.
 
@@ -30,7 +30,7 @@ from typing import Any, get_args
 import torch
 import torch.nn.functional as F  # noqa: N812 -- as the catalogue's examples have it
 from common import Row, argument_parser, finish, median, show
-from lib.made_losses import Loss, Made, Reduction, made, made_of_gradient
+from lib.made_losses import Loss, MadeLoss, Reduction, made, made_of_gradient
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -150,7 +150,7 @@ def cases_of(signature: str) -> Iterator[Case]:
             joint = signature in ("independent", "multivariate") or index % 2 == 0
             loss = made(signature, hypothesis.mistakes, form, reduction=reduction, joint=joint)
             if loss is None:
-                raise RuntimeError(f"{sorted(hypothesis.ids)} go together in {form}, and no loss could be made")
+                raise RuntimeError(f"{sorted(hypothesis.ids)} can be combined in {form}, and no loss could be made")
             as_formula |= {hypothesis.ids} if form == ANALYTIC else set()
             yield Case(signature, form, hypothesis.mistakes, loss, reduction, joint)
     for mistake in CATALOGUE:
@@ -159,7 +159,7 @@ def cases_of(signature: str) -> Iterator[Case]:
 
 
 def outputs(loss: Loss, signature: str, stream: int = 0) -> Tensor:
-    """Return what a loss returns for inputs of our own, with draws from one stream, laid end to end."""
+    """Return the values of a loss at the fresh inputs, with draws from one stream, laid end to end."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(stream)
         return torch.cat([loss(*SIGNATURES[signature].arguments(one)).reshape(-1) for one in fresh(signature)])
@@ -167,7 +167,7 @@ def outputs(loss: Loss, signature: str, stream: int = 0) -> Tensor:
 
 @cache
 def fresh(signature: str) -> list[Leaves]:
-    """Return the leaves of four probes that no audit here has seen."""
+    """Return the leaves of four probes that no audit here uses."""
     layout, leaves = SIGNATURES[signature].draw(FRESH, rank=2)
     parts = {name: layout.split(leaf) for name, leaf in leaves.items()}
     return [{name: part[probe] for name, part in parts.items()} for probe in range(4)]
@@ -181,7 +181,7 @@ def same(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one.double(), other.double(), rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
-def fewer(case: Case) -> Iterator[Made]:
+def fewer(case: Case) -> Iterator[MadeLoss]:
     """Return the losses that make fewer of the mistakes, none included, in every reduction that could hide one."""
     repeats = "repeated" in {name for mistake in case.mistakes for name in mistake.parts(case.form) or ()}
     for kept in ((), *((mistake,) for mistake in case.mistakes if len(case.mistakes) > 1)):
@@ -194,7 +194,7 @@ def fewer(case: Case) -> Iterator[Made]:
 
 
 def has_effect(case: Case) -> bool:
-    """Return whether all its mistakes show: no loss with fewer of them returns the same."""
+    """Return whether all its mistakes have an effect: no loss with fewer of them returns the same."""
     if case.gradient_only or case.is_example:
         return True
     own = outputs(case.loss, case.signature)
@@ -205,7 +205,7 @@ def has_effect(case: Case) -> bool:
 
 
 def exact_kl(signature: str) -> Tensor:
-    """Return the mean of the KL over the examples of the probes that `outputs` asks about, by torch."""
+    """Return the mean of torch's KL over the examples of the probes of `outputs`."""
     found = []
     for leaves in fresh(signature):
         shape = next(iter(leaves.values())).shape
@@ -223,12 +223,12 @@ def exact_kl(signature: str) -> Tensor:
 
 
 def check() -> list[str]:
-    """Tell which made losses are not what they are said to be."""
+    """Return the made losses that do not compute what their mistakes say, in words."""
     wrong = []
     for signature in SIGNATURES:
         kl = exact_kl(signature)
         for form in forms(signature):
-            right = Made(signature, form, {})
+            right = MadeLoss(signature, form, {})
             if not (near(right, kl) if form == SAMPLED else same(outputs(right, signature), kl)):
                 wrong.append(f"the {form} loss of {signature} without a mistake is not the KL")
     for mistake in VALUE_MISTAKES:
@@ -246,7 +246,7 @@ def average(loss: Loss, signature: str, streams: Sequence[int]) -> tuple[Tensor,
     return calls.mean(0), calls.std(0) / math.sqrt(len(streams))
 
 
-def near(loss: Made, expected: Tensor) -> bool:
+def near(loss: MadeLoss, expected: Tensor) -> bool:
     """Return whether the mean of a loss is within five standard errors of what is expected."""
     mean, error = average(loss, loss.signature, range(200))
     return bool(((mean - expected).abs() <= 5 * error).all())
@@ -269,7 +269,7 @@ def same_on_average(one: Loss, other: Loss, signature: str, num_calls: int = 100
 
 
 def coincides(case: Case, ids: Sequence[str], *, on_average: bool = False) -> bool:
-    """Return whether a loss that makes the mistakes of these names returns the same, on inputs of our own."""
+    """Return whether a loss that makes the mistakes of these names returns the same, at the fresh inputs."""
     if case.gradient_only or any(name not in BY_ID for name in ids):
         return False
     mistakes = [BY_ID[name] for name in ids if BY_ID[name].gradient is None]  # no gradient flows from a constant
@@ -302,12 +302,12 @@ def judged(case: Case, report: AuditReport) -> str:
     return "same function" if coincides(case, ids) else "otherwise"
 
 
-def ask(case: Case) -> Row:
+def row_of(case: Case) -> Row:
     """Audit one wrong loss."""
     begin = time.perf_counter()
     try:
         report = audit(case.loss, signature=case.signature)  # type: ignore[arg-type]
-    except Exception as error:  # which no loss may bring it to
+    except Exception as error:  # no loss may cause one
         report = AuditReport(
             "", case.signature, "not judged", reason=f"the audit raises {type(error).__name__}: {error}"
         )
@@ -359,18 +359,18 @@ def summary(rows: Sequence[Row]) -> list[Row]:
 
 
 def signature_of(loss: RightLoss) -> str:
-    """Return what an audit is told that a right loss of the corpus takes."""
+    """Return the signature that an audit gets for a right loss of the corpus."""
     if loss.takes == "distributions":
         return "distributions" if loss.family == "normal" else loss.family
     return loss.signature or "auto"
 
 
-def ask_about_right(asked: Iterable[tuple[int, RightLoss]], minutes: float) -> tuple[list[Row], list[str]]:
+def rows_of_right(cases: Iterable[tuple[int, RightLoss]], minutes: float) -> tuple[list[Row], list[str]]:
     """Audit right losses until the time is over; return their times, and the reports that call one wrong."""
     rows: list[Row] = []
     alarms = []
     begin = time.perf_counter()
-    for seed, loss in asked:
+    for seed, loss in cases:
         started = time.perf_counter()
         if started - begin > 60 * minutes:
             break
@@ -399,7 +399,7 @@ def summary_of_right(kind: str, rows: Sequence[Row]) -> Row:
 
 
 def chosen(quick: bool, num_pairs: int) -> tuple[list[Case], int]:
-    """Return the wrong losses to ask about, and how many were left out because a mistake in them has no effect."""
+    """Return the wrong losses to audit, and the number of those left out because a mistake has no effect."""
     rng = random.Random(0)
     cases = [case for signature in SIGNATURES for case in cases_of(signature)] + [example(m) for m in CATALOGUE]
     exact, means = ([case for case in cases if case.stochastic is wanted] for wanted in (False, True))
@@ -417,10 +417,10 @@ def audit_right(quick: bool, minutes: float, seeds: int) -> tuple[list[Row], lis
     table, alarms = [], []
     for kind, stochastic in (("deterministic", False), ("stochastic", True)):
         losses = [loss for loss in CORRECT if loss.stochastic is stochastic]
-        asked = [(seed, loss) for seed in range(5 if quick else seeds) for loss in losses]
+        cases = [(seed, loss) for seed in range(5 if quick else seeds) for loss in losses]
         if quick:
-            asked = random.Random(0).sample(asked, QUICK_RIGHT // (30 if stochastic else 1))
-        rows, wrong = ask_about_right(_shown(asked, f"right losses, {kind}"), minutes)
+            cases = random.Random(0).sample(cases, QUICK_RIGHT // (30 if stochastic else 1))
+        rows, wrong = rows_of_right(_shown(cases, f"right losses, {kind}"), minutes)
         table.append(summary_of_right(kind, rows))
         alarms += wrong
     return table, alarms
@@ -444,7 +444,7 @@ def main() -> int:
     """Check, audit, print; return the exit status."""
     parser = argument_parser(__doc__)
     parser.add_argument("--pairs", type=int, default=STOCHASTIC_PAIRS, help="how many pairs with samples are made")
-    parser.add_argument("--seeds", type=int, default=1000, help="how many seeds the right losses are asked with")
+    parser.add_argument("--seeds", type=int, default=1000, help="how many seeds the right losses are audited with")
     parser.add_argument("--minutes", type=float, default=20.0, help="when to stop with right losses, of either kind")
     parser.add_argument("--only", choices=("made", "right"), help="one half alone")
     arguments = parser.parse_args()
@@ -454,7 +454,7 @@ def main() -> int:
     if arguments.only != "right":
         disagreements += check()
         cases, without_effect = chosen(arguments.quick, arguments.pairs)
-        rows = [ask(case) for case in _shown(cases, "made mistakes")]
+        rows = [row_of(case) for case in _shown(cases, "made mistakes")]
         show(f"Made mistakes ({without_effect} more have no effect)", summary(rows), COLUMNS)
         report_unnamed(rows)
         missed = [row for row in rows if row["outcome"] in MISSED]

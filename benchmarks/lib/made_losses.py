@@ -1,7 +1,7 @@
 """Losses that make mistakes of the audit's catalogue: one at a time or several, in the arguments of any signature.
 
 The computation is written here as a user would write it, in standard deviations, with draws of its own; from the
-catalogue come the parts that a mistake replaces, and from `audit.probes` the containers that these take.
+catalogue come the parts that a mistake replaces, and from `auditing` the containers that these take.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ _TERMS: Mapping[str, Callable[[Normals], Tensor]] = {
 
 
 @dataclass(frozen=True)
-class Made:
+class MadeLoss:
     """A loss that makes mistakes on purpose.
 
     Attributes:
-        signature: what it takes.
-        form: how it computes: "analytic", "sampled" or "categorical".
-        parts: what it has instead of the right parts.
+        signature: the name of its signature.
+        form: of its computation: "analytic", "sampled" or "categorical".
+        parts: the parts that replace the right ones.
         reduction: over the examples; where a mistake concerns the batch, "mean".
         joint: for samples of Normals: whether it adds the log-densities of the latent dimensions up first.
     """
@@ -172,7 +172,7 @@ def _log_probabilities(scores: Tensor, shape: torch.Size, kind: type) -> Tensor:
 
 def made(
     signature: str, mistakes: Iterable[Mistake], form: str, *, reduction: Reduction = "mean", joint: bool = False
-) -> Made | None:
+) -> MadeLoss | None:
     """Return the loss that makes these mistakes, or None where no loss of this form can make all of them."""
     parts: Parts = {}
     for mistake in mistakes:
@@ -181,7 +181,7 @@ def made(
             return None
         for name, part in replaced.items():
             parts[name] = _COMBINE[name](parts[name], part) if name in parts else part
-    return Made(signature, form, parts, reduction, joint)
+    return MadeLoss(signature, form, parts, reduction, joint)
 
 
 # --- mistakes of the gradient alone -----------------------------------------------------------------------------------
@@ -221,13 +221,13 @@ def _first(arguments: tuple[Any, ...]) -> Tensor:
 
 
 def made_of_gradient(signature: str, mistake: Mistake) -> tuple[Loss, str] | None:
-    """Return the loss whose value is right and whose gradient has this mistake, and its form; None if there is none."""
+    """Return the loss with a right value and this mistake in its gradient, and its form; None if it cannot be made."""
     is_categorical, is_log_probs = SIGNATURES[signature].categorical, signature == "log_probs"
     if mistake.id in _WRAPPERS:
         form = CATEGORICAL if is_categorical else SAMPLED if SIGNATURES[signature].given_samples else ANALYTIC
-        right, wrap = Made(signature, form, {}), _WRAPPERS[mistake.id]
+        right, wrap = MadeLoss(signature, form, {}), _WRAPPERS[mistake.id]
         return (lambda *arguments: wrap(right(*arguments), _first(arguments))), form
     if mistake.id in _PARTS and not is_categorical and not is_log_probs:
         form, parts = _PARTS[mistake.id]
-        return Made(signature, form, parts, joint=True), form
+        return MadeLoss(signature, form, parts, joint=True), form
     return None

@@ -947,89 +947,89 @@ def cross_entropy_and_entropy(input, target):
 # The same kinds, where an audit has to find out what they take.
 
 
-@correct("distributions", told=False)
+@correct("distributions", stated=False)
 def kl_loss(q, p):
     return kl_divergence(q, p).mean()
 
 
-@correct("distributions", told=False, stochastic=True)
+@correct("distributions", stated=False, stochastic=True)
 def mc_kl(posterior, prior):
     z = posterior.rsample((16,))
     return (posterior.log_prob(z) - prior.log_prob(z)).mean()
 
 
-@correct("distributions", told=False, family="normal", reduction="sum")
+@correct("distributions", stated=False, family="normal", reduction="sum")
 def kl_of_dists(q_dist, p_dist):
     return kl_divergence(q_dist, p_dist).sum()
 
 
-@correct("mean_logvar", told=False, reduction="sum")
+@correct("mean_logvar", stated=False, reduction="sum")
 def kld_loss(mu, logvar):
     return -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
 
 
-@correct("mean_logvar", told=False)
+@correct("mean_logvar", stated=False)
 def latent_loss(z_mean, z_log_var):
     return 0.5 * (z_mean**2 + z_log_var.exp() - 1 - z_log_var).sum(1).mean()
 
 
-correct("mean_logvar", told=False, name="module, to be found out")(KLDivergence())
+correct("mean_logvar", stated=False, name="module, to be found out")(KLDivergence())
 
 
-@correct("mean_std", told=False)
+@correct("mean_std", stated=False)
 def gaussian_kl(mu, sigma):
     return (0.5 * (mu**2 + sigma**2 - 1) - sigma.log()).sum(1).mean()
 
 
-@correct("mean_std", told=False, reduction="per_example")
+@correct("mean_std", stated=False, reduction="per_example")
 def kl_to_prior(mean, std):
     return (0.5 * (mean**2 + std**2 - 1) - std.log()).sum(1)
 
 
-@correct("mean_logstd", told=False)
+@correct("mean_logstd", stated=False)
 def kl_from_log_sigma(mu, log_sigma):
     return (0.5 * (mu**2 + torch.exp(2 * log_sigma) - 1) - log_sigma).sum(1).mean()
 
 
-@correct("mean_logstd", told=False, reduction="sum")
+@correct("mean_logstd", stated=False, reduction="sum")
 def kl_logstd(mean, logstd):
     return -0.5 * torch.sum(1 + 2 * logstd - mean**2 - (2 * logstd).exp())
 
 
-@correct("log_probs", told=False, stochastic=True)
+@correct("log_probs", stated=False, stochastic=True)
 def kl_estimate(log_q, log_p):
     return (log_q - log_p).mean()
 
 
-@correct("log_probs", told=False, stochastic=True)
+@correct("log_probs", stated=False, stochastic=True)
 def kl_1(log_qx, log_px):
     return torch.mean(log_qx - log_px)
 
 
-@correct("samples", told=False, stochastic=True)
+@correct("samples", stated=False, stochastic=True)
 def sampled_kl(z, mu, logvar):
     log_q = Normal(mu, (0.5 * logvar).exp()).log_prob(z).sum(-1)
     log_p = Normal(0.0, 1.0).log_prob(z).sum(-1)
     return (log_q - log_p).mean()
 
 
-@correct("logits", told=False)
+@correct("logits", stated=False)
 def categorical_kl(q_logits, p_logits):
     log_q, log_p = q_logits.log_softmax(-1), p_logits.log_softmax(-1)
     return (log_q.exp() * (log_q - log_p)).sum(-1).mean()
 
 
-@correct("logits", told=False, reduction="per_example")
+@correct("logits", stated=False, reduction="per_example")
 def kl_of_scores(logits_q, logits_p):
     return kl_divergence(Categorical(logits=logits_q), Categorical(logits=logits_p))
 
 
-@correct("kl_div", told=False)
+@correct("kl_div", stated=False)
 def kl_criterion(input, target):
     return F.kl_div(input, target, reduction="batchmean")
 
 
-correct("kl_div", told=False, name="nn.KLDivLoss, to be found out")(nn.KLDivLoss(reduction="batchmean"))
+correct("kl_div", stated=False, name="nn.KLDivLoss, to be found out")(nn.KLDivLoss(reduction="batchmean"))
 
 
 CORRECT: tuple[Loss, ...] = tuple(_LOSSES)

@@ -1,4 +1,4 @@
-"""What a corpus of KL losses says of each of its entries."""
+"""The entries of a corpus of KL losses."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 from torch import Tensor
 from torch.distributions import Distribution
 
-Signature = Literal[
+SignatureName = Literal[
     "distributions",  # fn(q, p)
     "mean_logvar",  # fn(mean, log σ²), against a standard Normal; so are the next two
     "mean_std",  # fn(mean, σ)
@@ -19,7 +19,7 @@ Signature = Literal[
 ]
 Family = Literal["normal", "independent", "multivariate", "categorical", "bernoulli"]
 Reduction = Literal["mean", "sum", "per_example", "per_element"]
-Gradient = Literal["both", "q only", "p only", "value only"]
+GivenGradients = Literal["both", "q only", "p only", "value only"]
 Draws = Literal["pathwise", "detached"]
 Inputs = Literal["ordinary", "extreme"]
 
@@ -33,7 +33,7 @@ class Loss:
     Args:
         name: unique in its corpus.
         fn: the loss.
-        signature: what an audit is told that `fn` takes; None where it has to find out.
+        signature: the signature that an audit is given; None where it has to find it out.
         takes: what `fn` takes.
         family: for "distributions": Normal `[batch, latent]`, the same within `Independent`, MultivariateNormal
             `[batch]`, Categorical `[batch]`, or Bernoulli `[batch, latent]`.
@@ -56,15 +56,15 @@ class Loss:
 
     name: str
     fn: Callable[..., Any]
-    signature: Signature | None
-    takes: Signature
+    signature: SignatureName | None
+    takes: SignatureName
     family: Family = "independent"
     shape: tuple[int, ...] = (5, 3)
     draws: Draws = "pathwise"
     num_samples: int | None = 4
     stochastic: bool = False
     reduction: Reduction = "mean"
-    gradient: Gradient = "both"
+    gradient: GivenGradients = "both"
     tolerance: float = 0.0
     mistakes: frozenset[str] = frozenset()
     value_wrong: bool = False
@@ -76,10 +76,10 @@ class Loss:
 
 def entry(
     corpus: list[Loss],
-    takes: Signature,
+    takes: SignatureName,
     *mistakes: str,
     name: str | None = None,
-    told: bool = True,
+    stated: bool = True,
     value_wrong: bool | None = None,
     gradient_wrong: bool | None = None,
     **facts: Any,
@@ -94,7 +94,7 @@ def entry(
             Loss(
                 name=name or fn.__name__,
                 fn=fn,
-                signature=takes if told else None,
+                signature=takes if stated else None,
                 takes=takes,
                 mistakes=frozenset(mistakes),
                 value_wrong=bool(mistakes) if value_wrong is None else value_wrong,

@@ -27,7 +27,7 @@ UNSEEN = {
     "log_of_a_square_that_underflows": "wrong at extreme parameters alone, which a remark says",
     "log_of_a_softmax": "wrong at extreme parameters alone, which a remark says",
     "floor_under_extreme_probabilities": "wrong at extreme parameters alone",
-    "k1_at_detached_draws": "right where the samples are reparameterised, which is what it is asked with",
+    "k1_at_detached_draws": "right where the samples are reparameterised, as the given ones are",
     "k3_at_detached_draws": "right where the samples are reparameterised",
     "summed_over_the_draws": "the sum over the batch is a convention",
     "entropy_cut_off": "right to p where the samples are fixed",
@@ -75,7 +75,7 @@ OTHERWISE = {
 
 
 def signature_of(loss: Loss) -> str:
-    """What `audit` is told: the family too, where the loss takes two distributions."""
+    """Return the signature that `audit` is given: the family, where the loss takes two distributions."""
     if loss.takes == "distributions":
         return "distributions" if loss.family == "normal" else loss.family
     return loss.signature or "auto"
@@ -243,7 +243,7 @@ def test_an_offset_without_a_name_is_measured():
         (lambda kl: kl.mean(0), "value for each latent dimension"),
     ],
 )
-def test_a_convention_is_told_and_is_not_a_mistake(reduce, words):
+def test_a_convention_is_named_and_is_not_a_mistake(reduce, words):
     report = audit(lambda mu, logvar: reduce(-0.5 * (1 + logvar - mu**2 - logvar.exp())))
     assert report.ok
     assert words in str(report)
@@ -262,7 +262,7 @@ def test_no_gradient_at_all_is_wrong_for_a_loss_and_right_for_a_number_to_log():
     assert audit(lambda mu, logvar: vae_kl(mu, logvar).item(), gradient=False).ok
 
 
-def test_a_fixed_teacher_is_told_and_is_not_a_mistake():
+def test_a_fixed_teacher_is_named_and_is_not_a_mistake():
     report = audit(lambda q, p: kl_divergence(Normal(q.mean.detach(), q.stddev.detach()), p).sum(-1).mean())
     assert report.ok
     assert "q is fixed" in report.gradient
@@ -315,7 +315,7 @@ def test_dimensions_that_are_fixed_in_the_code_are_found_where_there_are_others(
     def images(mu, logvar):
         return -0.5 * (1 + logvar - mu**2 - logvar.exp()).sum((1, 2, 3)).mean()
 
-    assert audit(images).ok  # it does not take two, so it is asked with four
+    assert audit(images).ok  # it does not take two, so it is called with four
     assert not audit(images, num_dims=5).ok
     assert not audit(vae_kl, num_dims=3).ok
     assert "in the middle for examples" in str(audit(vae_kl))
@@ -331,7 +331,7 @@ def test_digits_lost_near_equality_and_overflow_are_remarks():
     assert not any("digits" in remark for remark in audit(AutoKL()).remarks)
 
 
-def test_what_cannot_be_asked_raises_and_says_how_to_ask():
+def test_what_cannot_be_called_raises_and_says_what_to_do():
     with pytest.raises(TypeError, match="can be called"):
         audit(3.0)
     with pytest.raises(ValueError, match="signature must be"):

@@ -440,7 +440,7 @@ def test_a_detached_parameter_is_found():
     assert found.mistakes == ("parameter-without-gradient",)
 
 
-# Where nothing is told.
+# Steps whose names determine nothing.
 
 
 def nameless(self, batch, batch_idx):
@@ -448,7 +448,7 @@ def nameless(self, batch, batch_idx):
     return reconstruction(self, batch[0], a + b.exp() * torch.randn_like(a)) + terms(a, 2 * b).mean()
 
 
-def test_a_step_without_names_says_the_way_out():
+def test_a_step_without_names_says_what_to_do():
     report = audit_module(made(nameless), batch())
     assert (report.ok, report.findings) == (False, ())
     assert "pairs=" in str(report)
@@ -487,7 +487,7 @@ def test_pairs_that_raise_are_reported():
     assert "pairs raises ZeroDivisionError" in str(report)
 
 
-def test_q_at_p_cannot_be_told():
+def test_q_at_p_cannot_be_judged():
     module = made(with_kl(lambda m, v: terms(m, v).mean()))
     for parameter in module.enc.parameters():
         nn.init.zeros_(parameter)
@@ -517,7 +517,7 @@ def test_what_is_no_module_is_refused():
         audit_module(nn.Linear(2, 2), batch())
 
 
-# What is left alone.
+# State and random streams.
 
 
 def streams():

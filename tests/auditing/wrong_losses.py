@@ -346,7 +346,7 @@ class KLLoss(nn.Module):
 
 
 wrong("mean_logvar", "mean-over-latent", name="module that averages", expectation=mean_over_elements)(KLLoss())
-wrong("mean_logvar", "mean-over-latent", told=False, name="module that averages, to be found out")(KLLoss())
+wrong("mean_logvar", "mean-over-latent", stated=False, name="module that averages, to be found out")(KLLoss())
 
 
 # Mean and standard deviation, or its logarithm.
@@ -450,7 +450,7 @@ def arguments_swapped_and_averaged(posterior, prior):
     return kl_divergence(prior, posterior).mean()
 
 
-@wrong("distributions", "swapped-arguments", family="categorical", reduction="per_example", told=False)
+@wrong("distributions", "swapped-arguments", family="categorical", reduction="per_example", stated=False)
 def categorical_swapped(q, p):
     return (p.probs * (p.logits - q.logits)).sum(-1)
 
@@ -679,7 +679,7 @@ def questions_own_line(log_qx, log_px):
     return (log_qx.exp() * (log_qx - log_px)).mean()
 
 
-@wrong("log_probs", "density-weighted-twice", stochastic=True, num_samples=None, told=False)
+@wrong("log_probs", "density-weighted-twice", stochastic=True, num_samples=None, stated=False)
 def questions_line_on_a_batch(log_q, log_p):
     return torch.mean(torch.exp(log_q) * (log_q - log_p))
 
@@ -812,7 +812,7 @@ def prior_alone(z, mean, logvar):
     return -Normal(0.0, 1.0).log_prob(z).sum(1).mean()
 
 
-@wrong("samples", "sign", stochastic=True, told=False, expectation=times(-1))
+@wrong("samples", "sign", stochastic=True, stated=False, expectation=times(-1))
 def negative_regulariser(z, mu, logvar):
     log_q = -0.5 * (logvar + (z - mu) ** 2 / logvar.exp())
     return (-0.5 * z**2 - log_q).sum(1).mean()
@@ -993,7 +993,7 @@ wrong("kl_div", "mean-over-classes", name="nn.KLDivLoss()", expectation=mean_ove
     nn.KLDivLoss()
 )
 wrong("kl_div", "mean-over-classes", name="F.kl_div", expectation=mean_over_classes, note=DIVIDED_BY_CLASSES)(F.kl_div)
-wrong("kl_div", "mean-over-classes", told=False, name="F.kl_div, to be found out", note=DIVIDED_BY_CLASSES)(F.kl_div)
+wrong("kl_div", "mean-over-classes", stated=False, name="F.kl_div, to be found out", note=DIVIDED_BY_CLASSES)(F.kl_div)
 
 
 @wrong("kl_div", "mean-over-classes", expectation=mean_over_classes)

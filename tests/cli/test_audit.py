@@ -138,7 +138,10 @@ def test_the_text_is_the_report(capsys, file):
         ("{file}:Needs", "constructing Needs() without arguments raises TypeError: "),
         ("{file}:nothing", "nothing(mu, logvar): NOT JUDGED. It returns None: is a `return` missing?"),
         ("{file}:raises", "raises(mu, logvar): NOT JUDGED. It raises RuntimeError: as planned."),
-        ("{file}:too_many", "too_many(a, b, c, d): NOT JUDGED. Could not run: the parameters (a, b, c, d) do not tell"),
+        (
+            "{file}:too_many",
+            "too_many(a, b, c, d): NOT JUDGED. Could not run: the parameters (a, b, c, d) determine no signature",
+        ),
         ("{file}:leaves", "leaves(mu, logvar): NOT JUDGED. It raises SystemExit: 0."),
         ("{file}", "expected path/to/file.py:function or package.module:function, got '{file}'"),
         ("{file}:", "expected path/to/file.py:function"),

@@ -11,7 +11,7 @@ from torch.distributions import kl_divergence
 import torch_klloss
 from torch_klloss.auditing import CATALOGUE, audit
 from torch_klloss.auditing.experiment.signatures import SIGNATURES
-from torch_klloss.cli.mistakes_page import markdown, measured
+from torch_klloss.cli.mistakes_page import markdown, measurement
 
 PAGE = Path(__file__).parents[2] / "docs" / "mistakes.md"
 NAMES = {name: getattr(torch_klloss, name) for name in torch_klloss.__all__} | {
@@ -53,7 +53,7 @@ FACTORS |= {"bits": 1 / math.log(2), "always-zero": 0, "batch-divided-twice": 1 
 
 @pytest.mark.parametrize("name", FACTORS)
 def test_the_figures_of_a_factor_are_the_kl_times_it(name):
-    found = measured(BY_ID[name])
+    found = measurement(BY_ID[name])
     assert found.shape == (16, 8)
     assert found.value == pytest.approx(FACTORS[name] * found.kl, rel=1e-12)
     assert found.errors == (0, 0)
@@ -61,7 +61,7 @@ def test_the_figures_of_a_factor_are_the_kl_times_it(name):
 
 @pytest.mark.parametrize(("name", "sign"), [("normaliser-of-p-alone", 1), ("normaliser-of-q-alone", -1)])
 def test_the_figures_of_random_lines_are_means_with_their_error(name, sign):
-    found = measured(BY_ID[name])
+    found = measurement(BY_ID[name])
     assert found.shape == (40, 2)
     expected = found.kl + sign * 2 * 0.5 * math.log(2 * math.pi)
     assert 0 < abs(found.value - expected) < 5 * found.errors[0]  # a probability below 1e-6, with a fixed seed
@@ -69,14 +69,14 @@ def test_the_figures_of_random_lines_are_means_with_their_error(name, sign):
 
 
 def test_the_figures_of_a_gradient_are_along_the_kls():
-    assert measured(BY_ID["gradient-scaled"]).slope == pytest.approx(0.5, rel=1e-12)
-    assert measured(BY_ID["gradient-reversed"]).slope == pytest.approx(-1, rel=1e-12)
-    assert math.isnan(measured(BY_ID["no-gradient"]).slope)
-    found = measured(BY_ID["detached-samples"])
+    assert measurement(BY_ID["gradient-scaled"]).slope == pytest.approx(0.5, rel=1e-12)
+    assert measurement(BY_ID["gradient-reversed"]).slope == pytest.approx(-1, rel=1e-12)
+    assert math.isnan(measurement(BY_ID["no-gradient"]).slope)
+    found = measurement(BY_ID["detached-samples"])
     assert abs(found.slope) < 5 * found.errors[1] < 0.1
     assert abs(found.value - found.kl) < 5 * found.errors[0]
     # k3 on fixed samples has the other direction's gradient, and the rest of the KL's has k3 with log q detached.
-    other, difference = (measured(BY_ID[f"gradient-of-{name}"]) for name in ("other-direction", "difference"))
+    other, difference = (measurement(BY_ID[f"gradient-of-{name}"]) for name in ("other-direction", "difference"))
     assert abs(other.slope + difference.slope - 1) < 5 * math.hypot(other.errors[1], difference.errors[1])
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with my KL? `audit(fn)` calls a loss and explains what it returns."""
+"""The audit of a hand-written KL: `audit(fn)` calls a loss and explains what it returns."""
 
 from torch_klloss.auditing.auditor import audit
 from torch_klloss.auditing.explanation.mistake import Mistake

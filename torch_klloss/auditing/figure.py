@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ProbePoint:
-    """Hold one point of the figure: the KL of a probe and what the loss returned, in nats for each example."""
+    """One point of the figure: the KL of a probe and the value of the loss, in nats for each example."""
 
     shape: tuple[int, ...]
     kl: float
@@ -28,15 +28,15 @@ class ProbePoint:
 
 
 def audit_figure(points: Sequence[ProbePoint], *, title: str, found: str = "") -> Figure:
-    """Draw what an audited loss returned against the true KL, one point a probe, and what was found.
+    """Draw what an audited loss returned against the true KL, one point a probe, and its explanation.
 
-    The line y = x is where the KL lies. What was found is a straight line where it is the KL times a constant, and
-    else an open marker a probe. A value that is not finite has no point; the legend counts them.
+    The KL is the line y = x. The explanation is a straight line where it is the KL times a constant, and else an open
+    marker a probe. A value that is not finite has no point; the legend counts them.
 
     Args:
         points: one for each probe; at least one.
-        title: what stands above the figure.
-        found: the label of what was found: the mistakes, or how the loss reduces.
+        title: of the figure.
+        found: the label of the explanation: the mistakes, or the reduction.
 
     Raises:
         ImportError: if matplotlib is missing.
@@ -81,7 +81,7 @@ def audit_figure(points: Sequence[ProbePoint], *, title: str, found: str = "") -
 
 
 def _draw_found(axes: Axes, kl: np.ndarray, fitted: np.ndarray, label: str) -> None:
-    """Draw what was found: nothing where that is the KL itself, or where nothing was found."""
+    """Draw the explanation, unless there is none or it is the KL itself."""
     known = np.isfinite(fitted)
     if not known.any() or np.allclose(fitted, kl, rtol=_SAME):
         return
@@ -101,7 +101,7 @@ def _along(axes: Axes, kl: np.ndarray, factor: float, **style: Any) -> None:
 
 
 def _scale_by(axes: Axes, kl: np.ndarray, got: np.ndarray) -> None:
-    """Make the axes logarithmic where the values span decades; beyond an interval around zero, if not all are > 0."""
+    """Make the axes logarithmic where the values span decades, symmetrically so if not all are > 0."""
     sizes = np.abs(np.concatenate([kl, got]))
     sizes = sizes[sizes > 0]
     span = sizes.max() / sizes.min()

@@ -1,7 +1,7 @@
-"""Whether the gradient is the KL's, and if not, what it is the gradient of.
+"""The gradient of a loss, compared with the KL's.
 
-Every parameter's gradient is compared with the KL's, with zero, with that of the other direction, with their
-difference, and with a multiple of the KL's; what the parameters of q and of p show together names the mistake.
+Every parameter's gradient is compared with the KL's, with zero, with the gradient of the other direction, with their
+difference, and with a multiple of the KL's. The results for the parameters of q and of p together name the mistake.
 """
 
 from __future__ import annotations
@@ -13,27 +13,26 @@ import torch
 from torch import Tensor
 
 from torch_klloss.auditing.experiment.calling import weights_like
-from torch_klloss.auditing.experiment.observation import GROUPS, Asked, Directions, Observation, observe
-from torch_klloss.auditing.explanation.candidates import UNBIASED, Candidate, Integrand, core_of, right_core
+from torch_klloss.auditing.experiment.observation import Directions, Observation, Subject, largest_deviation, observe
+from torch_klloss.auditing.explanation.candidates import UNBIASED, Candidate, core_of, right_core
 from torch_klloss.auditing.explanation.expectations import REVERSE
 from torch_klloss.auditing.explanation.fit import Fit
 from torch_klloss.auditing.explanation.mistake import ANALYTIC, CATEGORICAL, Hypothesis, Mistake
 from torch_klloss.auditing.explanation.mistakes import CATALOGUE
-from torch_klloss.numerics.special import student_t_quantile
 
-_TOLERANCE = 2e-3  # relative to a probe's gradient, of a deterministic loss
-_NEARLY = 0.1  # how near to -1 the factor of a reversed gradient is, where it is sampled
+_TOLERANCE = 2e-3  # of a deterministic loss, relative to a probe's gradient
+_NEARLY = 0.1  # the distance from -1 at which a sampled factor counts as a reversed sign
 _BY_KIND = {(group, kind): m for m in CATALOGUE for group, kind in (m.gradient or {}).items()}
 
 
 @dataclass(frozen=True)
 class GradientFinding:
-    """Hold what was found about the gradient.
+    """The result of the comparison of a gradient.
 
     Attributes:
         summary: in words.
-        mistakes: those of the gradient alone; none where it is the KL's, or follows from the wrong value.
-        kinds: what each parameter gets.
+        mistakes: of the gradient alone; empty where it is the KL's, or follows from a wrong value.
+        kinds: the kind of gradient that each parameter gets.
     """
 
     summary: str
@@ -41,33 +40,82 @@ class GradientFinding:
     kinds: Mapping[str, str]
 
 
-def matches_on_samples(asked: Asked, observation: Observation, fit: Fit, seed: int) -> bool:
-    """Return whether the gradient is, sample by sample, that of the log-ratio or of k3 on the very samples given."""
+@dataclass(frozen=True)
+class _Test:
+    """The test of the observed gradients against expected ones.
+
+    Attributes:
+        subject: the loss and its probes.
+        observation: what the loss returned.
+        false_alarm: the probability to reject a right gradient of one leaf.
+    """
+
+    subject: Subject
+    observation: Observation
+    false_alarm: float = 0.0
+
+    def accepts(self, name: str, expected: Tensor | None) -> bool:
+        """Return whether a leaf's gradient is the expected one."""
+        found = self.observation.gradients[name]
+        if found is None or expected is None or not bool(found.isfinite().all()):
+            return False
+        if not self.observation.stochastic:
+            split = self.subject.layout.split
+            pairs = zip(split(found), split(expected), strict=True)
+            return all(float((a - b).norm()) <= _TOLERANCE * float(b.norm() + 1e-3 * expected.norm()) for a, b in pairs)
+        limit = largest_deviation(len(found), self.false_alarm) * self.observation.gradient_errors[name]
+        return bool(((found - expected).abs() <= limit + _TOLERANCE * expected.abs() + 1e-12).all())
+
+    def accepts_zero(self, name: str) -> bool:
+        """Return whether a leaf's gradient, if it has one, may be zero."""
+        found = self.observation.gradients[name]
+        return found is not None and self.accepts(name, torch.zeros_like(found))
+
+    def kind(self, name: str, right: Tensor, fit: Fit) -> str:
+        """Return the kind of a leaf's gradient, where `right` is the KL's and `fit` the reduction."""
+        found, error = self.observation.gradients[name], self.observation.gradient_errors.get(name)
+        if found is None or error is None or not (found.any() or error.any()):
+            return "none"
+        if self.accepts(name, right):
+            return "right"
+        if self.observation.stochastic and self.accepts_zero(name):
+            return "zero"
+        other = _gradients_of(fit, self.subject, self.observation, other=True)[name]
+        if self.accepts(name, other):
+            return "other direction"
+        if self.accepts(name, right - other):
+            return "difference"
+        weight = 1 / error.square().clamp(min=1e-12)
+        scale = float((weight * found * right).sum() / (weight * right**2).sum())
+        return f"{scale:.4g} times" if self.accepts(name, scale * right) else "other"
+
+
+def matches_on_samples(subject: Subject, observation: Observation, fit: Fit, seed: int) -> bool:
+    """Return whether the gradient equals, sample by sample, the gradient of the log-ratio or of k3."""
+    test = _Test(subject, observation)
     for integrand in UNBIASED:
-        reference = replace_fn(asked, _reference(asked, observation, fit, integrand))
-        other = observe(reference, seed).gradients
-        if all(
-            found is not None and other[name] is not None and _close(name, other, asked, observation, 0.0)  # type: ignore[arg-type]
-            for name, found in observation.gradients.items()
-        ):
+        reference = replace(subject, fn=_reference(subject, observation, fit, integrand))
+        expected = observe(reference, seed).gradients
+        if all(test.accepts(name, expected[name]) for name in observation.gradients):
             return True
     return False
 
 
-def _reference(asked: Asked, observation: Observation, fit: Fit, integrand: Integrand) -> Callable[..., Tensor]:
-    """Return a loss of given samples that is right, arranged and reduced as the one that is judged."""
-    call = asked.call
-    densities = call.signature.log_densities
+def _reference(
+    subject: Subject, observation: Observation, fit: Fit, integrand: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[..., Tensor]:
+    """Return a right loss of given samples, arranged and reduced as the judged one."""
+    binding = subject.binding
+    densities = binding.signature.log_densities
     if densities is None:
-        raise ValueError(f"{call.signature.name} has no samples among its arguments.")
+        raise ValueError(f"{binding.signature.name} has no samples among its arguments.")
 
     def loss(*arguments: Tensor) -> Tensor:
-        by_role = {call.signature.roles[role]: part for role, part in zip(call.order, arguments, strict=True)}
-        value = integrand(*densities(by_role))
-        if observation.arrangement == "element" or call.signature.name == "log_probs":
+        value = integrand(*densities(binding.by_role(arguments)))
+        if observation.arrangement == "element" or binding.signature.name == "log_probs":
             examples = value
         else:
-            examples = value.reshape(value.shape[0] if asked.rank > 1 else 1, -1).sum(1)
+            examples = value.reshape(value.shape[0] if subject.rank > 1 else 1, -1).sum(1)
         if observation.arrangement == "total":
             return examples.sum() if fit.batch else examples.mean()
         return examples.mean(0) if observation.arrangement == "latent" else examples
@@ -75,84 +123,77 @@ def _reference(asked: Asked, observation: Observation, fit: Fit, integrand: Inte
     return loss
 
 
-def judge_gradient(asked: Asked, observation: Observation, fit: Fit | None, false_alarm: float) -> GradientFinding:
+def judge_gradient(subject: Subject, observation: Observation, fit: Fit | None, false_alarm: float) -> GradientFinding:
     """Compare the gradients with the KL's, reduced and scaled as the values are.
 
     Args:
-        asked: the loss and its probes.
-        observation: what it returned for them.
-        fit: the explanation of its values; None where there is none.
+        subject: the loss and its probes.
+        observation: what the loss returned.
+        fit: the explanation of its values; None where nothing explains them.
         false_alarm: the probability to call a right gradient wrong.
     """
-    scaled = _reduction_only(fit, asked, observation)
-    right = _gradients_of(scaled, asked, observation)
-    false_alarm /= len(asked.leaves)
-    kinds = {name: _kind(name, right, asked, observation, scaled, false_alarm) for name in asked.leaves}
+    scaled = _reduction_only(fit, subject, observation)
+    right = _gradients_of(scaled, subject, observation)
+    test = _Test(subject, observation, false_alarm / len(subject.leaves))
+    kinds = {name: test.kind(name, right[name], scaled) for name in subject.leaves}
     if fit is not None and fit.scale == 0:
         return GradientFinding("zero, as the value is.", (), kinds)
     if fit is None or fit.candidate.hypothesis.mistakes:
-        if fit is not None and _is_a_formula(fit, asked):
-            own = _gradients_of(fit, asked, observation)
-            kinds = {
-                name: "the value's" if _follows(name, kind, own, asked, observation, false_alarm) else kind
-                for name, kind in kinds.items()
-            }
+        if fit is not None and _is_a_formula(fit, subject):
+            own = _gradients_of(fit, subject, observation)
+            for name, kind in kinds.items():  # none is the value's own where it does not depend on the parameter
+                if (not own[name].any()) if kind == "none" else test.accepts(name, own[name]):
+                    kinds[name] = "the value's"
         return _of_a_wrong_value(kinds)
-    return _summarise(kinds, scaled, asked)
+    return _summarise(kinds, scaled, subject)
 
 
-def may_be_zero(asked: Asked, observation: Observation, false_alarm: float) -> bool:
-    """Return whether q's gradients, where it has any, have so much noise that they may be zero."""
-    return any(
-        found is not None and _close(name, {name: torch.zeros_like(found)}, asked, observation, false_alarm)
-        for name, found in observation.gradients.items()
-        if name.startswith("q.")
-    )
+def may_be_zero(subject: Subject, observation: Observation, false_alarm: float) -> bool:
+    """Return whether one of q's gradients cannot be told from zero."""
+    test = _Test(subject, observation, false_alarm)
+    return any(test.accepts_zero(name) for name in observation.gradients if name.startswith("q."))
 
 
-def _follows(
-    name: str, kind: str, own: dict[str, Tensor], asked: Asked, observation: Observation, false_alarm: float
-) -> bool:
-    """Return whether a gradient is that of the value, which may not depend on the parameter at all."""
-    if kind == "none":
-        return not own[name].any()
-    return _close(name, own, asked, observation, false_alarm)
-
-
-def _is_a_formula(fit: Fit, asked: Asked) -> bool:
-    form = CATEGORICAL if asked.call.signature.categorical else ANALYTIC
+def _is_a_formula(fit: Fit, subject: Subject) -> bool:
+    form = CATEGORICAL if subject.signature.categorical else ANALYTIC
     return all(mistake.parts(form) is not None for mistake in fit.candidate.hypothesis.mistakes)
 
 
 def _of_a_wrong_value(kinds: dict[str, str]) -> GradientFinding:
-    """Return what a loss of something else has for a gradient: a mistake of its own only where it has none."""
+    """Return the finding about a loss with a wrong value: a mistake of its own only where no gradient flows."""
     every = set(kinds.values())
     if every == {"none"}:
-        return GradientFinding("none: no gradient flows to any argument.", (_BY_KIND["q", "none"],), kinds)
+        return _no_gradient(kinds)
     if every <= {"the value's", "none"}:
-        return GradientFinding("that of what it returns, not the KL's.", (), kinds)
+        return GradientFinding("the gradient of what it returns, not the KL's.", (), kinds)
     if every <= {"right", "none"}:
         return GradientFinding("the KL's, although the value is not.", (), kinds)
     return GradientFinding("not the KL's.", (), kinds)
 
 
-def _reduction_only(fit: Fit | None, asked: Asked, observation: Observation) -> Fit:
-    """Return the fit with the KL itself for its core: what its gradient would be if only the factor were wrong."""
-    core = right_core(asked)
+def _no_gradient(kinds: dict[str, str]) -> GradientFinding:
+    return GradientFinding("none: no gradient flows to any argument.", (_BY_KIND["q", "none"],), kinds)
+
+
+def _reduction_only(fit: Fit | None, subject: Subject, observation: Observation) -> Fit:
+    """Return the fit with the KL for its core, as if the factor alone were wrong."""
+    core = right_core(subject)
     if fit is None:
         return Fit(core, (), 0, 0, 1.0, False, 0.0, 0.0)
     return replace(fit, candidate=core)
 
 
-def _gradients_of(fit: Fit, asked: Asked, observation: Observation, *, other: bool = False) -> dict[str, Tensor]:
-    """Return the gradients by leaf that a loss with this fit would have, weighted as the observed ones are."""
-    leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in asked.leaves.items()}
-    live = replace_leaves(asked, leaves)
+def _gradients_of(fit: Fit, subject: Subject, observation: Observation, *, other: bool = False) -> dict[str, Tensor]:
+    """Return the gradients, by leaf, of a loss with this fit, weighted as the observed ones are."""
+    leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in subject.leaves.items()}
+    live = replace(subject, leaves=leaves)
     parts = {"direction": REVERSE} if other else fit.candidate.hypothesis.parts
     candidate = Candidate(Hypothesis(), core_of(live, parts))
     predicted = replace(fit, candidate=candidate).predict(live.layout, observation.arrangement)
-    weights = torch.cat([weights_like(part.detach()) for part in predicted.split(_counts(observation))])
-    total = (predicted * weights).sum() + sum(0 * leaf.sum() for leaf in leaves.values())  # which it may not depend on
+    counts = torch.bincount(observation.probe_of_value).tolist()
+    weights = torch.cat([weights_like(part.detach()) for part in predicted.split(counts)])
+    unused = sum(0 * leaf.sum() for leaf in leaves.values())  # the value may not depend on any leaf
+    total = (predicted * weights).sum() + unused
     found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     return {
         name: observation.along(name, torch.zeros_like(leaf) if grad is None else grad, live.layout)
@@ -160,13 +201,13 @@ def _gradients_of(fit: Fit, asked: Asked, observation: Observation, *, other: bo
     }
 
 
-def directions_of(asked: Asked) -> Directions:
-    """Return along what a sampled gradient is compared: the KL's gradient, the elements' sum, and an uneven sum."""
-    leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in asked.leaves.items()}
-    kl = asked.layout.means(right_core(replace_leaves(asked, leaves)).core.examples)
+def directions_of(subject: Subject) -> Directions:
+    """Return the directions of comparison of sampled gradients: the KL's gradient, an even and an uneven sum."""
+    leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in subject.leaves.items()}
+    kl = subject.layout.means(right_core(replace(subject, leaves=leaves)).core.examples)
     gradients = torch.autograd.grad(kl.sum(), list(leaves.values()))
     return {
-        name: [_directions(part.reshape(-1)) for part in asked.layout.split(gradient)]
+        name: [_directions(part.reshape(-1)) for part in subject.layout.split(gradient)]
         for name, gradient in zip(leaves, gradients, strict=True)
     }
 
@@ -177,71 +218,16 @@ def _directions(gradient: Tensor) -> Tensor:
     return torch.stack([row / row.norm() for row in (gradient, ones, uneven)])
 
 
-def _counts(observation: Observation) -> list[int]:
-    return torch.bincount(observation.probe_of_value).tolist()
-
-
-def replace_leaves(asked: Asked, leaves: dict[str, Tensor]) -> Asked:
-    """Return what is asked with other leaves."""
-    return Asked(asked.fn, asked.call, asked.layout, leaves, asked.rank, asked.dtype, asked.gradient)
-
-
-def replace_fn(asked: Asked, fn: Callable[..., Tensor]) -> Asked:
-    """Return what is asked, of another loss."""
-    return Asked(fn, asked.call, asked.layout, asked.leaves, asked.rank, asked.dtype, asked.gradient)
-
-
-def _kind(
-    name: str,
-    right: dict[str, Tensor],
-    asked: Asked,
-    observation: Observation,
-    fit: Fit,
-    false_alarm: float,
-) -> str:
-    found = observation.gradients[name]
-    if found is None or (not found.any() and not observation.gradient_errors[name].any()):
-        return "none"
-    if _close(name, right, asked, observation, false_alarm):
-        return "right"
-    zero = {name: torch.zeros_like(found)}
-    if observation.stochastic and _close(name, zero, asked, observation, false_alarm):
-        return "zero"
-    other = _gradients_of(fit, asked, observation, other=True)
-    if _close(name, other, asked, observation, false_alarm):
-        return "other direction"
-    difference = {name: right[name] - other[name]}
-    if _close(name, difference, asked, observation, false_alarm):
-        return "difference"
-    weight = 1 / observation.gradient_errors[name].square().clamp(min=1e-12)
-    scale = float((weight * found * right[name]).sum() / (weight * right[name] ** 2).sum())
-    if _close(name, {name: scale * right[name]}, asked, observation, false_alarm):
-        return f"{scale:.4g} times"
-    return "other"
-
-
-def _close(name: str, predicted: dict[str, Tensor], asked: Asked, observation: Observation, false_alarm: float) -> bool:
-    found, expected = observation.gradients[name], predicted[name]
-    if found is None or not bool(found.isfinite().all()):
-        return False
-    if not observation.stochastic:
-        pairs = zip(asked.layout.split(found), asked.layout.split(expected), strict=True)
-        return all(float((a - b).norm()) <= _TOLERANCE * float(b.norm() + 1e-3 * expected.norm()) for a, b in pairs)
-    errors = observation.gradient_errors[name]
-    limit = float(student_t_quantile(1 - false_alarm / (2 * len(found)), GROUPS - 1.0))
-    return bool(((found - expected).abs() <= limit * errors + _TOLERANCE * expected.abs() + 1e-12).all())
-
-
-def _summarise(kinds: dict[str, str], scaled: Fit, asked: Asked) -> GradientFinding:
+def _summarise(kinds: dict[str, str], scaled: Fit, subject: Subject) -> GradientFinding:
     groups: dict[str, set[str]] = {}
     for name, kind in kinds.items():
         groups.setdefault(name.split(".")[0] if "." in name else "q", set()).add(kind)
-    times = _times(scaled, asked)
+    times = _times(scaled, subject)
     if all(kind == "right" for kind in kinds.values()):
         return GradientFinding(f"the KL's{times}.", (), kinds)
     every = {kind for found in groups.values() for kind in found}
     if every == {"none"}:
-        return GradientFinding("none: no gradient flows to any argument.", (_BY_KIND["q", "none"],), kinds)
+        return _no_gradient(kinds)
     if every <= {"right", "none"} and all(len(found) == 1 for found in groups.values()):
         alive = next(group for group, found in groups.items() if found == {"right"})
         fixed = next(group for group, found in groups.items() if found == {"none"})
@@ -253,7 +239,7 @@ def _summarise(kinds: dict[str, str], scaled: Fit, asked: Asked) -> GradientFind
         if kind == "right":
             continue
         mistake = _BY_KIND.get(("q", kind))
-        explained = kind == "other" and bool(scaled.mistakes)  # of a wrong value nothing else is to be expected
+        explained = kind == "other" and bool(scaled.mistakes)  # as expected of a wrong value
         if mistake is not None and mistake not in mistakes and not explained:
             mistakes.append(mistake)
         words.append(f"{group} gets {_WORDS.get(kind, kind)}")
@@ -263,8 +249,8 @@ def _summarise(kinds: dict[str, str], scaled: Fit, asked: Asked) -> GradientFind
 _WORDS = {
     "none": "none",
     "zero": "one that is zero on average",
-    "other direction": "that of KL(p‖q)",
-    "difference": "that of KL(q‖p) - KL(p‖q)",
+    "other direction": "the gradient of KL(p‖q)",
+    "difference": "the gradient of KL(q‖p) - KL(p‖q)",
     "partly none": "none to one of its parameters",
     "scaled": "a multiple of the KL's",
     "reversed": "the KL's with the wrong sign",
@@ -289,9 +275,9 @@ def _scaled(kind: str) -> str:
     return "reversed" if abs(float(kind.removesuffix(" times")) + 1) < _NEARLY else "scaled"
 
 
-def _times(fit: Fit, asked: Asked) -> str:
-    """Return the factor of a wrong reduction in words, or nothing."""
-    shape = asked.layout.shapes[0]
+def _times(fit: Fit, subject: Subject) -> str:
+    """Return the factor of a wrong reduction in words; empty if there is none."""
+    shape = subject.layout.shapes[0]
     latent = torch.Size(shape[1:]).numel()
     sizes = [(fit.latent, latent)]
     if any("batch" in (mistake.analytic or {}) for mistake in fit.mistakes):

@@ -1,4 +1,4 @@
-"""What an audit found, and how it reads."""
+"""The report of an audit, as data and as text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Verdict = Literal["right", "wrong value", "wrong gradient", "wrong value and gra
 
 @dataclass(frozen=True)
 class Finding:
-    """Hold one mistake that was found.
+    """One mistake of a loss.
 
     Attributes:
         id: its name in the catalogue (docs/mistakes.md), or "constant-factor", "affine", "unknown", "not-a-number",
@@ -26,7 +26,7 @@ class Finding:
         explanation: what the loss does.
         evidence: the numbers that show it.
         fix: what to do.
-        alternatives: other mistakes that nothing tells from this one.
+        alternatives: other mistakes that explain the values as well.
     """
 
     id: str
@@ -38,22 +38,22 @@ class Finding:
 
 @dataclass(frozen=True)
 class AuditReport:
-    """Hold what `audit` found; `print` it, or `assert report.ok`.
+    """The findings of `audit`; `print` it, or `assert report.ok`.
 
     Attributes:
         name: the loss with its parameters.
-        signature: what it was called with.
+        signature: the name of the signature that it was called with.
         verdict: "right", "wrong value", "wrong gradient", "wrong value and gradient", or "not judged" where it could
             not be called or returned no number.
-        mistakes: what is wrong, the value's first.
-        convention: how it reduces, in words; none of them is a mistake.
-        gradient: whose gradient it has, in words.
-        remarks: what its user should know: digits lost near equality, overflow, shapes that it does not take.
+        mistakes: the mistakes of the value, then of the gradient.
+        convention: its reduction in words, which is no mistake.
+        gradient: its gradient in words.
+        remarks: notes for the user: digits lost near equality, overflow, shapes that it does not take.
         reason: why it was not judged.
-        num_probes: how many batches it was asked about.
-        num_calls: how often it was called for each, more than once where it draws its own samples.
+        num_probes: the number of batches it was called with.
+        num_calls: the number of calls for each, more than one where it draws its own samples.
         false_alarm: the probability to call a right loss wrong.
-        points: one for each probe, for the figure.
+        points: of the figure, one for each probe.
     """
 
     name: str
@@ -86,11 +86,10 @@ class AuditReport:
 
     def _headline(self) -> str:
         if self.verdict == "not judged":
-            return f"{_capitalised(self.reason)}."
+            return sentence(self.reason)
         if self.ok:
             return f"It is the KL(q‖p) in nats, {self.convention}."
-        said = [finding.explanation for finding in self.mistakes]
-        return " ".join(f"{_capitalised(sentence)}." for sentence in said)
+        return " ".join(sentence(finding.explanation) for finding in self.mistakes)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain numbers, strings, lists and dictionaries, for JSON."""
@@ -99,7 +98,7 @@ class AuditReport:
         return plain
 
     def figure(self) -> Figure:
-        """Draw what the loss returned against the KL, one point a probe, and what was found as a line.
+        """Draw what the loss returned against the KL, one point a probe, and its explanation as a line.
 
         Raises:
             ImportError: if matplotlib is missing.
@@ -112,9 +111,9 @@ class AuditReport:
         return audit_figure(self.points, title=title, found=found)
 
 
-def _capitalised(sentence: str) -> str:
-    """Return a sentence with a capital; the letters q and p stay as they are."""
-    return sentence if sentence[:2] in ("q ", "p ") else sentence[:1].upper() + sentence[1:]
+def sentence(words: str) -> str:
+    """Return words as a sentence, with a capital and a full stop; the letters q and p stay as they are."""
+    return f"{words if words[:2] in ('q ', 'p ') else words[:1].upper() + words[1:]}."
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""From what was judged to what is reported: the findings, their evidence and their fixes."""
+"""The report on a judgement: its findings, their evidence and their fixes."""
 
 from __future__ import annotations
 
@@ -7,35 +7,37 @@ from torch import Tensor
 
 from torch_klloss.auditing.edge_cases import remarks
 from torch_klloss.auditing.experiment.observation import WrongShapeError, describe
-from torch_klloss.auditing.experiment.parameters import Call
+from torch_klloss.auditing.experiment.parameters import Binding
 from torch_klloss.auditing.explanation.candidates import right_core
 from torch_klloss.auditing.explanation.fit import convention
-from torch_klloss.auditing.explanation.mistake import Mistake
 from torch_klloss.auditing.figure import ProbePoint
 from torch_klloss.auditing.judge import FALSE_ALARM, Judgement, pooled_ratio
 from torch_klloss.auditing.report import AuditReport, Finding, Verdict
 
 
-def report_of(name: str, judged: Judgement, seed: int) -> AuditReport:
-    """Return the report on a judgement; a few more calls show what happens at the edges."""
-    asked, observation, fits = judged.asked, judged.observation, judged.fits
-    findings = [] if judged.right else _value_findings(judged)
-    gradient_findings = [] if judged.gradient is None else [_gradient_finding(m) for m in judged.gradient.mistakes]
+def report_of(name: str, judgement: Judgement, seed: int) -> AuditReport:
+    """Return the report on a judgement, with the remarks of a few more calls at edge cases."""
+    subject, observation, fits = judgement.subject, judgement.observation, judgement.fits
+    findings = [] if judgement.right else _value_findings(judgement)
+    gradient = judgement.gradient
+    of_gradient = [Finding(m.id, m.what, "", m.fix) for m in gradient.mistakes] if gradient is not None else []
     if observation.changed:
         findings.append(_changes_inputs(observation.changed))
-    notes = _about_call(judged) + (remarks(asked, fits[0], seed, stochastic=observation.stochastic) if fits else [])
+    notes = _about_call(judgement)
+    if fits:
+        notes += remarks(subject, fits[0], seed, stochastic=observation.stochastic)
     return AuditReport(
         name=name,
-        signature=asked.call.signature.name,
-        verdict=_verdict(bool(findings), bool(gradient_findings)),
-        mistakes=tuple(findings + gradient_findings),
+        signature=subject.signature.name,
+        verdict=_verdict(bool(findings), bool(of_gradient)),
+        mistakes=tuple(findings + of_gradient),
         convention=convention(fits[0], observation.arrangement) if fits else "",
-        gradient="" if judged.gradient is None else judged.gradient.summary,
+        gradient="" if gradient is None else gradient.summary,
         remarks=tuple(notes),
-        num_probes=len(asked.layout.shapes),
+        num_probes=len(subject.layout.shapes),
         num_calls=observation.num_calls,
         false_alarm=2 * FALSE_ALARM,
-        points=_points(judged),
+        points=_points(judgement),
     )
 
 
@@ -45,73 +47,77 @@ def _verdict(value: bool, gradient: bool) -> Verdict:
     return "wrong gradient" if gradient else "right"
 
 
-def _per_probe(judged: Judgement, values: Tensor) -> Tensor:
-    """Return the mean of the observed values of every probe: for one example where each has its value."""
-    observation = judged.observation
-    sums = torch.zeros(len(judged.asked.layout.shapes), dtype=torch.float64)
+def _per_probe(judgement: Judgement, values: Tensor) -> Tensor:
+    """Return every probe's total, divided by the batch size where there is a value for each example or element."""
+    observation = judgement.observation
+    sums = torch.zeros(len(judgement.subject.layout.shapes), dtype=torch.float64)
     sums = sums.index_add(0, observation.probe_of_value, values)
     if observation.arrangement in ("total", "latent"):
         return sums
-    return sums / judged.asked.layout.batch
+    return sums / judgement.subject.layout.batch
 
 
-def _true(judged: Judgement) -> Tensor:
-    core = right_core(judged.asked).core
-    return judged.asked.layout.means(core.examples).detach()
+def _true(judgement: Judgement) -> Tensor:
+    core = right_core(judgement.subject).core
+    return judgement.subject.layout.means(core.examples).detach()
 
 
-def _points(judged: Judgement) -> tuple[ProbePoint, ...]:
-    asked, observation = judged.asked, judged.observation
-    fit = judged.fits[0] if judged.fits else None
-    # A right sum over the batch is shown as what it is for each example.
-    share = asked.layout.batch**fit.batch if judged.right and fit is not None else torch.ones(1)
-    kl, got = _true(judged), _per_probe(judged, observation.value) / share
-    errors = _per_probe(judged, observation.std_error) / share
+def _points(judgement: Judgement) -> tuple[ProbePoint, ...]:
+    subject, observation = judgement.subject, judgement.observation
+    fit = judgement.fits[0] if judgement.fits else None
+    # The sum over the batch of a right loss is shown per example.
+    share = subject.layout.batch**fit.batch if judgement.right and fit is not None else torch.ones(1)
+    kl, got = _true(judgement), _per_probe(judgement, observation.value) / share
+    errors = _per_probe(judgement, observation.std_error) / share
     fitted = (
-        None if fit is None else _per_probe(judged, fit.predict(asked.layout, observation.arrangement).detach()) / share
+        None
+        if fit is None
+        else _per_probe(judgement, fit.predict(subject.layout, observation.arrangement).detach()) / share
     )
     return tuple(
         ProbePoint(shape, float(kl[i]), float(got[i]), None if fitted is None else float(fitted[i]), float(errors[i]))
-        for i, shape in enumerate(asked.layout.shapes)
+        for i, shape in enumerate(subject.layout.shapes)
     )
 
 
-def _value_findings(judged: Judgement) -> list[Finding]:
-    observation = judged.observation
+def _value_findings(judgement: Judgement) -> list[Finding]:
+    observation = judgement.observation
     finite = observation.value.isfinite()
-    if not judged.fits:
-        return [_unexplained(judged, finite)]
-    best, *others = judged.fits
-    evidence = _evidence(judged)
+    if not judgement.fits:
+        return [_unexplained(judgement, finite)]
+    best, *others = judgement.fits
+    evidence = _evidence(judgement)
     if not bool(finite.all()):
         evidence += f"; {int((~finite).sum())} of {len(finite)} values are not finite"
     found = []
     for index, mistake in enumerate(best.mistakes):
         named = tuple(" and ".join(sorted(fit.ids)) for fit in others) if index == 0 else ()
         found.append(
-            Finding(mistake.id, mistake.what, evidence if index == 0 else "", _fix(judged, mistake.fix, index), named)
+            Finding(
+                mistake.id, mistake.what, evidence if index == 0 else "", _fix(judgement, mistake.fix, index), named
+            )
         )
     if not found:
-        found.append(_not_finite(judged, finite))
+        found.append(_not_finite(judgement, finite))
     return found
 
 
-def _fix(judged: Judgement, fix: str, index: int) -> str:
+def _fix(judgement: Judgement, fix: str, index: int) -> str:
     if index:
         return fix
-    return f"{fix} In these arguments: {judged.asked.call.right}"
+    return f"{fix} In these arguments: {judgement.subject.binding.right}"
 
 
-def _evidence(judged: Judgement) -> str:
-    kl, got = _true(judged), _per_probe(judged, judged.observation.value)
-    shape = judged.asked.layout.shapes[0]
+def _evidence(judgement: Judgement) -> str:
+    kl, got = _true(judgement), _per_probe(judgement, judgement.observation.value)
+    shape = judgement.subject.layout.shapes[0]
     ratio = float(got[0] / kl[0])
     text = f"at {describe(shape)}: got {_number(got[0])}"
-    if judged.observation.stochastic:
-        text += f" ± {_number(_per_probe(judged, judged.observation.std_error)[0])}"
+    if judgement.observation.stochastic:
+        text += f" ± {_number(_per_probe(judgement, judgement.observation.std_error)[0])}"
     text += f", the KL per example is {_number(kl[0])} (ratio {_number(ratio)}{_as_fraction(ratio, shape)}"
     finite = int(got.isfinite().sum())
-    return f"{text}, {'on' if judged.fits else 'not the same on'} {finite} of {len(kl)} probes)"
+    return f"{text}, {'on' if judgement.fits else 'not the same on'} {finite} of {len(kl)} probes)"
 
 
 def _number(value: Tensor | float) -> str:
@@ -127,10 +133,10 @@ def _as_fraction(ratio: float, shape: tuple[int, ...]) -> str:
     return ""
 
 
-def _unexplained(judged: Judgement, finite: Tensor) -> Finding:
+def _unexplained(judgement: Judgement, finite: Tensor) -> Finding:
     if not bool(finite.any()):
-        return _not_finite(judged, finite)
-    kl, got = _true(judged), _per_probe(judged, judged.observation.value)
+        return _not_finite(judgement, finite)
+    kl, got = _true(judgement), _per_probe(judgement, judgement.observation.value)
     keep = got.isfinite()
     design = torch.stack([kl[keep], torch.ones_like(kl[keep])], dim=1)
     slope, offset = torch.linalg.lstsq(design, got[keep]).solution.tolist()
@@ -139,35 +145,31 @@ def _unexplained(judged: Judgement, finite: Tensor) -> Finding:
         return Finding(
             "affine",
             f"it is {slope:.4g} times the KL {'plus' if offset >= 0 else 'minus'} {abs(offset):.4g}",
-            _evidence(judged),
-            _fix(judged, "Leave out the constant and the factor.", 0),
+            _evidence(judgement),
+            _fix(judgement, "Leave out the constant and the factor.", 0),
         )
     correlation = float(torch.corrcoef(torch.stack([kl[keep], got[keep]]))[0, 1]) if keep.sum() > 1 else 0.0
     return Finding(
         "unknown",
         "it is not the KL, nor what any mistake of the catalogue, or two of them together, would return",
-        f"{_evidence(judged)}; correlation with the KL over the probes {correlation:.3f}",
-        _fix(judged, "Compare it with a right loss term by term.", 0),
+        f"{_evidence(judgement)}; correlation with the KL over the probes {correlation:.3f}",
+        _fix(judgement, "Compare it with a right loss term by term.", 0),
     )
 
 
-def _not_finite(judged: Judgement, finite: Tensor) -> Finding:
-    values = judged.observation.value
+def _not_finite(judgement: Judgement, finite: Tensor) -> Finding:
+    values = judgement.observation.value
     word = "NaN" if bool(values.isnan().any()) else "inf"
     return Finding(
         "not-a-number",
         f"it returns {word} for ordinary parameters",
         f"{int((~finite).sum())} of {len(finite)} values are not finite",
         _fix(
-            judged,
+            judgement,
             "Look for the logarithm or root of a negative number, or log-probabilities taken for probabilities.",
             0,
         ),
     )
-
-
-def _gradient_finding(mistake: Mistake) -> Finding:
-    return Finding(mistake.id, mistake.what, "", mistake.fix)
 
 
 def _changes_inputs(changed: tuple[str, ...]) -> Finding:
@@ -179,32 +181,31 @@ def _changes_inputs(changed: tuple[str, ...]) -> Finding:
     )
 
 
-def report_of_wrong_shape(name: str, call: Call, error: WrongShapeError) -> AuditReport:
-    """Return the report on a loss whose values no reduction arranges."""
+def report_of_wrong_shape(name: str, binding: Binding, error: WrongShapeError) -> AuditReport:
+    """Return the report on a loss whose shape no arrangement has."""
     finding = Finding(
         "wrong-shape",
         str(error),
         "",
-        f"Look for [batch] against [batch, 1], which broadcasts to [batch, batch]; in these arguments: {call.right}",
+        f"Look for [batch] against [batch, 1], which broadcasts to [batch, batch]; in these arguments: {binding.right}",
     )
-    return AuditReport(name, call.signature.name, "wrong value", (finding,))
+    return AuditReport(name, binding.signature.name, "wrong value", (finding,))
 
 
-def _about_call(judged: Judgement) -> list[str]:
-    asked, observation = judged.asked, judged.observation
+def _about_call(judgement: Judgement) -> list[str]:
+    subject, observation = judgement.subject, judgement.observation
     notes = []
-    if observation.stochastic and judged.right:
-        _, error = pooled_ratio(asked, observation, judged.fits[0])
+    if observation.stochastic and judgement.right:
+        _, error = pooled_ratio(subject, observation, judgement.fits[0])
         notes.append(
             f"it draws its own samples; the mean of {observation.num_calls} calls for each of "
-            f"{len(asked.layout.shapes)} batches is the KL's within a standard error of {100 * error:.2g} %."
+            f"{len(subject.layout.shapes)} batches is the KL's within a standard error of {100 * error:.2g} %."
         )
     if observation.drew and not observation.stochastic:
         notes.append("it draws from torch's global random stream, and does not use what it drew.")
-    if asked.dtype is not torch.float64:
+    if subject.dtype is not torch.float64:
         notes.append("it takes float32 only.")
-    if asked.rank != 2:
-        notes.append(
-            f"it does not take [batch, latent]; it was asked about {describe(asked.layout.shapes[0][-asked.rank :])}."
-        )
+    if subject.rank != 2:
+        shape = subject.layout.shapes[0][-subject.rank :]
+        notes.append(f"it does not take [batch, latent]; it was called with {describe(shape)}.")
     return notes

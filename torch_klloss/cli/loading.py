@@ -1,4 +1,4 @@
-"""From "file.py:function" to a loss that can be audited. The file is imported, which runs it."""
+"""Losses from files and modules, as "file.py:function". The file is imported, which runs it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-_NAME = "__audited__"  # as "__main__" for a script: a file may be called torch.py and shadow nothing
+_NAME = "__audited__"  # like "__main__" for a script: a file called torch.py shadows nothing
 
 
 class LoadError(ValueError):
@@ -24,14 +24,14 @@ class LoadError(ValueError):
 def loaded(target: str) -> Iterator[Callable[..., Any]]:
     """Import the file or module of a target, and give its function for the block.
 
-    A file's directory leads `sys.path` for the block, as when Python runs the file. What it prints while it is imported
-    goes to stderr. A class is constructed without arguments: its instance is the loss, or has the method.
+    A file's directory comes first in `sys.path` for the block, as when Python runs the file. Its output during the
+    import goes to stderr. A class is constructed without arguments: its instance is the loss, or has the method.
 
     Args:
-        target: "path/to/file.py:function", "package.module:function", or of either "…:Class", "…:Class.method".
+        target: "path/to/file.py:function", "package.module:function", or either with "…:Class" or "…:Class.method".
 
     Raises:
-        LoadError: if there is no such file, module or function, or it raises.
+        LoadError: if the file, module or function does not exist, or raises.
 
     Example:
         >>> from torch_klloss.cli.loading import loaded
@@ -48,9 +48,9 @@ def loaded(target: str) -> Iterator[Callable[..., Any]]:
         raise LoadError(f"there is no file {source}")
     with _first_on_path(path.resolve().parent if is_file else Path.cwd()):
         try:
-            with contextlib.redirect_stdout(sys.stderr), _said(f"importing {source}"):
+            with contextlib.redirect_stdout(sys.stderr), _load_errors_from(f"importing {source}"):
                 module = _imported(source, path if is_file else None)
-            with contextlib.redirect_stdout(sys.stderr), _said(f"getting {name} of {source}"):
+            with contextlib.redirect_stdout(sys.stderr), _load_errors_from(f"getting {name} of {source}"):
                 fn = _found(module, name, source)
             yield fn
         finally:
@@ -80,12 +80,12 @@ def _imported(source: str, path: Path | None) -> ModuleType:
 
 
 @contextlib.contextmanager
-def _said(doing: str) -> Iterator[None]:
+def _load_errors_from(doing: str) -> Iterator[None]:
     try:
         yield
     except LoadError:
         raise
-    except (Exception, SystemExit) as error:  # another's code may raise anything, and may leave
+    except (Exception, SystemExit) as error:  # the user's code may raise anything, and may exit
         raise LoadError(f"{doing} raises {type(error).__name__}: {error}") from error
 
 
@@ -95,7 +95,7 @@ def _found(module: ModuleType, name: str, source: str) -> Callable[..., Any]:
         if inspect.isclass(found) and _needs_an_instance(found, part):
             found = _constructed(found)
         if not hasattr(found, part):
-            raise LoadError(f"{source} has no {name!r}{_what_it_has(module)}")
+            raise LoadError(f"{source} has no {name!r}{_contents(module)}")
         found = getattr(found, part)
     if inspect.isclass(found):
         found = _constructed(found)
@@ -112,11 +112,11 @@ def _needs_an_instance(cls: type, name: str) -> bool:
 
 
 def _constructed(cls: type) -> Any:
-    with _said(f"constructing {cls.__name__}() without arguments"):
+    with _load_errors_from(f"constructing {cls.__name__}() without arguments"):
         return cls()
 
 
-def _what_it_has(module: ModuleType) -> str:
+def _contents(module: ModuleType) -> str:
     own = [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
     names = sorted(name for name in own if not name.startswith("_"))
     return f"; it has {', '.join(names[:10])}{', …' if len(names) > 10 else ''}" if names else ""

@@ -1,1 +1,1 @@
-"""How a loss is asked: its signature, the probes, the calls, what is observed."""
+"""Experiments with a loss: its signature, the probes, the calls and the observations."""

@@ -1,4 +1,4 @@
-"""Calling a loss that may do anything: what it returned, what its gradient is, what it did on the side."""
+"""Calls of an arbitrary loss: its value, its gradient and its side effects."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from torch_klloss.auditing.experiment.parameters import Call
+from torch_klloss.auditing.experiment.parameters import Binding
 from torch_klloss.auditing.experiment.signatures import Leaves
 from torch_klloss.rng import private_rng
 
@@ -24,20 +24,20 @@ _CPU = torch.device("cpu")
 
 
 class CallError(Exception):
-    """Raised where a loss cannot be judged; its text says what it did."""
+    """Raised where a loss cannot be judged; its text says what the loss did."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """Hold what one call gave.
+    """The outcome of one call.
 
     Attributes:
-        value: what was returned, detached.
-        gradients: of the weighted sum of `value`, by leaf; None where no gradient flows to it.
-        arguments: what it was called with, detached.
-        changed: the arguments, and the global state, that the call changed.
-        drew: whether it drew from torch's global stream.
-        stream: where that stream stood afterwards.
+        value: the returned value, detached.
+        gradients: of the weighted sum of `value`, by leaf; None where no gradient flows to a leaf.
+        arguments: of the call, detached.
+        changed: the arguments and the global state that the call changed.
+        drew: whether the call drew from torch's global stream.
+        stream: the state of that stream afterwards.
     """
 
     value: Tensor
@@ -48,30 +48,30 @@ class Reply:
     stream: Tensor
 
 
-def call_once(fn: Callable[..., Any], call: Call, leaves: Leaves, seed: int) -> Reply:
-    """Call the loss, from a random stream of its own, and take its gradient.
+def call_once(fn: Callable[..., Any], binding: Binding, leaves: Leaves, seed: int) -> Reply:
+    """Call the loss with its own random stream, and take its gradient.
 
     Raises:
         CallError: if it raises, or returns what cannot be a KL.
     """
     with quiet(), seeded(seed):
-        return reply_to(fn, call, leaves, watched=True)
+        return reply_to(fn, binding, leaves, watched=True)
 
 
-def reply_to(fn: Callable[..., Any], call: Call, leaves: Leaves, *, watched: bool) -> Reply:
-    """Call the loss from the present stream; where `watched`, see what it does on the side.
+def reply_to(fn: Callable[..., Any], binding: Binding, leaves: Leaves, *, watched: bool) -> Reply:
+    """Call the loss with the present random stream; record its side effects where `watched`.
 
     Raises:
         CallError: if it raises, or returns what cannot be a KL.
     """
-    arguments = call.arguments({name: leaf.clone() for name, leaf in leaves.items()})  # as outputs of a network are
+    arguments = binding.arguments({name: leaf.clone() for name, leaf in leaves.items()})  # as outputs of a network are
     before = [_snapshot(argument) for argument in arguments] if watched else []
     stream = torch.get_rng_state() if watched else None
     state = _global_state()
     try:
         value = fn(*arguments)
     except (Exception, SystemExit) as error:
-        raise CallError(f"it raises {type(error).__name__}: {_first_line(error)}") from error
+        raise CallError(f"it raises {described(error)}") from error
     finally:
         disturbed = _restore(state)
     after_stream = torch.get_rng_state() if watched else torch.empty(0)
@@ -80,7 +80,7 @@ def reply_to(fn: Callable[..., Any], call: Call, leaves: Leaves, *, watched: boo
         value = torch.tensor(value, dtype=torch.float64)  # a number to log
     _check(value)
     after = [_snapshot(argument) for argument in arguments] if watched else []
-    pairs = zip(call.names, before, after, strict=False)
+    pairs = zip(binding.names, before, after, strict=False)
     changed = (*(name for name, old, new in pairs if not _same(old, new)), *disturbed)
     gradients = _gradients(value, leaves)
     detached = tuple(_detached(argument) for argument in arguments) if watched else ()
@@ -95,7 +95,7 @@ def _global_state() -> _GlobalState:
 
 
 def _restore(state: _GlobalState) -> list[str]:
-    """Undo what a loss did to torch's global state; return what that was."""
+    """Restore torch's global state, and return what the loss had changed."""
     words = ("torch's default dtype", "whether torch records gradients", "torch's number of threads")
     disturbed = [word for word, old, new in zip(words, state, _global_state(), strict=True) if old != new]
     if disturbed:
@@ -106,11 +106,11 @@ def _restore(state: _GlobalState) -> list[str]:
 
 
 def weights_like(value: Tensor) -> Tensor:
-    """Return the weights that the gradient of an unreduced loss is taken with: unlike one another, of mean one."""
+    """Return the weights for the gradient of an unreduced loss: all different, of mean about one."""
+    if value.numel() <= 1:
+        return torch.ones_like(value)
     index = torch.arange(value.numel(), dtype=torch.float64)
-    return (
-        (1 + 0.5 * torch.sin(1.7 * index + 0.3)).reshape(value.shape) if value.numel() > 1 else torch.ones_like(value)
-    )
+    return (1 + 0.5 * torch.sin(1.7 * index + 0.3)).reshape(value.shape)
 
 
 def _gradients(value: Tensor, leaves: Leaves) -> dict[str, Tensor | None]:
@@ -121,7 +121,7 @@ def _gradients(value: Tensor, leaves: Leaves) -> dict[str, Tensor | None]:
         weighted = (value * weights_like(value).to(value.dtype)).sum()
         found = torch.autograd.grad(weighted, list(wanted.values()), allow_unused=True)
     except Exception as error:
-        raise CallError(f"its backward pass raises {type(error).__name__}: {_first_line(error)}") from error
+        raise CallError(f"its backward pass raises {described(error)}") from error
     return {name: None if grad is None else grad.double() for name, grad in zip(wanted, found, strict=True)}
 
 
@@ -129,11 +129,8 @@ def _check(value: Any) -> None:
     if value is None:
         raise CallError("it returns None: is a `return` missing?")
     if not isinstance(value, Tensor):
-        hint = (
-            ""
-            if isinstance(value, tuple | dict)
-            else "; a number to log and not to train with: audit(…, gradient=False)"
-        )
+        logged = "; for a number that is logged and not trained with: audit(…, gradient=False)"
+        hint = "" if isinstance(value, tuple | dict) else logged
         raise CallError(f"it returns {_article(type(value).__name__)}, not a Tensor{hint}")
     if value.is_complex():
         raise CallError(f"it returns a complex tensor ({value.dtype}); a KL is real")
@@ -145,9 +142,14 @@ def _article(noun: str) -> str:
     return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else "(no message)"
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text."""
+    return (str(error).strip().splitlines() or ["(no message)"])[0]
+
+
+def described(error: BaseException) -> str:
+    """Return an error in words: its type, and the first line of its text."""
+    return f"{type(error).__name__}: {first_line(error)}".rstrip(".")
 
 
 def _snapshot(argument: Any) -> dict[str, Tensor]:
@@ -160,7 +162,7 @@ def _snapshot(argument: Any) -> dict[str, Tensor]:
 
 
 def _same(old: dict[str, Tensor], new: dict[str, Tensor]) -> bool:
-    """Return whether all that there was is as it was; a distribution may have computed more."""
+    """Return whether no old tensor has changed; a distribution may have computed new ones."""
     return all(
         before.shape == new[name].shape and torch.equal(before.nan_to_num(), new[name].nan_to_num())
         for name, before in old.items()
@@ -173,7 +175,7 @@ def _detached(argument: Any) -> Any:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed torch, `random` and NumPy for the block, and give them back as they were."""
+    """Seed torch, `random` and NumPy for the block, and restore their states afterwards."""
     numpy = sys.modules.get("numpy")
     python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
     random.seed(seed)
@@ -190,14 +192,14 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Let a loss neither print nor warn for the block, and record gradients."""
+    """Suppress prints and warnings and record gradients for the block."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.enable_grad():
         warnings.simplefilter("ignore")
         yield
 
 
 def isolated(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a copy of what may keep a state that calls change, such as a module; a function as it is."""
+    """Return a copy of a loss, whose calls may change its state; the loss itself where it cannot be copied."""
     with contextlib.suppress(Exception):
         return copy.deepcopy(fn)
     return fn

@@ -1,62 +1,68 @@
-"""Asking a loss about many probes: its values and gradients laid end to end, and what its values are of."""
+"""Observations of a loss: its values and gradients at many probes, laid end to end."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from torch_klloss.auditing.experiment.calling import CallError, Reply, quiet, reply_to, seeded
-from torch_klloss.auditing.experiment.parameters import Call
-from torch_klloss.auditing.experiment.probes import Categoricals, Layout, Normals
-from torch_klloss.auditing.experiment.signatures import Leaves
+from torch_klloss.auditing.experiment.parameters import Binding
+from torch_klloss.auditing.experiment.probes import Layout
+from torch_klloss.auditing.experiment.signatures import SIGNATURES, Leaves, ProbedPair, Signature
+from torch_klloss.numerics.special import student_t_quantile
 
 Arrangement = Literal["total", "example", "element", "latent"]
 GROUPS = 32
-"""Into so many groups the calls of a stochastic loss are taken: their means are nearly Normal."""
+"""The number of groups that the calls of a stochastic loss are divided into: a group's mean is nearly Normal."""
+
+_STREAM_STRIDE = 1000  # more than the number of probes, so that no two of them share a random stream
 
 
-_UNLIKE = 1000  # more than there are probes: no two of them share a stream
-
-
-@dataclass
-class Asked:
-    """Hold a loss, how it is called, and the probes that it is asked about.
+@dataclass(frozen=True)
+class Subject:
+    """A loss with its probes.
 
     Attributes:
         fn: the loss.
-        call: its signature and the order of its arguments.
+        binding: its signature and the order of its arguments.
         layout: of the probes.
-        leaves: flat, float64.
+        leaves: the tensors that the arguments are made of, flat and in float64.
         rank: the number of dimensions of an argument.
         dtype: of the arguments.
-        gradient: whether the gradient is asked for.
+        gradient: whether its gradient is observed.
     """
 
     fn: Callable[..., Any]
-    call: Call
+    binding: Binding
     layout: Layout
     leaves: Leaves
     rank: int
     dtype: torch.dtype
     gradient: bool
-    split: dict[str, list[Tensor]] = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.split = {name: self.layout.split(leaf) for name, leaf in self.leaves.items()}
+    @property
+    def signature(self) -> Signature:
+        """The signature that the loss is called with."""
+        return self.binding.signature
 
     @cached_property
-    def pair(self) -> Normals | Categoricals:
-        """The distributions that the probes are of."""
-        pair: Normals | Categoricals = self.call.signature.pair(self.leaves, self.layout)
+    def split(self) -> dict[str, list[Tensor]]:
+        """The leaves of every probe, in its shape."""
+        return {name: self.layout.split(leaf) for name, leaf in self.leaves.items()}
+
+    @cached_property
+    def pair(self) -> ProbedPair:
+        """The distributions of all probes."""
+        pair: ProbedPair = self.signature.pair(self.leaves, self.layout)
         return pair
 
     def leaves_of(self, probe: int) -> Leaves:
-        """Return one probe's leaves, as the loss gets them: new ones for every call."""
+        """Return new copies of one probe's leaves, in the dtype of the arguments."""
         leaves = {}
         for name, parts in self.split.items():
             part = parts[probe] if self.rank > 1 else parts[probe][0]
@@ -77,28 +83,35 @@ class Asked:
         Raises:
             CallError: if it raises, or returns what cannot be a KL.
         """
-        with quiet(), seeded(_UNLIKE * seed + probe):
-            return [reply_to(self.fn, self.call, self.leaves_of(probe), watched=n == 0) for n in range(num_calls)]
+        with quiet(), seeded(_STREAM_STRIDE * seed + probe):
+            return [reply_to(self.fn, self.binding, self.leaves_of(probe), watched=n == 0) for n in range(num_calls)]
+
+
+def without_loss(signature: str, layout: Layout, leaves: Leaves) -> Subject:
+    """Return the probes alone, for what depends on no loss."""
+    chosen = SIGNATURES[signature]
+    binding = Binding(chosen, tuple(range(len(chosen.roles))), chosen.roles)
+    return Subject(lambda *_: None, binding, layout, leaves, 2, torch.float64, False)
 
 
 @dataclass(frozen=True)
 class Observation:
-    """Hold what a loss returned for all probes, laid end to end.
+    """The values and gradients of a loss at all probes, laid end to end.
 
     Attributes:
-        arrangement: what there is a value for: the whole batch, an example, an element, a latent dimension.
+        arrangement: whether a value is one of the whole batch, of an example, of an element or of a latent dimension.
         value: `[num_observed]`, the mean over the calls.
         std_error: of `value`; zero for a deterministic loss.
         sum_error: the standard error of the sum of a probe's values, which may share their noise, `[num_probes]`.
-        gradients: by leaf, the mean over the calls; None where no gradient flows. `[num_elements]`, or their components
-            along `directions`, which are Normal sooner than the elements are, `[num_probes · num_directions]`.
+        gradients: by leaf, the mean over the calls, `[num_elements]`; None where no gradient flows. With `directions`
+            the components along them, whose means are nearly Normal sooner, `[num_probes · num_directions]`.
         gradient_errors: the standard errors of the gradients.
-        directions: by leaf and probe, `[num_directions, size]`; None for all elements.
-        probe_of_value: which probe a value belongs to, `[num_observed]`.
-        arguments: of every probe, of its first call.
+        directions: by leaf and probe, `[num_directions, size]`; None where every element is kept.
+        probe_of_value: the probe of each value, `[num_observed]`.
+        arguments: the arguments of every probe's first call.
         num_calls: for each probe.
-        changed: the arguments that were changed.
-        drew: whether torch's global stream was drawn from.
+        changed: the arguments and the global state that the loss changed.
+        drew: whether the loss drew from torch's global stream.
     """
 
     arrangement: Arrangement
@@ -120,7 +133,7 @@ class Observation:
         return self.num_calls > 1
 
     def along(self, name: str, elements: Tensor, layout: Layout) -> Tensor:
-        """Return a leaf's gradient, `[num_elements]`, as `gradients` has it."""
+        """Return a leaf's gradient, `[num_elements]`, or its components along the directions of `gradients`."""
         if self.directions is None:
             return elements
         parts = zip(self.directions[name], layout.split(elements), strict=True)
@@ -130,34 +143,34 @@ class Observation:
 Directions = dict[str, list[Tensor]]
 
 
-def observe(asked: Asked, seed: int, num_calls: int = 1, directions: Directions | None = None) -> Observation:
+def observe(subject: Subject, seed: int, num_calls: int = 1, directions: Directions | None = None) -> Observation:
     """Call the loss `num_calls` times for every probe.
 
     Args:
-        asked: the loss and its probes.
+        subject: the loss and its probes.
         seed: of the random streams.
         num_calls: for each probe.
-        directions: along which the gradients are kept.
+        directions: the directions along which the gradients are kept.
 
     Raises:
-        CallError: if a call fails, or the shape of what it returns follows no rule.
+        CallError: if a call fails, or no arrangement has the shape of what it returns.
     """
-    replies = [asked.replies(probe, seed, num_calls) for probe in range(len(asked.layout.shapes))]
+    replies = [subject.replies(probe, seed, num_calls) for probe in range(len(subject.layout.shapes))]
     if any(reply.value.shape != calls[0].value.shape for calls in replies for reply in calls):
         raise CallError("it returns another shape from call to call")
-    arrangement = arrangement_of([calls[0].value.shape for calls in replies], asked)
+    arrangement = arrangement_of([calls[0].value.shape for calls in replies], subject)
     rows = [torch.stack([reply.value.reshape(-1) for reply in calls]) for calls in replies]
     values = [_mean_and_error(of_probe) for of_probe in rows]
     gradients: dict[str, Tensor | None] = {}
     errors: dict[str, Tensor] = {}
-    for name in asked.leaves:
+    for name in subject.leaves:
         of_leaf = [[reply.gradients.get(name) for reply in calls] for calls in replies]
         if all(grad is None for calls in of_leaf for grad in calls):
             gradients[name] = None
             continue
         parts = []
         for probe, calls in enumerate(of_leaf):
-            nothing = torch.zeros(asked.split[name][probe].numel(), dtype=torch.float64)
+            nothing = torch.zeros(subject.split[name][probe].numel(), dtype=torch.float64)
             found = torch.stack([nothing if grad is None else grad.reshape(-1) for grad in calls])
             parts.append(_mean_and_error(found if directions is None else found @ directions[name][probe].T))
         gradients[name] = torch.cat([mean for mean, _ in parts])
@@ -187,17 +200,22 @@ def _mean_and_error(rows: Tensor) -> tuple[Tensor, Tensor]:
     return groups.mean(0), groups.std(0) / len(groups) ** 0.5
 
 
-def arrangement_of(shapes: list[torch.Size], asked: Asked) -> Arrangement:
-    """Return what there is a value for.
+@lru_cache
+def largest_deviation(count: int, false_alarm: float) -> float:
+    """Return the largest deviation of `count` means over groups, in standard errors, but for false alarms."""
+    return float(student_t_quantile(1 - false_alarm / (2 * count), GROUPS - 1.0))
+
+
+def arrangement_of(shapes: list[torch.Size], subject: Subject) -> Arrangement:
+    """Return whether a value is one of the batch, of an example, of an element or of a latent dimension.
 
     Raises:
-        CallError: if the shapes fit nothing.
+        WrongShapeError: if the shapes are none of these.
     """
-    for arrangement in _FITS:
-        fits = _FITS[arrangement]
-        if all(fits(tuple(shape), probe, asked) for shape, probe in zip(shapes, asked.layout.shapes, strict=True)):
+    for arrangement, fits in _FITS.items():
+        if all(fits(tuple(shape), probe, subject) for shape, probe in zip(shapes, subject.layout.shapes, strict=True)):
             return arrangement
-    got, probe = tuple(shapes[0]), asked.layout.shapes[0]
+    got, probe = tuple(shapes[0]), subject.layout.shapes[0]
     raise WrongShapeError(
         f"it returns shape {got} at {describe(probe)}: a KL has one value in all, one for each example {probe[:1]}, "
         f"or one for each element {probe}"
@@ -205,7 +223,7 @@ def arrangement_of(shapes: list[torch.Size], asked: Asked) -> Arrangement:
 
 
 class WrongShapeError(CallError):
-    """Raised where a loss returns a shape that no reduction has."""
+    """Raised where a loss returns a shape that no arrangement has."""
 
 
 def describe(shape: tuple[int, ...]) -> str:
@@ -217,13 +235,13 @@ def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(size for size in shape if size != 1)
 
 
-def _joint(asked: Asked) -> bool:
-    return asked.call.signature.name == "log_probs"
+def _joint(subject: Subject) -> bool:
+    return subject.signature.name == "log_probs"
 
 
-_FITS: dict[Arrangement, Callable[[tuple[int, ...], tuple[int, ...], Asked], bool]] = {
-    "total": lambda shape, probe, asked: not _without_ones(shape),
-    "example": lambda shape, probe, asked: asked.rank > 1 and _without_ones(shape) == _without_ones(probe[:1]),
-    "element": lambda shape, probe, asked: not _joint(asked) and _without_ones(shape) == _without_ones(probe),
-    "latent": lambda shape, probe, asked: not _joint(asked) and _without_ones(shape) == _without_ones(probe[1:]),
+_FITS: dict[Arrangement, Callable[[tuple[int, ...], tuple[int, ...], Subject], bool]] = {
+    "total": lambda shape, probe, subject: not _without_ones(shape),
+    "example": lambda shape, probe, subject: subject.rank > 1 and _without_ones(shape) == _without_ones(probe[:1]),
+    "element": lambda shape, probe, subject: not _joint(subject) and _without_ones(shape) == _without_ones(probe),
+    "latent": lambda shape, probe, subject: not _joint(subject) and _without_ones(shape) == _without_ones(probe[1:]),
 }

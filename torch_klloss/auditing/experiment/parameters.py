@@ -1,4 +1,4 @@
-"""How a loss is called: what the names of its parameters say, or what it is said to take."""
+"""Bindings of a loss's parameters to the roles of a signature, by name or as stated."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from torch_klloss.auditing.experiment.signatures import SIGNATURES, Leaves, Signature
 
 _OTHER_FAMILIES = ("independent", "multivariate", "categorical", "bernoulli")
-"""What a loss of (q, p) is tried with that does not take Normals."""
+"""The signatures to try with a loss of (q, p) that does not take Normals."""
 
 
 class SignatureError(ValueError):
-    """Raised where the names of the parameters do not tell what a loss is called with."""
+    """Raised where the names of a loss's parameters determine no signature."""
 
 
 @dataclass(frozen=True)
-class Call:
-    """Say how to call a loss: a signature, and which of its roles each positional parameter takes."""
+class Binding:
+    """A signature, and which of its roles each positional parameter of a loss has."""
 
     signature: Signature
     order: tuple[int, ...]
@@ -35,8 +36,12 @@ class Call:
         own = {self.signature.roles[role]: name for role, name in zip(self.order, self.names, strict=False)}
         return re.sub(r"(?<![.\w])[a-z]\w*\b(?!=)", lambda word: own.get(word[0], word[0]), self.signature.right)
 
+    def by_role(self, arguments: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Return what the parameters are given, by role."""
+        return {self.signature.roles[role]: part for role, part in zip(self.order, arguments, strict=True)}
+
     def arguments(self, leaves: Leaves) -> tuple[Any, ...]:
-        """Return the arguments of one probe in the order of the parameters."""
+        """Return one probe's arguments in the order of the parameters."""
         by_role = self.signature.arguments(leaves)
         return tuple(by_role[index] for index in self.order)
 
@@ -46,12 +51,12 @@ def adapted(adapter: Callable[..., Any], fn: Callable[..., Any]) -> Callable[...
     return lambda q, p: adapter(fn, q, p)
 
 
-def calls_to_try(fn: Callable[..., Any], signature: str) -> list[Call]:
-    """Return how `fn` may be called, best first: as stated, or as the names of its parameters tell.
+def bindings_to_try(fn: Callable[..., Any], signature: str) -> list[Binding]:
+    """Return the bindings to try, best first: of the stated signature, or determined from the parameters' names.
 
     Raises:
-        ValueError: if there is no signature of that name.
-        SignatureError: if the parameters do not tell and `signature` is "auto".
+        ValueError: if `signature` is unknown.
+        SignatureError: if `signature` is "auto" and the names determine none.
     """
     if signature != "auto" and signature not in SIGNATURES:
         raise ValueError(
@@ -62,32 +67,33 @@ def calls_to_try(fn: Callable[..., Any], signature: str) -> list[Call]:
     if signature != "auto":
         chosen = SIGNATURES[signature]
         order = _order(chosen, names) if names else None
-        calls = [Call(chosen, order or tuple(range(len(chosen.roles))), names or chosen.roles)]
+        bindings = [Binding(chosen, order or tuple(range(len(chosen.roles))), names or chosen.roles)]
     else:
-        calls = _told_by_names(names, fn)
-    if calls[0].signature is SIGNATURES["distributions"]:
-        calls += [Call(SIGNATURES[other], call.order, call.names) for other in _OTHER_FAMILIES for call in calls]
-    return calls
+        bindings = _bindings_by_name(names, fn)
+    if bindings[0].signature is SIGNATURES["distributions"]:
+        bindings += [
+            Binding(SIGNATURES[other], binding.order, binding.names)
+            for other in _OTHER_FAMILIES
+            for binding in bindings
+        ]
+    return bindings
 
 
-def _told_by_names(names: tuple[str, ...], fn: Callable[..., Any]) -> list[Call]:
+def _bindings_by_name(names: tuple[str, ...], fn: Callable[..., Any]) -> list[Binding]:
     found = [
-        Call(SIGNATURES[name], order, names)
+        Binding(SIGNATURES[name], order, names)
         for name in BY_NAMES
         if (order := _order(SIGNATURES[name], names)) is not None
     ]
     if not found:
         raise SignatureError(
-            f"the parameters ({', '.join(names)}) do not tell what the loss takes: pass signature=, one of "
+            f"the parameters ({', '.join(names)}) determine no signature: pass signature=, one of "
             f"{', '.join(map(repr, SIGNATURES))}, or a function adapter(fn, q, p) that calls it."
         )
     if found[0].signature is SIGNATURES["kl_div"] and _says_log_target(fn):
-        return [Call(SIGNATURES["kl_div_log_target"], found[0].order, names)]
+        return [Binding(SIGNATURES["kl_div_log_target"], found[0].order, names)]
     if found[0].signature is SIGNATURES["distributions"] and tuple(map(str.lower, names)) == ("p", "q"):
-        return [
-            found[0],
-            Call(SIGNATURES["distributions"], (1, 0), names),
-        ]  # or as this library has it: KL(q‖p) of fn(p, q)
+        return [found[0], Binding(SIGNATURES["distributions"], (1, 0), names)]  # KL(p‖q) as in torch, else KL(q‖p)
     return found[:1]
 
 
@@ -97,7 +103,7 @@ def _says_log_target(fn: Callable[..., Any]) -> bool:
 
 
 def _parameter_names(fn: Callable[..., Any]) -> tuple[str, ...]:
-    """Return the names of the positional parameters without a default; none where they cannot be known."""
+    """Return the names of the positional parameters without a default; empty where they are unknown."""
     target = fn.forward if isinstance(fn, torch.nn.Module) else fn
     schema = getattr(fn, "schema", None)
     if schema is not None and not isinstance(fn, torch.nn.Module):  # a scripted function
@@ -135,7 +141,7 @@ BY_NAMES: Mapping[str, tuple[str, ...]] = {
 
 
 def _order(signature: Signature, names: Sequence[str]) -> tuple[int, ...] | None:
-    """Return the role that each parameter takes, or None where the names do not tell.
+    """Return the role of each parameter, or None where the names do not match the signature.
 
     torch writes `kl_divergence(p, q)` and means KL(p‖q): parameters of these names keep their order.
     """

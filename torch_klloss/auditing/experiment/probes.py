@@ -1,7 +1,7 @@
-"""The pairs (q, p) that a loss is asked about: drawn from a seed, and laid end to end.
+"""Probes: pairs (q, p), drawn from a seed and laid end to end.
 
-A *probe* is one call: a batch of examples, each with its latent dimensions (or classes, or samples). The elements of
-all probes lie in one flat tensor, so that a hypothesis about the loss is computed for all of them in one go.
+A *probe* is one batch of examples, each with its latent dimensions (or classes, or samples). The elements of all probes
+lie in one flat tensor, so that the prediction of a hypothesis is computed for all probes at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn.functional import logsigmoid
 Shape = tuple[int, ...]
 Width = Literal["any", "wider", "narrower"]
 
-# Batch and latent sizes that are unlike, so that a factor of one is not taken for a factor of the other.
+# Batch and latent sizes differ, so that a factor of one is not taken for a factor of the other.
 _SIZES = ((16, 8), (5, 3), (7, 12), (3, 2), (12, 5), (6, 4), (9, 7), (4, 10))
 _FEW_DIMS = ((40, 2), (27, 3), (22, 4), (52, 2), (18, 5), (34, 3), (29, 2), (16, 4), (24, 5), (13, 3))
 _LATENT = {2: {8: (2, 4), 12: (3, 4), 10: (5, 2), 4: (2, 2), 5: (5, 1), 3: (3, 1), 7: (7, 1), 2: (2, 1)}}
@@ -27,7 +27,7 @@ _LATENT = {2: {8: (2, 4), 12: (3, 4), 10: (5, 2), 4: (2, 2), 5: (5, 1), 3: (3, 1
 
 @dataclass(frozen=True)
 class Layout:
-    """Say which element belongs to which example, and which example to which probe.
+    """The assignment of elements to examples, and of examples to probes.
 
     Attributes:
         shapes: of every probe, `[batch, *latent]`.
@@ -37,12 +37,12 @@ class Layout:
 
     @cached_property
     def batch(self) -> Tensor:
-        """Examples in each probe, `[num_probes]`."""
+        """The number of examples in each probe, `[num_probes]`."""
         return torch.tensor([shape[0] for shape in self.shapes], dtype=torch.float64)
 
     @cached_property
     def latent(self) -> Tensor:
-        """Elements in each example of a probe, `[num_probes]`."""
+        """The number of elements in each example of a probe, `[num_probes]`."""
         return self._counts / self.batch
 
     @cached_property
@@ -51,12 +51,12 @@ class Layout:
 
     @cached_property
     def probe_of_example(self) -> Tensor:
-        """The probe that an example belongs to, `[num_examples]`."""
+        """The probe of each example, `[num_examples]`."""
         return torch.arange(len(self.shapes)).repeat_interleave(self.batch.long())
 
     @cached_property
     def example_of_element(self) -> Tensor:
-        """The example that an element belongs to, `[num_elements]`."""
+        """The example of each element, `[num_elements]`."""
         sizes = self.latent.long()[self.probe_of_example]
         return torch.arange(len(self.probe_of_example)).repeat_interleave(sizes)
 
@@ -76,13 +76,13 @@ class Layout:
         return [part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def row_wise(self, function: Callable[[Tensor], Tensor], elements: Tensor) -> Tensor:
-        """Return `function` of every probe's elements, laid end to end again."""
+        """Return `function` applied to each probe's elements, laid end to end again."""
         return torch.cat([function(part).reshape(-1) for part in self.split(elements)])
 
 
 @dataclass(frozen=True)
 class Normals:
-    """Hold two diagonal Normals for every element, by mean and log-variance, each `[num_elements]`."""
+    """The Normals q and p of every element, by mean and log-variance, each `[num_elements]`."""
 
     q_mean: Tensor
     q_logvar: Tensor
@@ -107,7 +107,7 @@ class Normals:
 
 @dataclass(frozen=True)
 class Categoricals:
-    """Hold two categorical distributions for every example, by their raw scores, one an element, `[num_elements]`."""
+    """The categorical q and p of every example, by their raw scores, one per element, `[num_elements]`."""
 
     q_logits: Tensor
     p_logits: Tensor
@@ -131,7 +131,7 @@ class Categoricals:
 
 @dataclass(frozen=True)
 class Bernoullis(Categoricals):
-    """Hold two Bernoulli distributions for every element by their raw scores; the two outcomes come first, `[2, …]`."""
+    """The Bernoulli q and p of every element, by their raw scores; log-probabilities are of both outcomes, `[2, …]`."""
 
     @cached_property
     def log_q(self) -> Tensor:
@@ -169,8 +169,8 @@ def draw_normals(shapes: Sequence[Shape], seed: int, *, width: Width, standard: 
     Args:
         shapes: of the probes.
         seed: of the draws.
-        width: "any"; or whether every q is a little "wider" than its p and not far from it, so that p(x)/q(x) has the
-            moments that a test of a mean relies on, or "narrower", so that q(x)/p(x) has them.
+        width: "any"; "wider": every q is a little wider than its p and near it, so that p(x)/q(x) has the moments that
+            a test of a mean needs; "narrower": every q is a little narrower, so that q(x)/p(x) has them.
         standard: whether p is the standard Normal.
     """
     layout, rng = Layout(tuple(shapes)), torch.Generator().manual_seed(seed)
@@ -200,7 +200,7 @@ def draw_normals(shapes: Sequence[Shape], seed: int, *, width: Width, standard: 
 
 
 def draw_categoricals(shapes: Sequence[Shape], seed: int) -> tuple[Layout, Categoricals]:
-    """Draw pairs of categorical distributions, flat and peaked, with raw scores that are not centred."""
+    """Draw pairs of categorical distributions, flat and peaked, from raw scores that are not centred."""
     layout, rng = Layout(tuple(shapes)), torch.Generator().manual_seed(seed)
     q, p = [], []
     for index, shape in enumerate(shapes):

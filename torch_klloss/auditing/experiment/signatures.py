@@ -1,9 +1,10 @@
-"""What a loss may be called with: one declaration a signature."""
+"""Signatures: the arguments that a loss may take, and the pair (q, p) that they stand for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -41,7 +42,7 @@ SignatureName = Literal[
     "kl_div_log_target",
 ]
 Leaves = dict[str, Tensor]
-Pair = Normals | Categoricals
+ProbedPair = Normals | Categoricals
 Spread = Literal["std", "logstd", "var", "logvar"]
 
 LOG_VARIANCE: Mapping[Spread, Callable[[Tensor], Tensor]] = {
@@ -56,35 +57,41 @@ _FROM_LOG_VARIANCE: Mapping[Spread, Callable[[Tensor], Tensor]] = {
     "var": torch.exp,
     "logvar": lambda logvar: logvar,
 }
+SPREAD_WORDS: Mapping[Spread, str] = {
+    "std": "standard deviation",
+    "logstd": "log standard deviation",
+    "var": "variance",
+    "logvar": "log-variance",
+}
 
 
 @dataclass(frozen=True)
 class Signature:
-    """Say how a kind of loss is called, and what pair it is then asked about.
+    """The arguments of a kind of loss, and the pair (q, p) that they stand for.
 
     Attributes:
-        name: as `audit` takes it.
-        roles: what each argument is, in order.
-        about: what the arguments are, in words.
-        leaves: from the drawn pair to the flat tensors that gradients are taken to, by name.
-        arguments: from one probe's leaves, each `[batch, *latent]`, to the arguments of the loss, in the order of
-            `roles`; it may draw from the global stream.
-        pair: from the flat leaves to the pair that the KL is of.
+        name: the name that `audit` takes.
+        roles: the role of each argument, in order.
+        about: the arguments in words.
+        arguments: takes one probe's leaves, each `[batch, *latent]`, and returns the arguments of the loss in the order
+            of `roles`; it may draw from the global stream.
+        leaves: takes the drawn pair and returns the flat tensors that gradients are taken to, by name.
+        pair: takes the flat leaves and returns the pair that the KL is of.
         right: a right loss in these arguments, as an expression.
-        categorical: whether the pair is one of categorical distributions.
+        categorical: whether the pair is categorical.
         standard: whether p is the standard Normal.
-        log_densities: for arguments that hold samples of q, so that one call is an estimate: from the arguments by
-            role to log q and log p at these samples.
-        fixed_samples: the same arguments with samples that have no gradient of their own, where both are usual.
-        spread: how q's spread is given, where it is a tensor.
+        log_densities: for arguments that hold samples of q, so that one call is an estimate: takes the arguments by
+            role and returns log q and log p at these samples.
+        fixed_samples: `arguments` with samples that do not depend on q's parameters, where both are usual.
+        spread: the kind of q's spread, where it is an argument.
         ranks: the numbers of dimensions to try, in order.
     """
 
     name: str
     roles: tuple[str, ...]
     about: str
-    leaves: Callable[[Any], Leaves]
     arguments: Callable[[Leaves], tuple[Any, ...]]
+    leaves: Callable[[Any], Leaves]
     pair: Callable[[Leaves, Layout], Any]
     right: str
     categorical: bool = False
@@ -160,17 +167,10 @@ def _bernoulli_pair(leaves: Leaves, layout: Layout) -> Bernoullis:
     return Bernoullis(leaves["q.logits"], leaves["p.logits"], layout)
 
 
-def _log_probs_at_samples(leaves: Leaves) -> tuple[Tensor, Tensor]:
+def _log_probs_at_samples(leaves: Leaves, *, fixed: bool = False) -> tuple[Tensor, Tensor]:
     """Return the joint log-densities at samples of q, `[num_samples]`: an example's draw is a sample."""
     q, p = _independent_normals(leaves)
-    x = q.rsample()
-    return q.log_prob(x), p.log_prob(x)
-
-
-def _log_probs_at_fixed_samples(leaves: Leaves) -> tuple[Tensor, Tensor]:
-    """Return the same at samples that do not depend on q's parameters."""
-    q, p = _independent_normals(leaves)
-    x = q.sample()
+    x = q.sample() if fixed else q.rsample()
     return q.log_prob(x), p.log_prob(x)
 
 
@@ -193,9 +193,9 @@ def _against_standard(spread: Spread, right: str) -> Signature:
     return Signature(
         name=f"mean_{spread}",
         roles=("mean", spread),
-        about=f"the mean and the {_SPREAD_WORDS[spread]} of a diagonal Normal q; p is the standard Normal",
-        leaves=lambda drawn: {"mean": drawn.q_mean, spread: _FROM_LOG_VARIANCE[spread](drawn.q_logvar)},
+        about=f"the mean and the {SPREAD_WORDS[spread]} of a diagonal Normal q; p is the standard Normal",
         arguments=lambda leaves: (leaves["mean"], leaves[spread]),
+        leaves=lambda drawn: {"mean": drawn.q_mean, spread: _FROM_LOG_VARIANCE[spread](drawn.q_logvar)},
         pair=pair,
         right=right,
         standard=True,
@@ -203,142 +203,83 @@ def _against_standard(spread: Spread, right: str) -> Signature:
     )
 
 
-_SPREAD_WORDS: Mapping[Spread, str] = {
-    "std": "standard deviation",
-    "logstd": "log standard deviation",
-    "var": "variance",
-    "logvar": "log-variance",
-}
-
-_RIGHT_DISTRIBUTIONS = "torch_klloss.AutoKL()(q, p)"
-_DISTRIBUTIONS = Signature(
-    name="distributions",
-    roles=("q", "p"),
-    about="two `Normal`s over [batch, latent], not wrapped in `Independent`",
-    leaves=_normal_leaves,
-    arguments=_normals,
-    pair=_normal_pair,
-    right=_RIGHT_DISTRIBUTIONS,
+_RIGHT = "torch_klloss.AutoKL()(q, p)"
+_of_normals = partial(Signature, leaves=_normal_leaves, pair=_normal_pair, right=_RIGHT)
+_of_logits = partial(Signature, leaves=_logits_leaves, pair=_logits_pair, right=_RIGHT, categorical=True)
+_MEAN_LOGVAR = _against_standard(
+    "logvar",
+    "-0.5 * (1 + logvar - mean**2 - logvar.exp()).sum(-1).mean(), or with torch_klloss: "
+    "q = diagonal_normal(mean, logvar); AutoKL()(q, standard_normal_like(q))",
 )
-_INDEPENDENT = Signature(
-    name="independent",
-    roles=("q", "p"),
-    about="two `Independent(Normal(…), 1)` over [batch], with the latent dimensions as one event",
-    leaves=_normal_leaves,
-    arguments=_independent_normals,
-    pair=_normal_pair,
-    right=_RIGHT_DISTRIBUTIONS,
-)
-_MULTIVARIATE = Signature(
-    name="multivariate",
-    roles=("q", "p"),
-    about="two `MultivariateNormal`s over [batch] with diagonal covariances",
-    leaves=_normal_leaves,
-    arguments=_multivariate_normals,
-    pair=_normal_pair,
-    right=_RIGHT_DISTRIBUTIONS,
-    ranks=(2,),
-)
-_BERNOULLIS = Signature(
-    name="bernoulli",
-    roles=("q", "p"),
-    about="two `Bernoulli`s over [batch, latent]",
-    leaves=_logits_leaves,
-    arguments=_bernoullis,
-    pair=_bernoulli_pair,
-    right=_RIGHT_DISTRIBUTIONS,
-    categorical=True,
-    ranks=(2,),
-)
-_CATEGORICALS = Signature(
-    name="categorical",
-    roles=("q", "p"),
-    about="two `Categorical`s over [batch]",
-    leaves=_logits_leaves,
-    arguments=_categoricals,
-    pair=_logits_pair,
-    right=_RIGHT_DISTRIBUTIONS,
-    categorical=True,
-    ranks=(2,),
-)
-_LOG_PROBS = Signature(
-    name="log_probs",
-    roles=("log_q", "log_p"),
-    about="log q(x) and log p(x) at samples x of q, [num_samples]",
-    leaves=_normal_leaves,
-    arguments=_log_probs_at_samples,
-    pair=_normal_pair,
-    right="(log_q - log_p).mean()",
-    log_densities=lambda by_role: (by_role["log_q"], by_role["log_p"]),
-    fixed_samples=_log_probs_at_fixed_samples,
-    ranks=(2,),
-)
-_SAMPLES = Signature(
-    name="samples",
-    roles=("z", "mean", "logvar"),
-    about="a reparameterised sample z of the diagonal Normal q, its mean and log-variance; p is the standard Normal",
-    leaves=lambda drawn: {"mean": drawn.q_mean, "logvar": drawn.q_logvar},
-    arguments=_sample_and_parameters,
-    pair=lambda leaves, layout: Normals(
-        leaves["mean"], leaves["logvar"], torch.zeros_like(leaves["mean"]), torch.zeros_like(leaves["mean"])
+_SIGNATURES = (
+    _of_normals(
+        "distributions",
+        ("q", "p"),
+        "two `Normal`s over [batch, latent], not wrapped in `Independent`",
+        _normals,
     ),
-    right="(0.5 * z**2 - 0.5 * (z - mean) ** 2 / logvar.exp() - 0.5 * logvar).sum(-1).mean()",
-    standard=True,
-    log_densities=_densities_of_sample,
-    spread="logvar",
+    _of_normals(
+        "independent",
+        ("q", "p"),
+        "two `Independent(Normal(…), 1)` over [batch], with the latent dimensions as one event",
+        _independent_normals,
+    ),
+    _of_normals(
+        "multivariate",
+        ("q", "p"),
+        "two `MultivariateNormal`s over [batch] with diagonal covariances",
+        _multivariate_normals,
+        ranks=(2,),
+    ),
+    _of_logits("categorical", ("q", "p"), "two `Categorical`s over [batch]", _categoricals, ranks=(2,)),
+    _of_logits(
+        "bernoulli", ("q", "p"), "two `Bernoulli`s over [batch, latent]", _bernoullis, pair=_bernoulli_pair, ranks=(2,)
+    ),
+    _MEAN_LOGVAR,
+    _against_standard("std", "(0.5 * (mean**2 + std**2 - 1) - std.log()).sum(-1).mean()"),
+    _against_standard("logstd", "(0.5 * (mean**2 + (2 * logstd).exp() - 1) - logstd).sum(-1).mean()"),
+    _against_standard("var", "0.5 * (mean**2 + var - 1 - var.log()).sum(-1).mean()"),
+    _of_normals(
+        "log_probs",
+        ("log_q", "log_p"),
+        "log q(x) and log p(x) at samples x of q, [num_samples]",
+        _log_probs_at_samples,
+        right="(log_q - log_p).mean()",
+        log_densities=lambda by_role: (by_role["log_q"], by_role["log_p"]),
+        fixed_samples=partial(_log_probs_at_samples, fixed=True),
+        ranks=(2,),
+    ),
+    replace(
+        _MEAN_LOGVAR,
+        name="samples",
+        roles=("z", "mean", "logvar"),
+        about="a reparameterised sample z of the diagonal Normal q, its mean and log-variance; p is the standard "
+        "Normal",
+        arguments=_sample_and_parameters,
+        right="(0.5 * z**2 - 0.5 * (z - mean) ** 2 / logvar.exp() - 0.5 * logvar).sum(-1).mean()",
+        log_densities=_densities_of_sample,
+    ),
+    _of_logits(
+        "logits",
+        ("logits_q", "logits_p"),
+        "the raw scores of two categorical distributions, [batch, classes]",
+        lambda leaves: (leaves["q.logits"], leaves["p.logits"]),
+        right="F.kl_div(logits_p.log_softmax(-1), logits_q.log_softmax(-1), log_target=True, reduction='batchmean')",
+    ),
+    _of_logits(
+        "kl_div",
+        ("input", "target"),
+        "`input` = log p and `target` = q in the order of `F.kl_div`, which returns KL(q‖p) = KL(target‖input)",
+        lambda leaves: (leaves["p.logits"].log_softmax(-1), leaves["q.logits"].softmax(-1)),
+        right="F.kl_div(input, target, reduction='batchmean')",
+    ),
+    _of_logits(
+        "kl_div_log_target",
+        ("input", "log_target"),
+        "`input` = log p and `log_target` = log q in the order of `F.kl_div(log_target=True)`",
+        lambda leaves: (leaves["p.logits"].log_softmax(-1), leaves["q.logits"].log_softmax(-1)),
+        right="F.kl_div(input, log_target, log_target=True, reduction='batchmean')",
+    ),
 )
-_LOGITS = Signature(
-    name="logits",
-    roles=("logits_q", "logits_p"),
-    about="the raw scores of two categorical distributions, [batch, classes]",
-    leaves=_logits_leaves,
-    arguments=lambda leaves: (leaves["q.logits"], leaves["p.logits"]),
-    pair=_logits_pair,
-    right="F.kl_div(logits_p.log_softmax(-1), logits_q.log_softmax(-1), log_target=True, reduction='batchmean')",
-    categorical=True,
-)
-_KL_DIV = Signature(
-    name="kl_div",
-    roles=("input", "target"),
-    about="`input` = log p and `target` = q in the order of `F.kl_div`, which returns KL(q‖p) = KL(target‖input)",
-    leaves=_logits_leaves,
-    arguments=lambda leaves: (leaves["p.logits"].log_softmax(-1), leaves["q.logits"].softmax(-1)),
-    pair=_logits_pair,
-    right="F.kl_div(input, target, reduction='batchmean')",
-    categorical=True,
-)
-_KL_DIV_LOG_TARGET = Signature(
-    name="kl_div_log_target",
-    roles=("input", "log_target"),
-    about="`input` = log p and `log_target` = log q in the order of `F.kl_div(log_target=True)`",
-    leaves=_logits_leaves,
-    arguments=lambda leaves: (leaves["p.logits"].log_softmax(-1), leaves["q.logits"].log_softmax(-1)),
-    pair=_logits_pair,
-    right="F.kl_div(input, log_target, log_target=True, reduction='batchmean')",
-    categorical=True,
-)
-
-SIGNATURES: Mapping[str, Signature] = {
-    signature.name: signature
-    for signature in (
-        _DISTRIBUTIONS,
-        _INDEPENDENT,
-        _MULTIVARIATE,
-        _CATEGORICALS,
-        _BERNOULLIS,
-        _against_standard(
-            "logvar",
-            "-0.5 * (1 + logvar - mean**2 - logvar.exp()).sum(-1).mean(), or with torch_klloss: "
-            "q = diagonal_normal(mean, logvar); AutoKL()(q, standard_normal_like(q))",
-        ),
-        _against_standard("std", "(0.5 * (mean**2 + std**2 - 1) - std.log()).sum(-1).mean()"),
-        _against_standard("logstd", "(0.5 * (mean**2 + (2 * logstd).exp() - 1) - logstd).sum(-1).mean()"),
-        _against_standard("var", "0.5 * (mean**2 + var - 1 - var.log()).sum(-1).mean()"),
-        _LOG_PROBS,
-        _SAMPLES,
-        _LOGITS,
-        _KL_DIV,
-        _KL_DIV_LOG_TARGET,
-    )
-}
+SIGNATURES: Mapping[str, Signature] = {signature.name: signature for signature in _SIGNATURES}
 """Every signature by its name."""

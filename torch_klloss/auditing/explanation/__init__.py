@@ -1,1 +1,1 @@
-"""What a loss may have computed: the catalogue of mistakes and the fit that names them."""
+"""Explanations of what a loss returns: the catalogue of mistakes, and the fit that names them."""

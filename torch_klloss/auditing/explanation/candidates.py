@@ -1,15 +1,16 @@
-"""What a loss might be computing: the KL, and what every mistake of the catalogue makes of it, for all probes."""
+"""Candidates: the KL, and what each mistake of the catalogue makes of it, for all probes at once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from torch_klloss.auditing.experiment.observation import Asked, Observation
-from torch_klloss.auditing.experiment.probes import Categoricals
+from torch_klloss.auditing.experiment.observation import Observation, Subject, without_loss
+from torch_klloss.auditing.experiment.probes import Categoricals, Layout
 from torch_klloss.auditing.explanation.expectations import (
     FACTORS,
     Core,
@@ -33,28 +34,28 @@ from torch_klloss.auditing.explanation.mistake import (
 from torch_klloss.auditing.explanation.mistakes import CATALOGUE
 
 _DRAWS = {1: 512, 2: 128}  # for each of four nets that predict a mean: fewer for pairs, of which there are many
+_KEPT = 16  # predictions of the catalogue, of at most 6 MiB each
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Hold a hypothesis and what it predicts for every example."""
+    """A hypothesis and its prediction for every example."""
 
     hypothesis: Hypothesis
     core: Core
 
 
-def right_core(asked: Asked) -> Candidate:
+def right_core(subject: Subject) -> Candidate:
     """Return what a right loss computes: the KL of every example."""
-    return Candidate(Hypothesis(), core_of(asked, {}))
+    return Candidate(Hypothesis(), core_of(subject, {}))
 
 
-def core_of(asked: Asked, parts: Parts) -> Core:
-    """Return what a formula in the parameters, or a sum over classes, gives with some of its parts replaced."""
-    changed = "spread" in parts or "pair" in parts
-    pair = misread(asked.call.signature, asked.leaves, asked.layout, parts) if changed else asked.pair
+def core_of(subject: Subject, parts: Parts) -> Core:
+    """Return the value of a formula in the parameters, or of a sum over classes, with some of its parts replaced."""
+    pair = misread(subject, parts)
     if isinstance(pair, Categoricals):
-        return categorical(pair, asked.layout, parts)
-    return analytic(pair, asked.layout, parts)
+        return categorical(pair, subject.layout, parts)
+    return analytic(pair, subject.layout, parts)
 
 
 def _k3(log_q: Tensor, log_p: Tensor) -> Tensor:
@@ -62,56 +63,80 @@ def _k3(log_q: Tensor, log_p: Tensor) -> Tensor:
     return torch.expm1(log_r) - log_r
 
 
-Integrand = Callable[[Tensor, Tensor], Tensor]
-UNBIASED: tuple[Integrand, ...] = (log_ratio, _k3)
+UNBIASED: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (log_ratio, _k3)
 """The integrands whose expectation under q is the KL: k1 and k3."""
 
 
-def unbiased_on_samples(asked: Asked, observation: Observation) -> list[Candidate]:
-    """Return, on given samples, the integrands whose expectation is the KL."""
+def unbiased_on_samples(subject: Subject, observation: Observation) -> list[Candidate]:
+    """Return the unbiased integrands at the samples that the loss was given."""
     return [
         Candidate(Hypothesis(), core)
         for integrand in UNBIASED
-        for core in _on_samples(asked, observation, {"integrand": integrand})
+        for core in _on_samples(subject, observation, {"integrand": integrand})
     ]
 
 
-def wrong_cores(asked: Asked, observation: Observation, *, on_samples: bool, at_most: int = 2) -> list[Candidate]:
-    """Return what every catalogued mistake of the core, and `at_most` of them together, predict."""
-    signature, layout, leaves = asked.call.signature, asked.layout, asked.leaves
-    mistakes = [mistake for mistake in CATALOGUE if mistake.gradient is None and not is_factor(mistake)]
-
-    def all_of(form: str) -> list[Hypothesis]:
-        return hypotheses(mistakes, form, signature.name, at_most)
-
-    if signature.categorical:
-        return [Candidate(h, core_of(asked, h.parts)) for h in all_of(CATEGORICAL)]
-    found = []
-    if signature.name != "log_probs":
-        found += [Candidate(h, core_of(asked, h.parts)) for h in all_of(ANALYTIC)]
-    seen = {candidate.hypothesis.ids for candidate in found}
+def wrong_cores(subject: Subject, observation: Observation, *, on_samples: bool, at_most: int = 2) -> list[Candidate]:
+    """Return the predictions of every catalogued mistake of the core, and of `at_most` of them together."""
+    leaves = tuple((name, leaf.numpy().tobytes()) for name, leaf in subject.leaves.items())
+    sampled = observation.stochastic and not on_samples
+    found = list(_predictions(subject.signature.name, subject.layout, leaves, sampled, at_most))
     if on_samples:
-        for h in all_of(SAMPLED):
+        for h in core_hypotheses(SAMPLED, subject.signature.name, at_most):
             if "direction" not in h.parts:
-                found += [Candidate(h, core) for core in _on_samples(asked, observation, h.parts)]
-    elif observation.stochastic:
-        expectations = Expectations(signature, leaves, layout, _DRAWS[at_most])
-        for h in all_of(SAMPLED):
-            if h.ids not in seen:
-                found += [Candidate(h, core) for core in expectations.cores(h.parts)]
+                found += [Candidate(h, core) for core in _on_samples(subject, observation, h.parts)]
     return found
 
 
-def _on_samples(asked: Asked, observation: Observation, parts: Parts) -> list[Core]:
-    signature, layout = asked.call.signature, asked.layout
+@lru_cache(_KEPT)
+def _predictions(
+    signature: str, layout: Layout, leaves: tuple[tuple[str, bytes], ...], sampled: bool, at_most: int
+) -> tuple[Candidate, ...]:
+    """Return the predictions that depend on the probes alone; kept, because every audit of a signature asks for them.
+
+    Args:
+        signature: the name.
+        layout: of the probes.
+        leaves: by name, the bytes of float64 values.
+        sampled: whether the means of estimates from samples are predicted too.
+        at_most: how many mistakes are made together.
+    """
+    values = {name: torch.frombuffer(bytearray(data), dtype=torch.float64).clone() for name, data in leaves}
+    subject = without_loss(signature, layout, values)
+    if subject.signature.categorical:
+        return tuple(mistaken(subject, CATEGORICAL, at_most))
+    found = [] if signature == "log_probs" else mistaken(subject, ANALYTIC, at_most)
+    if sampled:
+        formulas = {candidate.hypothesis.ids for candidate in found}
+        expectations = Expectations(subject, _DRAWS[at_most])
+        for h in core_hypotheses(SAMPLED, signature, at_most):
+            if h.ids not in formulas:
+                found += [Candidate(h, core) for core in expectations.cores(h.parts)]
+    return tuple(found)
+
+
+def mistaken(subject: Subject, form: str, at_most: int) -> list[Candidate]:
+    """Return the predictions of all mistakes of the core in a form that is not sampled."""
+    return [Candidate(h, core_of(subject, h.parts)) for h in core_hypotheses(form, subject.signature.name, at_most)]
+
+
+def _on_samples(subject: Subject, observation: Observation, parts: Parts) -> list[Core]:
+    signature = subject.signature
     columns = [torch.cat([a[i].reshape(-1) for a in observation.arguments]) for i in range(len(signature.roles))]
-    by_role = dict(zip((signature.roles[role] for role in asked.call.order), columns, strict=True))
+    by_role = subject.binding.by_role(columns)
     if signature.name == "log_probs":
         return at_log_probs(by_role["log_q"], by_role["log_p"], parts)
-    pair = misread(signature, asked.leaves, layout, parts)
-    return at_points(by_role["z"], pair, layout, parts)  # type: ignore[arg-type]
+    return at_points(by_role["z"], misread(subject, parts), subject.layout, parts)  # type: ignore[arg-type]
 
 
 def is_factor(mistake: Mistake) -> bool:
     """Return whether a mistake is a factor alone, which the fit finds by itself."""
     return any(parts.keys() <= FACTORS for parts in (mistake.analytic, mistake.categorical, mistake.sampled) if parts)
+
+
+_CORE_MISTAKES = [mistake for mistake in CATALOGUE if mistake.gradient is None and not is_factor(mistake)]
+
+
+def core_hypotheses(form: str, signature: str, at_most: int) -> list[Hypothesis]:
+    """Return the right computation, and all mistakes that change more than a factor, up to `at_most` together."""
+    return hypotheses(_CORE_MISTAKES, form, signature, at_most)

@@ -1,17 +1,17 @@
-"""What a computation with some of its parts replaced returns, for all probes in one go.
+"""Values of a KL computation with some of its parts replaced, for all probes at once.
 
-The parts, and what they are where nothing is wrong:
+The parts of a right computation:
 
-- `spread`: what the argument for q's spread is taken for.
+- `spread`: the kind of spread that q's is read as.
 - `pair`: the distributions that the loss believes it was given.
-- `direction`: which KLs are summed, each a weight and whether q and p change places.
+- `direction`: the KLs that are summed, each a weight and whether q and p change places.
 - `log`, `mean`, `variance`, `constant` (analytic): the terms of log(σp/σq) + (μq - μp)²/(2σp²) + σq²/(2σp²) - ½; `log`
   (sampled) is the log-scale in log q(x).
-- `draws` (sampled): from the pair and standard normal noise to the points x.
+- `draws` (sampled): takes the pair and standard normal noise, and returns the points x.
 - `integrand` (sampled): the function of log q(x) and log p(x) whose mean is taken; `log q level` and `log p level`:
-  whether they are joint where the other is one dimension's; `normaliser`: what log q lacks.
-- `weight`, `log q`, `log p` (categorical): the terms of Σ q (log q - log p), and `summand`, what is made of them;
-  `outcomes`: how a Bernoulli's two are summed.
+  whether one is joint where the other is of one dimension; `normaliser`: the constant that log q lacks.
+- `weight`, `log q`, `log p` (categorical): the parts of Σ q (log q - log p), and `summand`, the function of these;
+  `outcomes`: the sum over a Bernoulli's two.
 - `latent`, `batch`, `scale` (all): a factor, as powers of the latent and batch size and a constant; `repeated`: whether
   every example gets its batch's; see `fit.py`.
 """
@@ -21,12 +21,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from torch_klloss.auditing.experiment.observation import Subject
 from torch_klloss.auditing.experiment.probes import Categoricals, Layout, Normals, log_density
-from torch_klloss.auditing.experiment.signatures import LOG_VARIANCE, Leaves, Signature
+from torch_klloss.auditing.experiment.signatures import LOG_VARIANCE, ProbedPair
 from torch_klloss.auditing.explanation.mistake import Parts, keep
 
 FACTORS = frozenset({"latent", "batch", "scale", "repeated"})
@@ -38,12 +40,12 @@ _REPLICATES = 4
 
 @dataclass(frozen=True)
 class Core:
-    """Hold what a computation gives for every example before it is reduced over the batch.
+    """The value of a computation for every example, before it is reduced over the batch.
 
     Attributes:
         examples: `[num_examples]`, in nats.
-        elements: the terms that these are sums of, `[num_elements]`; None where they do not split.
-        std_error: of `examples`, where they come from draws of our own.
+        elements: the terms that they are sums of, `[num_elements]`; None where they do not split.
+        std_error: of `examples`, where they are means over the audit's own draws.
     """
 
     examples: Tensor
@@ -51,12 +53,12 @@ class Core:
     std_error: Tensor | None = None
 
 
-def misread(signature: Signature, leaves: Leaves, layout: Layout, parts: Parts) -> Normals | Categoricals:
+def misread(subject: Subject, parts: Parts) -> ProbedPair:
     """Return the pair that the loss believes it was given."""
-    pair = signature.pair(leaves, layout)
-    if "spread" in parts and signature.spread is not None:
-        pair = replace(pair, q_logvar=LOG_VARIANCE[parts["spread"]](leaves[signature.spread]))
-    believed: Normals | Categoricals = keep(parts, "pair", lambda given: given)(pair)
+    pair: Any = subject.pair
+    if "spread" in parts and subject.signature.spread is not None:
+        pair = replace(pair, q_logvar=LOG_VARIANCE[parts["spread"]](subject.leaves[subject.signature.spread]))
+    believed: ProbedPair = keep(parts, "pair", lambda given: given)(pair)
     return believed
 
 
@@ -85,7 +87,7 @@ def log_ratio(log_q: Tensor, log_p: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Densities:
-    """Hold log q and log p at points, of each dimension `[…, num_elements]` and jointly `[…, num_examples]`."""
+    """The log-densities at points, of each dimension `[…, num_elements]` and joint `[…, num_examples]`."""
 
     log_q: Tensor
     log_p: Tensor
@@ -116,7 +118,7 @@ def _densities_at(x: Tensor, pair: Normals, layout: Layout, parts: Parts) -> _De
 
 
 def at_points(x: Tensor, pair: Normals, layout: Layout, parts: Parts) -> list[Core]:
-    """Return the integrand at points `x`, `[…, num_elements]`: of each dimension and, where that differs, jointly."""
+    """Return the integrand at points `x`, `[…, num_elements]`: of each dimension and, if it differs, the joint one."""
     return _densities_at(x, pair, layout, parts).cores(layout, parts)
 
 
@@ -126,28 +128,28 @@ def at_log_probs(log_q: Tensor, log_p: Tensor, parts: Parts) -> list[Core]:
 
 
 class Expectations:
-    """Compute expectations of integrands under q, from randomised nets of our own, with their standard errors.
+    """Computes expectations of integrands under q from randomised nets, with their standard errors.
 
     Hypotheses that differ in the integrand alone share their log-densities.
     """
 
-    def __init__(self, signature: Signature, leaves: Leaves, layout: Layout, num_draws: int) -> None:
-        self._signature, self._leaves, self._layout = signature, leaves, layout
-        self._eps = _standard_normals(layout, num_draws)
+    def __init__(self, subject: Subject, num_draws: int) -> None:
+        self._subject = subject
+        self._eps = _standard_normals(subject.layout, num_draws)
         self._densities: dict[tuple[object, ...], list[_Densities]] = {}
 
     def cores(self, parts: Parts) -> list[Core]:
-        """Return the expectation: of each dimension's integrand and, where that differs, of the joint one."""
+        """Return the expectation of each dimension's integrand and, where it differs, of the joint one."""
         totals: list[Core] = []
         for (weight, _), densities in zip(parts.get("direction", FORWARD), self._shared(parts), strict=True):
-            cores = [_averaged(core, weight) for core in densities.cores(self._layout, parts)]
+            cores = [_averaged(core, weight) for core in densities.cores(self._subject.layout, parts)]
             totals = [_added(a, b) for a, b in zip(totals, cores, strict=True)] if totals else cores
         return totals
 
     def _shared(self, parts: Parts) -> list[_Densities]:
         key = tuple(parts.get(name) for name in ("spread", "pair", "direction", "log", "draws"))
         if key not in self._densities:
-            pair = misread(self._signature, self._leaves, self._layout, parts)
+            pair = misread(self._subject, parts)
             self._densities[key] = [
                 self._at_draws(pair.swapped if is_swapped else pair, parts)  # type: ignore[arg-type]
                 for _, is_swapped in parts.get("direction", FORWARD)
@@ -156,11 +158,11 @@ class Expectations:
 
     def _at_draws(self, pair: Normals, parts: Parts) -> _Densities:
         x = keep(parts, "draws", lambda n, eps: n.q_mean + (0.5 * n.q_logvar).exp() * eps)(pair, self._eps)
-        return _densities_at(x, pair, self._layout, parts)
+        return _densities_at(x, pair, self._subject.layout, parts)
 
 
 def _standard_normals(layout: Layout, num_draws: int) -> Tensor:
-    """Return points `[replicates · draws, num_elements]`: the same net for each example, a dimension an element."""
+    """Return points `[replicates · draws, num_elements]`: one net for all examples, with a dimension per element."""
     num_dims = int(layout.latent.max())
     nets = []
     for replicate in range(_REPLICATES):

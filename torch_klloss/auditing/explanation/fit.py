@@ -1,7 +1,7 @@
-"""Which mistakes explain what a loss returned: every hypothesis's prediction, times a factor, held against it.
+"""Fits: the values of a loss compared with the prediction of every hypothesis, times a factor.
 
-A prediction is a core (what is computed for each example) times batch^a · latent^b · c. The exponents and the constant
-are found from the evidence; a convention, such as the sum over the batch, is one of them that is not a mistake.
+A prediction is a core (the value for each example) times batch^a · latent^b · c. The exponents and the constant are
+estimated from the values; those of a convention, such as the sum over the batch, are no mistakes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_klloss.auditing.experiment.observation import Arrangement, Asked, Observation
+from torch_klloss.auditing.experiment.observation import Arrangement, Observation, Subject
 from torch_klloss.auditing.experiment.probes import Layout
 from torch_klloss.auditing.explanation.candidates import Candidate, is_factor, wrong_cores
 from torch_klloss.auditing.explanation.expectations import Core
@@ -22,29 +22,29 @@ from torch_klloss.auditing.explanation.mistake import Mistake
 from torch_klloss.auditing.explanation.mistakes import CATALOGUE
 
 TOLERANCE = 5e-4
-"""Relative, of a deterministic loss: far above rounding, and above what an eps of 1e-6 inside a logarithm does."""
+"""The relative tolerance of a deterministic loss: above rounding and the effect of an eps of 1e-6 in a logarithm."""
 
-_FEW = 5.0  # standard errors that a value may be off an explanation, and standard deviations that its χ² may be large
-_NEAR_BEST = 12.0  # in χ², of which a hypothesis that is as simple as the best is not told from it
-_WELL_KNOWN = 0.1  # how large a prediction's own error may be, relative to it
-_FAR_FROM_ZERO = 0.05  # how small against the KL an error must be, to tell nothing from little
+_FEW = 5.0  # standard errors that a value may be off its prediction, and standard deviations that χ² may be too large
+_NEAR_BEST = 12.0  # in χ²: an equally simple hypothesis that is no worse cannot be told from the best
+_WELL_KNOWN = 0.1  # the largest standard error of a prediction, relative to it
+_FAR_FROM_ZERO = 0.05  # the largest error, relative to the KL, at which 0 and "small" can be told apart
 _MOST = {False: 4.0, True: 2.5}  # the largest cost of an explanation: of exact values, of means
-_UNNAMED = 1.5  # mistakes that a constant without a name counts for
+_UNNAMED = 1.5  # the cost of a constant without a name
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Hold an explanation of the values.
+    """An explanation of the values.
 
     Attributes:
         candidate: the hypothesis about the core.
-        mistakes: all of them, those of the factor included; none where the value is the KL's.
-        batch: the exponent a of the batch size, beside the mean over the batch.
+        mistakes: all of them, those of the factor included; empty where the value is the KL's.
+        batch: the exponent a of the batch size, relative to the mean over the batch.
         latent: the exponent b of the latent size.
         scale: the constant c.
-        repeated: whether every example got its batch's value.
+        repeated: whether every example has the value of its batch.
         chi2: the squared deviations in standard errors (or tolerances), summed.
-        cost: how much is wrong: the number of mistakes, a nameless constant counting a little more than one.
+        cost: the number of mistakes, where a constant without a name counts for 1.5.
     """
 
     candidate: Candidate
@@ -62,7 +62,7 @@ class Fit:
         return frozenset(mistake.id for mistake in self.mistakes)
 
     def predict(self, layout: Layout, arrangement: Arrangement) -> Tensor:
-        """Return what it predicts for every observed value, differentiable where the core is."""
+        """Return the prediction of every observed value, differentiable where the core is."""
         prediction = arranged(self.candidate.core, layout, arrangement, self.repeated)
         if prediction is None:
             raise RuntimeError(f"a fit to values by {arrangement} came from a core without any")
@@ -85,7 +85,7 @@ _NAMED_SCALES: list[tuple[float, tuple[Mistake, ...]]] = [
 
 
 def constant_factor(scale: float) -> Mistake:
-    """Return the mistake of a constant that no other explains, measured."""
+    """Return the mistake of a measured constant that no other mistake explains."""
     inverse = 1 / scale if scale else math.inf
     number = f"{scale:.4g}" if abs(scale) >= 1 or abs(inverse - round(inverse)) > 0.01 else f"1/{round(inverse)}"
     return Mistake(
@@ -97,18 +97,18 @@ def constant_factor(scale: float) -> Mistake:
     )
 
 
-def explain(asked: Asked, observation: Observation, *, on_samples: bool = False) -> list[Fit]:
-    """Return the simplest sets of mistakes that explain the values; none where no two of them do.
+def explain(subject: Subject, observation: Observation, *, on_samples: bool = False) -> list[Fit]:
+    """Return the simplest sets of mistakes that explain the values; empty where no two mistakes do.
 
     Args:
-        asked: the loss and its probes.
-        observation: what it returned.
-        on_samples: whether the loss was given samples, so that predictions are made for these very samples.
+        subject: the loss and its probes.
+        observation: what the loss returned.
+        on_samples: whether the loss was given samples, at which the predictions are made.
     """
     fits: list[Fit] = []
     for at_most in (1, 2):
-        candidates = wrong_cores(asked, observation, on_samples=on_samples, at_most=at_most)
-        fits = best_fits(candidates, asked.layout, observation)
+        candidates = wrong_cores(subject, observation, on_samples=on_samples, at_most=at_most)
+        fits = best_fits(candidates, subject.layout, observation)
         if fits and fits[0].cost <= 1:
             break
     return fits
@@ -131,7 +131,7 @@ def convention(fit: Fit, arrangement: Arrangement) -> str:
 
 
 def arranged(core: Core, layout: Layout, arrangement: Arrangement, repeated: bool = False) -> Tensor | None:
-    """Return a core's values as the loss arranges them; means over the batch where it reduces over it."""
+    """Return a core's values in an arrangement, means where it reduces over the batch; None where it has none."""
     if repeated:
         return layout.means(core.examples)[layout.probe_of_example]
     if arrangement == "total":
@@ -168,15 +168,15 @@ def best_fits(
     only_right: bool = False,
     accept: float | None = None,
 ) -> list[Fit]:
-    """Return the simplest explanations of the values; several where nothing tells them apart, none where none fits.
+    """Return the simplest explanations of the values; several where they cannot be told apart, empty where none fits.
 
     Args:
-        candidates: the cores, in any order.
+        candidates: the cores, a right one first.
         layout: of the probes.
-        observation: what was returned.
-        only_right: whether only conventions are tried for the factor, and no mistakes.
-        accept: how many standard errors a value of a stochastic loss may be off; by default its values must fit
-            together, by their χ².
+        observation: what the loss returned.
+        only_right: whether the factors of conventions alone are tried.
+        accept: the number of standard errors that a value of a stochastic loss may be off; by default the χ² of all
+            its values is tested too.
     """
     found: list[Fit] = []
     for repeated in (False, True) if observation.arrangement == "example" and not only_right else (False,):
@@ -222,7 +222,7 @@ def _fits(
     finite = observation.value.isfinite()
     if not bool(finite.any()):
         return []
-    kl = predictions[0, finite].abs().median()  # the first candidate is the right one
+    kl = predictions[0, finite].abs().median()
     for batch, latent in itertools.product(batches, (0,) if only_right else (-1, 0, 1)):
         powers = _powers(layout, observation.arrangement, batch, latent)
         P = predictions * powers
@@ -253,13 +253,13 @@ def _scales(
     only_right: bool,
     accept: float | None,
 ) -> list[tuple[int, float, tuple[Mistake, ...] | None, float]]:
-    """Return the candidates that fit with some constant: index, constant, its mistakes (None for no name), χ²."""
+    """Return the candidates that fit with some constant: index, constant, its mistakes (None without a name), χ²."""
     y = observation.value[finite]
     P, errors = P[:, finite], errors[:, finite]
     usable = P.isfinite().all(1)
     P = torch.where(usable[:, None], P, 0.0)
     if observation.stochastic:
-        # A prediction that is not known well itself (its variance may be infinite) fits everything, and says nothing.
+        # A prediction with a large error of its own (its variance may be infinite) would fit everything.
         usable &= (errors <= _WELL_KNOWN * torch.maximum(P.abs(), P.abs().mean(1, keepdim=True))).all(1)
 
     def sigma(scale: Tensor | float) -> Tensor:
@@ -278,12 +278,12 @@ def _scales(
     found: list[tuple[int, float, tuple[Mistake, ...] | None, float]] = []
     for constant, named in _NAMED_SCALES[: 1 if only_right else None]:
         if observation.stochastic and len(named) > 1 and constant > 0:
-            continue  # two factors that are no more likely than a third, where a mean cannot tell them apart
+            continue  # a mean cannot tell two factors from a third, and they are no more likely
         deviations = (y - constant * P) / sigma(constant)
         if constant == 0 and bool((sigma(0.0) > _FAR_FROM_ZERO * kl).any()):
             continue
         for index in fits(deviations):
-            if constant != 0 or index == 0:  # whatever is times zero, it is zero
+            if constant != 0 or index == 0:  # times zero, all candidates are the same
                 found.append((index, constant, named, float(deviations[index].square().sum())))
     if only_right:
         return found

@@ -1,4 +1,4 @@
-"""What a mistake is: the parts of a right computation that it replaces."""
+"""Mistakes, declared by the parts of a right computation that they replace."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 Parts = Mapping[str, Any]
 
 ANALYTIC, SAMPLED, CATEGORICAL = "analytic", "sampled", "categorical"
-"""The forms that a computation takes: a formula in the parameters, an estimate from samples, a sum over classes."""
+"""The forms of a computation: a formula in the parameters, an estimate from samples, a sum over classes."""
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """Declare a mistake: how it changes what a loss returns, in words and in parts.
+    """A mistake: its effect on what a loss returns, in words and in parts.
 
-    A computation is made of named parts (`expectations.py` lists them). A mistake replaces some; two
-    mistakes go together where they replace different ones, so that pairs need no declaration of their own.
+    A computation is made of named parts (`expectations.py` lists them), of which a mistake replaces some. Two
+    mistakes can be made together where they replace different parts, so that pairs need no declaration.
 
     Attributes:
-        id: a short name with hyphens, which reports and tests use.
+        id: a short name with hyphens, for reports and tests.
         what: what the loss does, as a sentence that begins with "it".
         fix: what to do about it, as a sentence.
         signature: the signature of the example.
@@ -28,9 +28,9 @@ class Mistake:
         analytic: the parts that it replaces in a formula for two Normals.
         sampled: the parts that it replaces in an estimate from samples of q.
         categorical: the parts that it replaces in a sum over classes.
-        only: the signatures that it can occur in; all whose form it has parts for, where None.
-        gradient: for a mistake with a right value, what each distribution's parameters get for a gradient, "q" and
-            "p": see `gradient.py`.
+        only: the signatures that it can occur in; None for all whose form it has parts for.
+        gradient: for a mistake with a right value, the kind of gradient that the parameters of "q" and "p" get, as
+            `gradient.py` names them.
     """
 
     id: str
@@ -45,22 +45,22 @@ class Mistake:
     gradient: Mapping[str, str] | None = None
 
     def parts(self, form: str) -> Parts | None:
-        """Return what it replaces in a computation of `form`, or None where it cannot occur there."""
+        """Return the parts that it replaces in a computation of `form`, or None where it cannot occur there."""
         found: Parts | None = getattr(self, form)
         return found
 
     def occurs_in(self, signature: str) -> bool:
-        """Return whether a loss of that signature can make this mistake."""
+        """Return whether a loss with that signature can make this mistake."""
         return self.only is None or signature in self.only
 
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """Hold mistakes that are made together, and the parts that they replace.
+    """Mistakes that are made together, and the parts that they replace.
 
     Attributes:
-        mistakes: none for a right loss.
-        parts: what is replaced.
+        mistakes: empty for a right loss.
+        parts: the replaced parts.
     """
 
     mistakes: tuple[Mistake, ...] = ()
@@ -73,7 +73,7 @@ class Hypothesis:
 
 
 def hypotheses(mistakes: Iterable[Mistake], form: str, signature: str, at_most: int = 2) -> list[Hypothesis]:
-    """Return the right computation, and every mistake that can occur, up to `at_most` of them together."""
+    """Return the hypotheses of no mistake, of every mistake that can occur, and of up to `at_most` of them together."""
     possible = [(mistake, mistake.parts(form)) for mistake in mistakes if mistake.occurs_in(signature)]
     single = [Hypothesis((mistake,), parts) for mistake, parts in possible if parts is not None]
     found, last = [Hypothesis()], [Hypothesis()]
@@ -84,7 +84,7 @@ def hypotheses(mistakes: Iterable[Mistake], form: str, signature: str, at_most: 
 
 
 def _joined(earlier: Hypothesis, one: Hypothesis) -> Hypothesis | None:
-    """Return both together, or None where they replace the same part, or come in the order of another pair."""
+    """Return both together, or None where they replace the same part or are joined already in the other order."""
     if earlier.mistakes and earlier.mistakes[-1].id >= one.mistakes[0].id:
         return None
     if earlier.parts.keys() & one.parts.keys():
@@ -93,6 +93,6 @@ def _joined(earlier: Hypothesis, one: Hypothesis) -> Hypothesis | None:
 
 
 def keep(parts: Parts, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the part of that name, or the right one."""
+    """Return the replaced part of that name, or else the right one."""
     found: Callable[..., Any] = parts.get(name, default)
     return found

@@ -1,8 +1,8 @@
-"""`audit_module`: run a training step, and hold every KL in it against that of its own (q, p).
+"""The audit of a training step: every KL in it is compared with the KL of its own (q, p).
 
-`runner` starts at the module and ends at the report. In between, `watching` sees what the functions of a step have
-(`seen`), `pairs` finds the q and p among it by their `names`, `truth` computes their KLs, and `judging` holds the
-numbers that are named like a KL against these.
+`runner` goes from the module to the report. In between, `watcher` makes a `record` of each function of the step,
+`pairs` finds q and p among its variables by their `names`, `references` computes their KLs, and `judge` compares the
+numbers that are named like a KL with these.
 """
 
 from torch_klloss.auditing.training_step.report import ModuleFinding, ModuleReport

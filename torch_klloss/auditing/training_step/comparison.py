@@ -1,4 +1,4 @@
-"""A number held against a pair: which convention it is of the KL, or which mistakes make it what it is."""
+"""The comparison of a number with the KL of a pair, by conventions or by mistakes."""
 
 from __future__ import annotations
 
@@ -10,31 +10,32 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical
 
+from torch_klloss.auditing.experiment.calling import first_line
 from torch_klloss.auditing.experiment.observation import Arrangement, Observation
 from torch_klloss.auditing.experiment.probes import Layout
 from torch_klloss.auditing.explanation.fit import TOLERANCE, Fit, best_fits, convention
 from torch_klloss.auditing.training_step.pairs import Pair
+from torch_klloss.auditing.training_step.references import Evidence, Reference, References
 from torch_klloss.auditing.training_step.report import ModuleVerdict
-from torch_klloss.auditing.training_step.truth import Evidence, Truth, Truths
 
-_TOO_NEAR = 0.05  # how large against the KL rounding may be
-_SLIGHT = 0.02  # relative; a mistake that changes so little is not told from other causes
-_FEWEST = 3  # values that a factor without a name must explain
-_FEWEST_OF = {1: 1, 2: 4}  # values that so many mistakes must explain together
+_TOO_NEAR = 0.05  # the largest rounding error, relative to the KL
+_SLIGHT = 0.02  # the largest relative change by a mistake that may have other causes
+_FEWEST = 3  # the fewest values from which a factor without a name is found
+_FEWEST_OF = {1: 1, 2: 4}  # the fewest values from which one mistake, or two together, are found
 _MOST_WRONG = 2.0  # the largest cost of an explanation: two mistakes
-_NEAR = "q is too near to p for the rounding of its dtype; ask again after some steps of training, or in float32"
-_MADE_UP_FOR = frozenset({"half-missing", "sign"})  # as in -0.5 * terms.sum(1), with terms = 1 + logvar - …
+_NEAR = "q is too near to p for the rounding of its dtype; audit after some steps of training, or in float32"
+_CORRECTED_LATER = frozenset({"half-missing", "sign"})  # as in -0.5 * terms.sum(1), with terms = 1 + logvar - …
 
 
 @dataclass(frozen=True)
-class Held:
-    """Hold what came of a comparison.
+class Comparison:
+    """The result of comparing a number with a pair.
 
     Attributes:
         verdict: "right", "wrong" or "cannot tell".
         explanation: in words.
-        pair: that the number was held against.
-        where: the pair was found, unless with the number.
+        pair: the q and p that the number was compared with.
+        where: the place where the pair was found; empty if it is the number's.
         got: the number, in nats for each example where its reduction is known.
         expected: the KL of the pair, in nats for each example.
         mistakes: one entry for each explanation that fits.
@@ -51,34 +52,34 @@ class Held:
     is_formula: bool = False
 
 
-def compare(evidence: Evidence, truths: Truths, *, explained: bool) -> Held | None:
-    """Hold a number against a pair: a convention or, where `explained`, the mistakes that make it what it is."""
-    nearest: Held | None = None
+def compare(evidence: Evidence, references: References, *, explained: bool) -> Comparison | None:
+    """Compare a number with a pair: find its convention or, where `explained`, its mistakes."""
+    nearest: Comparison | None = None
     for example_dims in (1, 2):
         try:
-            truth = truths.of(evidence, example_dims)
+            reference = references.of(evidence, example_dims)
         except Exception as error:
-            return Held("cannot tell", str(error).splitlines()[0] if str(error) else type(error).__name__)
+            return Comparison("cannot tell", first_line(error))
         if example_dims > 1 and not _has_steps(evidence):
             break
-        arrangement = _arrangement(evidence.values, truth.layout, example_dims)
+        arrangement = _arrangement(evidence.values, reference.layout, example_dims)
         if arrangement is None:
-            nearest = nearest or _of_no_shape(evidence, truth)
+            nearest = nearest or _of_no_shape(evidence, reference)
             continue
-        observation = _observation(evidence.values, arrangement, truth.rounding)
-        if truth.rounding > _TOO_NEAR:
-            got, kl = _numbers(evidence, truth, arrangement)
-            return Held("cannot tell", _NEAR, got=got, expected=kl)
-        fits = best_fits(truth.right, truth.layout, observation, only_right=True)
+        observation = _observation(evidence.values, arrangement, reference.rounding)
+        if reference.rounding > _TOO_NEAR:
+            got, kl = _numbers(evidence, reference, arrangement)
+            return Comparison("cannot tell", _NEAR, got=got, expected=kl)
+        fits = best_fits(reference.right, reference.layout, observation, only_right=True)
         if fits:
             steps = ", nats a step" if example_dims > 1 else ""
-            got, kl = _numbers(evidence, truth, arrangement, fits[0].batch)
-            is_formula = fits[0].candidate is truth.right[0]
+            got, kl = _numbers(evidence, reference, arrangement, fits[0].batch)
+            is_formula = fits[0].candidate is reference.right[0]
             at = "" if is_formula else ", as an estimate from the samples of this step"
-            said = f"it is the KL{at}, {convention(fits[0], arrangement)}{steps}"
-            return Held("right", said, got=got, expected=kl, is_formula=is_formula)
+            words = f"it is the KL{at}, {convention(fits[0], arrangement)}{steps}"
+            return Comparison("right", words, got=got, expected=kl, is_formula=is_formula)
         if explained and example_dims == 1:
-            nearest = _explained(evidence, truths, arrangement, observation)
+            nearest = _explained(evidence, references, arrangement, observation)
     return nearest
 
 
@@ -90,7 +91,7 @@ def _has_steps(evidence: Evidence) -> bool:
 
 
 def _arrangement(values: Sequence[Tensor], layout: Layout, example_dims: int) -> Arrangement | None:
-    """Return what there is a value for: the whole batch, an example, an element, a latent dimension."""
+    """Return whether a value is one of the batch, of an example, of an element or of a latent dimension."""
     arrangements: list[tuple[Arrangement, Callable[[tuple[int, ...]], tuple[int, ...]]]] = [
         ("total", lambda shape: ()),
         ("example", lambda shape: shape[:1]),
@@ -124,61 +125,66 @@ def _observation(values: Sequence[Tensor], arrangement: Arrangement, rounding: f
         directions=None,
         probe_of_value=torch.arange(len(flat)).repeat_interleave(torch.tensor([len(part) for part in flat])),
         arguments=(),
-        num_calls=2 if noisy else 1,  # rounding is taken for the error of a mean
+        num_calls=2 if noisy else 1,  # rounding is treated as the error of a mean
         changed=(),
         drew=False,
     )
 
 
 def _numbers(
-    evidence: Evidence, truth: Truth, arrangement: Arrangement, batch: int = 0, run: int = 0
+    evidence: Evidence, reference: Reference, arrangement: Arrangement, batch: int = 0, run: int = 0
 ) -> tuple[float, float]:
-    """Return the number of a run, of the whole batch by default, as nats an example, and the KL."""
-    value, size = evidence.values[run].double(), float(truth.layout.batch[run])
+    """Return the number of a run, by default on the whole batch, in nats for each example, and the KL."""
+    value, size = evidence.values[run].double(), float(reference.layout.batch[run])
     divided = arrangement in ("example", "element") or batch > 0
-    return float(value.sum()) / (size if divided else 1.0), float(truth.kl[run])
+    return float(value.sum()) / (size if divided else 1.0), float(reference.kl[run])
 
 
-def _is_slight(evidence: Evidence, truth: Truth, arrangement: Arrangement, batch: int) -> bool:
+def _is_slight(evidence: Evidence, reference: Reference, arrangement: Arrangement, batch: int) -> bool:
     """Return whether a number is near the KL in all runs."""
-    numbers = [_numbers(evidence, truth, arrangement, batch, run) for run in range(len(evidence.values))]
+    numbers = [_numbers(evidence, reference, arrangement, batch, run) for run in range(len(evidence.values))]
     return all(abs(got - kl) < _SLIGHT * abs(kl) for got, kl in numbers)
 
 
-def _of_no_shape(evidence: Evidence, truth: Truth) -> Held:
-    value, size = evidence.values[0], int(truth.layout.batch[0])
-    shape, kl = tuple(value.shape), float(truth.kl[0])
+def _of_no_shape(evidence: Evidence, reference: Reference) -> Comparison:
+    value, size = evidence.values[0], int(reference.layout.batch[0])
+    shape, kl = tuple(value.shape), float(reference.kl[0])
     if _alike(shape, (size, size)) and size > 1:
-        said = f"its shape is {shape}: [batch] against [batch, 1] broadcasts to [batch, batch]"
-        return Held("wrong", said, got=float(value.mean()), expected=kl, mistakes=("wrong-shape",))
-    return Held("cannot tell", f"its shape {shape} is that of no reduction of this KL", expected=kl)
+        words = f"its shape is {shape}: [batch] against [batch, 1] broadcasts to [batch, batch]"
+        return Comparison("wrong", words, got=float(value.mean()), expected=kl, mistakes=("wrong-shape",))
+    return Comparison("cannot tell", f"no reduction of this KL has its shape {shape}", expected=kl)
 
 
-def _explained(evidence: Evidence, truths: Truths, arrangement: Arrangement, observation: Observation) -> Held:
-    truth = truths.of(evidence)
-    got, kl = _numbers(evidence, truth, arrangement)
-    if not bool(observation.value.isfinite().all()) and bool(truth.kl.isfinite().all()):
-        return Held("wrong", "it is not finite, and the KL is", got=got, expected=kl, mistakes=("not-a-number",))
+def _explained(
+    evidence: Evidence, references: References, arrangement: Arrangement, observation: Observation
+) -> Comparison:
+    reference = references.of(evidence)
+    got, kl = _numbers(evidence, reference, arrangement)
+    if not bool(observation.value.isfinite().all()) and bool(reference.kl.isfinite().all()):
+        return Comparison("wrong", "it is not finite, and the KL is", got=got, expected=kl, mistakes=("not-a-number",))
     fits: list[Fit] = []
     for at_most in (1, 2):
         if fits or len(observation.value) < _FEWEST_OF[at_most]:
             break
-        truth = truths.of(evidence, at_most=at_most)
-        candidates = [truth.right[0], *(c for c in truth.wrong if c.hypothesis.mistakes), *truth.right[1:]]
+        reference = references.of(evidence, at_most=at_most)
+        candidates = [reference.right[0], *(c for c in reference.wrong if c.hypothesis.mistakes), *reference.right[1:]]
         most = 1.0 if len(observation.value) < _FEWEST else _MOST_WRONG
-        fits = [f for f in best_fits(candidates, truth.layout, observation) if f.mistakes and f.cost <= most]
+        fits = [f for f in best_fits(candidates, reference.layout, observation) if f.mistakes and f.cost <= most]
     if not fits:
-        said = "it is not the KL of this pair, and no mistake that is known explains it: perhaps it is that of another"
-        return Held("cannot tell", said, got=got, expected=kl)
-    got, kl = _numbers(evidence, truth, arrangement, fits[0].batch)
-    if _is_slight(evidence, truth, arrangement, fits[0].batch):
-        said = "it is slightly off the KL of this pair, which more than a mistake with a small part of it may explain"
-        return Held("cannot tell", said, got=got, expected=kl)
-    if arrangement == "element" and fits[0].ids <= _MADE_UP_FOR:
-        said = f"it is {got / kl:.3g} times the KL's terms, not summed yet, which may be made up for where they are"
-        return Held("cannot tell", said, got=got, expected=kl)
-    told = list(dict.fromkeys(" and ".join(m.what.replace(" on all probes", "") for m in fit.mistakes) for fit in fits))
+        words = "it is not the KL of this pair, and no catalogued mistake explains it; it may belong to another pair"
+        return Comparison("cannot tell", words, got=got, expected=kl)
+    got, kl = _numbers(evidence, reference, arrangement, fits[0].batch)
+    if _is_slight(evidence, reference, arrangement, fits[0].batch):
+        words = "it is slightly off the KL of this pair, too close to tell which mistake, if any, is the cause"
+        return Comparison("cannot tell", words, got=got, expected=kl)
+    if arrangement == "element" and fits[0].ids <= _CORRECTED_LATER:
+        words = f"it is {got / kl:.3g} times the KL's terms, not summed yet; later code may correct the factor"
+        return Comparison("cannot tell", words, got=got, expected=kl)
+    explanations = list(
+        dict.fromkeys(" and ".join(m.what.replace(" on all probes", "") for m in fit.mistakes) for fit in fits)
+    )
     sizes = "x".join(map(str, evidence.pairs[0].q.batch_shape + evidence.pairs[0].q.event_shape))
-    said = "; or ".join(told) + f" (q is {sizes}{'' if len(told) < 2 else ', which does not tell these apart'})"
+    ambiguous = "" if len(explanations) < 2 else ", which does not tell these apart"
+    words = f"{'; or '.join(explanations)} (q is {sizes}{ambiguous})"
     ids = tuple(dict.fromkeys(" + ".join(m.id for m in fit.mistakes) for fit in fits))
-    return Held("wrong", said, got=got, expected=kl, mistakes=ids)
+    return Comparison("wrong", words, got=got, expected=kl, mistakes=ids)

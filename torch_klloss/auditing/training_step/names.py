@@ -1,4 +1,4 @@
-"""What the names in a step tell: KLs, means and spreads, q and p, weights, samples."""
+"""The roles that names in a training step suggest: KL, mean, spread, q, p, weight, sample."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def words_of(name: str) -> tuple[str, ...]:
 
 
 def is_kl_name(name: str) -> bool:
-    """Return whether a KL is called so, and not a weight or a schedule of one."""
+    """Return whether a name suggests a KL, and not its weight or schedule."""
     words = words_of(name)
     named = bool(_KL_WORDS & set(words)) or any(phrase in "_".join(words) for phrase in _KL_PHRASES)
     return named and not _NO_KL_WORDS & set(words)
 
 
 def moment_of(name: str) -> list[tuple[str, tuple[str, ...]]]:
-    """Return what a tensor of that name may be, "mean" or a spread, with the words that tell it from others."""
+    """Return the moments that a name suggests, "mean" or a kind of spread, each with the other words of the name."""
     found = []
     for split in (words_of(name), re.split(r"_+", name.lower())):  # sigma2: the second sigma, or a square
         core = "_".join(w for w in split if w in _MOMENT_WORDS)
@@ -65,7 +65,7 @@ def moment_of(name: str) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def side_of(name: str) -> str:
-    """Return "q", "p" or "" for a distribution or a moment of that name."""
+    """Return whether a distribution or moment of that name is of "q" or "p"; "" if the name does not tell."""
     words = set(words_of(name))
     if words & _P_WORDS or re.fullmatch(BY_NAMES["distributions"][1], name.lower()):
         return "p"
@@ -73,10 +73,10 @@ def side_of(name: str) -> str:
 
 
 def is_of_data(name: str) -> bool:
-    """Return whether a name is that of the data or of their reconstruction, and no latent's."""
+    """Return whether a name suggests the data or their reconstruction, and no latent."""
     return side_of(name) != "q" and bool(set(words_of(name)) & _DATA_WORDS)
 
 
 def level_of(words: Iterable[str]) -> tuple[str, ...]:
-    """Return what is left of a name without the words for q and p: the level of a hierarchy."""
+    """Return the words of a name other than those for q, p and moments: the level of a hierarchy."""
     return tuple(w for w in words if w not in _Q_WORDS | _P_WORDS | _MOMENT_WORDS and w not in ("dist", "qs", "ps"))

@@ -1,4 +1,4 @@
-"""The pairs (q, p) of a function: two distributions, or a mean and a spread, whose names go together."""
+"""The pairs (q, p) of a function: two distributions, or a mean and a spread, with matching names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.distributions import Distribution, Normal
 
 from torch_klloss.auditing.experiment.signatures import LOG_VARIANCE, Spread
 from torch_klloss.auditing.training_step.names import is_kl_name, is_of_data, level_of, moment_of, side_of, words_of
-from torch_klloss.auditing.training_step.record import Seen, Value
+from torch_klloss.auditing.training_step.record import FunctionRecord, NamedValue
 from torch_klloss.distributions.checks import check_pair
 from torch_klloss.distributions.families import standard_normal_like
 from torch_klloss.distributions.tensors import tensors_of
@@ -19,15 +19,15 @@ from torch_klloss.distributions.tensors import tensors_of
 
 @dataclass(frozen=True)
 class Pair:
-    """Hold a q and a p that were found.
+    """A q and a p of a training step.
 
     Attributes:
-        label: what they are, in the names of the step.
+        label: their names in the step.
         q: the posterior.
         p: the prior.
-        given: mean, spread and kind of spread, where q is told by tensors and p is the standard Normal.
-        points: where log q and log p may have been taken.
-        of: the pairs of the levels whose KLs are summed, where this is a hierarchy.
+        given: mean, spread and kind of spread, where q is determined from tensors and p is the standard Normal.
+        points: the points at which log q and log p may have been evaluated.
+        of: the pairs of the levels of a hierarchy, whose KLs are summed.
     """
 
     label: str
@@ -43,13 +43,13 @@ class Pair:
         return [*self.given[:2]] if self.given is not None else tensors_of(self.q)
 
     def shares_q(self, other: Pair) -> bool:
-        """Return whether the q of another is made of some of the same tensors."""
+        """Return whether the other q is made of some of the same tensors."""
         return not {id(t) for t in self.anchors}.isdisjoint(id(t) for t in other.anchors)
 
 
 @dataclass(frozen=True)
 class _Moments:
-    """Hold a mean and a spread whose names go together."""
+    """A mean and a spread with matching names."""
 
     label: str
     side: str
@@ -64,21 +64,21 @@ class _Moments:
         return Normal(self.mean, (0.5 * logvar).exp(), validate_args=False)
 
 
-def pairs_of(seen: Seen) -> list[Pair]:
+def pairs_of(record: FunctionRecord) -> list[Pair]:
     """Return the pairs of a function, the likeliest first."""
-    points = tuple({id(t): t for t in seen.samples}.values())
-    distributions = [v for v in seen.values if isinstance(v.value, Distribution) and not is_of_data(v.role)]
-    found = [*_pairs_called(seen, distributions), *_pairs_named(distributions), *_pairs_of_moments(seen)]
+    points = tuple({id(t): t for t in record.samples}.values())
+    distributions = [v for v in record.values if isinstance(v.value, Distribution) and not is_of_data(v.role)]
+    found = [*_pairs_called(record, distributions), *_pairs_named(distributions), *_pairs_of_moments(record)]
     unique = {pair.label: pair for pair in reversed(found)}
     pairs = [replace(pair, points=points) for pair in found if unique[pair.label] is pair]
     return [*pairs, *_sums(pairs)]
 
 
-def _pairs_called(seen: Seen, distributions: list[Value]) -> list[Pair]:
-    """Return what `kl_divergence` was called with, in the order that the names, or a standard prior, tell."""
+def _pairs_called(record: FunctionRecord, distributions: list[NamedValue]) -> list[Pair]:
+    """Return the arguments of `kl_divergence`, in the order that their names or a standard prior determine."""
     names = {id(v.value): v.role for v in distributions}
     found = []
-    for index, (first, second) in enumerate(seen.called):
+    for index, (first, second) in enumerate(record.called):
         sides = [side_of(names.get(id(d), "")) for d in (first, second)]
         is_swapped = sides[0] == "p" or sides[1] == "q" or (_is_standard(first) and not _is_standard(second))
         is_swapped = is_swapped and not (sides[0] == "q" or sides[1] == "p")
@@ -93,7 +93,7 @@ def _is_standard(d: Distribution) -> bool:
     return isinstance(base, Normal) and bool((base.loc == 0).all()) and bool((base.scale == 1).all())
 
 
-def _pairs_named(distributions: list[Value]) -> list[Pair]:
+def _pairs_named(distributions: list[NamedValue]) -> list[Pair]:
     ps = [v for v in distributions if side_of(v.role) == "p"]
     qs = [v for v in distributions if side_of(v.role) == "q"]
     others = [v for v in distributions if side_of(v.role) == ""]
@@ -119,9 +119,9 @@ def _fit(q: Distribution, p: Distribution) -> bool:
         return False
 
 
-def _pairs_of_moments(seen: Seen) -> list[Pair]:
-    moments = list(_moments(seen.values))
-    if all(m.side != "p" for m in moments) and is_kl_name(seen.code.co_name) and len({m.key for m in moments}) == 2:
+def _pairs_of_moments(record: FunctionRecord) -> list[Pair]:
+    moments = list(_moments(record.values))
+    if all(m.side != "p" for m in moments) and is_kl_name(record.code.co_name) and len({m.key for m in moments}) == 2:
         first = moments[0].key  # as in kl(mean1, std1, mean2, std2)
         moments = [m if m.key == first else replace(m, side="p") for m in moments]
     ps = [m for m in moments if m.side == "p"]
@@ -139,13 +139,13 @@ def _pairs_of_moments(seen: Seen) -> list[Pair]:
     return found
 
 
-def _moments(values: Sequence[Value]) -> Iterator[_Moments]:
+def _moments(values: Sequence[NamedValue]) -> Iterator[_Moments]:
     tensors = [v for v in values if isinstance(v.value, Tensor) and v.value.is_floating_point() and v.value.dim() > 0]
-    told = [(v, what, rest) for v in tensors for what, rest in moment_of(v.role)]
-    for mean, what, rest in told:
+    named = [(v, what, rest) for v in tensors for what, rest in moment_of(v.role)]
+    for mean, what, rest in named:
         if what != "mean" or is_of_data(mean.role):
             continue
-        for spread, kind, its_rest in told:
+        for spread, kind, its_rest in named:
             if kind == "mean" or its_rest != rest or spread.value.shape != mean.value.shape:
                 continue
             side, key = side_of(mean.role), level_of(rest)

@@ -1,4 +1,4 @@
-"""What is seen in a training step: functions with their variables, and the numbers that are named like a KL."""
+"""Records of a training step: its functions with their variables, and the numbers that are named like a KL."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from torch_klloss.elbo import ELBOTerms
 
 
 @dataclass(frozen=True)
-class Value:
-    """Hold something that has a name: how it is written, and the name that tells its role."""
+class NamedValue:
+    """A value with its label in the code, and the name that determines its role."""
 
     label: str
     role: str
@@ -27,25 +27,25 @@ class Value:
 
 
 @dataclass
-class Seen:
-    """Hold what a function of the user's had when it returned.
+class FunctionRecord:
+    """The state of one of the user's functions when it returned.
 
     Attributes:
-        frame: kept, so that no other gets its identity.
-        nth: how many of this function returned before.
-        parent: the nearest caller of the user's.
+        frame: kept, so that no other frame gets its identity.
+        nth: the number of earlier returns of this function.
+        parent: the nearest caller among the user's functions.
         values: the local variables, and attributes of `self`.
         parameters: the names of its parameters.
         returned: what it returned.
         line: where it returned.
         called: the (q, p) of the `kl_divergence` calls in it.
-        points: where densities were evaluated in it, and samples drawn.
+        points: the points at which densities were evaluated in it, and the samples drawn.
     """
 
     frame: FrameType
     nth: int
     parent: FrameType | None
-    values: list[Value]
+    values: list[NamedValue]
     parameters: frozenset[str]
     returned: Any
     line: int
@@ -54,12 +54,12 @@ class Seen:
 
     @property
     def code(self) -> CodeType:
-        """Of the function."""
+        """The code of the function."""
         return self.frame.f_code
 
     @property
     def place(self) -> tuple[CodeType, int]:
-        """What it is found by in another run."""
+        """The key by which it is found in another run."""
         return self.code, self.nth
 
     @property
@@ -71,22 +71,22 @@ class Seen:
 
 @dataclass(frozen=True)
 class Number:
-    """Hold something named like a KL.
+    """A number that is named like a KL.
 
     Attributes:
-        label: how it is written.
-        role: the name that tells what it is.
-        seen: the function that has it.
+        label: its label in the code.
+        role: the name that determines its role.
+        record: of the function that has it.
         live: the tensor, with its graph.
-        value: a copy of what it was.
-        version: of the tensor, when it was copied.
+        value: a copy of the tensor.
+        version: of the tensor when it was copied.
         own: whether it was made here, and not handed in.
-        line: where.
+        line: where it was assigned, logged or returned.
     """
 
     label: str
     role: str
-    seen: Seen
+    record: FunctionRecord
     live: Tensor | None
     value: Tensor
     version: int
@@ -95,13 +95,13 @@ class Number:
 
     @property
     def place(self) -> tuple[CodeType, int, str]:
-        """What it is found by in another run."""
-        return *self.seen.place, self.label
+        """The key by which it is found in another run."""
+        return *self.record.place, self.label
 
 
 @dataclass(frozen=True)
-class Checked:
-    """Hold a call of one of this library's losses."""
+class LossCall:
+    """A call of one of this library's losses."""
 
     path: str
     where: str
@@ -112,7 +112,7 @@ class Checked:
 
 
 def is_same(one: Tensor, other: Tensor) -> bool:
-    """Return whether two numbers are one, copied or rounded."""
+    """Return whether two numbers are equal up to rounding."""
     if one.shape != other.shape:
         return False
     return torch.allclose(one.double(), other.double(), rtol=1e-6, atol=0.0, equal_nan=True)
@@ -125,41 +125,41 @@ def location(frame: FrameType, line: int) -> str:
     return f"{Path(code.co_filename).name}:{line} in {name}"
 
 
-def values_of(frame: FrameType) -> Iterator[Value]:
-    """Yield the variables of a function, and what the module whose method it is holds."""
+def values_of(frame: FrameType) -> Iterator[NamedValue]:
+    """Yield the variables of a function, and the attributes of the module whose method it is."""
     owner = owner_name(frame.f_code)
     for name, value in frame.f_locals.items():
         if name == owner and isinstance(value, nn.Module):
             for key, part in vars(value).items():
                 if isinstance(part, (Tensor, Distribution, float, int)):
-                    yield Value(f"{name}.{key}", key, part)
+                    yield NamedValue(f"{name}.{key}", key, part)
             for key, part in (*value._parameters.items(), *value._buffers.items()):
                 if part is not None and side_of(key) == "p":
-                    yield Value(f"{name}.{key}", key, part)
+                    yield NamedValue(f"{name}.{key}", key, part)
         else:
             yield from _entries(name, value)
 
 
 def owner_name(code: CodeType) -> str:
-    """Return the name of the first parameter, which is the object where the function is a method."""
+    """Return the name of the first parameter, which is the object if the function is a method."""
     return code.co_varnames[0] if code.co_argcount else ""
 
 
-def _entries(name: str, value: Any) -> Iterator[Value]:
+def _entries(name: str, value: Any) -> Iterator[NamedValue]:
     """Yield a variable, or the entries of a dictionary, a list or a record."""
     if isinstance(value, (Tensor, Distribution, float, int)):
-        yield Value(name, name, value)
+        yield NamedValue(name, name, value)
     elif isinstance(value, ELBOTerms):
         return  # right by construction
     elif isinstance(value, Mapping):
-        yield from (Value(f"{name}[{k!r}]", k, v) for k, v in value.items() if isinstance(k, str))
+        yield from (NamedValue(f"{name}[{k!r}]", k, v) for k, v in value.items() if isinstance(k, str))
     elif hasattr(value, "_fields"):
-        yield from (Value(f"{name}.{k}", k, getattr(value, k)) for k in value._fields)
+        yield from (NamedValue(f"{name}.{k}", k, getattr(value, k)) for k in value._fields)
     elif is_dataclass(value) and not isinstance(value, type):
-        yield from (Value(f"{name}.{f.name}", f.name, getattr(value, f.name)) for f in fields(value))
+        yield from (NamedValue(f"{name}.{f.name}", f.name, getattr(value, f.name)) for f in fields(value))
     elif isinstance(value, (list, tuple)):
         role = name[:-1] if name.endswith("s") and len(name) > 2 else name
-        yield from (Value(f"{name}[{i}]", f"{role}_{i}", v) for i, v in enumerate(value[:32]))
+        yield from (NamedValue(f"{name}[{i}]", f"{role}_{i}", v) for i, v in enumerate(value[:32]))
 
 
 def line_of(code: CodeType, label: str) -> int | None:

@@ -1,4 +1,4 @@
-"""What is handed back: a finding for each KL of a training step, and the report of them all."""
+"""The report of a training step, with a finding for each KL in it."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ ModuleVerdict = Literal["right", "wrong", "cannot tell"]
 
 @dataclass(frozen=True)
 class ModuleFinding:
-    """Hold what was found about one KL of a training step.
+    """The finding about one KL of a training step.
 
     Attributes:
         where: "file.py:line in function".
-        name: of the variable, or what it was logged as.
-        pair: the q and p that it was held against, and where they were found.
+        name: of the variable, or of the logged value.
+        pair: the q and p that it was compared with, and where they were found.
         got: its value, in nats for each example where its reduction is known.
         expected: the KL of the pair, in nats for each example, mean over the batch; NaN without a pair.
         ratio: got / expected.
         verdict: "right", "wrong" or "cannot tell".
         explanation: in words.
         mistakes: one entry for each explanation that fits, the names of its mistakes in the catalogue joined by " + ".
-        audit: the report of the function that it came out of, where its parameters tell how to call it.
+        audit: the report of the function that returned it, where the names of its parameters determine a signature.
     """
 
     where: str
@@ -53,12 +53,12 @@ class ModuleFinding:
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """Hold what `audit_module` found; `print` it, or `assert report.ok`.
+    """The findings of `audit_module`; `print` it, or `assert report.ok`.
 
     Attributes:
         name: the class of the module.
         findings: one for each KL of the training step.
-        reason: why there are none, or what cut the step short.
+        reason: why there are none, or the error that ended the step.
     """
 
     name: str
@@ -85,9 +85,3 @@ class ModuleReport:
             plain["audit"] = None if finding.audit is None else finding.audit.to_dict()
             findings.append(plain)
         return {"name": self.name, "ok": self.ok, "reason": self.reason, "findings": findings}
-
-
-def described(error: BaseException) -> str:
-    """Return an error as words: its type, and the first line of its text."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else '(no message)'}".rstrip(".")

@@ -1,4 +1,4 @@
-"""`audit_module`: from a module and a batch to the report."""
+"""`audit_module`: the report on the KLs of a training step."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from torch import nn
 from torch.distributions import Bernoulli, Categorical, Distribution, Independent, MultivariateNormal, Normal
 
 from torch_klloss.auditing.auditor import audit
-from torch_klloss.auditing.experiment.calling import quiet, seeded
-from torch_klloss.auditing.experiment.parameters import SignatureError, calls_to_try
+from torch_klloss.auditing.experiment.calling import described, quiet, seeded
+from torch_klloss.auditing.experiment.parameters import SignatureError, bindings_to_try
 from torch_klloss.auditing.experiment.signatures import SignatureName
 from torch_klloss.auditing.report import AuditReport
 from torch_klloss.auditing.training_step.judge import (
+    PAIRS_HINT,
     UNREACHED,
-    WAY_OUT,
     Judge,
-    Judged,
+    JudgedNumber,
     as_sum,
     groups_of,
     in_the_loss,
     is_on_the_way,
 )
-from torch_klloss.auditing.training_step.record import Checked, Number, Seen, location, owner_name
-from torch_klloss.auditing.training_step.report import ModuleFinding, ModuleReport, ModuleVerdict, described
+from torch_klloss.auditing.training_step.record import FunctionRecord, LossCall, Number, location, owner_name
+from torch_klloss.auditing.training_step.references import exact_kl
+from torch_klloss.auditing.training_step.report import ModuleFinding, ModuleReport, ModuleVerdict
 from torch_klloss.auditing.training_step.runs import Pairs, Runs, parts_of, private_copy
-from torch_klloss.auditing.training_step.truth import exact_kl
 from torch_klloss.rng import private_rng
 
 _SIGNATURE_OF: dict[type, SignatureName] = {
@@ -45,55 +45,55 @@ _SIGNATURE_OF: dict[type, SignatureName] = {
 
 @dataclass
 class FunctionAudits:
-    """Audit each function once, whatever came out of it.
+    """Audits each function of a step once.
 
     Attributes:
-        seen: the functions of the step.
+        records: the functions of the step.
         seed: of the probes and the random streams.
     """
 
-    seen: Sequence[Seen]
+    records: Sequence[FunctionRecord]
     seed: int
     _reports: dict[CodeType, AuditReport | None] = field(default_factory=dict)
 
     def of(self, group: Iterable[Number]) -> AuditReport | None:
         """Return the report of the function that returned one of these numbers, if it can be audited."""
         for number in group:
-            for seen in self.seen:
-                if number.live is not None and seen.returned is number.live:
-                    if seen.code not in self._reports:
-                        self._reports[seen.code] = self._report(seen)
-                    if (report := self._reports[seen.code]) is not None:
+            for record in self.records:
+                if number.live is not None and record.returned is number.live:
+                    if record.code not in self._reports:
+                        self._reports[record.code] = self._report(record)
+                    if (report := self._reports[record.code]) is not None:
                         return report
         return None
 
-    def _report(self, seen: Seen) -> AuditReport | None:
-        function = _function_of(seen)
-        if function is None or seen.code.co_name == "training_step":
+    def _report(self, record: FunctionRecord) -> AuditReport | None:
+        function = _function_of(record)
+        if function is None or record.code.co_name == "training_step":
             return None
         try:
-            call = calls_to_try(function, "auto")[0]
+            binding = bindings_to_try(function, "auto")[0]
         except SignatureError:
             return None
-        if call.signature.name != "distributions":
+        if binding.signature.name != "distributions":
             return audit(function, seed=self.seed)
-        given = next((v for v in seen.frame.f_locals.values() if isinstance(v, Distribution)), None)
+        given = next((v for v in record.frame.f_locals.values() if isinstance(v, Distribution)), None)
         name = _SIGNATURE_OF.get(type(given))
-        if name is None or (name != "distributions" and call.order != (0, 1)):
+        if name is None or (name != "distributions" and binding.order != (0, 1)):
             return None
         return audit(function, signature="auto" if name == "distributions" else name, seed=self.seed)
 
 
-def _function_of(seen: Seen) -> Callable[..., Any] | None:
+def _function_of(record: FunctionRecord) -> Callable[..., Any] | None:
     """Return the function that ran, bound to its object where it is a method."""
-    code, variables = seen.code, seen.frame.f_locals
+    code, variables = record.code, record.frame.f_locals
     owner = variables.get(owner_name(code))
     if isinstance(owner, nn.Module) and code.co_name == "forward":
         return owner
     places: list[Any] = [] if owner is None else [owner]
-    if seen.parent is not None:
-        places += [seen.parent.f_locals.get("self"), seen.parent.f_locals]
-    for place in [*places, seen.frame.f_globals]:
+    if record.parent is not None:
+        places += [record.parent.f_locals.get("self"), record.parent.f_locals]
+    for place in [*places, record.frame.f_globals]:
         found = place.get(code.co_name) if isinstance(place, dict) else getattr(place, code.co_name, None)
         if callable(found) and getattr(getattr(found, "__func__", found), "__code__", None) is code:
             return found
@@ -106,30 +106,30 @@ _SUREST: tuple[ModuleVerdict, ...] = ("wrong", "right", "cannot tell")
 def audit_module(
     module: nn.Module, batch: Any, *, batch_idx: int = 0, pairs: Pairs | None = None, seed: int = 0
 ) -> ModuleReport:
-    """Find where the training step of a module has a KL that is not that of its own q and p.
+    """Compare every KL in the training step of a module with the KL of its own q and p.
 
     `module.training_step(batch, batch_idx)` runs on a copy, on the whole batch and on parts of it, so that a factor of
-    the batch size is told from others. In every function of the user's that takes part, variables named like a KL
-    (kl, kld, kl_loss, …), what is logged under such a name, and what functions of such a name return, are held
-    against the KL of the distributions there: two `Distribution`s, or mean and spread (mu, logvar, std, …), against
-    the standard Normal where there is no prior. Where there are none, those of the function that called, or was called,
-    are taken. A function whose parameters tell how it is called, as kl_loss(mu, logvar), is given to `audit`, too.
-    What a `KLLoss` of this library returns is right by construction. The mean or the sum over the batch, a value for
-    each example or for each element are conventions, and a weight that has a name (beta, kl_weight) is no mistake.
+    the batch size can be told from others. In each of the user's functions that run, the variables named like a KL
+    (kl, kld, kl_loss, …), the values logged under such a name, and the values that functions of such a name return are
+    compared with the KL of the distributions there: two `Distribution`s, or mean and spread (mu, logvar, std, …), with
+    the standard Normal for a missing prior. A function without distributions is compared with those of its callers, or
+    of the functions that it calls. One whose parameters determine a signature, as kl_loss(mu, logvar), is given to
+    `audit`, too. The value of a `KLLoss` of this library is right by construction. The mean or the sum over the batch,
+    a value for each example or for each element are conventions, and a named weight (beta, kl_weight) is no mistake.
 
     The module, its buffers and gradients, and the global random streams stay as they were. `log` and `log_dict` are
     recorded, and no Trainer is needed.
 
     Args:
         module: a LightningModule, or any `nn.Module` with a `training_step`.
-        batch: as the step takes it.
-        batch_idx: as the step takes it.
-        pairs: for a step in which names do not tell: takes (module, batch) and returns {name: (q, p)}. Each is compared
+        batch: the first argument of the step.
+        batch_idx: its second argument.
+        pairs: for a step whose names do not suffice: takes (module, batch) and returns {name: (q, p)}. Each is compared
             with the variable or logged value of that name, or else with whatever is named like a KL.
-        seed: of the random streams that the step finds.
+        seed: of the random streams at the start of the step.
 
     Returns:
-        What was found. A step that raises is reported so, with what was seen before; nothing raises from inside.
+        The findings. An error in the step is reported, with the findings before it, and never raised.
 
     Raises:
         TypeError: if `module` is no `nn.Module` with a `training_step`.
@@ -165,33 +165,33 @@ def _device_of(module: nn.Module) -> torch.device:
 
 
 def _report(name: str, runs: Runs, batch: Any) -> ModuleReport:
-    """Run the step on the batch and on parts of it, and judge what it had."""
+    """Run the step on the batch and on parts of it, and judge its numbers."""
     reason = runs.run(batch)
     if not runs.watched:
         return ModuleReport(name, reason=reason)
     for part in parts_of(batch):
         with contextlib.suppress(Exception):
             runs.run(part)
-    findings = [_finding_of_loss(runs.module, checked) for checked in runs.whole.checked] + _findings(runs)
+    findings = [_finding_of_loss(runs.module, loss_calls) for loss_calls in runs.whole.loss_calls] + _findings(runs)
     if not findings and not reason:
-        reason = f"nothing in it is named like a KL that could be compared: {WAY_OUT}"
+        reason = f"nothing in it is named like a KL that could be compared: {PAIRS_HINT}"
     return ModuleReport(name, tuple(findings), reason)
 
 
-def _finding_of_loss(module: nn.Module, checked: Checked) -> ModuleFinding:
+def _finding_of_loss(module: nn.Module, loss_calls: LossCall) -> ModuleFinding:
     """Return the finding about a call of one of this library's losses."""
     try:
-        kl = float(exact_kl(checked.q, checked.p).sum()) / checked.q.batch_shape[:1].numel()
+        kl = float(exact_kl(loss_calls.q, loss_calls.p).sum()) / loss_calls.q.batch_shape[:1].numel()
     except Exception:
         kl = math.nan
-    loss = type(module.get_submodule(checked.path)).__name__
+    loss = type(module.get_submodule(loss_calls.path)).__name__
     return ModuleFinding(
-        where=checked.where,
-        name=f"self.{checked.path}",
-        pair=f"{type(checked.q).__name__} and {type(checked.p).__name__}",
-        got=checked.per_example,
+        where=loss_calls.where,
+        name=f"self.{loss_calls.path}",
+        pair=f"{type(loss_calls.q).__name__} and {type(loss_calls.p).__name__}",
+        got=loss_calls.per_example,
         expected=kl,
-        ratio=checked.per_example / kl if kl else math.nan,
+        ratio=loss_calls.per_example / kl if kl else math.nan,
         verdict="right",
         explanation=f"{loss} of torch_klloss is right by construction",
     )
@@ -199,7 +199,7 @@ def _finding_of_loss(module: nn.Module, checked: Checked) -> ModuleFinding:
 
 def _findings(runs: Runs) -> list[ModuleFinding]:
     """Return the findings about the numbers that are named like a KL, one for each line and name."""
-    judge, audits = Judge(runs), FunctionAudits(runs.whole.seen, runs.seed)
+    judge, audits = Judge(runs), FunctionAudits(runs.whole.records, runs.seed)
     judged = [_judged(group, judge) for group in groups_of(runs.whole)]
     judged = [as_sum(one, judged) for one in judged]
     judged = [one for one in judged if not is_on_the_way(one, judged)]
@@ -213,45 +213,47 @@ def _findings(runs: Runs) -> list[ModuleFinding]:
     return list(found.values())
 
 
-def _judged(group: list[Number], judge: Judge) -> Judged:
-    """Judge a number where it is wrong, or else where it is right, first in the functions that made it."""
-    judged = [Judged(group, number, judge.judge(number)) for number in sorted(group, key=lambda number: not number.own)]
-    return min(judged, key=lambda one: _SUREST.index(one.held.verdict))
+def _judged(group: list[Number], judge: Judge) -> JudgedNumber:
+    """Judge a number by the surest of its names: a wrong one, else a right one, first where it was made."""
+    judged = [
+        JudgedNumber(group, number, judge.judge(number)) for number in sorted(group, key=lambda number: not number.own)
+    ]
+    return min(judged, key=lambda one: _SUREST.index(one.comparison.verdict))
 
 
-def _finding(one: Judged, report: AuditReport | None) -> ModuleFinding:
-    """Return what came of a number, and of the function that it came out of."""
-    held = one.held
-    verdict, said, mistakes = _with_audit(one, report)
-    at = held.where and f", {held.where}"
+def _finding(one: JudgedNumber, report: AuditReport | None) -> ModuleFinding:
+    """Return the finding about a number, with the report of the function that returned it."""
+    comparison = one.comparison
+    verdict, words, mistakes = _with_audit(one, report)
+    at = comparison.where and f", {comparison.where}"
     return ModuleFinding(
-        where=location(one.number.seen.frame, one.number.line),
+        where=location(one.number.record.frame, one.number.line),
         name=one.number.label,
-        pair="without a pair" if held.pair is None else f"q and p: {held.pair.label}{at}",
-        got=held.got,
-        expected=held.expected,
-        ratio=held.got / held.expected if held.expected else math.nan,
+        pair="without a pair" if comparison.pair is None else f"q and p: {comparison.pair.label}{at}",
+        got=comparison.got,
+        expected=comparison.expected,
+        ratio=comparison.got / comparison.expected if comparison.expected else math.nan,
         verdict=verdict,
-        explanation=said.rstrip("."),
+        explanation=words.rstrip("."),
         mistakes=mistakes,
         audit=report,
     )
 
 
-def _with_audit(one: Judged, report: AuditReport | None) -> tuple[ModuleVerdict, str, tuple[str, ...]]:
-    """Return verdict, explanation and mistakes: what the probes of an audit tell counts more than one batch."""
-    held = one.held
-    told = held.verdict, held.explanation, held.mistakes
+def _with_audit(one: JudgedNumber, report: AuditReport | None) -> tuple[ModuleVerdict, str, tuple[str, ...]]:
+    """Return verdict, explanation and mistakes; the probes of an audit count more than one batch."""
+    comparison = one.comparison
+    compared = comparison.verdict, comparison.explanation, comparison.mistakes
     if report is None or report.verdict == "not judged":
-        return told
+        return compared
     if not report.ok:
-        if held.verdict == "right" and all(finding.id == "constant-factor" for finding in report.mistakes):
-            return told  # a weight with a name
-        said = " and ".join(finding.explanation for finding in report.mistakes)
-        return "wrong", said, (" + ".join(finding.id for finding in report.mistakes),)
-    if held.verdict == "wrong" and not any(UNREACHED in mistake for mistake in held.mistakes):
-        after = f"{report.name} alone is right: look at what it is called with, or what is done after it"
-        return "wrong", f"{held.explanation}; {after}", held.mistakes
-    if held.verdict == "cannot tell":
-        return "right", f"{report.name} is right on all probes", held.mistakes
-    return told
+        if comparison.verdict == "right" and all(finding.id == "constant-factor" for finding in report.mistakes):
+            return compared  # a weight with a name
+        words = " and ".join(finding.explanation for finding in report.mistakes)
+        return "wrong", words, (" + ".join(finding.id for finding in report.mistakes),)
+    if comparison.verdict == "wrong" and not any(UNREACHED in mistake for mistake in comparison.mistakes):
+        after = f"{report.name} alone is right: look at its arguments, and at what is done with its value"
+        return "wrong", f"{comparison.explanation}; {after}", comparison.mistakes
+    if comparison.verdict == "cannot tell":
+        return "right", f"{report.name} is right on all probes", comparison.mistakes
+    return compared

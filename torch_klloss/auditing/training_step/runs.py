@@ -1,4 +1,4 @@
-"""The runs of a training step, on a batch and on parts of it: one thing is found again in each."""
+"""The runs of a training step, on a batch and on parts of it, with each number and pair found again in every run."""
 
 from __future__ import annotations
 
@@ -14,31 +14,30 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from torch_klloss.auditing.experiment.calling import seeded
+from torch_klloss.auditing.experiment.calling import described, seeded
 from torch_klloss.auditing.training_step.names import TEMPERATURE_WORDS, WEIGHT_WORDS, words_of
 from torch_klloss.auditing.training_step.pairs import Pair, pairs_of
-from torch_klloss.auditing.training_step.record import Number, Seen, Value, is_same, location
-from torch_klloss.auditing.training_step.report import described
-from torch_klloss.auditing.training_step.truth import Evidence
+from torch_klloss.auditing.training_step.record import FunctionRecord, NamedValue, Number, is_same, location
+from torch_klloss.auditing.training_step.references import Evidence
 from torch_klloss.auditing.training_step.watcher import Watcher
 
 Pairs = Callable[[Any, Any], Mapping[str, tuple[Distribution, Distribution]]]
-"""From the module and a batch to its pairs, by the names of the KLs."""
+"""Takes the module and a batch, and returns the pairs by the names of the KLs."""
 
-_At = Callable[[int], Pair | None]  # from a run to what a pair was in it
+_At = Callable[[int], Pair | None]  # takes the index of a run, and returns a pair as it was in that run
 
 
 @dataclass
 class Runs:
-    """Hold what was seen in every run, the first of them on the whole batch.
+    """The runs of a training step, the first of them on the whole batch.
 
     Attributes:
-        module: whose training step it is.
-        batch_idx: as the step takes it.
-        pairs: the function that was given, if one was.
-        seed: of the random streams that every run finds.
-        watched: what was seen.
-        given: the pairs that were given, for each run.
+        module: the owner of the training step.
+        batch_idx: the argument of the step.
+        pairs: the user's function that returns pairs, if there is one.
+        seed: of the random streams at the start of every run.
+        watched: the watcher of each run.
+        given: the pairs that `pairs` returned for each run.
     """
 
     module: nn.Module
@@ -55,7 +54,7 @@ class Runs:
         return self.watched[0]
 
     def run(self, batch: Any) -> str:
-        """Run the step once, keep what was seen, and return what went wrong."""
+        """Run the step once, keep its watcher, and return the error in words; empty if there is none."""
         try:
             with torch.no_grad(), seeded(self.seed):
                 given = self._given(batch)
@@ -76,11 +75,11 @@ class Runs:
     # --- a number and its pairs ---------------------------------------------------------------------------------------
 
     def evidence(self, number: Number) -> list[tuple[Pair, str, Evidence]]:
-        """Return the pairs to hold a number against, where each was found, and what both were in the runs."""
+        """Return the pairs to compare a number with, the place of each, and number and pair in all runs."""
         return [(pair, where, self._of_all_runs(number, pair, at)) for pair, where, at in self._places(number)]
 
     def repeats(self, number: Number) -> Iterator[tuple[int, Number]]:
-        """Yield the runs with a number, and what it was: as it was before, it is no further evidence."""
+        """Yield the runs with a number, and the number there; an equal number is no further evidence."""
         yield 0, number
         for run, watcher in enumerate(self.watched[1:], start=1):
             other = next((n for n in watcher.numbers if n.place == number.place), None)
@@ -96,55 +95,55 @@ class Runs:
         return Evidence(tuple(values), tuple(pairs))
 
     def _places(self, number: Number) -> list[tuple[Pair, str, _At]]:
-        """Return the pairs that were given, or those of the number's function, or of the nearest that has some."""
+        """Return the given pairs, or those of the number's function, or of the nearest function that has some."""
         given = self.given[0]
         if given:
             names = [name for name in given if words_of(name) == words_of(number.role)] or list(given)
             return [(given[name], "given", partial(self._given_at, name)) for name in names]
-        for seen, relation in self._nearest(number.seen):
-            if pairs := self._pairs_of(seen):
-                where = relation and f"{relation} {location(seen.frame, seen.line)}"
-                return [(pair, where, partial(self._pair_at, seen.place, pair.label)) for pair in pairs]
+        for record, relation in self._nearest(number.record):
+            if pairs := self._pairs_of(record):
+                where = relation and f"{relation} {location(record.frame, record.line)}"
+                return [(pair, where, partial(self._pair_at, record.place, pair.label)) for pair in pairs]
         return []
 
     def _given_at(self, name: str, run: int) -> Pair | None:
         return self.given[run].get(name)
 
     def _pair_at(self, place: tuple[CodeType, int], label: str, run: int) -> Pair | None:
-        seen = next((s for s in self.watched[run].seen if s.place == place), None)
-        return None if seen is None else next((p for p in self._pairs_of(seen) if p.label == label), None)
+        record = next((s for s in self.watched[run].records if s.place == place), None)
+        return None if record is None else next((p for p in self._pairs_of(record) if p.label == label), None)
 
-    def _pairs_of(self, seen: Seen) -> list[Pair]:
-        if id(seen) not in self._pairs_in:
+    def _pairs_of(self, record: FunctionRecord) -> list[Pair]:
+        if id(record) not in self._pairs_in:
             try:
-                self._pairs_in[id(seen)] = pairs_of(seen)
+                self._pairs_in[id(record)] = pairs_of(record)
             except Exception:
-                self._pairs_in[id(seen)] = []
-        return self._pairs_in[id(seen)]
+                self._pairs_in[id(record)] = []
+        return self._pairs_in[id(record)]
 
-    def _nearest(self, seen: Seen) -> Iterator[tuple[Seen, str]]:
-        """Yield a function, its callers, those that it called, and all others."""
-        latest_first = self.whole.seen[::-1]
-        yield seen, ""
-        yield from ((caller, "of its caller,") for caller in self._callers(seen))
-        yield from ((other, "of what it called,") for other in latest_first if other.parent is seen.frame)
-        yield from ((other, "of") for other in latest_first if other is not seen)
+    def _nearest(self, record: FunctionRecord) -> Iterator[tuple[FunctionRecord, str]]:
+        """Yield a function, its callers, the functions that it called, and all others, with their relation in words."""
+        latest_first = self.whole.records[::-1]
+        yield record, ""
+        yield from ((caller, "of its caller,") for caller in self._callers(record))
+        yield from ((other, "of what it called,") for other in latest_first if other.parent is record.frame)
+        yield from ((other, "of") for other in latest_first if other is not record)
 
-    def _callers(self, seen: Seen) -> Iterator[Seen]:
-        by_frame = {id(other.frame): other for watcher in self.watched for other in watcher.seen}
-        caller = by_frame.get(id(seen.parent))
+    def _callers(self, record: FunctionRecord) -> Iterator[FunctionRecord]:
+        by_frame = {id(other.frame): other for watcher in self.watched for other in watcher.records}
+        caller = by_frame.get(id(record.parent))
         while caller is not None:
             yield caller
             caller = by_frame.get(id(caller.parent))
 
     # --- its weights --------------------------------------------------------------------------------------------------
 
-    def weights(self, seen: Seen) -> dict[str, float]:
-        """Return the numbers with the name of a weight, in a function, in its callers and in the module."""
-        values = [value for function in (seen, *self._callers(seen)) for value in function.values]
-        values += [Value(f"self.{name}", name, value) for name, value in vars(self.module).items()]
+    def weights(self, record: FunctionRecord) -> dict[str, float]:
+        """Return the numbers that are named like a weight, in a function, in its callers and in the module."""
+        values = [value for function in (record, *self._callers(record)) for value in function.values]
+        values += [NamedValue(f"self.{name}", name, value) for name, value in vars(self.module).items()]
         if isinstance(hparams := vars(self.module).get("_hparams"), Mapping):
-            values += [Value(f"self.hparams.{name}", str(name), value) for name, value in hparams.items()]
+            values += [NamedValue(f"self.hparams.{name}", str(name), value) for name, value in hparams.items()]
         found: dict[str, float] = {}
         for v in values:
             if isinstance(v.value, (int, float)) or (isinstance(v.value, Tensor) and v.value.numel() == 1):
@@ -161,7 +160,7 @@ _TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_ho
 
 @contextlib.contextmanager
 def private_copy(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield a copy; where there can be none, as of one that holds tensors of a graph, itself, which is put back."""
+    """Yield a copy; the module itself, restored afterwards, where it cannot be copied, as with tensors of a graph."""
     try:
         own = copy.deepcopy(module)
     except Exception:
@@ -169,12 +168,12 @@ def private_copy(module: nn.Module) -> Iterator[nn.Module]:
     if own is not None:
         yield own
         return
-    with _put_back(module):
+    with _restored(module):
         yield module
 
 
 @contextlib.contextmanager
-def _put_back(module: nn.Module) -> Iterator[None]:
+def _restored(module: nn.Module) -> Iterator[None]:
     tables = [(m, dict(vars(m)), {t: vars(m)[t].copy() for t in _TABLES}) for m in module.modules()]
     tensors = [(t, t.detach().clone(), t.grad) for t in (*module.parameters(), *module.buffers())]
     grads = [None if grad is None else grad.clone() for _, _, grad in tensors]
@@ -197,7 +196,7 @@ def _put_back(module: nn.Module) -> Iterator[None]:
 
 
 def parts_of(batch: Any) -> list[Any]:
-    """Return parts of a batch, of other sizes than the whole; none where nothing says which dimension is the batch."""
+    """Return parts of a batch, of different sizes; empty where the batch dimension is unknown or too small."""
     sizes = [t.shape[0] for t in _tensors_in(batch) if t.dim() > 0]
     if not sizes or sizes[0] < 4:
         return []

@@ -1,4 +1,4 @@
-"""Running a training step, and seeing what its functions have when they return and what they log."""
+"""The watcher of a training step: what its functions hold when they return, and what they log."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from torch.distributions.kl import kl_divergence as _torch_kl_divergence
 
 from torch_klloss.auditing.training_step.names import is_kl_name, words_of
 from torch_klloss.auditing.training_step.record import (
-    Checked,
+    FunctionRecord,
+    LossCall,
+    NamedValue,
     Number,
-    Seen,
-    Value,
     line_of,
     location,
     owner_name,
@@ -45,14 +45,14 @@ _LIBRARIES = (
 
 
 class UsersFunctions:
-    """Tell the user's functions: those outside of all libraries, and of the packages that the module comes from."""
+    """The user's functions: those outside of all libraries, and those of the packages that the module comes from."""
 
     def __init__(self, module: nn.Module) -> None:
         self._packages = _packages_of(module)
         self._known: dict[CodeType, bool] = {}
 
     def has(self, frame: FrameType) -> bool:
-        """Return whether it is one of them that runs there."""
+        """Return whether a frame is of one of them."""
         code = frame.f_code
         if code not in self._known:
             package = str(frame.f_globals.get("__name__", "")).split(".")[0]
@@ -62,7 +62,7 @@ class UsersFunctions:
         return self._known[code]
 
     def caller(self, frame: FrameType) -> FrameType | None:
-        """Return the nearest caller that is one of them."""
+        """Return the nearest caller among them."""
         back = frame.f_back
         while back is not None and not self.has(back):
             back = back.f_back
@@ -70,7 +70,7 @@ class UsersFunctions:
 
 
 def _is_written(code: CodeType) -> bool:
-    """Return whether a function has a name, or is a lambda, and was not generated, as those of a record are."""
+    """Return whether a function was written by someone, and not generated, as a dataclass's methods are."""
     if code.co_filename == "<string>" and code.co_name in ("<lambda>", "__init__", "__new__"):
         return False
     return not code.co_name.startswith("<") or code.co_name == "<lambda>"
@@ -81,7 +81,7 @@ def _is_library(file: str) -> bool:
 
 
 def _packages_of(module: nn.Module) -> frozenset[str]:
-    """Return the packages that the module's own classes come from: a model may be installed, too."""
+    """Return the packages of the module's own classes: a model may be installed, too."""
     classes = {cls for m in module.modules() for cls in type(m).__mro__}
     packages = frozenset(cls.__module__.split(".")[0] for cls in classes)
     return packages - _FRAMEWORKS - {"torch_klloss", "builtins", "abc", "typing"}
@@ -92,13 +92,13 @@ _KL_DIV = nn.functional.kl_div.__code__
 
 
 class Watcher:
-    """See the functions of the user's return, by `sys.setprofile`, and what they log."""
+    """Records the user's functions as they return, by `sys.setprofile`, and what they log."""
 
     def __init__(self, module: nn.Module, named: Iterable[str] = ()) -> None:
-        self.seen: list[Seen] = []
+        self.records: list[FunctionRecord] = []
         self.numbers: list[Number] = []
         self.logged: list[tuple[FrameType, int, str, Any]] = []
-        self.checked: list[Checked] = []
+        self.loss_calls: list[LossCall] = []
         self.returned: Any = None
         self.error: BaseException | None = None
         self._module = module
@@ -110,7 +110,7 @@ class Watcher:
         self._counts: dict[CodeType, int] = {}
 
     def run(self, batch: Any, batch_idx: int) -> None:
-        """Run the step and see it."""
+        """Run the step and record it."""
         handles = [
             m.register_forward_hook(self._hook(path), with_kwargs=True)
             for path, m in self._module.named_modules()
@@ -132,13 +132,13 @@ class Watcher:
         self._take_logged()
 
     def is_kl(self, name: str) -> bool:
-        """Return whether a name is that of a KL, or of a pair that was given."""
+        """Return whether a name suggests a KL, or is the name of a given pair."""
         return is_kl_name(name) or words_of(name) in self._named
 
     def _look(self, frame: FrameType, event: str, returned: Any) -> None:
         if event != "return":
             return
-        with contextlib.suppress(Exception):  # it would come out of the user's step
+        with contextlib.suppress(Exception):  # an error here would leave the user's step
             if self._users.has(frame):
                 self._take(frame, returned)
                 return
@@ -162,7 +162,7 @@ class Watcher:
         code = frame.f_code
         nth = self._counts[code] = self._counts.get(code, -1) + 1
         num = code.co_argcount + code.co_kwonlyargcount
-        seen = Seen(
+        record = FunctionRecord(
             frame,
             nth,
             self._users.caller(frame),
@@ -173,27 +173,27 @@ class Watcher:
             self._called.pop(id(frame), []),
             self._points.pop(id(frame), []),
         )
-        self.seen.append(seen)
-        for value in seen.values:
+        self.records.append(record)
+        for value in record.values:
             if self.is_kl(value.role) and id(value.value) not in self._before:
-                self._add(seen, value, own=value.label not in seen.parameters)
+                self._add(record, value, own=value.label not in record.parameters)
         owner = frame.f_locals.get(owner_name(code))
         function = f"{type(owner).__name__}_" if code.co_name == "forward" else ""
         is_step = code is getattr(getattr(type(self._module), "training_step", None), "__code__", None)
         if isinstance(returned, Tensor) and not is_step and self.is_kl(f"{function}{code.co_name}"):
-            self._add(seen, Value("the returned value", code.co_name, returned), own=True)
+            self._add(record, NamedValue("the returned value", code.co_name, returned), own=True)
 
-    def _add(self, seen: Seen, value: Value, *, own: bool, line: int | None = None) -> None:
+    def _add(self, record: FunctionRecord, value: NamedValue, *, own: bool, line: int | None = None) -> None:
         t = value.value
         if isinstance(t, (int, float)) and not isinstance(t, bool) and value.label.startswith("log("):
             t = torch.tensor(float(t))
         if not isinstance(t, Tensor) or not t.is_floating_point() or t.numel() == 0:
             return
-        stored = line_of(seen.code, value.label)
-        own = own and (stored is not None or not value.label.startswith(f"{owner_name(seen.code)}."))
-        line = line or stored or seen.line
+        stored = line_of(record.code, value.label)
+        own = own and (stored is not None or not value.label.startswith(f"{owner_name(record.code)}."))
+        line = line or stored or record.line
         live = t if isinstance(value.value, Tensor) else None
-        self.numbers.append(Number(value.label, value.role, seen, live, t.detach().clone(), t._version, own, line))
+        self.numbers.append(Number(value.label, value.role, record, live, t.detach().clone(), t._version, own, line))
 
     def _log(self, name: Any, value: Any) -> None:
         caller = self._users.caller(sys._getframe(1))
@@ -202,10 +202,10 @@ class Watcher:
             self.logged.append((caller, caller.f_lineno, name, kept))
 
     def _take_logged(self) -> None:
-        by_frame = {id(seen.frame): seen for seen in self.seen}
+        by_frame = {id(record.frame): record for record in self.records}
         for frame, line, name, value in self.logged:
-            if (seen := by_frame.get(id(frame))) is not None:
-                self._add(seen, Value(f"log({name!r})", name, value), own=True, line=line)
+            if (record := by_frame.get(id(frame))) is not None:
+                self._add(record, NamedValue(f"log({name!r})", name, value), own=True, line=line)
 
     def _hook(self, path: str) -> Callable[..., None]:
         def hook(module: KLLoss, args: Any, kwargs: Any, output: Any) -> None:
@@ -216,7 +216,7 @@ class Watcher:
                 caller = self._users.caller(sys._getframe(1))
                 where = "training_step" if caller is None else location(caller, caller.f_lineno)
                 per_example = float(output.detach().sum()) / divisor
-                self.checked.append(Checked(path, where, q, p, output, per_example))
+                self.loss_calls.append(LossCall(path, where, q, p, output, per_example))
 
         return hook
 
@@ -235,7 +235,7 @@ def _categorical_of(t: Tensor) -> Distribution:
 
 
 def _num_arguments(step: Callable[..., Any]) -> int:
-    """Return whether a step takes the batch alone, or its index as well."""
+    """Return the number of arguments of a step: the batch alone, or its index as well."""
     try:
         inspect.signature(step).bind(None, 0)
     except TypeError:
@@ -244,15 +244,15 @@ def _num_arguments(step: Callable[..., Any]) -> int:
 
 
 @contextlib.contextmanager
-def _logging_to(module: nn.Module, record: Callable[[Any, Any], None]) -> Iterator[None]:
-    """Replace what logs by a recorder, on the module and on the parts of it that log."""
+def _logging_to(module: nn.Module, receive: Callable[[Any, Any], None]) -> Iterator[None]:
+    """Replace `log` and `log_dict` by recorders, on the module and on its submodules that have them."""
 
     def log(name: Any, value: Any, *args: Any, **kwargs: Any) -> None:
-        record(name, value)
+        receive(name, value)
 
     def log_dict(metrics: Mapping[Any, Any], *args: Any, **kwargs: Any) -> None:
         for name, value in metrics.items():
-            record(name, value)
+            receive(name, value)
 
     recorders = {"log": log, "log_dict": log_dict}
     replaced = [
@@ -269,7 +269,7 @@ def _logging_to(module: nn.Module, record: Callable[[Any, Any], None]) -> Iterat
 
 @contextlib.contextmanager
 def _eager() -> Iterator[None]:
-    """Run what is compiled as it is written, so that it can be seen."""
+    """Run compiled code in eager mode, so that it can be watched."""
     set_stance = getattr(torch.compiler, "set_stance", None)
     if set_stance is None or "torch._dynamo" not in sys.modules:
         yield

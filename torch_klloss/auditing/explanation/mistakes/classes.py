@@ -22,7 +22,7 @@ def _temperature(T: int) -> Mistake:
     return Mistake(
         id=f"temperature-{T}",
         what=f"it divides the scores of q and p by a temperature of {T}",
-        fix="Compare the distributions themselves; softened ones have another KL, and a gradient that T² makes up for.",
+        fix="Compare the distributions themselves; softened ones have another KL, and a gradient smaller by about T².",
         signature="logits",
         wrong=f"F.kl_div((logits_p / {T}).log_softmax(-1), (logits_q / {T}).softmax(-1), reduction='batchmean')",
         categorical={"pair": lambda c: replace(c, q_logits=c.q_logits / T, p_logits=c.p_logits / T)},
@@ -37,7 +37,7 @@ def _softmax_again(probabilities: Tensor, c: Categoricals) -> Tensor:
 MISTAKES = (
     Mistake(
         id="probabilities-as-log-probabilities",
-        what="it has p's probabilities where their logarithms are due",
+        what="it has p's probabilities in place of their logarithms",
         fix=f"{_KL_DIV} Take log_softmax for the input.",
         signature="logits",
         wrong="F.kl_div(logits_p.softmax(-1), logits_q.softmax(-1), reduction='batchmean')",
@@ -45,7 +45,7 @@ MISTAKES = (
     ),
     Mistake(
         id="raw-scores-of-p",
-        what="it has p's raw scores where log-probabilities are due: they lack the normaliser",
+        what="it has p's raw scores in place of log-probabilities: they lack the normaliser",
         fix=f"{_KL_DIV} Take log_softmax for the input.",
         signature="logits",
         wrong="F.kl_div(logits_p, logits_q.softmax(-1), reduction='batchmean')",
@@ -54,7 +54,7 @@ MISTAKES = (
     ),
     Mistake(
         id="raw-scores-of-q",
-        what="it has q's raw scores where log-probabilities are due: they lack the normaliser",
+        what="it has q's raw scores in place of log-probabilities: they lack the normaliser",
         fix="Take log_softmax of q's scores.",
         signature="logits",
         wrong="(logits_q.softmax(-1) * (logits_q - logits_p.log_softmax(-1))).sum(-1).mean()",
@@ -63,7 +63,7 @@ MISTAKES = (
     ),
     Mistake(
         id="log-of-q-missing",
-        what="it has q's probability where its logarithm is due",
+        what="it has q's probability in place of its logarithm",
         fix="Take the logarithm of q's probability: the terms are q (log q - log p).",
         signature="kl_div",
         wrong="(target * (target - input)).sum(-1).mean()",
@@ -79,7 +79,7 @@ MISTAKES = (
     ),
     Mistake(
         id="log-probabilities-as-weights",
-        what="it weights by log q where q is due",
+        what="it weights by log q in place of q",
         fix="Weight by probabilities: the terms are q (log q - log p).",
         signature="logits",
         wrong="(logits_q.log_softmax(-1) * (logits_q.log_softmax(-1) - logits_p.log_softmax(-1))).sum(-1).mean()",
@@ -137,7 +137,7 @@ MISTAKES = (
     ),
     Mistake(
         id="sigmoid-for-softmax",
-        what="it takes the sigmoid of every score where the softmax over the classes is due",
+        what="it takes the sigmoid of every score in place of the softmax over the classes",
         fix="Take softmax and log_softmax over the last dimension.",
         signature="logits",
         wrong="(logits_q.sigmoid() * (F.logsigmoid(logits_q) - F.logsigmoid(logits_p))).sum(-1).mean()",
@@ -162,7 +162,7 @@ MISTAKES = (
     ),
     Mistake(
         id="log-target-of-probabilities",
-        what="it takes probabilities of q for log-probabilities: log_target=True with a target that is none",
+        what="it takes probabilities of q for log-probabilities: log_target=True with a target of probabilities",
         fix="Leave out log_target=True, or take the logarithm of the target.",
         signature="kl_div",
         wrong="F.kl_div(input, target, log_target=True, reduction='batchmean')",

@@ -32,7 +32,7 @@ MISTAKES = (
     Mistake(
         id="swapped",
         what="it is KL(p‖q), the KL in the other direction",
-        fix="Change the places of q and p; torch's kl_divergence takes the distribution of the expectation first, "
+        fix="Exchange q and p; torch's kl_divergence takes the distribution of the expectation first, "
         "F.kl_div takes it second.",
         signature="distributions",
         wrong="kl_divergence(p, q).sum(-1).mean()",

@@ -1,4 +1,4 @@
-"""Mistakes of the gradient alone: the value is the KL's, and training follows something else."""
+"""Mistakes of the gradient alone: the value is the KL's, and training follows another gradient."""
 
 from torch_klloss.auditing.explanation.mistake import Mistake
 
@@ -58,14 +58,14 @@ MISTAKES = (
     Mistake(
         id="gradient-reversed",
         what="the gradient has the wrong sign",
-        fix="Turn the sign of what is differentiated.",
+        fix="Change the sign of the loss that is differentiated.",
         signature="mean_logvar",
         wrong="(lambda kl: 2 * kl.detach() - kl)(-0.5 * (1 + logvar - mean**2 - logvar.exp()).sum(-1).mean())",
         gradient={"q": "reversed"},
     ),
     Mistake(
         id="gradient-of-something-else",
-        what="the gradient is not the KL's, nor that of a divergence that the audit knows",
+        what="the gradient is not the KL's, nor the gradient of another divergence that the audit knows",
         fix="Look for a detach(), a no_grad() or a custom backward pass on the way from the parameters to the loss.",
         signature="mean_logvar",
         wrong="(lambda kl: kl + mean.sum() - mean.sum().detach())"

@@ -20,7 +20,7 @@ MISTAKES = (
     ),
     _factor(
         "times-latent",
-        "it counts every latent dimension as often as there are dimensions",
+        "it is the KL per example times the latent size: it counts every latent dimension that many times",
         "Sum over the latent dimensions once.",
         "-0.5 * (1 + logvar - mean**2 - logvar.exp()).sum(-1).mean() * mean.shape[-1]",
         {"latent": 1},
@@ -63,7 +63,7 @@ MISTAKES = (
     _factor(
         "sign",
         "it has the wrong sign, so that minimising it drives q away from p",
-        "Turn the sign: log q - log p, under q.",
+        "Change the sign: log q - log p, under q.",
         "0.5 * (1 + logvar - mean**2 - logvar.exp()).sum(-1).mean()",
         {"scale": -1.0},
     ),

@@ -1,4 +1,4 @@
-"""Mistakes with samples of q: what the mean is taken of. The question that the library began with comes first."""
+"""Mistakes with samples of q: a mean of the wrong quantity. The question that the library began with comes first."""
 
 import math
 
@@ -30,7 +30,7 @@ MISTAKES = (
     Mistake(
         id="absolute-value",
         what="it takes the absolute value of the log-ratio, which is biased: single log-ratios may be negative",
-        fix="Leave the sign: the mean is the KL only if negative log-ratios count as such.",
+        fix="Keep the sign: the mean is the KL only with the negative log-ratios in it.",
         signature="log_probs",
         wrong="(log_q - log_p).abs().mean()",
         sampled={"integrand": lambda log_q, log_p: (log_q - log_p).abs()},
@@ -69,7 +69,7 @@ MISTAKES = (
     ),
     Mistake(
         id="no-logarithm",
-        what="it takes the difference of the densities where that of their logarithms is due",
+        what="it takes the difference of the densities and not of their logarithms",
         fix="Leave out the exp: the KL is the mean of log q(x) - log p(x).",
         signature="log_probs",
         wrong="(log_q.exp() - log_p.exp()).mean()",
@@ -77,7 +77,7 @@ MISTAKES = (
     ),
     Mistake(
         id="ratio-of-densities",
-        what="it takes the ratio of the densities where its logarithm is due",
+        what="it takes the ratio of the densities and not its logarithm",
         fix="Take the logarithm of the ratio: the KL is the mean of log q(x) - log p(x).",
         signature="log_probs",
         wrong="(log_p - log_q).exp().mean()",
@@ -127,7 +127,7 @@ MISTAKES = (
     ),
     Mistake(
         id="noise-times-variance",
-        what="it multiplies the noise by the variance where the standard deviation is due: its samples are not q's",
+        what="it multiplies the noise by the variance in place of the standard deviation: its samples are not q's",
         fix="Draw mean + std * noise, with std = (0.5 * logvar).exp().",
         signature="mean_logvar",
         wrong="(lambda z: (0.5 * z**2 - 0.5 * (z - mean) ** 2 / logvar.exp() - 0.5 * logvar).sum(-1).mean())"
@@ -137,7 +137,7 @@ MISTAKES = (
     ),
     Mistake(
         id="uniform-noise",
-        what="it draws uniform noise where standard normal noise is due: torch.rand for torch.randn",
+        what="it draws uniform noise in place of standard normal noise: torch.rand for torch.randn",
         fix="Draw the noise with torch.randn_like.",
         signature="mean_logvar",
         wrong="(lambda z: (0.5 * z**2 - 0.5 * (z - mean) ** 2 / logvar.exp() - 0.5 * logvar).sum(-1).mean())"

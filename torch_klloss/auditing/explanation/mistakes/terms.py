@@ -44,14 +44,14 @@ MISTAKES = (
     ),
     _term(
         "log-term-doubled",
-        "its term with log σ is twice as large as it should be: log σ² where log σ is due",
+        "its term with log σ is twice as large as it should be: log σ² in place of log σ",
         _FORM,
         "(0.5 * (mean**2 + logvar.exp() - 1) - logvar).sum(-1).mean()",
         _times("log", 2.0),
     ),
     _term(
         "log-term-halved",
-        "its term with log σ is half as large as it should be: log σ where log σ² is due",
+        "its term with log σ is half as large as it should be: log σ in place of log σ²",
         _FORM,
         "0.5 * (mean**2 + logvar.exp() - 1 - 0.5 * logvar).sum(-1).mean()",
         _times("log", 0.5),
@@ -107,7 +107,7 @@ MISTAKES = (
     ),
     _term(
         "std-for-variance",
-        "it has σ where σ² is due, in the term with the variance",
+        "it has σ in place of σ², in the term with the variance",
         _FORM,
         "-0.5 * (1 + logvar - mean**2 - (0.5 * logvar).exp()).sum(-1).mean()",
         {"variance": lambda n: 0.5 * (0.5 * n.q_logvar).exp() / n.p_var},
@@ -121,21 +121,21 @@ MISTAKES = (
     ),
     _term(
         "exp-missing",
-        "it has log σ² where σ² is due: an exp is missing",
+        "it has log σ² in place of σ²: an exp is missing",
         _FORM,
         "-0.5 * (1 + logvar - mean**2 - logvar).sum(-1).mean()",
         {"variance": lambda n: 0.5 * n.q_logvar / n.p_var},
     ),
     _term(
         "log-missing",
-        "it has σ² where log σ² is due: a log is missing",
+        "it has σ² in place of log σ²: a log is missing",
         _FORM,
         "-0.5 * (1 + logvar.exp() - mean**2 - logvar.exp()).sum(-1).mean()",
         {"log": lambda n: -0.5 * n.q_var},
     ),
     _term(
         "log-of-std-missing",
-        "it has σ where log σ is due: a log is missing",
+        "it has σ in place of log σ: a log is missing",
         _FORM,
         "0.5 * (mean**2 + std**2 - 1 - 2 * std).sum(-1).mean()",
         {"log": lambda n: -(0.5 * n.q_logvar).exp()},
@@ -164,7 +164,7 @@ MISTAKES = (
     ),
     _term(
         "scale-of-p-not-squared",
-        "it divides by 2σp where 2σp² is due",
+        "it divides by 2σp in place of 2σp²",
         _GENERAL,
         "((p.scale / q.scale).log() + (q.scale**2 + (q.loc - p.loc) ** 2) / (2 * p.scale) - 0.5).sum(-1).mean()",
         {

@@ -1,4 +1,4 @@
-"""The KL of pairs, and what mistakes would make of it, as candidates that a fit can take."""
+"""References for the numbers of a training step: the KL of pairs, and what each mistake makes of it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution, Normal, OneHotCategorical
 
-from torch_klloss.auditing.experiment.observation import Asked
-from torch_klloss.auditing.experiment.parameters import Call
+from torch_klloss.auditing.experiment.observation import Subject, without_loss
 from torch_klloss.auditing.experiment.probes import Layout
-from torch_klloss.auditing.experiment.signatures import SIGNATURES
-from torch_klloss.auditing.explanation.candidates import UNBIASED, Candidate, core_of, is_factor, right_core
+from torch_klloss.auditing.explanation.candidates import UNBIASED, Candidate, core_hypotheses, mistaken, right_core
 from torch_klloss.auditing.explanation.expectations import Core, at_log_probs, at_points, misread
 from torch_klloss.auditing.explanation.fit import TOLERANCE
-from torch_klloss.auditing.explanation.mistake import ANALYTIC, CATEGORICAL, SAMPLED, Hypothesis, Parts, hypotheses
+from torch_klloss.auditing.explanation.mistake import ANALYTIC, CATEGORICAL, SAMPLED, Hypothesis, Parts
 from torch_klloss.auditing.explanation.mistakes import CATALOGUE
 from torch_klloss.auditing.training_step.pairs import Pair
 from torch_klloss.distributions.checks import check_pair
@@ -29,30 +27,29 @@ from torch_klloss.losses import AutoKL
 from torch_klloss.methods import MonteCarlo, Quadrature
 from torch_klloss.rng import private_rng
 
-_ROUNDING = 4.0  # by how many eps of its terms a sum of them may be off
-_NUM_SAMPLES = 4096  # for a pair whose KL has no other route
-_CORE_MISTAKES = [mistake for mistake in CATALOGUE if mistake.gradient is None and not is_factor(mistake)]
+_ROUNDING = 4.0  # the rounding error of a sum, in eps of its terms
+_NUM_SAMPLES = 4096  # for a pair whose KL no other method computes
 _SWAPPED = next(m for m in CATALOGUE if m.id == "swapped")
 _ACCURATE = AutoKL(fallback=[Quadrature(), MonteCarlo(_NUM_SAMPLES)])
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Hold what a number was, with its pair, in every run that had both."""
+    """A number and its pair in every run that had both."""
 
     values: tuple[Tensor, ...]
     pairs: tuple[Pair, ...]
 
 
 @dataclass(frozen=True)
-class Truth:
-    """Hold the KL of the pairs, and what mistakes would make of it.
+class Reference:
+    """The KL of the pairs, and what each mistake makes of it.
 
     Attributes:
         layout: of the runs, a probe each.
-        right: what right losses compute, the KL itself first.
-        wrong: what each mistake gives.
-        rounding: how far a value may be off for its arithmetic, relative.
+        right: the values of right losses, the KL itself first.
+        wrong: the values with each mistake.
+        rounding: the largest relative rounding error of a value.
     """
 
     layout: Layout
@@ -67,104 +64,99 @@ class Truth:
 
 
 @dataclass
-class Truths:
-    """Compute what is known of pairs once, whatever is held against them."""
+class References:
+    """Computes the reference of each pair once, whatever is compared with it."""
 
-    known: dict[tuple[Any, ...], Truth] = field(default_factory=dict)
+    known: dict[tuple[Any, ...], Reference] = field(default_factory=dict)
 
-    def of(self, evidence: Evidence, example_dims: int = 1, at_most: int = 0) -> Truth:
-        """Return it for examples of so many leading dimensions, with what `at_most` mistakes together make of it."""
+    def of(self, evidence: Evidence, example_dims: int = 1, at_most: int = 0) -> Reference:
+        """Return the reference for examples with so many leading dimensions, and up to `at_most` mistakes together."""
         key = (*map(id, evidence.pairs), example_dims, at_most, max(torch.finfo(v.dtype).eps for v in evidence.values))
         if key not in self.known:
-            self.known[key] = _truth(evidence, example_dims, at_most)
+            self.known[key] = _reference(evidence, example_dims, at_most)
         return self.known[key]
 
 
-def _truth(evidence: Evidence, example_dims: int, at_most: int) -> Truth:
+def _reference(evidence: Evidence, example_dims: int, at_most: int) -> Reference:
     """Return the KL of the pairs, and what `at_most` mistakes together make of it."""
     simple = [simplify(in_full_precision(pair.q), in_full_precision(pair.p))[:2] for pair in evidence.pairs]
     tensors = [t for value, pair in zip(evidence.values, evidence.pairs, strict=True) for t in (value, *pair.anchors)]
     eps = max(torch.finfo(t.dtype).eps for t in tensors if t.is_floating_point())
     if evidence.pairs[0].of:
-        return _truth_of_sums(evidence, eps)
+        return _reference_of_sums(evidence, eps)
     if all(isinstance(d, Normal) for pair in simple for d in pair):
-        return _truth_of_normals(evidence, simple, example_dims, at_most, eps)
+        return _reference_of_normals(evidence, simple, example_dims, at_most, eps)
     if all(isinstance(q, (Categorical, OneHotCategorical, Bernoulli)) and type(q) is type(p) for q, p in simple):
-        return _truth_of_logits(evidence, simple, example_dims, at_most, eps)
-    return _truth_of_any(evidence, example_dims, at_most, eps)
+        return _reference_of_logits(evidence, simple, example_dims, at_most, eps)
+    return _reference_of_any(evidence, example_dims, at_most, eps)
 
 
-def _truth_of_normals(
+def _reference_of_normals(
     evidence: Evidence, simple: Sequence[tuple[Any, Any]], example_dims: int, at_most: int, eps: float
-) -> Truth:
+) -> Reference:
     shapes = [check_pair(q, p) for q, p in simple]
     layout = _layout(evidence, shapes, example_dims)
-    asked = _asked_of_normals(evidence, simple, shapes, layout)
-    right, wrong = [right_core(asked)], _mistaken(asked, ANALYTIC, at_most)
+    subject = _subject_of_normals(evidence, simple, shapes, layout)
+    right, wrong = [right_core(subject)], mistaken(subject, ANALYTIC, at_most)
     of_pairs = [_points_of(pair, shape) for pair, shape in zip(evidence.pairs, shapes, strict=True)]
     for points in zip(*of_pairs, strict=False):
         if len({len(x) for x in points}) == 1:
             x = torch.cat(points, dim=-1)
-            right += [c for integrand in UNBIASED for c in _at(x, asked, Hypothesis(), {"integrand": integrand})]
-            sampled = hypotheses(_CORE_MISTAKES, SAMPLED, asked.call.signature.name, min(at_most, 1))
-            wrong += [c for h in sampled if "direction" not in h.parts for c in _at(x, asked, h, h.parts)]
-    n: Any = misread(asked.call.signature, asked.leaves, layout, {})
+            right += [c for integrand in UNBIASED for c in _at(x, subject, Hypothesis(), {"integrand": integrand})]
+            sampled = core_hypotheses(SAMPLED, subject.signature.name, min(at_most, 1))
+            wrong += [c for h in sampled if "direction" not in h.parts for c in _at(x, subject, h, h.parts)]
+    n: Any = subject.pair
     sizes = 2 + n.q_logvar.abs() + n.p_logvar.abs() + ((n.q_mean - n.p_mean).square() + n.q_var) / n.p_var
-    return Truth(layout, right, wrong, _rounding(layout, layout.examples(sizes), right[0].core.examples, eps))
+    return Reference(layout, right, wrong, _rounding(layout, layout.examples(sizes), right[0].core.examples, eps))
 
 
-def _asked_of_normals(
+def _subject_of_normals(
     evidence: Evidence, simple: Sequence[tuple[Any, Any]], shapes: Sequence[torch.Size], layout: Layout
-) -> Asked:
-    """Return what a loss of the tensors that were given is asked, or else one of the distributions."""
+) -> Subject:
+    """Return the probes with the given tensors for leaves, or else with the parameters of the distributions."""
     given = [pair.given for pair in evidence.pairs]
     if all(g is not None and g[0].shape == shape for g, shape in zip(given, shapes, strict=True)):
         kind = given[0][2]  # type: ignore[index]
         leaves = {"mean": _flat(g[0] for g in given if g), kind: _flat(g[1] for g in given if g)}
-        return _asked(f"mean_{kind}", layout, leaves)
+        return without_loss(f"mean_{kind}", layout, leaves)
     leaves = {}
     for index, name in enumerate("qp"):
         expanded = [pair[index].expand(shape) for pair, shape in zip(simple, shapes, strict=True)]
         leaves |= {f"{name}.mean": _flat(d.loc for d in expanded), f"{name}.std": _flat(d.scale for d in expanded)}
-    return _asked("distributions", layout, leaves)
+    return without_loss("distributions", layout, leaves)
 
 
-def _mistaken(asked: Asked, form: str, at_most: int) -> list[Candidate]:
-    found = hypotheses(_CORE_MISTAKES, form, asked.call.signature.name, at_most)
-    return [Candidate(h, core_of(asked, h.parts)) for h in found]
-
-
-def _at(x: Tensor, asked: Asked, hypothesis: Hypothesis, parts: Parts) -> list[Candidate]:
+def _at(x: Tensor, subject: Subject, hypothesis: Hypothesis, parts: Parts) -> list[Candidate]:
     """Return the mean over samples, `[num_samples, num_elements]`, of an integrand."""
-    pair: Any = misread(asked.call.signature, asked.leaves, asked.layout, parts)
-    return [Candidate(hypothesis, _mean(core)) for core in at_points(x, pair, asked.layout, parts)]
+    pair: Any = misread(subject, parts)
+    return [Candidate(hypothesis, _mean(core)) for core in at_points(x, pair, subject.layout, parts)]
 
 
-def _truth_of_logits(
+def _reference_of_logits(
     evidence: Evidence, simple: Sequence[tuple[Any, Any]], example_dims: int, at_most: int, eps: float
-) -> Truth:
+) -> Reference:
     leaves, shapes = {}, []
     for index, name in enumerate("qp"):
         expanded = [pair[index].expand(check_pair(*pair)) for pair in simple]
         leaves[f"{name}.logits"] = _flat(d.logits for d in expanded)
         shapes = [d.logits.shape for d in expanded]
     layout = _layout(evidence, shapes, example_dims)
-    asked = _asked("bernoulli" if isinstance(simple[0][0], Bernoulli) else "categorical", layout, leaves)
-    right = right_core(asked)
+    subject = without_loss("bernoulli" if isinstance(simple[0][0], Bernoulli) else "categorical", layout, leaves)
+    right = right_core(subject)
     rounding = _rounding(layout, layout.examples(torch.ones_like(leaves["q.logits"])), right.core.examples, eps)
-    return Truth(layout, [right], _mistaken(asked, CATEGORICAL, at_most), rounding)
+    return Reference(layout, [right], mistaken(subject, CATEGORICAL, at_most), rounding)
 
 
-def _truth_of_sums(evidence: Evidence, eps: float) -> Truth:
+def _reference_of_sums(evidence: Evidence, eps: float) -> Reference:
     """Return the sum of the KLs of the levels of a hierarchy."""
     levels = [[exact_kl(level.q, level.p) for level in pair.of] for pair in evidence.pairs]
     layout = Layout(tuple((kls[0].shape[:1].numel(), 1) for kls in levels))
     kl = torch.cat([torch.stack([_per_example(kl, kls[0].shape[:1].numel()) for kl in kls]).sum(0) for kls in levels])
-    return Truth(layout, [Candidate(Hypothesis(), Core(kl))], [], _rounding(layout, 2 + kl.abs(), kl, eps))
+    return Reference(layout, [Candidate(Hypothesis(), Core(kl))], [], _rounding(layout, 2 + kl.abs(), kl, eps))
 
 
-def _truth_of_any(evidence: Evidence, example_dims: int, at_most: int, eps: float) -> Truth:
-    """Return the KL of pairs of any kind, of both directions, and at samples."""
+def _reference_of_any(evidence: Evidence, example_dims: int, at_most: int, eps: float) -> Reference:
+    """Return the KL of pairs of any kind, the KL of the other direction, and estimates at the samples."""
     forward = [exact_kl(pair.q, pair.p) for pair in evidence.pairs]
     layout = _layout(evidence, [kl.shape for kl in forward], example_dims)
     elements = _flat(forward)
@@ -175,13 +167,7 @@ def _truth_of_any(evidence: Evidence, example_dims: int, at_most: int, eps: floa
         other = _flat(exact_kl(pair.p, pair.q) for pair in evidence.pairs)
         wrong.insert(0, Candidate(Hypothesis((_SWAPPED,)), Core(layout.examples(other), other)))
     sizes = (2 + kl.abs()) * layout.latent[layout.probe_of_example]
-    return Truth(layout, right, wrong, _rounding(layout, sizes, kl, eps))
-
-
-def _asked(signature: str, layout: Layout, leaves: dict[str, Tensor]) -> Asked:
-    chosen = SIGNATURES[signature]
-    call = Call(chosen, tuple(range(len(chosen.roles))), chosen.roles)
-    return Asked(lambda *_: None, call, layout, leaves, 2, torch.float64, False)
+    return Reference(layout, right, wrong, _rounding(layout, sizes, kl, eps))
 
 
 def _layout(evidence: Evidence, shapes: Iterable[Sequence[int]], example_dims: int) -> Layout:
@@ -208,7 +194,7 @@ def _mean(core: Core) -> Core:
 
 
 def _rounding(layout: Layout, sizes: Tensor, kl: Tensor, eps: float) -> float:
-    """Return how far a sum of terms of these sizes may be off, relative to the KL, in the worst run."""
+    """Return the largest rounding error of a sum of terms of these sizes, relative to the KL, in the worst run."""
     return float((_ROUNDING * eps * layout.means(sizes) / layout.means(kl).abs().clamp(min=1e-30)).max())
 
 
@@ -217,7 +203,7 @@ def _per_example(terms: Tensor, num_examples: int) -> Tensor:
 
 
 def _on_samples(evidence: Evidence, layout: Layout, at_most: int) -> tuple[list[Candidate], list[Candidate]]:
-    """Return what integrands give at the samples that were found, by the log-densities of the examples."""
+    """Return the values of integrands at the samples of the step, from the log-densities of the examples."""
     right: list[Candidate] = []
     wrong: list[Candidate] = []
     for points in zip(*(pair.points for pair in evidence.pairs), strict=False):
@@ -229,7 +215,7 @@ def _on_samples(evidence: Evidence, layout: Layout, at_most: int) -> tuple[list[
             continue
         for integrand in UNBIASED:
             right += [Candidate(Hypothesis(), core) for core in at_log_probs(log_q, log_p, {"integrand": integrand})]
-        for h in hypotheses(_CORE_MISTAKES, SAMPLED, "log_probs", min(at_most, 1)):
+        for h in core_hypotheses(SAMPLED, "log_probs", min(at_most, 1)):
             if h.parts.keys() == {"integrand"}:
                 wrong += [Candidate(h, core) for core in at_log_probs(log_q, log_p, h.parts)]
     return right, wrong
@@ -239,10 +225,10 @@ def exact_kl(q: Distribution, p: Distribution) -> Tensor:
     """Return the KL, `[*batch]`, without its gradient.
 
     Raises:
-        ValueError: if there is but a sample of it, too small to be compared with.
+        ValueError: if it is known from samples alone, and not accurately enough.
     """
     with torch.no_grad(), private_rng(0, tensors_of(q)[0].device if tensors_of(q) else torch.device("cpu")):
         estimate = _ACCURATE.estimate(q, p)
     if estimate.std_error is not None and bool((estimate.std_error > TOLERANCE * estimate.value.abs()).any()):
-        raise ValueError("its KL can be sampled alone, which is not sharp enough to compare with")
+        raise ValueError("its KL can only be sampled, which is not accurate enough for a comparison")
     return estimate.value
