@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, get_args
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torch.utils.hooks import RemovableHandle
 
 from torch_klloss.distributions.checks import check_pair, type_name
 from torch_klloss.distributions.tensors import device_of, dtype_of, in_full_precision, replace_examples, tensors_of
@@ -19,6 +23,7 @@ from torch_klloss.methods.monte_carlo.method import Gradient, Value
 from torch_klloss.methods.monte_carlo.mixed import MixedGradient
 from torch_klloss.numerics.tracing import is_autocast_enabled
 from torch_klloss.reduction import (
+    Batch,
     ReductionName,
     check_reduction,
     example_shape,
@@ -27,9 +32,40 @@ from torch_klloss.reduction import (
     reduce,
     reduce_estimate,
 )
+from torch_klloss.rng import RngState, rng_state
 from torch_klloss.samplers import IID, Sampler
 
 OnFallback = Literal["allow", "warn", "error"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One KL that a loss has computed, as its observers see it.
+
+    Attributes:
+        loss: the loss.
+        q: the distribution that the expectation is under, with every masked element replaced by one that counts.
+        p: the other one, likewise.
+        batch: the examples and their weights.
+        value: the reduced KL; for a loss inside of an `ELBOLoss` the KL in its terms.
+        reduction: how the examples were reduced to it.
+        random_state: where the random streams stood before.
+    """
+
+    loss: KLLoss
+    q: Distribution
+    p: Distribution
+    batch: Batch
+    value: Tensor
+    reduction: str
+    random_state: RngState
+
+
+class Observer(Protocol):
+    """An object that is told of every KL that a loss computes."""
+
+    def observe(self, call: Call) -> None:
+        """Take what is needed from the call; training's random streams must stay where they are."""
 
 
 class KLLoss(nn.Module):
@@ -70,6 +106,10 @@ class KLLoss(nn.Module):
         self.method = method
         self.reduction = reduction
         self.batch_dims = batch_dims
+        self.observers: list[Observer] = []
+        self._observer_hooks: tuple[Any, ...] = ()
+        self._handles: tuple[RemovableHandle, ...] = ()
+        self._random_states: list[RngState] = []
 
     def forward(
         self,
@@ -164,6 +204,69 @@ class KLLoss(nn.Module):
                 "every q that can be sampled."
             )
         return route
+
+    def add_observer(self, observer: Observer, called: nn.Module | None = None) -> None:
+        """Tell an observer of every call from now on, and of every KL that an `ELBOLoss` computes with this loss.
+
+        A call is told after its forward hooks were run, with what they and a subclass's `forward` made of the value.
+        Copies and pickles of the loss have no observers.
+
+        Args:
+            observer: the observer.
+            called: the module that is called in place of the loss, where `torch.compile` or FSDP wraps it.
+        """
+        if not self.observers:
+            called = self if called is None else called
+            before, after = map(torch.compiler.disable, (self._before_call, self._after_call))
+            self._observer_hooks = before, after
+            self._handles = (
+                called.register_forward_pre_hook(before, with_kwargs=True),
+                called.register_forward_hook(after, with_kwargs=True),
+            )
+        self.observers.append(observer)
+
+    def remove_observer(self, observer: Observer) -> None:
+        """Tell the observer no more; one that was not added is ignored."""
+        self.observers = [other for other in self.observers if other is not observer]
+        if not self.observers:
+            for handle in self._handles:
+                handle.remove()
+            self._observer_hooks, self._handles, self._random_states = (), (), []
+
+    def tell(
+        self, q: Distribution, p: Distribution, batch: Batch, value: Tensor, reduction: str, random_state: RngState
+    ) -> None:
+        """Tell the observers of one KL; the arguments are the attributes of a `Call`."""
+        call = Call(self, q, p, batch, value.detach(), reduction, random_state)
+        for observer in self.observers:
+            observer.observe(call)
+
+    @contextmanager
+    def unobserved(self) -> Iterator[None]:
+        """Tell no observer of the calls in the block."""
+        observers, self.observers = self.observers, []
+        try:
+            yield
+        finally:
+            self.observers = observers
+
+    def _before_call(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.observers:
+            q, _, _, generator = _arguments(*args, **kwargs)
+            self._random_states.append(rng_state(device_of(q), generator))
+
+    def _after_call(self, module: nn.Module, args: Any, kwargs: Any, value: Tensor) -> None:
+        if self.observers:
+            q, p, mask = self.drop_masked(*_arguments(*args, **kwargs)[:3])
+            examples = example_shape(check_pair(q, p), self.batch_dims)
+            self.tell(q, p, Batch(examples, len(examples), mask), value, self.reduction, self._random_states.pop())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles get: all but the observers, and the hooks that tell them."""
+        state = vars(self) | {"observers": [], "_observer_hooks": (), "_handles": (), "_random_states": []}
+        for name in ("_forward_pre_hooks", "_forward_hooks") if self._observer_hooks else ():
+            state[name] = OrderedDict((k, hook) for k, hook in state[name].items() if hook not in self._observer_hooks)
+        return state
 
     def extra_repr(self) -> str:
         """Return the settings, for `repr`."""
@@ -316,3 +419,10 @@ def _no_gradient(q: Distribution, p: Distribution) -> Tensor:
         if t.requires_grad:
             zero = zero + torch.where(torch.zeros_like(t, dtype=torch.bool), t, 0.0).sum()
     return zero
+
+
+def _arguments(
+    q: Distribution, p: Distribution, mask: Tensor | None = None, generator: torch.Generator | None = None
+) -> tuple[Distribution, Distribution, Tensor | None, torch.Generator | None]:
+    """Bind the arguments of a call, by position or by name, as `KLLoss.forward` does."""
+    return q, p, mask, generator

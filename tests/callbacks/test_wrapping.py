@@ -164,11 +164,12 @@ def test_training_is_bit_for_bit_the_same_watched_or_not(tmp_path, strategy):
     assert logged.keys() == {"kl/beta"}
 
 
-def test_hooks_inside_of_the_wrapper_would_miss_the_calls(tmp_path, monkeypatch):
-    """The twin: the wrapper of the loss is what the model calls."""
+def test_paths_with_the_wrappers_in_them_are_seen(tmp_path, monkeypatch):
+    """The twin: a loss that is not looked for behind its wrapper."""
     monkeypatch.setattr(watching, "_WRAPPED", ())
     _, logged, _ = run(tmp_path / "both.pt", "fsdp, losses wrapped too")
     assert not any("loss.kl" in key for key in logged)
+    assert any("loss._fsdp_wrapped_module.kl._fsdp_wrapped_module" in key for key in logged)
 
 
 def test_pairs_outside_of_the_wrapper_would_take_what_they_call_for_the_outermost(tmp_path, monkeypatch):

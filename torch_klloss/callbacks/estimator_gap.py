@@ -14,15 +14,14 @@ from torch.distributions import Distribution
 
 from torch_klloss.callbacks.figures import log_figure
 from torch_klloss.callbacks.gap import Gap
-from torch_klloss.callbacks.watching import AllRanks, Call, LossWatcher, steps_taken, sum_of, wide
+from torch_klloss.callbacks.watching import AllRanks, LossWatcher, repeated, steps_taken
 from torch_klloss.distributions.tensors import device_of
-from torch_klloss.elbo.batches import Batch
 from torch_klloss.estimate import KLEstimate
-from torch_klloss.losses import AutoKL, KLLoss
+from torch_klloss.losses import AutoKL, Call, KLLoss
 from torch_klloss.methods import ClosedForm, Enumeration, FirstOf, Method, MonteCarlo, NotCertifiedError
 from torch_klloss.methods.quadrature.method import Quadrature
-from torch_klloss.reduction import example_shape
-from torch_klloss.rng import private_rng, replayed_rng, rng_state
+from torch_klloss.reduction import Batch, example_shape
+from torch_klloss.rng import private_rng, rng_state
 
 Pairs = Callable[[Any, Any], Mapping[str, tuple[Distribution, Distribution]]]
 Column = Literal["sampled", "exact", "quadrature"]
@@ -117,12 +116,11 @@ class EstimatorGap(LossWatcher):
         for path, rows in self.history.items() if self.figure else ():
             log_figure(trainer, f"{self.prefix}/{path}/gap", partial(_draw, path, rows), steps_taken(trainer))
 
-    def observe(self, call: Call) -> None:
+    def measure(self, name: str, call: Call) -> None:
         """Repeat the draws of the call, for their errors, and compare them with the other estimate."""
-        with replayed_rng(call.random_state, device_of(call.q)) as generator:
-            used = call.loss.estimate(call.q, call.p, generator=generator)
+        used = repeated(call)
         with private_rng(self._seed(self.seed), device_of(call.q)):
-            self._compare(call, used)
+            self._compare(name, call, used)
 
     def collect(self, all_ranks: AllRanks) -> dict[str, float]:
         """Return the gaps, and remember them."""
@@ -150,29 +148,28 @@ class EstimatorGap(LossWatcher):
             state = rng_state(device_of(q))
             used = loss.estimate(q, p)
             examples = example_shape(used.value.shape, loss.batch_dims)
-            batch_of_pair = Batch(examples, len(examples))
-            total = sum_of(wide(loss.reduce(used).value), batch_of_pair, loss.reduction)
-            self._compare(Call(name, loss, q, p, batch_of_pair, loss.reduction, total, state), used)
+            call = Call(loss, q, p, Batch(examples, len(examples)), loss.reduce(used).value, loss.reduction, state)
+            self._compare(name, call, used)
 
-    def _compare(self, call: Call, used: KLEstimate) -> None:
+    def _compare(self, name: str, call: Call, used: KLEstimate) -> None:
         """Estimate the KL in another way and keep the gap, unless there is no other way."""
         try:
             other = self._sampled if used.std_error is None else FirstOf(_EXACT, self._sampled)
             reference = _estimate(other, call)
         except (NotImplementedError, NotCertifiedError) as error:
-            warnings.warn(f"EstimatorGap logs no gap for {call.name!r}: {error}", UserWarning, stacklevel=2)
+            warnings.warn(f"EstimatorGap logs no gap for {name!r}: {error}", UserWarning, stacklevel=2)
             return
-        others = {str(word): self._column(word, call, used) for word in self.side_by_side}
-        self._gaps[call.name] = Gap.of(call, used, reference, others)
+        others = {str(word): self._column(f"{name}/{word}", word, call, used) for word in self.side_by_side}
+        self._gaps[name] = Gap.of(call, used, reference, others)
 
-    def _column(self, word: str, call: Call, used: KLEstimate) -> KLEstimate:
+    def _column(self, name: str, word: str, call: Call, used: KLEstimate) -> KLEstimate:
         """Return one of the estimates side by side, of NaN where the pair has no such route."""
         try:
             return _estimate(self._methods[word], call)
         except (NotImplementedError, NotCertifiedError) as error:
-            if f"{call.name} {word}" not in self._warned:
-                self._warned.add(f"{call.name} {word}")
-                warnings.warn(f"EstimatorGap logs NaN as {call.name}/{word}: {error}", UserWarning, stacklevel=2)
+            if name not in self._warned:
+                self._warned.add(name)
+                warnings.warn(f"EstimatorGap logs NaN as {name}: {error}", UserWarning, stacklevel=2)
             nan = torch.full_like(used.value, torch.nan)
             return KLEstimate(nan, exact=False, std_error=nan if word == "sampled" else None, method=word)
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_klloss.callbacks.watching import AllRanks, Call, wide
+from torch_klloss.callbacks.watching import AllRanks, wide
 from torch_klloss.estimate import KLEstimate
+from torch_klloss.losses import Call
+from torch_klloss.reduction import Batch
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Gap:
             (value - other)[kept],
             (_variance(values) + _variance(references))[kept],
             other[kept],
-            call.total,
+            _sum_of(wide(call.value), call.batch, call.reduction),
             call.reduction == "sum",
             "reference" if used.std_error is None else "value",
             {
@@ -81,3 +83,11 @@ class Gap:
 def _variance(estimate: KLEstimate) -> Tensor:
     error = torch.zeros_like(estimate.value) if estimate.std_error is None else estimate.std_error
     return wide(error).flatten().square()
+
+
+def _sum_of(output: Tensor, batch: Batch, reduction: str) -> Tensor:
+    """Return Σ w · KL over the examples, given what a loss has made of it."""
+    if reduction != "mean":
+        return output.sum()
+    weights = batch.example_weights
+    return output * (math.prod(batch.elements) if weights is None else wide(weights).sum())

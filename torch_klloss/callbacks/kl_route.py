@@ -5,12 +5,11 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from torch_klloss.callbacks.watching import AllRanks, Call, LossWatcher
+from torch_klloss.callbacks.watching import AllRanks, LossWatcher, repeated
 from torch_klloss.distributions.checks import type_name
-from torch_klloss.distributions.tensors import device_of
 from torch_klloss.estimate import KLEstimate
+from torch_klloss.losses import Call
 from torch_klloss.methods import ClosedForm, Enumeration, FirstOf
-from torch_klloss.rng import replayed_rng
 
 _EXACT = FirstOf(ClosedForm(), Enumeration())
 
@@ -53,17 +52,16 @@ class KLRoute(LossWatcher):
             trainer.print(line)
         self._news.clear()
 
-    def observe(self, call: Call) -> None:
-        """Repeat the draws of the call, and look at how they were come by."""
-        with replayed_rng(call.random_state, device_of(call.q)) as generator:
-            used = call.loss.estimate(call.q, call.p, generator=generator)
-        self._metrics[f"{call.name}/exact"] = float(used.exact)
-        self._metrics[f"{call.name}/num_evaluations"] = float(used.num_evaluations)
-        if self.routes.get(call.name) != used.method:
-            self.routes[call.name] = used.method
+    def measure(self, name: str, call: Call) -> None:
+        """Repeat the draws of the call, and record which method produced the value."""
+        used = repeated(call)
+        self._metrics[f"{name}/exact"] = float(used.exact)
+        self._metrics[f"{name}/num_evaluations"] = float(used.num_evaluations)
+        if self.routes.get(name) != used.method:
+            self.routes[name] = used.method
             pair = f"KL({type_name(call.q)}‖{type_name(call.p)})"
-            self._news.append(f"KLRoute: {call.name!r} takes {pair} by {used.method}")
-        self._warn_of_sampling(call, used)
+            self._news.append(f"KLRoute: {name!r} takes {pair} by {used.method}")
+        self._warn_of_sampling(name, call, used)
 
     def collect(self, all_ranks: AllRanks) -> dict[str, float]:
         """Return what was seen."""
@@ -77,13 +75,13 @@ class KLRoute(LossWatcher):
         """Remember the routes, to print only what has changed."""
         self.routes = state_dict["routes"]
 
-    def _warn_of_sampling(self, call: Call, used: KLEstimate) -> None:
+    def _warn_of_sampling(self, name: str, call: Call, used: KLEstimate) -> None:
         sampled = used.std_error is not None
-        if call.name in self._warned or not sampled or not _EXACT.supports(call.q, call.p):
+        if name in self._warned or not sampled or not _EXACT.supports(call.q, call.p):
             return
-        self._warned.add(call.name)
+        self._warned.add(name)
         warnings.warn(
-            f"{call.name!r} samples KL({type_name(call.q)}‖{type_name(call.p)}) in training ({used.method}), although "
+            f"{name!r} samples KL({type_name(call.q)}‖{type_name(call.p)}) in training ({used.method}), although "
             f"{_EXACT.route(call.q, call.p)} is exact: AutoKL() takes it, without the noise in value and gradient.",
             UserWarning,
             stacklevel=2,

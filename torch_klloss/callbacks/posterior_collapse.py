@@ -12,9 +12,10 @@ import torch
 from torch_klloss.callbacks.figures import log_figure
 from torch_klloss.callbacks.latent import kl_per_unit, mutual_information, posterior_means
 from torch_klloss.callbacks.moments import Moments
-from torch_klloss.callbacks.watching import AllRanks, Call, LossWatcher, publish, steps_taken, sum_over_ranks
+from torch_klloss.callbacks.watching import AllRanks, LossWatcher, publish, steps_taken, sum_over_ranks
 from torch_klloss.distributions.checks import check_pair
 from torch_klloss.distributions.tensors import device_of
+from torch_klloss.losses import Call
 from torch_klloss.rng import private_rng
 
 Stage = Literal["train", "validation"]
@@ -123,14 +124,14 @@ class PosteriorCollapse(LossWatcher):
         for path, rows in self.history.items() if self.figure else ():
             log_figure(trainer, f"{self.prefix}/{path}/units", partial(_draw, path, rows), steps_taken(trainer))
 
-    def observe(self, call: Call) -> None:
+    def measure(self, name: str, call: Call) -> None:
         """Add what the call shows of its latent."""
         if not call.batch.elements:
             return  # no examples: nothing varies
         with private_rng(self._seed(self.seed), device_of(call.q)):
             statistics = _Statistics.of(call, self.num_draws)
-        seen = self._statistics.get(call.name)
-        self._statistics[call.name] = statistics if seen is None else seen.merged(statistics)
+        seen = self._statistics.get(name)
+        self._statistics[name] = statistics if seen is None else seen.merged(statistics)
 
     def collect(self, all_ranks: AllRanks) -> dict[str, float]:
         """Return the measurements, remember them, and warn where most units have died."""

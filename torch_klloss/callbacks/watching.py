@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import importlib
-import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
-from torch_klloss.distributions.checks import check_pair
 from torch_klloss.distributions.tensors import device_of
-from torch_klloss.elbo import ELBOLoss
-from torch_klloss.elbo.batches import Batch
-from torch_klloss.elbo.divergence import ElementwiseKL
-from torch_klloss.losses import KLLoss
-from torch_klloss.reduction import example_shape
-from torch_klloss.rng import RngState, rng_state
+from torch_klloss.estimate import KLEstimate
+from torch_klloss.losses import Call, KLLoss
+from torch_klloss.rng import replayed_rng
 
 
 def _callback_bases() -> tuple[type, ...]:
@@ -52,41 +45,6 @@ AllRanks = Callable[[Tensor], Tensor]  # sums a tensor over the ranks
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # what wrappers call the module in them
 
 
-@dataclass(frozen=True)
-class Call:
-    """Hold one call of a loss: a second call in the same step has the name `<path>.1`, and so on.
-
-    Attributes:
-        name: where the loss is in the module.
-        loss: the loss.
-        q: what it was called with, without what is masked.
-        p: likewise.
-        batch: which elements of the pair count, and how much.
-        reduction: how training reduces the examples; an `ELBOLoss` does what the KL inside of it does not.
-        total: Σ w · KL over the examples, of what the loss returned.
-        random_state: where the random streams stood before.
-    """
-
-    name: str
-    loss: KLLoss
-    q: Distribution
-    p: Distribution
-    batch: Batch
-    reduction: str
-    total: Tensor
-    random_state: RngState
-
-
-@dataclass(frozen=True)
-class Watched:
-    """Hold a loss of a module: its path, what is to be hooked, and how training reduces its examples."""
-
-    path: str
-    module: nn.Module
-    loss: KLLoss
-    reduction: str
-
-
 class LossWatcher(Callback):
     """Base of the callbacks that watch losses: hooks in, a measurement, hooks out, on every n-th step.
 
@@ -110,16 +68,14 @@ class LossWatcher(Callback):
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}.")
         self.every_n_steps = every_n_steps
         self.prefix = prefix
-        self._watched: list[Watched] = []
+        self._losses: dict[KLLoss, tuple[str, nn.Module]] = {}
         self._is_compiled = False
-        self._handles: list[Any] = []
         self._step: int | None = None  # the step that is being measured, None on all others
         self._last_step = -1
         self._rank = 0
         self._calls: Counter[str] = Counter()
-        self._random_states: list[RngState] = []
 
-    def observe(self, call: Call) -> None:
+    def measure(self, name: str, call: Call) -> None:
         """Take what is needed from a call; training's random stream must stay where it is."""
         raise NotImplementedError
 
@@ -129,13 +85,13 @@ class LossWatcher(Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Find every `KLLoss`, or warn that there is none."""
-        self._remove_hooks()
+        self._stop()
         self._last_step, self._rank = -1, trainer.global_rank
-        self._watched = list(losses_of(pl_module))
+        self._losses = losses_of(pl_module)
         self._is_compiled = any(_is_compiled(module) for module in pl_module.modules())
         if self._is_compiled:
-            self._add_hooks()
-        if not self._watched and not self._has_other_source():
+            self._start()
+        if not self._losses and not self._has_other_source():
             warnings.warn(
                 f"{type(self).__name__} found no KLLoss in {type(pl_module).__name__} and will log nothing. "
                 f"{self.way_out}",
@@ -159,37 +115,22 @@ class LossWatcher(Callback):
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Remove the hooks."""
-        self._remove_hooks()
+        self._stop()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Remove the hooks: Lightning calls no teardown where `fit` raises."""
-        self._remove_hooks()
+        self._stop()
 
     @torch.compiler.disable
-    def _before_call(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._step is not None:
-            q, _, _, generator = _arguments(*args, **kwargs)
-            self._random_states.append(rng_state(device_of(q), generator))
-
-    @torch.compiler.disable
-    def _after_call(self, watched: Watched, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+    def observe(self, call: Call) -> None:
+        """Measure a call, if the step is one of those that are measured."""
         if self._step is None:
             return
-        q, p, mask, _ = _arguments(*args, **kwargs)
-        loss, output = watched.loss, wide(output.detach())
-        if isinstance(module, ElementwiseKL):
-            batch = module.batch
-            total = batch.reduce(batch.per_example(output), "sum")
-        else:
-            q, p, mask = loss.drop_masked(q, p, mask)
-            examples = example_shape(check_pair(q, p), loss.batch_dims)
-            batch = Batch(examples, len(examples), mask)
-            total = sum_of(output, batch, loss.reduction)
-        calls = self._calls[watched.path]
-        self._calls[watched.path] += 1
-        name = f"{watched.path}.{calls}" if calls else watched.path
+        path, _ = self._losses[call.loss]
+        name = f"{path}.{self._calls[path]}" if path in self._calls else path
+        self._calls[path] += 1
         with torch.no_grad():
-            self.observe(Call(name, loss, q, p, batch, watched.reduction, total, self._random_states.pop()))
+            self.measure(name, call)
 
     def _seed(self, seed: int) -> int:
         """Return a seed for every (seed, rank, step, call): draws that nothing else in training shares."""
@@ -207,55 +148,44 @@ class LossWatcher(Callback):
         return {f"{self.prefix}/{name}": value for name, value in metrics.items()}
 
     def _open(self, step: int) -> None:
-        """Begin to measure; `step` tells this measurement's draws from those of others."""
+        """Begin to measure; `step` makes this measurement's draws differ from those of others."""
         self._forget()
         self._step = step
-        self._add_hooks()
+        self._start()
 
     def _close(self) -> None:
-        """Cease to measure."""
-        if not self._is_compiled:
-            self._remove_hooks()
+        """End the measurement."""
         self._step = None
         self._forget()
+        if not self._is_compiled:
+            self._stop()
 
-    def _add_hooks(self) -> None:
-        if self._handles:
-            return
-        for watched in self._watched:
-            self._handles += [
-                watched.module.register_forward_pre_hook(self._before_call, with_kwargs=True),
-                watched.module.register_forward_hook(partial(self._after_call, watched), with_kwargs=True),
-            ]
+    def _start(self) -> None:
+        for loss, (_, called) in self._losses.items():
+            if self not in loss.observers:
+                loss.add_observer(self, called)
 
-    def _remove_hooks(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+    def _stop(self) -> None:
+        for loss in self._losses:
+            loss.remove_observer(self)
         self._step = None
         self._forget()
 
     def _forget(self) -> None:
         self._calls.clear()
-        self._random_states.clear()
 
 
-def losses_of(pl_module: nn.Module) -> Iterator[Watched]:
-    """Yield the losses of a module, each once.
+def losses_of(pl_module: nn.Module) -> dict[KLLoss, tuple[str, nn.Module]]:
+    """Return the losses of a module, each with its path and the module that is called in its place.
 
-    A loss that is wrapped, by the compiler or by FSDP, is hooked at its outermost wrapper, which is what the model
-    calls; its path is the one it has without.
+    That is the outermost wrapper of a loss that the compiler or FSDP has wrapped; the path is the one without wrappers.
     """
-    seen: set[nn.Module] = set()
-    reductions: dict[nn.Module, str] = {}  # of those in an ELBOLoss, which comes before what is in it
+    losses: dict[KLLoss, tuple[str, nn.Module]] = {}
     for path, module in pl_module.named_modules():
         loss = _unwrapped(module)
-        if isinstance(loss, ELBOLoss):
-            reductions[_unwrapped(loss.kl)] = loss.reduction
-        if isinstance(loss, KLLoss) and loss not in seen:
-            seen.add(loss)
-            name = ".".join(part for part in path.split(".") if part not in _WRAPPED)
-            yield Watched(name, module, loss, reductions.get(loss, loss.reduction))
+        if isinstance(loss, KLLoss) and loss not in losses:
+            losses[loss] = ".".join(part for part in path.split(".") if part not in _WRAPPED), module
+    return losses
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
@@ -267,6 +197,12 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 
 def _is_compiled(module: nn.Module) -> bool:
     return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
+def repeated(call: Call) -> KLEstimate:
+    """Return the estimate of a call, from the same draws; the random streams stay where they are."""
+    with replayed_rng(call.random_state, device_of(call.q)) as generator:
+        return call.loss.estimate(call.q, call.p, generator=generator)
 
 
 def steps_taken(trainer: Any) -> int:
@@ -292,21 +228,6 @@ def publish(trainer: Any, metrics: dict[str, float], step: int) -> None:
         logger.log_metrics(metrics, step=step)
 
 
-def sum_of(output: Tensor, batch: Batch, reduction: str) -> Tensor:
-    """Return Σ w · KL over the examples, given what a loss has made of it."""
-    if reduction != "mean":
-        return output.sum()
-    weights = batch.example_weights
-    return output * (math.prod(batch.elements) if weights is None else wide(weights).sum())
-
-
 def wide(t: Tensor) -> Tensor:
     """Return the tensor in float64, or in float32 on Apple's devices, which have no other."""
     return t.float() if t.device.type == "mps" else t.double()
-
-
-def _arguments(
-    q: Distribution, p: Distribution, mask: Tensor | None = None, generator: torch.Generator | None = None
-) -> tuple[Distribution, Distribution, Tensor | None, torch.Generator | None]:
-    """Bind the arguments of a call, by position or by name, as `KLLoss.forward` does."""
-    return q, p, mask, generator

@@ -2,95 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from torch_klloss.estimate import KLEstimate
 from torch_klloss.numerics.tracing import is_traced
-from torch_klloss.reduction import expand_mask, is_zero, reduce, reduce_estimate
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Hold the examples of a batch and the weights of its elements.
-
-    An element is an example, or a part of one: a mask `[batch, time]` over examples `[batch]` weighs their steps.
-
-    Attributes:
-        elements: the shape of the elements, `[*examples, *parts]`.
-        num_example_dims: how many of its dimensions index examples.
-        weights: of the elements, `[*elements]`; None where all count alike.
-        index: for every element, flat, the element to read instead: itself, or one that counts in place of one that
-            does not. What a masked element holds, NaN included, then reaches neither a value nor a gradient.
-    """
-
-    elements: torch.Size
-    num_example_dims: int
-    weights: Tensor | None = None
-    index: Tensor | None = None
-
-    @property
-    def has_parts(self) -> bool:
-        """Whether the elements are parts of examples."""
-        return len(self.elements) > self.num_example_dims
-
-    def take(self, t: Tensor) -> Tensor:
-        """Return `[*elements, …]` without what the masked elements held."""
-        if self.index is None:
-            return t
-        dims = len(self.elements)
-        return t.flatten(0, dims - 1).index_select(0, self.index).unflatten(0, self.elements)
-
-    def per_example(self, values: Tensor) -> Tensor:
-        """Sum `[*elements, …]` over all that is inside of an example: weighted parts, and whatever follows them."""
-        values = _sum_after(values, len(self.elements))
-        if not self.has_parts:
-            return values
-        if self.weights is not None:
-            values = torch.where(self.weights == 0, 0.0, self.weights.to(values.dtype) * values)
-        return _sum_after(values, self.num_example_dims)
-
-    def estimate_per_example(self, estimate: KLEstimate) -> KLEstimate:
-        """Do the same with an estimate of batch shape `[*elements, …]`, its error included."""
-        dims = len(self.elements)
-        estimate = reduce_estimate(estimate, "none", dims)
-        if not self.has_parts or self.weights is None:
-            return reduce_estimate(estimate, "none", self.num_example_dims)
-        return estimate.combine(self.weights.to(estimate.value.dtype), tuple(range(self.num_example_dims, dims)))
-
-    def total(self, values: Tensor, reduction: str) -> Tensor:
-        """Sum `[*elements, …]` over all that is inside of an example, and reduce the examples."""
-        count = math.prod(self.elements)
-        if reduction == "mean" and self.weights is None and count > 0:
-            return values.sum() / count  # one pass
-        return self.reduce(self.per_example(values), reduction)
-
-    def reduce(self, per_example: Tensor, reduction: str) -> Tensor:
-        """Reduce `[*examples]` to the mean, the sum, or (none) the weighted values."""
-        return reduce(per_example, reduction, self.num_example_dims, self.example_weights)
-
-    def average(self, values: Tensor) -> Tensor:
-        """Return the mean over the examples of `[*elements, *latent]`: `[*parts, *latent]`."""
-        if self.num_example_dims == 0:
-            return values
-        examples = tuple(range(self.num_example_dims))
-        if self.weights is None:
-            return values.mean(examples)
-        weights = self.weights.to(values.dtype)
-        weights = weights.reshape(weights.shape + (1,) * (values.dim() - weights.dim()))
-        total = torch.where(weights == 0, 0.0, weights * values).sum(examples)
-        count = self.example_weights
-        return total if count is None else total / count.to(values.dtype).sum()
-
-    @property
-    def example_weights(self) -> Tensor | None:
-        """How much every example counts; one that has parts, one, unless all of them are masked."""
-        if self.weights is None or not self.has_parts:
-            return self.weights
-        return (self.weights != 0).flatten(self.num_example_dims).any(-1)
+from torch_klloss.reduction import Batch, expand_mask, is_zero
 
 
 def batch_of(
@@ -137,8 +53,3 @@ def _mask_of(lengths: Tensor, batch_shape: torch.Size) -> Tensor:
     if not is_traced() and bool(((lengths < 0) | (lengths > num_steps)).any()):
         raise ValueError(f"lengths must lie between 0 and the number of steps {num_steps}, got {lengths.tolist()}.")
     return torch.arange(num_steps, device=lengths.device) < lengths.unsqueeze(-1)
-
-
-def _sum_after(values: Tensor, num_dims: int) -> Tensor:
-    extra = values.dim() - num_dims
-    return values.sum(tuple(range(-extra, 0))) if extra > 0 else values

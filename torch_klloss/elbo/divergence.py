@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from dataclasses import dataclass
@@ -15,23 +16,13 @@ from torch_klloss.distributions.checks import check_pair, type_name
 from torch_klloss.distributions.families import LogVarNormal, StandardNormal
 from torch_klloss.distributions.simplify import peel
 from torch_klloss.distributions.tensors import device_of, replace_examples
-from torch_klloss.elbo.batches import Batch
 from torch_klloss.losses import KLLoss
 from torch_klloss.methods import ClosedForm, FirstOf
 from torch_klloss.numerics.tracing import is_traced
-from torch_klloss.rng import private_rng
+from torch_klloss.reduction import Batch
+from torch_klloss.rng import private_rng, rng_state
 
 LARGEST_LOGVAR = 80.0  # exp(88.8) is infinite in float32
-
-
-# What torch.nn.Module.__call__ looks at before and after a forward.
-_HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-)
 
 
 @dataclass(frozen=True)
@@ -61,9 +52,10 @@ def divergence(
     batch: Batch,
     generator: torch.Generator | None = None,
     *,
+    reduction: str = "mean",
     must_split: bool = False,
 ) -> Divergence:
-    """Return the KL of the elements of a batch.
+    """Return the KL of the elements of a batch, and tell the observers of `kl`.
 
     Args:
         kl: the loss that computes it, with reduction="none".
@@ -71,6 +63,7 @@ def divergence(
         p: the prior.
         batch: which elements count.
         generator: where a sampling method takes its randomness from.
+        reduction: how the KL that the observers are told is reduced.
         must_split: whether the loss is made of the single dimensions: a sampling method then draws for them anew.
             Otherwise they are a report, whose draws are made beside the caller's random stream, always the same.
 
@@ -78,17 +71,30 @@ def divergence(
         ValueError: if `must_split` and the KL does not split.
     """
     batch_shape = check_pair(q, p)
-    keep = None if batch.weights is None else batch.weights != 0
-    # one by one: where a hook breaks the graph, Dynamo loses an iterator over the two
-    kept_q = q if keep is None else replace_examples(q, keep, batch_shape)
-    kept_p = p if keep is None else replace_examples(p, keep, batch_shape)
-    fast = _of_usual_pair(kl, kept_q, kept_p)
+    if batch.weights is not None:
+        # one by one: where a hook breaks the graph, Dynamo loses an iterator over the two
+        keep = batch.weights != 0
+        q = replace_examples(q, keep, batch_shape)
+        p = replace_examples(p, keep, batch_shape)
+    if not kl.observers:
+        return _divergence(kl, q, p, batch, generator, must_split)
+    random_state = rng_state(device_of(q), generator)
+    with kl.unobserved():
+        found = _divergence(kl, q, p, batch, generator, must_split)
+    kl.tell(q, p, batch, batch.total(found.value.detach(), reduction), reduction, random_state)
+    return found
+
+
+def _divergence(
+    kl: KLLoss, q: Distribution, p: Distribution, batch: Batch, generator: torch.Generator | None, must_split: bool
+) -> Divergence:
+    fast = _of_usual_pair(kl, q, p)
     if fast is not None:
-        show(kl, kept_q, kept_p, batch)
+        call_hooks(kl, q, p, batch)
         return fast
-    _warn_of_extreme_logvar(kept_q)
-    value = _values(kl, kept_q, kept_p, batch, generator)
-    split = _split(kl, kept_q, kept_p, len(batch.elements), generator, is_report=not must_split)
+    _warn_of_extreme_logvar(q)
+    value = _values(kl, q, p, batch, generator)
+    split = _split(kl, q, p, len(batch.elements), generator, is_report=not must_split)
     if split is None and must_split:
         raise ValueError(
             "free nats of dimensions, or of groups of them, need a KL that splits into dimensions, which "
@@ -97,56 +103,32 @@ def divergence(
     return Divergence(value, split)
 
 
-class ElementwiseKL(KLLoss):
-    """Compute the KL of the elements of a batch under the hooks of another loss: whoever watches that one sees it.
-
-    `batch` tells them what a mask of the other loss could not: fractional weights, and examples made of parts.
-
-    Args:
-        kl: the loss that is watched.
-        batch: the elements; what does not count has been taken out of the pairs.
-    """
-
-    def __init__(self, kl: KLLoss, batch: Batch) -> None:
-        super().__init__(kl.method, reduction="none", batch_dims=len(batch.elements))
-        self.batch = batch
-        for hooks in _HOOKS:
-            vars(self)[hooks] = vars(kl)[hooks]
-
-    def forward(
-        self,
-        q: Distribution,
-        p: Distribution,
-        mask: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Return the KL `[*elements, …]`, neither weighted nor summed."""
-        return self.estimate(q, p, generator).value
-
-
 def _values(kl: KLLoss, q: Distribution, p: Distribution, batch: Batch, generator: torch.Generator | None) -> Tensor:
-    """Return the KL `[*elements, …]` of a pair without what is masked, by a call that those who watch `kl` see."""
-    has_weights = batch.weights is not None and batch.weights.dtype != torch.bool
-    if is_watched(kl) and (batch.has_parts or has_weights):
-        return ElementwiseKL(kl, batch)(q, p, generator=generator)
-    if batch.has_parts:
+    """Return the KL `[*elements, …]` of a pair without what is masked, by a call that the hooks of `kl` see."""
+    if not batch.has_parts:
+        return kl(q, p, mask=None if batch.weights is None else batch.weights != 0, generator=generator)
+    if not is_hooked(kl):
         return kl.estimate(q, p, generator).value
-    return kl(q, p, mask=None if batch.weights is None else batch.weights != 0, generator=generator)
+    elementwise: Any = copy.copy(kl)  # has the same hooks
+    elementwise.forward = lambda q, p, mask=None, generator=None: kl.estimate(q, p, generator).value
+    value: Tensor = elementwise(q, p, generator=generator)
+    return value
 
 
-def show(kl: KLLoss, q: Distribution, p: Distribution, batch: Batch) -> None:
-    """Call the loss for those who watch it, where its value was found in another way.
+def call_hooks(kl: KLLoss, q: Distribution, p: Distribution, batch: Batch) -> None:
+    """Call the loss for a user's forward hooks, where its value was found in another way.
 
-    Only where nothing is drawn: training is then bit for bit the same, watched or not.
+    Only where nothing is drawn: training is then bit for bit the same, hooked or not.
     """
-    if is_watched(kl):
-        with torch.no_grad():
+    if is_hooked(kl):
+        with torch.no_grad(), kl.unobserved():
             _values(kl, q, p, batch, None)
 
 
-def is_watched(kl: KLLoss) -> bool:
-    """Return whether somebody looks at the calls of the loss, as the callbacks do."""
-    return bool(kl._forward_hooks or kl._forward_pre_hooks)
+def is_hooked(kl: KLLoss) -> bool:
+    """Return whether the loss has forward hooks beside those that tell its observers."""
+    hooks = *kl._forward_pre_hooks.values(), *kl._forward_hooks.values()
+    return bool(hooks) and any(hook not in kl._observer_hooks for hook in hooks)
 
 
 def _is_plain_normal(kl: KLLoss, mean: Tensor, logvar: Tensor) -> bool:

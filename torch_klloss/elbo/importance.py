@@ -16,7 +16,7 @@ from torch_klloss.distributions.supports import contained, has_moving_support, i
 from torch_klloss.distributions.tensors import device_of, in_full_precision, map_tensors, unvalidated
 from torch_klloss.elbo.batches import batch_of
 from torch_klloss.elbo.likelihoods import negative_log_prob
-from torch_klloss.reduction import ReductionName, check_reduction
+from torch_klloss.reduction import ReductionName, check_reduction, sum_after
 from torch_klloss.rng import draw_seed, private_rng
 
 IWAEGradient = Literal["doubly_reparameterized", "pathwise", "none"]
@@ -119,9 +119,8 @@ class IWAELoss(nn.Module):
         q_at_z = _detached(q) if gradient != "pathwise" else q
         log_ratio = log_prob_within(p, z, contained(q, p)) - q_at_z.log_prob(z)
         log_likelihood = -self._negative_log_prob(likelihood(z), x, len(batch.elements))
-        log_weight = _sum_after(log_likelihood, 1 + len(batch.elements)) + _sum_after(
-            log_ratio, 1 + len(batch.elements)
-        )
+        kept_dims = 1 + len(batch.elements)
+        log_weight = sum_after(log_likelihood, kept_dims) + sum_after(log_ratio, kept_dims)
         if gradient == "doubly_reparameterized" and z.requires_grad:
             _square_weights(z, log_weight)
         bound = log_weight.logsumexp(0) - math.log(self.num_samples)
@@ -169,8 +168,3 @@ def _square_weights(z: Tensor, log_weight: Tensor) -> None:
 def _detached(d: Distribution) -> Distribution:
     detached: Distribution = map_tensors(d, lambda t, *_: t.detach())
     return detached
-
-
-def _sum_after(t: Tensor, num_dims: int) -> Tensor:
-    extra = t.dim() - num_dims
-    return t.sum(tuple(range(-extra, 0))) if extra > 0 else t

@@ -15,9 +15,9 @@ from torch_klloss.distributions.checks import check_pair
 from torch_klloss.distributions.families import diagonal_normal, standard_normal_like
 from torch_klloss.distributions.tensors import replace_examples
 from torch_klloss.elbo.arguments import Latents, check_moments, num_element_dims, pairs_of, same_shape, total
-from torch_klloss.elbo.batches import Batch, batch_of
+from torch_klloss.elbo.batches import batch_of
 from torch_klloss.elbo.control import BetaController
-from torch_klloss.elbo.divergence import Divergence, divergence, is_watched, moments_of, show
+from torch_klloss.elbo.divergence import Divergence, call_hooks, divergence, is_hooked, moments_of
 from torch_klloss.elbo.fused import can_fuse, plain_elbo
 from torch_klloss.elbo.likelihoods import (
     LikelihoodName,
@@ -34,6 +34,8 @@ from torch_klloss.elbo.terms import ELBOTerms
 from torch_klloss.elbo.weighting import FreeNats, FreeNatsPer, balanced
 from torch_klloss.losses import AutoKL, KLLoss
 from torch_klloss.numerics.tracing import is_autocast_enabled
+from torch_klloss.reduction import Batch
+from torch_klloss.rng import rng_state
 from torch_klloss.schedules import Schedule
 
 
@@ -106,7 +108,9 @@ class ELBOLoss(nn.Module):
         self.controller = beta if isinstance(beta, BetaController) else None
         self._beta = None if isinstance(beta, (Schedule, BetaController)) else _checked_weight("beta", beta)
         self.free_nats = FreeNats(free_nats, free_nats_per, free_nats_groups)
-        self.capacity = capacity if capacity is None or isinstance(capacity, Schedule) else _checked_capacity(capacity)
+        self.capacity = (
+            capacity if capacity is None or isinstance(capacity, Schedule) else _checked_weight("capacity", capacity)
+        )
         if balance is not None and not 0 <= balance <= 1:
             raise ValueError(f"balance must lie in [0, 1], the prior's share of the gradient, got {balance!r}.")
         self.balance = balance
@@ -265,10 +269,12 @@ class ELBOLoss(nn.Module):
     ) -> ELBOTerms | None:
         kl = self.kl
         terms = plain_elbo(recon, x, mean, logvar, self._number(step), likelihood, kl.batch_dims)
-        if terms is not None and is_watched(kl):
+        if terms is not None and (kl.observers or is_hooked(kl)):
             batch = batch_of(mean.shape[: kl.batch_dims], kl.batch_dims)
             q = diagonal_normal(mean, logvar, kl.batch_dims)
-            show(kl, q, standard_normal_like(q), batch)
+            p = standard_normal_like(q)
+            call_hooks(kl, q, p, batch)
+            kl.tell(q, p, batch, terms.kl, self.reduction, rng_state(mean.device))
         return terms
 
     def _terms(self, nll: Tensor, levels: Sequence[Divergence], batch: Batch, step: float | None) -> ELBOTerms:
@@ -291,7 +297,8 @@ class ELBOLoss(nn.Module):
     ) -> Divergence:
         if self.balance is not None:
             q, p = balanced(q, p, self.balance)
-        return divergence(self.kl, q, p, batch, generator, must_split=self.free_nats.must_split)
+        must_split = self.free_nats.must_split
+        return divergence(self.kl, q, p, batch, generator, reduction=self.reduction, must_split=must_split)
 
     def _penalty(
         self,
@@ -365,10 +372,6 @@ def _checked_weight(which: str, value: float) -> float:
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{which} must be finite and at least 0, got {value!r}.")
     return float(value)
-
-
-def _checked_capacity(value: float) -> float:
-    return _checked_weight("capacity", value)
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
