@@ -116,6 +116,7 @@ def cross_family(
     """
 
     def decorator(formula: _FormulaT) -> _FormulaT:
+        @register_kl(type_q, type_p)
         def rule(q: Distribution, p: Distribution) -> Tensor:
             family_q, family_p = FAMILIES[type_q], FAMILIES[type_p]
             given = torch.broadcast_tensors(*family_q.parameters_of(q), *family_p.parameters_of(p))
@@ -130,7 +131,6 @@ def cross_family(
             return (kl if mask is None else torch.where(mask, infinity(*given), kl)).to(dtype)
 
         rule.__doc__ = formula.__doc__
-        register_kl(type_q, type_p, supports=_runs(rule))(rule)
         FORMULAS[type_q, type_p] = formula
         return formula
 
@@ -163,18 +163,6 @@ def _by_tails(type_q: type[Distribution], q: Distribution, type_p: type[Distribu
     if mask is None:
         raise NotImplementedError("the supports of q and p cannot be compared")
     return mask
-
-
-def _runs(rule: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], bool]:
-    def supports(q: Distribution, p: Distribution) -> bool:
-        try:
-            with torch.no_grad():
-                rule(q, p)
-        except (NotImplementedError, NotCertifiedError):
-            return False
-        return True
-
-    return supports
 
 
 def _certified(kl: Rounded, mask: Tensor | None, dtype: torch.dtype, q: Distribution, p: Distribution) -> Tensor:
