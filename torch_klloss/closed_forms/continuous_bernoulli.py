@@ -50,11 +50,12 @@ def _continuous_bernoulli_continuous_bernoulli(q: ContinuousBernoulli, p: Contin
     q_param, p_param, given = both_as_given(q, p)
     if all(given):
         return _kl_of_probs(q_param, p_param)
-    value = _kl_of_logits(_logits(q_param, given.q_is_probs), _logits(p_param, given.p_is_probs))
+    value = _kl_of_logits(logits_of(q_param, given.q_is_probs), logits_of(p_param, given.p_is_probs))
     return value.to(common_dtype(q_param, p_param))
 
 
-def _logits(param: Tensor, is_probs: bool) -> Tensor:
+def logits_of(param: Tensor, is_probs: bool) -> Tensor:
+    """Return the logits as given, or of probabilities in float64."""
     return _logit(param.double()) if is_probs else param
 
 

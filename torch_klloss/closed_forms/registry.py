@@ -17,7 +17,7 @@ from torch.distributions.kl import _KL_REGISTRY as _TORCH_RULES
 from torch_klloss.distributions.checks import check_common_measure, check_pair, type_name
 from torch_klloss.distributions.simplify import peel, simplify
 from torch_klloss.distributions.tensors import dtype_of, in_full_precision
-from torch_klloss.estimate import NoRouteError
+from torch_klloss.estimate import NoRouteError, NotCertifiedError
 
 Rule = Callable[[Any, Any], Tensor]
 Types = tuple[type[Distribution], type[Distribution]]
@@ -204,7 +204,7 @@ def has_formula(resolution: Resolution, batch_shape: torch.Size) -> bool:
     try:
         with torch.no_grad():
             evaluate(resolution, batch_shape)
-    except NotImplementedError:
+    except (NotImplementedError, NotCertifiedError):
         return False
     return True
 

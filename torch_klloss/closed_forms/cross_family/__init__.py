@@ -1,26 +1,19 @@
-"""Pairs of unlike families, composed from what q's family gives and p's asks for.
+"""Pairs of unlike families.
 
-A family is one `Family` class in one of the files `line`, `gamma_family`, `half_line`, `interval`: it declares the
-moments that it has as q and what its log-density needs as p. `fill_table` does the rest.
+Every family is declared once, by a subclass of `Family` in `line`, `gamma_family`, `half_line`, `interval` or `counts`:
+its parameters, the moments that it provides as q, and those that its log-density needs as p. A formula under
+`@cross_family(Q, P)` is written for one pair, in `to_line`, `to_half_line`, `to_interval`, `nested` or `counts`. For
+all other pairs where q provides what p needs, `fill_table` composes the formula from the moments. `infinite` lists the
+pairs whose KL is infinite for all parameters.
 """
 
-from torch_klloss.closed_forms import von_mises  # noqa: F401
-from torch_klloss.closed_forms.cross_family import (  # noqa: F401
-    gamma_family,
-    half_line,
-    infinite,
-    interval,
-    line,
-    to_half_line,
-    to_interval,
-    to_line,
-)
-from torch_klloss.closed_forms.cross_family.infinite import register_infinite
-from torch_klloss.closed_forms.cross_family.nested import register_shared
-from torch_klloss.closed_forms.cross_family.registration import COMPOSED, FAMILIES, Family, fill_table
+from importlib import import_module
+from pkgutil import iter_modules
 
-register_infinite()
-register_shared()
+from torch_klloss.closed_forms.cross_family.registration import FAMILIES, FORMULAS, Family, cross_family, fill_table
+
+for _module in iter_modules(__path__, prefix=f"{__name__}."):
+    import_module(_module.name)
 fill_table()
 
-__all__ = ["COMPOSED", "FAMILIES", "Family", "fill_table"]
+__all__ = ["FAMILIES", "FORMULAS", "Family", "cross_family"]

@@ -12,7 +12,7 @@ from torch_klloss.numerics.rounded import Rounded, digamma, exp, expm1, lgamma, 
 from torch_klloss.numerics.rounded_special import EULER, gamma_entropy, log_gamma_rest, log_ratio_of_gammas
 
 
-class _Exponential(Family, of=dist.Exponential, parameters=("rate",), harmless=(1.0,), asks=("mean",)):
+class _Exponential(Family, of=dist.Exponential, parameters=("rate",), placeholders=(1.0,), needs=("mean",)):
     """The moments are those of the Gamma of shape 1."""
 
     rate: Rounded
@@ -43,7 +43,9 @@ class _Exponential(Family, of=dist.Exponential, parameters=("rate",), harmless=(
         return self.rate * q.mean() - log(self.rate)
 
 
-class _Gamma(Family, of=dist.Gamma, parameters=("concentration", "rate"), harmless=(2.0, 2.0), asks=("mean", "log")):
+class _Gamma(
+    Family, of=dist.Gamma, parameters=("concentration", "rate"), placeholders=(2.0, 2.0), needs=("mean", "log")
+):
     """E[x^k] = Γ(α + k)/Γ(α)/β^k, and log x has the mean ψ(α) - log β and the variance ψ'(α)."""
 
     concentration: Rounded
@@ -77,8 +79,8 @@ class _InverseGamma(
     Family,
     of=dist.InverseGamma,
     parameters=("concentration", "rate"),
-    harmless=(8.0, 2.0),
-    asks=("log", "reciprocal"),
+    placeholders=(8.0, 2.0),
+    needs=("log", "reciprocal"),
 ):
     """That 1/x is a Gamma gives its moments."""
 
@@ -116,7 +118,7 @@ class _InverseGamma(
 
 
 class _Weibull(
-    Family, of=dist.Weibull, parameters=("scale", "concentration"), harmless=(1.0, 1.5), asks=("log", "log_power")
+    Family, of=dist.Weibull, parameters=("scale", "concentration"), placeholders=(1.0, 1.5), needs=("log", "log_power")
 ):
     """E[x^j] = λ^j Γ(1 + j/k), and log x has the mean log λ - γ/k and the variance π²/(6k²)."""
 
@@ -156,7 +158,7 @@ class _Weibull(
 
 
 class _FisherSnedecor(
-    Family, of=dist.FisherSnedecor, parameters=("df1", "df2"), harmless=(4.0, 12.0), asks=("log", "log_affine")
+    Family, of=dist.FisherSnedecor, parameters=("df1", "df2"), placeholders=(4.0, 12.0), needs=("log", "log_affine")
 ):
     """b/a times a ratio of Gammas of the shapes a = ½ df1 and b = ½ df2."""
 

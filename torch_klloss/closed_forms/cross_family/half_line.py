@@ -18,7 +18,7 @@ ROOT_2_OVER_PI = math.sqrt(2 / math.pi)
 
 
 class _LogNormal(
-    Family, of=dist.LogNormal, parameters=("loc", "scale"), harmless=(0.0, 1.0), asks=("log", "log_variance")
+    Family, of=dist.LogNormal, parameters=("loc", "scale"), placeholders=(0.0, 1.0), needs=("log", "log_variance")
 ):
     """It is log x is Normal, and E[x^k] = exp(kμ + ½ k²σ²)."""
 
@@ -63,7 +63,7 @@ class _LogNormal(
         return HALF_LOG_2PI + log(self.scale) + q.log() + 0.5 * squares
 
 
-class _HalfNormal(Family, of=dist.HalfNormal, parameters=("scale",), harmless=(1.0,), asks=("second",)):
+class _HalfNormal(Family, of=dist.HalfNormal, parameters=("scale",), placeholders=(1.0,), needs=("second",)):
     """The absolute value of a Normal around 0."""
 
     scale: Rounded
@@ -101,7 +101,7 @@ class _HalfNormal(Family, of=dist.HalfNormal, parameters=("scale",), harmless=(1
         return 0.5 * math.log(math.pi / 2) + log(self.scale) + 0.5 * (q.second() / square(self.scale))
 
 
-class _HalfCauchy(Family, of=dist.HalfCauchy, parameters=("scale",), harmless=(1.0,), asks=("log_square",)):
+class _HalfCauchy(Family, of=dist.HalfCauchy, parameters=("scale",), placeholders=(1.0,), needs=("log_square",)):
     """E[x^k] = γ^k/cos(½πk) for |k| < 1; log x has the mean log γ and the variance ¼π²."""
 
     scale: Rounded
@@ -124,7 +124,7 @@ class _HalfCauchy(Family, of=dist.HalfCauchy, parameters=("scale",), harmless=(1
         return math.log(math.pi / 2) - log(self.scale) + q.log_square(0 * self.scale, self.scale)
 
 
-class _Pareto(Family, of=dist.Pareto, parameters=("scale", "alpha"), harmless=(0.125, 8.0), asks=("log",)):
+class _Pareto(Family, of=dist.Pareto, parameters=("scale", "alpha"), placeholders=(0.125, 8.0), needs=("log",)):
     """E[x^k] = s^k α/(α - k), and log x has the mean log s + 1/α and the variance 1/α²."""
 
     scale: Rounded
@@ -167,7 +167,7 @@ class _GeneralizedPareto(
     Family,
     of=dist.GeneralizedPareto,
     parameters=("loc", "scale", "concentration"),
-    harmless=(0.0, 1.0, -0.5),
+    placeholders=(0.0, 1.0, -0.5),
 ):
     """The mean is μ + σ/(1 - c), the variance (σ/(1 - c))²/(1 - 2c); c = 0 is an Exponential, c = -1 a Uniform."""
 

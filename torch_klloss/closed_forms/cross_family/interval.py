@@ -9,7 +9,9 @@ import torch
 import torch.distributions as dist
 from torch import Tensor
 
-from torch_klloss.closed_forms.cross_family.registration import Family, parameters_of
+from torch_klloss.closed_forms.continuous_bernoulli import logits_of
+from torch_klloss.closed_forms.cross_family.registration import Family
+from torch_klloss.distributions.given import as_given
 from torch_klloss.numerics.elementary import log_ratio, magnitude
 from torch_klloss.numerics.moments import tilt_divergence, tilt_log_norm, tilt_mean, tilt_std, uniform_log_drop
 from torch_klloss.numerics.rounded import (
@@ -41,7 +43,7 @@ from torch_klloss.numerics.rounded_special import (
 _TINY = 1e-280
 
 
-class _Uniform(Family, of=dist.Uniform, parameters=("low", "high"), harmless=(0.25, 0.75), asks=()):
+class _Uniform(Family, of=dist.Uniform, parameters=("low", "high"), placeholders=(0.25, 0.75), needs=()):
     """Every moment is a difference of an antiderivative."""
 
     low: Rounded
@@ -110,8 +112,8 @@ class _Beta(
     Family,
     of=dist.Beta,
     parameters=("concentration1", "concentration0"),
-    harmless=(2.0, 2.0),
-    asks=("log", "log1m"),
+    placeholders=(2.0, 2.0),
+    needs=("log", "log1m"),
 ):
     """E[x^k] = Γ(a + k)/Γ(a) Γ(S)/Γ(S + k) with S = a + b; log x has the mean ψ(a) - ψ(S)."""
 
@@ -156,7 +158,9 @@ class _Beta(
         return self.concentration1, self.concentration0, self.concentration1 + self.concentration0
 
 
-class _Kumaraswamy(Family, of=dist.Kumaraswamy, parameters=("concentration1", "concentration0"), harmless=(2.0, 2.0)):
+class _Kumaraswamy(
+    Family, of=dist.Kumaraswamy, parameters=("concentration1", "concentration0"), placeholders=(2.0, 2.0)
+):
     """x^a is a Beta(1, b): E[x^k] = b B(1 + k/a, b), and log x has the mean -(ψ(b + 1) + γ)/a."""
 
     concentration1: Rounded
@@ -201,7 +205,7 @@ class _Kumaraswamy(Family, of=dist.Kumaraswamy, parameters=("concentration1", "c
 
 
 class _ContinuousBernoulli(
-    Family, of=dist.ContinuousBernoulli, parameters=("logits",), harmless=(1.0,), asks=("mean",)
+    Family, of=dist.ContinuousBernoulli, parameters=("logits",), placeholders=(1.0,), needs=("mean",)
 ):
     """The Uniform on [0, 1], tilted by exp(x log-odds)."""
 
@@ -209,8 +213,7 @@ class _ContinuousBernoulli(
 
     @classmethod
     def parameters_of(cls, d: Any) -> tuple[Tensor, ...]:
-        """Return the log-odds, from what d was given by."""
-        return parameters_of(d)
+        return (logits_of(*as_given(d)).double(),)
 
     def entropy(self) -> Rounded:
         return -self._of_size(tilt_divergence)
@@ -235,7 +238,9 @@ class _ContinuousBernoulli(
         return apply(lambda s: f(magnitude(s)), self.logits, torch.zeros_like)
 
 
-class _VonMises(Family, of=dist.VonMises, parameters=("loc", "concentration"), harmless=(0.0, 1.0), asks=("cosine",)):
+class _VonMises(
+    Family, of=dist.VonMises, parameters=("loc", "concentration"), placeholders=(0.0, 1.0), needs=("cosine",)
+):
     """The density is exp(κ cos(x - μ))/(2π I0(κ)) on (-π, π)."""
 
     loc: Rounded

@@ -14,7 +14,7 @@ from torch_klloss.numerics.rounded import Rounded, apply, digamma, exp, lgamma, 
 from torch_klloss.numerics.rounded_special import EULER, entire_exponential_integral
 
 
-class _Normal(Family, of=dist.Normal, parameters=("loc", "scale"), harmless=(0.0, 1.0), asks=("mean", "variance")):
+class _Normal(Family, of=dist.Normal, parameters=("loc", "scale"), placeholders=(0.0, 1.0), needs=("mean", "variance")):
     """The entropy is ½ log(2πe σ²)."""
 
     loc: Rounded
@@ -26,7 +26,7 @@ class _Normal(Family, of=dist.Normal, parameters=("loc", "scale"), harmless=(0.0
         return HALF_LOG_2PI + log(self.scale) + 0.5 * squares
 
 
-class _Laplace(Family, of=dist.Laplace, parameters=("loc", "scale"), harmless=(0.0, 1.0), asks=("deviation",)):
+class _Laplace(Family, of=dist.Laplace, parameters=("loc", "scale"), placeholders=(0.0, 1.0), needs=("deviation",)):
     """The entropy is 1 + log(2b)."""
 
     loc: Rounded
@@ -49,7 +49,9 @@ class _Laplace(Family, of=dist.Laplace, parameters=("loc", "scale"), harmless=(0
         return math.log(2) + log(self.scale) + q.deviation(self.loc) / self.scale
 
 
-class _Gumbel(Family, of=dist.Gumbel, parameters=("loc", "scale"), harmless=(0.0, 4.0), asks=("mean", "log_laplace")):
+class _Gumbel(
+    Family, of=dist.Gumbel, parameters=("loc", "scale"), placeholders=(0.0, 4.0), needs=("mean", "log_laplace")
+):
     """The mean is μ + γβ, the variance (πβ)²/6, the entropy log β + 1 + γ."""
 
     loc: Rounded
@@ -82,8 +84,8 @@ class _StudentT(
     Family,
     of=dist.StudentT,
     parameters=("df", "loc", "scale"),
-    harmless=(4.0, 0.0, 1.0),
-    asks=("log_square",),
+    placeholders=(4.0, 0.0, 1.0),
+    needs=("log_square",),
 ):
     """The variance is σ²ν/(ν - 2), for ν > 2."""
 
@@ -112,7 +114,7 @@ class _StudentT(
         return log_beta + log(self.scale) + 0.5 * log(self.df)
 
 
-class _Cauchy(Family, of=dist.Cauchy, parameters=("loc", "scale"), harmless=(0.0, 1.0), asks=("log_square",)):
+class _Cauchy(Family, of=dist.Cauchy, parameters=("loc", "scale"), placeholders=(0.0, 1.0), needs=("log_square",)):
     """The entropy is log(4πγ); of the moments here it has none but logarithms."""
 
     loc: Rounded

@@ -10,7 +10,7 @@ import torch
 import torch.distributions as dist
 from torch import Tensor
 
-from torch_klloss.closed_forms.cross_family.registration import register
+from torch_klloss.closed_forms.cross_family.registration import cross_family
 from torch_klloss.closed_forms.gumbel import _log_gamma as log_gamma_and_bregman
 from torch_klloss.closed_forms.von_mises import _kl as von_mises_kl
 from torch_klloss.numerics.elementary import log_ratio
@@ -24,11 +24,13 @@ def lgamma_bregman(x: Tensor, y: Tensor) -> Tensor:
     return bregman(x, y) + generalised_kl(x, y, x - y)
 
 
+@cross_family(dist.Weibull, dist.Exponential)
 def weibull_exponential(scale: Tensor, k: Tensor, rate: Tensor) -> Tensor:
     """isd(λ E[x], 1) + Bl(1/k, 1): the part of the mean, and the KL from the Exponential of that mean."""
     return _weibull_gamma(scale, k, torch.ones_like(rate), rate)
 
 
+@cross_family(dist.Weibull, dist.Gamma)
 def _weibull_gamma(scale: Tensor, k: Tensor, shape: Tensor, rate: Tensor) -> Tensor:
     """α e2(log(β E[x]/α)) + Bl(1/k, 1) + B(α, 1) + (α - 1) (log E[x] - E[log x] - γ)."""
     one = torch.ones_like(k)
@@ -38,11 +40,13 @@ def _weibull_gamma(scale: Tensor, k: Tensor, shape: Tensor, rate: Tensor) -> Ten
     return shape * exp_lead(log_mean) + shapes + bregman(shape, one) + (shape - 1) * bend
 
 
+@cross_family(dist.Exponential, dist.Weibull)
 def exponential_weibull(rate: Tensor, scale: Tensor, k: Tensor) -> Tensor:
     """An Exponential is the Gamma of shape 1."""
     return _gamma_weibull(torch.ones_like(rate), rate, scale, k)
 
 
+@cross_family(dist.Gamma, dist.Weibull)
 def _gamma_weibull(shape: Tensor, rate: Tensor, scale: Tensor, k: Tensor) -> Tensor:
     """e2(L) + Bl(α + k, α + 1) + B(1, α) + lag(k - 1) - (k - 1) (α - 1)/α, L = log E[(x/λ)^k]."""
     one = torch.ones_like(shape)
@@ -51,6 +55,7 @@ def _gamma_weibull(shape: Tensor, rate: Tensor, scale: Tensor, k: Tensor) -> Ten
     return exp_lead(L) + shapes + log1p_lag(k - 1) - (k - 1) * (shape - 1) / shape
 
 
+@cross_family(dist.Kumaraswamy, dist.Uniform)
 def kumaraswamy_uniform(a: Tensor, b: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """lag(1/a - 1) + lag(1/b - 1) - (1 - 1/a) (ψ(b + 1) - ψ(2)) and log(width)."""
     two = torch.full_like(b, 2.0)
@@ -59,6 +64,7 @@ def kumaraswamy_uniform(a: Tensor, b: Tensor, low: Tensor, high: Tensor) -> Tens
     return flat + torch.log1p((high - 1) - low)
 
 
+@cross_family(dist.GeneralizedPareto, dist.Exponential)
 def generalized_pareto_exponential(loc: Tensor, scale: Tensor, c: Tensor, rate: Tensor) -> Tensor:
     """isd(λ (E[x] - μ), 1) + lag(-c) + λμ, with E[x] - μ = σ/(1 - c)."""
     one = torch.ones_like(rate)
@@ -66,12 +72,14 @@ def generalized_pareto_exponential(loc: Tensor, scale: Tensor, c: Tensor, rate: 
     return mean + log1p_lag(-c) + rate * loc
 
 
+@cross_family(dist.GeneralizedPareto, dist.Uniform)
 def generalized_pareto_uniform(loc: Tensor, scale: Tensor, c: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """lag(-c - 1), and the logarithm of p's width over that of q, σ/(-c): for c < 0, where q has an upper end."""
     beyond = product_gap(high - loc, -c, scale, torch.ones_like(scale))
     return log1p_lag(-c - 1) + torch.log1p(((loc - low) * -c + beyond) / scale)
 
 
+@cross_family(dist.Cauchy, dist.StudentT)
 def cauchy_student_t(q_loc: Tensor, q_scale: Tensor, df: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     """Bl(½ν, ½) - Bl(½ν + ½, 1) - ½ (ν - 1) log(c/γ) + ½ (ν + 1) log(1 + ((c - γ)² + d²)/(4cγ)), c = σ√ν, d = μq - μ.
 
@@ -85,21 +93,9 @@ def cauchy_student_t(q_loc: Tensor, q_scale: Tensor, df: Tensor, loc: Tensor, sc
     return shapes - (df - 1) / 2 * log_ratio(c, q_scale, gap) + (df + 1) / 2 * distance
 
 
+@cross_family(dist.VonMises, dist.Uniform)
 def von_mises_uniform(loc: Tensor, concentration: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """The KL from the Uniform on the circle, which is a VonMises of concentration 0, and log(width/2π)."""
     zero = torch.zeros_like(loc)
     beyond = ((high - torch.pi) - (low + torch.pi)) / (2 * torch.pi)
     return von_mises_kl(loc, concentration, zero, zero) + torch.log1p(beyond.clamp_min(0.0))
-
-
-def register_shared() -> None:
-    """Register the formulas of this file."""
-    register(dist.Weibull, dist.Exponential, weibull_exponential)
-    register(dist.Weibull, dist.Gamma, _weibull_gamma)
-    register(dist.Exponential, dist.Weibull, exponential_weibull)
-    register(dist.Gamma, dist.Weibull, _gamma_weibull)
-    register(dist.Kumaraswamy, dist.Uniform, kumaraswamy_uniform)
-    register(dist.GeneralizedPareto, dist.Exponential, generalized_pareto_exponential)
-    register(dist.GeneralizedPareto, dist.Uniform, generalized_pareto_uniform)
-    register(dist.Cauchy, dist.StudentT, cauchy_student_t)
-    register(dist.VonMises, dist.Uniform, von_mises_uniform)

@@ -1,52 +1,42 @@
-"""What a family declares, and how the table of pairs fills itself from that."""
+"""Registration of pairs of unlike families: the declaration of a family, and the rule that a formula becomes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from itertools import permutations
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributions import (
-    Bernoulli,
-    Beta,
-    ContinuousBernoulli,
-    Distribution,
-    Exponential,
-    Gamma,
-    Gumbel,
-    Laplace,
-    Normal,
-    Pareto,
-    Poisson,
-    Uniform,
-)
+from torch.distributions import Distribution
 
 from torch_klloss.closed_forms.registry import _RULES, Types, register_kl
 from torch_klloss.distributions.checks import type_name
-from torch_klloss.distributions.given import as_given
 from torch_klloss.distributions.tails import Tails, compare, declare_tails, declared_tails
 from torch_klloss.distributions.tensors import dtype_of
 from torch_klloss.estimate import NotCertifiedError
-from torch_klloss.numerics.elementary import infinity, log_ratio
+from torch_klloss.numerics.elementary import infinity
 from torch_klloss.numerics.rounded import Rounded
 from torch_klloss.numerics.tracing import is_traced
 
-# What the rounding of a composed value may be, relative to it, before it is refused; float32 is computed in float64.
+Formula = Callable[..., "Rounded | Tensor"]
+_FormulaT = TypeVar("_FormulaT", bound=Formula)
+
+# The largest relative rounding error of a composed KL that is returned; float32 is computed in float64.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-6}
 
 FAMILIES: dict[type[Distribution], type[Family]] = {}
-COMPOSED: dict[Types, Callable[..., Rounded | Tensor]] = {}  # formulas of the parameters of q, then of p
+FORMULAS: dict[Types, Formula] = {}
 
 
 class Family:
-    """What one family gives as q, and what its log-density asks of q as p. A subclass is the whole declaration.
+    """Declaration of one family of distributions, by a subclass: its parameters, its moments and its cross-entropy.
 
-    The parameters arrive as attributes, `Rounded` and in float64. As q the family gives its `entropy` and the moments
-    that it has methods for; a method may assume that the moment is finite:
+    An instance holds the parameters as attributes, `Rounded` and in float64. As q the family provides its `entropy` and
+    the moments that it has methods for; a method may assume that the moment is finite:
 
     - mean, second, variance: of x; second is E[x²]
-    - power(k), reciprocal: E[x^k] and E[1/x], of q on the positive numbers
+    - log_power(k), reciprocal: log E[x^k] and E[1/x], of q on the positive numbers
     - log, log_variance: mean and variance of log x, of q on the positive numbers
     - log1m: E[log(1 - x)], of q on [0, 1]
     - log_laplace(b): log E[exp(-x/b)], for b > 0
@@ -55,30 +45,31 @@ class Family:
     - log_affine(c): E[log(1 + c x)], of q on the positive numbers
     - cosine(m): E[cos(x - m)]
 
-    As p it gives `cross_entropy(q)`, E_q[-log p], made of the moments that it `asks` for.
+    As p it has `cross_entropy(q)`, E_q[-log p], made of the moments of q that it `needs`. A family without these takes
+    part in the written formulas alone.
 
     Args:
         of: the type of distribution.
         parameters: the names of its parameters.
-        harmless: parameters that stand in where a KL is infinite, with light tails, and mass on [¼, ¾] if anywhere.
-        asks: the moments that the cross-entropy takes; None where the family cannot be p.
+        placeholders: parameters that replace those of an infinite KL, with light tails, and mass on [¼, ¾] if anywhere.
+        needs: the moments that the cross-entropy takes; None where the family cannot be p.
         tails: how its densities fall, as `declare_tails` takes it, unless that is declared already.
     """
 
     of: ClassVar[type[Distribution]]
     parameters: ClassVar[tuple[str, ...]]
-    harmless: ClassVar[tuple[float, ...]]
-    asks: ClassVar[tuple[str, ...] | None]
+    placeholders: ClassVar[tuple[float, ...]]
+    needs: ClassVar[tuple[str, ...] | None]
 
     def __init_subclass__(
         cls,
         of: type[Distribution],
         parameters: tuple[str, ...],
-        harmless: tuple[float, ...],
-        asks: tuple[str, ...] | None = None,
+        placeholders: tuple[float, ...],
+        needs: tuple[str, ...] | None = None,
         tails: Callable[[Any], Tails] | None = None,
     ) -> None:
-        cls.of, cls.parameters, cls.harmless, cls.asks = of, parameters, harmless, asks
+        cls.of, cls.parameters, cls.placeholders, cls.needs = of, parameters, placeholders, needs
         FAMILIES[of] = cls
         if tails is not None:
             declare_tails(of, tails)
@@ -88,60 +79,70 @@ class Family:
             setattr(self, key, Rounded(value))
 
     def __getattr__(self, key: str) -> Any:
-        raise AttributeError(f"{type(self).__name__} does not give {key}")
+        raise AttributeError(f"{type(self).__name__} does not provide {key}")
 
     @classmethod
     def parameters_of(cls, d: Any) -> tuple[Tensor, ...]:
-        """Return the parameters of an instance."""
-        return tuple(getattr(d, key) for key in cls.parameters)
+        """Return the parameters of an instance, in float64."""
+        return tuple(getattr(d, key).double() for key in cls.parameters)
 
     @classmethod
-    def gives(cls, moment: str) -> bool:
-        """Return whether the family gives a moment as q."""
-        return hasattr(cls, moment)
+    def provides(cls, *moments: str) -> bool:
+        """Return whether the family provides all of the moments as q."""
+        return all(hasattr(cls, moment) for moment in moments)
 
     def cross_entropy(self, q: Any) -> Rounded:
         """Return E_q[-log p], for the family as p."""
         raise NotImplementedError
 
 
-def fill_table() -> None:
-    """Register every pair of unlike families for which q gives all that p asks for, and which has no rule of ours."""
-    for type_q, family_q in FAMILIES.items():
-        for type_p, family_p in FAMILIES.items():
-            if family_p.asks is None or type_q is type_p or not family_q.gives("entropy"):
-                continue
-            if (type_q, type_p) not in _RULES and all(map(family_q.gives, family_p.asks)):
-                register(type_q, type_p, by_moments(family_q, family_p))
+def nowhere(*parameters: Tensor) -> None:
+    """Return None: the KL is finite for all parameters."""
 
 
-def register(type_q: type[Distribution], type_p: type[Distribution], formula: Callable[..., Rounded | Tensor]) -> None:
+def cross_family(
+    type_q: type[Distribution], type_p: type[Distribution], *, infinite: Callable[..., Tensor | None] | None = None
+) -> Callable[[_FormulaT], _FormulaT]:
     """Register a formula of the parameters of q, then of p, which it is given in float64 and in one shape.
 
-    Where the supports and the declared tails say so, the KL is inf with gradient 0. A formula that returns a `Rounded`
-    is refused where its rounding may exceed `TOLERANCE`.
+    Where the KL is inf its gradient is 0, and the formula is given the placeholders of both families. A formula that
+    returns a `Rounded` is refused where its rounding may exceed `TOLERANCE`.
+
+    Args:
+        type_q: the family of q.
+        type_p: the family of p.
+        infinite: returns from the same parameters where the KL is inf. By default the supports and the declared tails
+            decide, which may take longer than the formula does.
     """
-    family_q, family_p = FAMILIES[type_q], FAMILIES[type_p]
-    harmless = family_q.harmless + family_p.harmless
 
-    def rule(q: Distribution, p: Distribution) -> Tensor:
-        dtype = torch.promote_types(dtype_of(q), dtype_of(p))
-        given = (t.double() for t in (*family_q.parameters_of(q), *family_p.parameters_of(p)))
-        parameters = torch.broadcast_tensors(*given)
-        mask = compare(q, p, declared_tails(type_q, q), declared_tails(type_p, p))
-        if mask is None:
-            raise NotImplementedError("the supports of q and p cannot be compared")
-        kept = (torch.where(mask, h, t) for h, t in zip(harmless, parameters, strict=True))
-        kl = formula(*kept)
-        if isinstance(kl, Rounded):
-            if not is_traced():
-                _certify(kl, mask, dtype, q, p)
-            kl = kl.value
-        return torch.where(mask, infinity(*parameters), kl).to(dtype)
+    def decorator(formula: _FormulaT) -> _FormulaT:
+        @register_kl(type_q, type_p)
+        def rule(q: Distribution, p: Distribution) -> Tensor:
+            family_q, family_p = FAMILIES[type_q], FAMILIES[type_p]
+            given = torch.broadcast_tensors(*family_q.parameters_of(q), *family_p.parameters_of(p))
+            mask = _by_tails(type_q, q, type_p, p) if infinite is None else infinite(*given)
+            parameters: Any = given
+            if mask is not None:
+                placeholders = family_q.placeholders + family_p.placeholders
+                parameters = (torch.where(mask, h, t) for h, t in zip(placeholders, given, strict=True))
+            kl, dtype = formula(*parameters), torch.promote_types(dtype_of(q), dtype_of(p))
+            if isinstance(kl, Rounded):
+                kl = _certified(kl, mask, dtype, q, p)
+            return (kl if mask is None else torch.where(mask, infinity(*given), kl)).to(dtype)
 
-    rule.__doc__ = formula.__doc__
-    register_kl(type_q, type_p, supports=_runs(rule))(rule)
-    COMPOSED[type_q, type_p] = formula
+        rule.__doc__ = formula.__doc__
+        FORMULAS[type_q, type_p] = formula
+        return formula
+
+    return decorator
+
+
+def fill_table() -> None:
+    """Register every pair of unlike families for which q provides all that p needs, and which has no rule of ours."""
+    for (type_q, family_q), (type_p, family_p) in permutations(FAMILIES.items(), 2):
+        is_composed = family_p.needs is not None and family_q.provides("entropy", *family_p.needs)
+        if is_composed and (type_q, type_p) not in _RULES:
+            cross_family(type_q, type_p)(by_moments(family_q, family_p))
 
 
 def by_moments(family_q: type[Family], family_p: type[Family]) -> Callable[..., Rounded]:
@@ -156,109 +157,30 @@ def by_moments(family_q: type[Family], family_p: type[Family]) -> Callable[..., 
     return formula
 
 
-def _runs(rule: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], bool]:
-    def supports(q: Distribution, p: Distribution) -> bool:
-        try:
-            with torch.no_grad():
-                rule(q, p)
-        except (NotImplementedError, NotCertifiedError):
-            return False
-        return True
-
-    return supports
+def _by_tails(type_q: type[Distribution], q: Distribution, type_p: type[Distribution], p: Distribution) -> Tensor:
+    """Return where the supports and the declared tails make the KL inf."""
+    mask = compare(q, p, declared_tails(type_q, q), declared_tails(type_p, p))
+    if mask is None:
+        raise NotImplementedError("the supports of q and p cannot be compared")
+    return mask
 
 
-def _certify(kl: Rounded, mask: Tensor, dtype: torch.dtype, q: Distribution, p: Distribution) -> None:
-    value = kl.value.detach()
-    tolerance = TOLERANCE.get(dtype, TOLERANCE[torch.float32])
-    good = (kl.error <= tolerance * value) | mask | value.isnan()
+def _certified(kl: Rounded, mask: Tensor | None, dtype: torch.dtype, q: Distribution, p: Distribution) -> Tensor:
+    """Return the value, once no element outside the mask can have lost more of it to rounding than `TOLERANCE`.
+
+    Raises:
+        NotCertifiedError: if one may have; not under `torch.compile` and `torch.func`, which cannot look.
+    """
+    if is_traced():
+        return kl.value
+    value, tolerance = kl.value.detach(), TOLERANCE.get(dtype, TOLERANCE[torch.float32])
+    good = (kl.error <= tolerance * value) | value.isnan()
+    good = good if mask is None else good | mask
     if good.all():
-        return
+        return kl.value
     lost = torch.where(good, 0.0, kl.error / value.abs()).max().item()
     raise NotCertifiedError(
-        f"KL({type_name(q)}‖{type_name(p)}) as a sum of moments must be good to {tolerance:g} of its value, but "
-        f"rounding may take {lost:.1e} of it here, where q and p are near to one another or far from 1: use "
-        "AutoKL(fallback=[...]) with a method that computes it otherwise, such as quadrature or MonteCarlo."
+        f"KL({type_name(q)}‖{type_name(p)}) as a sum of moments may lose {lost:.1e} of its value to rounding (allowed: "
+        f"{tolerance:g}), because q and p are nearly equal or extreme: use AutoKL(fallback=[...]) with a method that "
+        "computes it otherwise, such as quadrature or MonteCarlo."
     )
-
-
-Formula = Callable[..., Tensor]
-
-# Parameters that stand in where the KL is infinite whatever the formula says; every pair of them has a finite KL.
-_HARMLESS: dict[type[Distribution], tuple[float, ...]] = {
-    Beta: (2.0, 2.0),
-    ContinuousBernoulli: (1.0,),
-    Exponential: (1.0,),
-    Gamma: (2.0, 2.0),
-    Normal: (0.0, 1.0),
-    Pareto: (0.125, 3.0),
-    Uniform: (0.25, 0.75),
-}
-
-
-def cross(
-    type_q: type[Distribution], type_p: type[Distribution], *, infinite: Formula | None = None
-) -> Callable[[Formula], Formula]:
-    """Register a formula of the parameters of q, then of p, which it is given in float64 and in one shape.
-
-    Args:
-        type_q: the family of q.
-        type_p: the family of p.
-        infinite: tells from the same parameters where the KL is inf. The gradient is 0 there.
-    """
-
-    def decorator(formula: Formula) -> Formula:
-        @register_kl(type_q, type_p)
-        def rule(q: Distribution, p: Distribution) -> Tensor:
-            given = torch.broadcast_tensors(*parameters_of(q), *parameters_of(p))
-            if infinite is None:
-                value = formula(*given)
-            else:
-                mask = infinite(*given)
-                harmless = _HARMLESS[type_q] + _HARMLESS[type_p]
-                kept = (torch.where(mask, h, t) for h, t in zip(harmless, given, strict=True))
-                value = torch.where(mask, infinity(*given), formula(*kept))
-            return value.to(torch.promote_types(dtype_of(q), dtype_of(p)))
-
-        rule.__doc__ = formula.__doc__
-        return formula
-
-    return decorator
-
-
-def parameters_of(d: Distribution) -> tuple[Tensor, ...]:
-    """Return the parameters of d in float64, from those that it was built from.
-
-    They are torch's, but log-odds for a ContinuousBernoulli, and for a Bernoulli the probabilities of 1 and of 0.
-    """
-    for cls in type(d).__mro__:
-        if cls in _PARAMETERS:
-            return tuple(t.double() for t in _PARAMETERS[cls](d))
-    raise NotImplementedError(f"no parameters are known for {type(d).__name__}")
-
-
-def _probabilities(d: Bernoulli) -> tuple[Tensor, Tensor]:
-    param, is_probs = as_given(d)
-    param = param.double()
-    return (param, 1 - param) if is_probs else (param.sigmoid(), (-param).sigmoid())
-
-
-def _log_odds(d: ContinuousBernoulli) -> tuple[Tensor]:
-    param, is_probs = as_given(d)
-    param = param.double()
-    return (log_ratio(param, 1 - param, 2 * param - 1) if is_probs else param,)
-
-
-_PARAMETERS: dict[type[Distribution], Callable[[Any], tuple[Tensor, ...]]] = {
-    Bernoulli: _probabilities,
-    Beta: lambda d: (d.concentration1, d.concentration0),
-    ContinuousBernoulli: _log_odds,
-    Exponential: lambda d: (d.rate,),
-    Gamma: lambda d: (d.concentration, d.rate),
-    Gumbel: lambda d: (d.loc, d.scale),
-    Laplace: lambda d: (d.loc, d.scale),
-    Normal: lambda d: (d.loc, d.scale),
-    Pareto: lambda d: (d.scale, d.alpha),
-    Poisson: lambda d: (d.rate,),
-    Uniform: lambda d: (d.low, d.high),
-}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Beta, ContinuousBernoulli, Exponential, Gamma, Pareto, Uniform
 
-from torch_klloss.closed_forms.cross_family.registration import cross
+from torch_klloss.closed_forms.cross_family.registration import cross_family, nowhere
 from torch_klloss.numerics.elementary import log_ratio, magnitude
 from torch_klloss.numerics.lgamma import bregman, product_error
 from torch_klloss.numerics.moments import (
@@ -46,13 +46,13 @@ def _to_exponential(rate: Tensor, mean: Tensor, lost: Tensor | float = 0.0) -> T
     return itakura_saito(rate * mean, one, product_gap(rate, mean, one, one) + rate * lost) + 1
 
 
-@cross(Exponential, Gamma)
+@cross_family(Exponential, Gamma, infinite=nowhere)
 def _exponential_gamma(q_rate: Tensor, shape: Tensor, rate: Tensor) -> Tensor:
     """An Exponential is the Gamma of shape 1."""
     return _gamma_gamma(torch.ones_like(shape), q_rate, shape, rate)
 
 
-@cross(Gamma, Exponential)
+@cross_family(Gamma, Exponential, infinite=nowhere)
 def _gamma_exponential(q_shape: Tensor, q_rate: Tensor, rate: Tensor) -> Tensor:
     """An Exponential is the Gamma of shape 1."""
     return _gamma_gamma(q_shape, q_rate, torch.ones_like(rate), rate)
@@ -63,7 +63,7 @@ def _gamma_gamma(q_shape: Tensor, q_rate: Tensor, shape: Tensor, rate: Tensor) -
     return means / q_rate + bregman(shape, q_shape)
 
 
-@cross(Beta, Gamma)
+@cross_family(Beta, Gamma, infinite=nowhere)
 def _beta_gamma(a: Tensor, b: Tensor, shape: Tensor, rate: Tensor) -> Tensor:
     """α isd(βa/S, α) + ½ isd(αb, aS) + a/(2bS) and differences of Stirling's remainder R, with S = a + b.
 
@@ -78,13 +78,13 @@ def _beta_gamma(a: Tensor, b: Tensor, shape: Tensor, rate: Tensor) -> Tensor:
     return mean + spread / 2 + (a / total / b / 2 + stirling_bregman_gap(shape, a) + rest)
 
 
-@cross(Beta, Exponential)
+@cross_family(Beta, Exponential, infinite=nowhere)
 def beta_exponential(a: Tensor, b: Tensor, rate: Tensor) -> Tensor:
     """An Exponential is the Gamma of shape 1."""
     return _beta_gamma(a, b, torch.ones_like(rate), rate)
 
 
-@cross(ContinuousBernoulli, Exponential)
+@cross_family(ContinuousBernoulli, Exponential, infinite=nowhere)
 def _continuous_bernoulli_exponential(log_odds: Tensor, rate: Tensor) -> Tensor:
     """With log-odds -t it is isd(λ, t) - log(1 - exp(-t)) + (t - λ)/(exp(t) - 1): an Exponential that is cut off at 1.
 
@@ -98,7 +98,7 @@ def _continuous_bernoulli_exponential(log_odds: Tensor, rate: Tensor) -> Tensor:
     return torch.where(log_odds < -1, falling, other)
 
 
-@cross(Pareto, Gamma, infinite=lambda start, alpha, shape, rate: alpha <= 1)
+@cross_family(Pareto, Gamma, infinite=lambda start, alpha, shape, rate: alpha <= 1)
 def _pareto_gamma(start: Tensor, alpha: Tensor, shape: Tensor, rate: Tensor) -> Tensor:
     """E[x] = sα/(α - 1), infinite up to α = 1; D = -1/α - log(1 - 1/α), entropy - log E[x] = 1 - D - log α."""
     m, m_start = rate * start * (alpha / (alpha - 1)), rate * start
@@ -106,7 +106,7 @@ def _pareto_gamma(start: Tensor, alpha: Tensor, shape: Tensor, rate: Tensor) -> 
     return _to_gamma(shape, m, gap / (alpha - 1), shape * pareto_tail_drop(alpha) + alpha.log() - 1)
 
 
-@cross(Pareto, Exponential, infinite=lambda start, alpha, rate: alpha <= 1)
+@cross_family(Pareto, Exponential, infinite=lambda start, alpha, rate: alpha <= 1)
 def _pareto_exponential(start: Tensor, alpha: Tensor, rate: Tensor) -> Tensor:
     """With E[x] = sα/(α - 1), infinite up to α = 1, it is isd(λ E[x], 1) + D + log α."""
     less = alpha - 1
@@ -117,7 +117,7 @@ def _pareto_exponential(start: Tensor, alpha: Tensor, rate: Tensor) -> Tensor:
     return _to_exponential(rate, mean, lost) - 1 + pareto_tail_drop(alpha) + alpha.log()
 
 
-@cross(Uniform, Gamma, infinite=lambda low, high, shape, rate: low < 0)
+@cross_family(Uniform, Gamma, infinite=lambda low, high, shape, rate: low < 0)
 def _uniform_gamma(low: Tensor, high: Tensor, shape: Tensor, rate: Tensor) -> Tensor:
     """The entropy is log(width); infinite unless q lives on the positive numbers."""
     mean, width = (low + high) / 2, high - low
@@ -126,14 +126,14 @@ def _uniform_gamma(low: Tensor, high: Tensor, shape: Tensor, rate: Tensor) -> Te
     return _to_gamma(shape, m, product_gap(shape, torch.ones_like(rate), rate, mean), rest)
 
 
-@cross(Uniform, Exponential, infinite=lambda low, high, rate: low < 0)
+@cross_family(Uniform, Exponential, infinite=lambda low, high, rate: low < 0)
 def _uniform_exponential(low: Tensor, high: Tensor, rate: Tensor) -> Tensor:
     """It is isd(λ E[x], 1) + 1 + log(E[x]/width); infinite unless q lives on the positive numbers."""
     total = low + high
     return _to_exponential(rate, total / 2, sum_error(low, high, total) / 2) + (total / 2 / (high - low)).log()
 
 
-@cross(Uniform, Pareto, infinite=lambda low, high, start, alpha: low < start)
+@cross_family(Uniform, Pareto, infinite=lambda low, high, start, alpha: low < start)
 def _uniform_pareto(low: Tensor, high: Tensor, start: Tensor, alpha: Tensor) -> Tensor:
     """It is (α + 1) E[log(x/s)] - log(α width/s); infinite where q begins below s."""
     width = high - low

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Beta, ContinuousBernoulli, Uniform
 
-from torch_klloss.closed_forms.cross_family.registration import cross
+from torch_klloss.closed_forms.cross_family.registration import cross_family, nowhere
 from torch_klloss.closed_forms.cross_family.to_half_line import beta_exponential
 from torch_klloss.closed_forms.dirichlet import dirichlet_kl
 from torch_klloss.numerics.elementary import log_ratio, magnitude
@@ -25,19 +25,19 @@ def _beyond_unit(low: Tensor, high: Tensor) -> Tensor:
     return (low > 0) | (high < 1)
 
 
-@cross(Beta, Uniform, infinite=lambda a, b, low, high: _beyond_unit(low, high))
+@cross_family(Beta, Uniform, infinite=lambda a, b, low, high: _beyond_unit(low, high))
 def _beta_uniform(a: Tensor, b: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """The KL from the Uniform on [0, 1], which is Beta(1, 1), and log(width); infinite unless p contains [0, 1]."""
     return _beta_beta(a, b, torch.ones_like(a), torch.ones_like(b)) + torch.log1p((high - 1) - low)
 
 
-@cross(ContinuousBernoulli, Uniform, infinite=lambda log_odds, low, high: _beyond_unit(low, high))
+@cross_family(ContinuousBernoulli, Uniform, infinite=lambda log_odds, low, high: _beyond_unit(low, high))
 def _continuous_bernoulli_uniform(log_odds: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """The KL from the Uniform on [0, 1] and log(width); infinite unless p contains [0, 1]."""
     return tilt_divergence(log_odds.abs()) + torch.log1p((high - 1) - low)
 
 
-@cross(Beta, ContinuousBernoulli)
+@cross_family(Beta, ContinuousBernoulli, infinite=nowhere)
 def _beta_continuous_bernoulli(a: Tensor, b: Tensor, log_odds: Tensor) -> Tensor:
     """With log-odds -t, p is an Exponential cut off at 1: the KL from that and log(1 - exp(-t)); mirrored for t < 0.
 
@@ -60,7 +60,7 @@ def _beyond_beta(low: Tensor, high: Tensor, *_: Tensor) -> Tensor:
     return (low < 0) | (high > 1)
 
 
-@cross(Uniform, ContinuousBernoulli, infinite=_beyond_beta)
+@cross_family(Uniform, ContinuousBernoulli, infinite=_beyond_beta)
 def _uniform_continuous_bernoulli(low: Tensor, high: Tensor, log_odds: Tensor) -> Tensor:
     """It is log(norm of p) - log(width) - log-odds E[x], from the end that p favours; infinite outside [0, 1]."""
     mirrored = log_odds < 0
@@ -73,7 +73,7 @@ def _uniform_continuous_bernoulli(low: Tensor, high: Tensor, log_odds: Tensor) -
     return torch.where(t < 1, flat, peaked)
 
 
-@cross(Uniform, Beta, infinite=_beyond_beta)
+@cross_family(Uniform, Beta, infinite=_beyond_beta)
 def _uniform_beta(low: Tensor, high: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """It is log B(a, b) - log(width) - (a - 1) E[log x] - (b - 1) E[log(1 - x)]; infinite outside [0, 1]."""
     is_near = torch.maximum((a - 1).abs(), (b - 1).abs()) < 0.5

@@ -17,7 +17,6 @@ import math
 import torch
 from torch import Tensor
 from torch.distributions import (
-    Bernoulli,
     Beta,
     ContinuousBernoulli,
     Exponential,
@@ -26,11 +25,10 @@ from torch.distributions import (
     Laplace,
     Normal,
     Pareto,
-    Poisson,
     Uniform,
 )
 
-from torch_klloss.closed_forms.cross_family.registration import cross
+from torch_klloss.closed_forms.cross_family.registration import cross_family, nowhere
 from torch_klloss.numerics.elementary import magnitude
 from torch_klloss.numerics.lgamma import product_error
 from torch_klloss.numerics.moments import (
@@ -40,7 +38,6 @@ from torch_klloss.numerics.moments import (
     beta_std,
     exp_lead,
     gamma_excess,
-    generalised_kl,
     itakura_saito,
     log1p_lag,
     multiple,
@@ -72,14 +69,14 @@ def _to_normal(
     return excess + (itakura_saito(std, scale, gap) + ((mean_gap / scale).square() + (gap / scale).square()) / 2)
 
 
-@cross(Beta, Normal)
+@cross_family(Beta, Normal, infinite=nowhere)
 def _beta_normal(a: Tensor, b: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     """The mean is a/S, the variance ab/(S²(S + 1)), S = a + b. The excess goes to 0 as the Beta becomes Normal."""
     std, lost = beta_std(a, b)
     return _to_normal(beta_excess(a, b), beta_mean_gap(a, b, loc), std, scale, lost)
 
 
-@cross(ContinuousBernoulli, Normal)
+@cross_family(ContinuousBernoulli, Normal, infinite=nowhere)
 def _continuous_bernoulli_normal(log_odds: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     """The entropy is that of the Uniform on [0, 1], 0, less the KL from it."""
     t = magnitude(log_odds)
@@ -91,7 +88,7 @@ def _continuous_bernoulli_normal(log_odds: Tensor, loc: Tensor, scale: Tensor) -
     return _to_normal(HALF_LOG_2PI + 0.5 + std.log() + tilt_divergence(t), mean_gap, std, scale, lost)
 
 
-@cross(Exponential, Normal)
+@cross_family(Exponential, Normal, infinite=nowhere)
 def _exponential_normal(rate: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     """The mean and the standard deviation are 1/λ, the entropy 1 - log λ."""
     mean_gap = product_gap(torch.ones_like(rate), torch.ones_like(rate), rate, loc) / rate
@@ -99,7 +96,7 @@ def _exponential_normal(rate: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     return _to_normal(HALF_LOG_2PI - 0.5, mean_gap, std, scale, quotient_error(torch.ones_like(rate), rate, std))
 
 
-@cross(Gamma, Normal)
+@cross_family(Gamma, Normal, infinite=nowhere)
 def _gamma_normal(shape: Tensor, rate: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     """The mean is α/β, the variance α/β². The excess goes to 0 as the Gamma becomes Normal."""
     mean_gap = product_gap(shape, torch.ones_like(rate), rate, loc) / rate
@@ -109,7 +106,7 @@ def _gamma_normal(shape: Tensor, rate: Tensor, loc: Tensor, scale: Tensor) -> Te
     return _to_normal(gamma_excess(shape), mean_gap, std, scale, lost)
 
 
-@cross(Gumbel, Normal)
+@cross_family(Gumbel, Normal, infinite=nowhere)
 def _gumbel_normal(q_loc: Tensor, q_scale: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     """The mean is μ + γβ, the variance (πβ)²/6, the entropy log β + 1 + γ."""
     std, lost = multiple(_PI_OVER_ROOT_6, q_scale)
@@ -119,14 +116,14 @@ def _gumbel_normal(q_loc: Tensor, q_scale: Tensor, loc: Tensor, scale: Tensor) -
     return _to_normal(HALF_LOG_2PI + math.log(_PI_OVER_ROOT_6[0]) - 0.5 - _EULER[0], mean_gap, std, scale, lost)
 
 
-@cross(Laplace, Normal)
+@cross_family(Laplace, Normal, infinite=nowhere)
 def _laplace_normal(q_loc: Tensor, q_scale: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     """The variance is 2b², the entropy log(2b) + 1."""
     std, lost = multiple(_ROOT_2, q_scale)
     return _to_normal(0.5 * math.log(math.pi) - 0.5, q_loc - loc, std, scale, lost)
 
 
-@cross(Pareto, Normal, infinite=lambda start, alpha, loc, scale: alpha <= 2)
+@cross_family(Pareto, Normal, infinite=lambda start, alpha, loc, scale: alpha <= 2)
 def _pareto_normal(start: Tensor, alpha: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     """The variance is s²α/((α - 1)²(α - 2)), and infinite up to α = 2; the mean is s + s/(α - 1).
 
@@ -137,7 +134,7 @@ def _pareto_normal(start: Tensor, alpha: Tensor, loc: Tensor, scale: Tensor) -> 
     return _to_normal(excess, (start - loc) + start / (alpha - 1), std, scale)
 
 
-@cross(Uniform, Normal)
+@cross_family(Uniform, Normal, infinite=nowhere)
 def _uniform_normal(low: Tensor, high: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     """The variance is (width)²/12, the entropy log(width)."""
     left, right, width = low - loc, high - loc, high - low
@@ -151,14 +148,14 @@ def _uniform_normal(low: Tensor, high: Tensor, loc: Tensor, scale: Tensor) -> Te
 # L = 0: 1 + log β - entropy + E[x]/β + log E[exp(-x/β)].
 
 
-@cross(Exponential, Gumbel)
+@cross_family(Exponential, Gumbel, infinite=nowhere)
 def _exponential_gumbel(rate: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     """The least is t - log(t (1 + t)) with t = 1/(λβ), and L = μ/β - log(1 + t)."""
     t = 1 / (rate * scale)
     return log1p_lag(t) - t.log() + exp_lead(loc / scale - torch.log1p(t))
 
 
-@cross(Gamma, Gumbel)
+@cross_family(Gamma, Gumbel, infinite=nowhere)
 def _gamma_gumbel(shape: Tensor, rate: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     """The least is 1 - entropy + log β + α (t - log(1 + t)) with t = 1/(rate β), and L = μ/β - α log(1 + t)."""
     t = 1 / (rate * scale)
@@ -168,7 +165,7 @@ def _gamma_gumbel(shape: Tensor, rate: Tensor, loc: Tensor, scale: Tensor) -> Te
     return least + exp_lead(torch.where(t < 1, near, loc / scale - shape * torch.log1p(t)))
 
 
-@cross(Normal, Gumbel)
+@cross_family(Normal, Gumbel, infinite=nowhere)
 def _normal_gumbel(q_loc: Tensor, q_scale: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     """The least is 1 - ½ log 2π + ½ (s² - 1) - log s with s = σ/β, and L = ½ s² - (μq - μ)/β."""
     s, x, gap = q_scale / scale, (q_scale - scale) / scale, q_loc - loc
@@ -184,7 +181,7 @@ def _normal_gumbel(q_loc: Tensor, q_scale: Tensor, loc: Tensor, scale: Tensor) -
     return (1 - HALF_LOG_2PI) + (itakura_saito(q_scale, scale, q_scale - scale) + x * x / 2) + first
 
 
-@cross(Uniform, Gumbel)
+@cross_family(Uniform, Gumbel, infinite=nowhere)
 def _uniform_gumbel(low: Tensor, high: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     """The least is 1 - log w + log(sinh(w/2)/(w/2)) with w = width/β; L = log((1 - exp(-w))/w) - (low - μ)/β."""
     w = (high - low) / scale
@@ -193,17 +190,10 @@ def _uniform_gumbel(low: Tensor, high: Tensor, loc: Tensor, scale: Tensor) -> Te
     return (1 + log_norm - w.log()) + exp_lead(from_low - (low - loc) / scale)
 
 
-# p a Laplace or a Poisson.
+# p a Laplace.
 
 
-@cross(Bernoulli, Poisson)
-def _bernoulli_poisson(one: Tensor, zero: Tensor, rate: Tensor) -> Tensor:
-    """With q the probability of 1, q log(q/λ) - q + λ and the same of 1 - q and 1: two parts, each ≥ 0."""
-    gap = torch.where(one > 0.5, (1 - rate) - zero, one - rate)
-    return generalised_kl(one, rate, gap) + generalised_kl(zero, torch.ones_like(zero), -one)
-
-
-@cross(Normal, Laplace)
+@cross_family(Normal, Laplace, infinite=nowhere)
 def _normal_laplace(q_loc: Tensor, q_scale: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     """With m = E|x - μ| it is m/b - 1 - log(m/b), and 1 + log(2m) - entropy.
 
