@@ -20,21 +20,10 @@ from torch_klloss.auditing.training_step.truth import Evidence, Truths
 from torch_klloss.auditing.training_step.watcher import Watcher
 from torch_klloss.closed_forms import kl_divergence
 from torch_klloss.distributions.tensors import tensors_of
+from torch_klloss.numerics.graph import nodes_of
 
 _GRADIENT_TOLERANCE = 1e-2  # far above rounding, far below a parameter's share
 _SAMPLER = re.compile(r"sampl|repar|latent|(?:^|_)z(?:_|$)")
-
-
-def nodes_of(*tensors: Tensor, without: frozenset[Any] = frozenset()) -> set[Any]:
-    """Return the nodes of the graph that tensors depend on, by ways that avoid those of `without`."""
-    found: set[Any] = set()
-    open_nodes = [t.grad_fn for t in tensors if t.grad_fn is not None and t.grad_fn not in without]
-    while open_nodes:
-        node = open_nodes.pop()
-        if node not in found:
-            found.add(node)
-            open_nodes += [n for n, _ in node.next_functions if n is not None and n not in without and n not in found]
-    return found
 
 
 def misses_loss(run: Watcher, pair: Pair, numbers: Sequence[Number]) -> bool:
@@ -43,12 +32,12 @@ def misses_loss(run: Watcher, pair: Pair, numbers: Sequence[Number]) -> bool:
     anchors = [t for t in pair.anchors if t.requires_grad]
     if loss is None or not anchors:
         return False
-    of_loss = nodes_of(loss)
+    of_loss = set(nodes_of(loss))
     if any(n.live is not None and (n.live is loss or n.live.grad_fn in of_loss) for n in numbers):
         return False
-    of_q = nodes_of(*anchors)
+    of_q = set(nodes_of(*anchors))
     samples = [t for t in _samples_in(run) if t.grad_fn is not None and t.grad_fn not in of_q]
-    return not nodes_of(loss, without=frozenset(t.grad_fn for t in samples)) & of_q
+    return of_q.isdisjoint(nodes_of(loss, until={t.grad_fn for t in samples}))
 
 
 def _loss_of(returned: Any) -> Tensor | None:
@@ -234,7 +223,7 @@ def is_on_the_way(one: Judged, judged: Sequence[Judged]) -> bool:
     if one.held.verdict == "right":
         return False
     formulas = [n for other in judged if other.held.verdict == "right" and other.held.is_formula for n in other.group]
-    nodes = nodes_of(*(n.live for n in formulas if n.live is not None))
+    nodes = set(nodes_of(*(n.live for n in formulas if n.live is not None)))
     return any(n.live is not None and n.live.grad_fn is not None and n.live.grad_fn in nodes for n in one.group)
 
 
