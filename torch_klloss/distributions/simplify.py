@@ -26,8 +26,8 @@ def peel(q: Distribution, p: Distribution) -> tuple[Distribution, Distribution, 
     """
     if not (isinstance(q, Independent) and isinstance(p, Independent)):
         return q, p, 0
-    q, q_dims = _flatten(q)
-    p, p_dims = _flatten(p)
+    q, q_dims = flatten_independent(q)
+    p, p_dims = flatten_independent(p)
     shared = min(q_dims, p_dims)
     return _wrap(q, q_dims - shared), _wrap(p, p_dims - shared), shared
 
@@ -101,7 +101,7 @@ def _recognise(q: Distribution, p: Distribution) -> _Pair | None:
 
 def _as_family(d: Distribution) -> Distribution:
     if isinstance(d, Independent):
-        base, dims = _flatten(d)
+        base, dims = flatten_independent(d)
         family = _as_family(base)
         return d if family is base else _wrap(family, dims)
     t = _last_elementwise(d)
@@ -148,7 +148,7 @@ def _is_open(d: TransformedDistribution) -> bool:
 def _lift(d: Distribution) -> Distribution:
     """Return d with what is independent of one another on the outside, and transforms of transforms in one list."""
     if isinstance(d, Independent):
-        base, dims = _flatten(d)
+        base, dims = flatten_independent(d)
         lifted = _lift(base)
         return d if lifted is d.base_dist and dims else _lift(_wrap(lifted, dims))
     if is_a(d, MultivariateNormal) and d.event_shape == (1,):
@@ -158,7 +158,7 @@ def _lift(d: Distribution) -> Distribution:
     base, parts = d.base_dist, parts_of(d.transforms)
     if _is_plain(base):
         return _lift(_transformed(base.base_dist, parts_of(base.transforms) + parts))
-    base, dims = _flatten(base)
+    base, dims = flatten_independent(base)
     single = [elementwise(t) for t in parts] if dims else []
     if not dims or None in single:
         return d if parts else base
@@ -174,12 +174,22 @@ def _transformed(base: Distribution, transforms: list[Transform]) -> Distributio
     return TransformedDistribution(base, transforms, validate_args=False) if transforms else base
 
 
-def _flatten(d: Distribution) -> tuple[Distribution, int]:
+def flatten_independent(d: Distribution) -> tuple[Distribution, int]:
+    """Return d without any `Independent` around it, and how many dimensions of its batch these made part of the event.
+
+    The distribution itself and 0 come back where it is no `Independent`.
+    """
     dims = 0
     while isinstance(d, Independent):
         dims += d.reinterpreted_batch_ndims
         d = d.base_dist
     return d, dims
+
+
+def diagonal_normal_of(d: Distribution) -> Normal | None:
+    """Return the Normal that d is, under any `Independent`; None where d is something else."""
+    base, _ = flatten_independent(d)
+    return base if is_a(base, Normal) else None
 
 
 def _wrap(d: Distribution, dims: int) -> Distribution:

@@ -63,8 +63,8 @@ def is_discrete(d: Distribution) -> bool | None:
 
 def bounds_of(d: Distribution) -> Bounds | None:
     """Return the ends of d's support; None where it is not a product of intervals, or not known to be one."""
-    while isinstance(d, Independent):
-        d = d.base_dist
+    if isinstance(d, Independent):
+        return bounds_of(d.base_dist)
     for cls, bounds in _OVERRIDES.items():
         if isinstance(d, cls):
             return bounds

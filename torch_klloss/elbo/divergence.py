@@ -14,7 +14,7 @@ from torch.distributions import Distribution, Independent
 
 from torch_klloss.distributions.checks import check_pair, type_name
 from torch_klloss.distributions.families import LogVarNormal, StandardNormal
-from torch_klloss.distributions.simplify import peel
+from torch_klloss.distributions.simplify import flatten_independent, peel
 from torch_klloss.distributions.tensors import device_of, replace_examples
 from torch_klloss.losses import KLLoss
 from torch_klloss.methods import ClosedForm, FirstOf
@@ -208,8 +208,7 @@ def _is_extreme(mean: Tensor, logvar: Tensor) -> bool:
 
 
 def _warn_of_extreme_logvar(q: Distribution) -> None:
-    while isinstance(q, Independent):
-        q = q.base_dist
+    q, _ = flatten_independent(q)
     if not isinstance(q, LogVarNormal) or isinstance(q, StandardNormal) or is_traced() or q.logvar.is_meta:
         return
     if q.logvar.numel() > 0 and _is_extreme(torch.zeros(()), q.logvar):

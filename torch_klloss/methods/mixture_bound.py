@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.distributions import (
     Distribution,
-    Independent,
     LowRankMultivariateNormal,
     MixtureSameFamily,
     MultivariateNormal,
@@ -19,7 +18,7 @@ from torch.distributions import (
 )
 
 from torch_klloss.distributions.checks import check_common_measure, type_name
-from torch_klloss.distributions.simplify import peel
+from torch_klloss.distributions.simplify import flatten_independent, peel
 from torch_klloss.distributions.tensors import dtype_of, with_batch_dim
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.methods.base import BaseMethod
@@ -183,9 +182,7 @@ def _gaussian(d: Any) -> _Gaussian:
     dims = len(d.event_shape)
     if type(d) in (MultivariateNormal, LowRankMultivariateNormal):
         return _Gaussian(d.loc.double().unsqueeze(-2), d.covariance_matrix.double().unsqueeze(-3))
-    base = d
-    while isinstance(base, Independent):
-        base = base.base_dist
+    base, _ = flatten_independent(d)
     if not isinstance(base, Normal):
         raise NotImplementedError(
             f"MixtureBound('lower') needs Normal or MultivariateNormal components, got {type_name(d)}; "

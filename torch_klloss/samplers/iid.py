@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent, Normal
+from torch.distributions import Distribution
 
-from torch_klloss.distributions.pushforward import is_a
+from torch_klloss.distributions.simplify import diagonal_normal_of
 from torch_klloss.distributions.tensors import device_of
 from torch_klloss.numerics.tracing import is_func_transformed
 from torch_klloss.samplers.draws import Draws, Part, in_blocks
@@ -41,20 +41,13 @@ class IID:
         """
 
         def make(n: int) -> Tensor:
-            if is_func_transformed() and (normal := _normal_of(q)) is not None:
+            if is_func_transformed() and (normal := diagonal_normal_of(q)) is not None:
                 loc, scale = normal.loc, normal.scale
                 x = loc + scale * torch.randn(n, *loc.shape, dtype=loc.dtype, device=loc.device)
                 return x if differentiable else x.detach()
             return q.rsample((n,)) if differentiable else q.sample((n,))
 
         return _Independent(q, num_samples, in_blocks(make, num_samples, device_of(q)))
-
-
-def _normal_of(q: Distribution) -> Normal | None:
-    """Return the Normal that q is, under any `Independent`; None where q is something else."""
-    while isinstance(q, Independent):
-        q = q.base_dist
-    return q if is_a(q, Normal) else None
 
 
 @dataclass(frozen=True)

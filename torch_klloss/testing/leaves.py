@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, MixtureSameFamily, TransformedDistribution, constraints
 
 from torch_klloss.distributions.tensors import map_tensors
+from torch_klloss.numerics.graph import leaves_of
 
 
 def with_leaves(q: Distribution, p: Distribution) -> tuple[Distribution, Distribution, dict[str, Tensor]]:
@@ -32,7 +33,7 @@ def with_leaves(q: Distribution, p: Distribution) -> tuple[Distribution, Distrib
 
 def _enter_graph_leaves(leaves: dict[str, Tensor], which: str, t: Tensor, key: str, owner: Any) -> Tensor:
     """Enter the leaves that t was computed from, by the name of the parameter that leads to them."""
-    for leaf in _graph_leaves(t):
+    for leaf in leaves_of(t):
         if not any(leaf is known for known in leaves.values()):
             leaves[_unused(f"{which}.{key}", leaves)] = leaf
     return t
@@ -85,27 +86,6 @@ def _unused(title: str, titles: Iterable[str]) -> str:
     """Return the title, numbered where another part has it."""
     number = sum(title in (each, each.partition(" (")[0]) for each in titles)
     return f"{title} ({number + 1})" if number else title
-
-
-def _graph_leaves(t: Tensor) -> Iterator[Tensor]:
-    """Yield the leaves that t was computed from; t itself where it is one."""
-    if t.requires_grad and t.grad_fn is None:
-        yield t
-    for node in _nodes(t.grad_fn):
-        leaf = getattr(node, "variable", None)
-        if leaf is not None:
-            yield leaf
-
-
-def _nodes(root: Any) -> Iterator[Any]:
-    """Yield the nodes of a graph, each once."""
-    waiting, seen = [root], set()
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield node
-            waiting += [parent for parent, _ in node.next_functions]
 
 
 def derivatives(value: Tensor, leaves: Iterable[Tensor]) -> list[Tensor]:

@@ -21,6 +21,7 @@ from torch_klloss.auditing.training_step.runs import Runs
 from torch_klloss.auditing.training_step.watcher import Watcher
 from torch_klloss.closed_forms import kl_divergence
 from torch_klloss.distributions.tensors import tensors_of
+from torch_klloss.numerics.graph import nodes_of
 
 _GRADIENT_TOLERANCE = 1e-2  # far above rounding, far below a parameter's share
 _SAMPLER = re.compile(r"sampl|repar|latent|(?:^|_)z(?:_|$)")
@@ -34,30 +35,18 @@ PAIRS_HINT = "pass pairs=, a function (module, batch) -> {name: (q, p)}, as Esti
 UNREACHED = "does-not-reach-the-loss"
 
 
-def nodes_of(*tensors: Tensor, without: frozenset[Any] = frozenset()) -> set[Any]:
-    """Return the nodes of the graph that tensors depend on by paths that avoid those of `without`."""
-    found: set[Any] = set()
-    open_nodes = [t.grad_fn for t in tensors if t.grad_fn is not None and t.grad_fn not in without]
-    while open_nodes:
-        node = open_nodes.pop()
-        if node not in found:
-            found.add(node)
-            open_nodes += [n for n, _ in node.next_functions if n is not None and n not in without and n not in found]
-    return found
-
-
 def misses_loss(run: Watcher, pair: Pair, numbers: Sequence[Number]) -> bool:
     """Return whether the loss depends on q through the samples alone, and through none of these numbers."""
     loss = _loss_of(run.returned)
     anchors = [t for t in pair.anchors if t.requires_grad]
     if loss is None or not anchors:
         return False
-    of_loss = nodes_of(loss)
+    of_loss = set(nodes_of(loss))
     if any(n.live is not None and (n.live is loss or n.live.grad_fn in of_loss) for n in numbers):
         return False
-    of_q = nodes_of(*anchors)
+    of_q = set(nodes_of(*anchors))
     samples = [t for t in _samples_in(run) if t.grad_fn is not None and t.grad_fn not in of_q]
-    return not nodes_of(loss, without=frozenset(t.grad_fn for t in samples)) & of_q
+    return of_q.isdisjoint(nodes_of(loss, until={t.grad_fn for t in samples}))
 
 
 def _loss_of(returned: Any) -> Tensor | None:
@@ -237,7 +226,7 @@ def is_on_the_way(one: JudgedNumber, judged: Sequence[JudgedNumber]) -> bool:
     if one.comparison.verdict == "right":
         return False
     right = [other for other in judged if other.comparison.verdict == "right" and other.comparison.is_formula]
-    nodes = nodes_of(*(n.live for other in right for n in other.group if n.live is not None))
+    nodes = set(nodes_of(*(n.live for other in right for n in other.group if n.live is not None)))
     return any(n.live is not None and n.live.grad_fn is not None and n.live.grad_fn in nodes for n in one.group)
 
 

@@ -7,10 +7,10 @@ from typing import ClassVar, Literal, NoReturn
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent, Multinomial, TransformedDistribution
+from torch.distributions import Distribution, Multinomial, TransformedDistribution
 
 from torch_klloss.distributions.checks import check_common_measure, type_name
-from torch_klloss.distributions.simplify import peel
+from torch_klloss.distributions.simplify import flatten_independent, peel
 from torch_klloss.distributions.supports import contained
 from torch_klloss.distributions.tensors import device_of, dtype_of
 from torch_klloss.estimate import KLEstimate
@@ -126,16 +126,10 @@ def _finite_sum(q: Distribution, p: Distribution, points: Tensor) -> Tensor:
 
 def _is_covered(p: Distribution, q: Distribution) -> Tensor | Literal[True] | None:
     """Return whether all mass of p lies on the points of q; None if that is not known."""
-    if not has_masses(p) or any(isinstance(_stripped(d), TransformedDistribution) for d in (p, q)):
+    if not has_masses(p) or any(isinstance(flatten_independent(d)[0], TransformedDistribution) for d in (p, q)):
         return None
     if isinstance(q, Multinomial) and isinstance(p, Multinomial):
         covered: bool | Tensor | None = q.total_count == p.total_count
     else:
         covered = contained(p, q)
     return True if covered is True else None if covered is None else torch.as_tensor(covered, device=device_of(q))
-
-
-def _stripped(d: Distribution) -> Distribution:
-    while isinstance(d, Independent):
-        d = d.base_dist
-    return d

@@ -15,7 +15,7 @@ What needs a mean over all draws first (the baseline of a score function) takes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
+from torch_klloss.numerics.graph import leaves_of, nodes_of
 from torch_klloss.numerics.tracing import is_traced
 from torch_klloss.samplers.points import Points, skewness_of_mean, sum_last
 
@@ -183,7 +184,7 @@ class _Recomputed:
         Raises:
             _UnknownInputError: if a gradient would pass through an alias on its way to a hidden leaf.
         """
-        if self._hidden and not self._hidden.keys().isdisjoint(_leaves_behind(self._inputs.values())):
+        if self._hidden and any(id(leaf) in self._hidden for leaf in leaves_of(*self._inputs.values())):
             raise _UnknownInputError
         inputs = [*self._inputs.values(), *self._hidden.values()]
         return cast(Tensor, _Recomputation.apply(total, self._gradients, *inputs)) if inputs else total
@@ -214,21 +215,6 @@ class _Recomputed:
         if not part.requires_grad:
             return [None] * len(ends)
         return torch.autograd.grad(part, ends, upstream, create_graph=twice, allow_unused=True)
-
-
-def _leaves_behind(tensors: Iterable[Tensor]) -> set[int]:
-    """Return the ids of the leaves that the tensors are, or were computed from."""
-    leaves: set[int] = set()
-    todo: list[Any] = [tensor.view_as(tensor).grad_fn for tensor in tensors]
-    seen = set(todo)
-    while todo:
-        node = todo.pop()
-        if hasattr(node, "variable"):
-            leaves.add(id(node.variable))
-        new = {parent for parent, _ in node.next_functions if parent is not None} - seen
-        seen |= new
-        todo += new
-    return leaves
 
 
 def _autocast_settings(device: torch.device) -> list[dict[str, Any]]:
@@ -286,20 +272,14 @@ class _Aliased(TorchFunctionMode):
         ends = {alias.grad_fn: key for key, alias in self.aliases.items()}
         found: dict[int, Tensor] = {}
         hidden: dict[int, Tensor] = {}
-        seen, todo = {part.grad_fn}, [part.grad_fn]
-        while todo:
-            node = todo.pop()
-            if node in ends and node is not None:
+        for node in nodes_of(part, until=ends):
+            if node in ends:
                 found[ends[node]] = self._inputs[ends[node]]
-            elif node is not None:
-                parents: set[Any] = {parent for parent, _ in node.next_functions}
-                leaves: dict[Any, Tensor] = {each: each.variable for each in parents if hasattr(each, "variable")}
+            elif not hasattr(node, "variable"):  # a leaf is looked at with the nodes that read it
+                leaves = [parent.variable for parent, _ in node.next_functions if hasattr(parent, "variable")]
                 if node._sequence_nr() < self._older_than or (leaves and not isinstance(node, BackwardCFunction)):
                     return None
-                hidden.update({id(leaf): leaf for leaf in leaves.values()})
-                new = parents - leaves.keys() - seen
-                seen |= new
-                todo += new
+                hidden.update({id(leaf): leaf for leaf in leaves})
         return found, hidden
 
     def _alias(self, tensor: Tensor) -> Tensor:

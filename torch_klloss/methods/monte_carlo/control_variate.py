@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from torch_klloss.distributions.simplify import diagonal_normal_of
 from torch_klloss.distributions.tensors import map_tensors
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.methods.monte_carlo.chunks import ChunkedExpectation, expectation_in_chunks
@@ -17,7 +18,6 @@ from torch_klloss.methods.monte_carlo.plan import Pair, Plan, Sampled
 from torch_klloss.methods.monte_carlo.surrogates import (
     Quadratic,
     ScoreRegression,
-    diagonal_normal_of,
     taylor,
     with_score,
 )

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 from torch.distributions import Distribution
 
 from torch_klloss.distributions.checks import type_name
-from torch_klloss.methods.monte_carlo.surrogates import diagonal_normal_of
+from torch_klloss.distributions.simplify import diagonal_normal_of
 from torch_klloss.numerics.tracing import is_forward_mode, is_func_transformed
 from torch_klloss.samplers.components import mixture_of
 

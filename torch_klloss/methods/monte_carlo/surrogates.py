@@ -15,16 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent, Normal
 
-from torch_klloss.distributions.pushforward import is_a
-
-
-def diagonal_normal_of(q: Distribution) -> Normal | None:
-    """Return the Normal that q is, under any `Independent`; None where q is something else."""
-    while isinstance(q, Independent):
-        q = q.base_dist
-    return q if is_a(q, Normal) else None
+from torch_klloss.numerics.graph import leaves_of
 
 
 @dataclass(frozen=True)
@@ -138,16 +130,8 @@ def sum_from(t: Tensor, dim: int) -> Tensor:
 
 def reaches_others(t: Tensor, leaves: Sequence[Tensor]) -> bool:
     """Return whether the graph of t ends in any other leaf than these."""
-    own, seen, open_nodes = {id(leaf) for leaf in leaves}, set(), [t.grad_fn]
-    while open_nodes:
-        node: Any = open_nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable") and id(node.variable) not in own:
-            return True
-        open_nodes += [following for following, _ in node.next_functions]
-    return False
+    own = {id(leaf) for leaf in leaves}
+    return any(id(leaf) not in own for leaf in leaves_of(t))
 
 
 class _Once(torch.autograd.Function):
