@@ -124,9 +124,8 @@ def _count(x: Tensor, most: Tensor | float = math.inf) -> tuple[Tensor, Tensor]:
     return inside, torch.where(inside, x, 0.0)
 
 
-def _finish(log: Tensor, inside: Tensor, value: Tensor | None = None) -> Masses:
+def _finish(log: Tensor, inside: Tensor, value: Tensor) -> Masses:
     """Return masses with zeros outside the support, and -inf where `log` stands for the logarithm of zero."""
-    value = log.exp() if value is None else value
     is_zero = ~inside | (log < _LOG_ZERO / 1e10)
     return Masses(torch.where(inside, value, 0.0), torch.where(is_zero, -math.inf, log))
 

@@ -86,8 +86,7 @@ def _outputs_and_grads(
     outputs, grads = f.densities(x), (grad * by_mass, grad * by_ratio)
     known = f.known_mass()
     if isinstance(known, Tensor):
-        by_known = torch.where(is_near, 0.0, grad * (1 + c))
-        return (*outputs, known), (*grads, by_known)
+        return (*outputs, known), (*grads, torch.where(is_near, 0.0, grad * (1 + c)))
     return outputs, grads
 
 

@@ -71,7 +71,7 @@ class Panels:
     edges: Tensor
 
     @property
-    def count(self) -> int:
+    def num_nodes(self) -> int:
         """The number of nodes."""
         return ORDER * self.edges.shape[1]
 
@@ -110,11 +110,6 @@ class Trapezoid:
     ends: Tensor
     bend: Tensor
     num_nodes: int
-
-    @property
-    def count(self) -> int:
-        """The number of nodes."""
-        return self.num_nodes
 
     def nodes(self) -> tuple[Tensor, Tensor]:
         """Return v and the weights, `[num_nodes, *integrals]`."""
@@ -175,15 +170,12 @@ def weigh(f: Integrand, coordinate: Coordinate, v: Tensor, weights: Tensor) -> V
     return Values(x, mass, torch.where(mass == 0, 0.0, log_ratio))
 
 
-def integrate(f: Integrand, values: Values, rule: Rule, is_near: Tensor | None = None) -> Sums:
-    """Return the sums over the panels of a rule.
+def integrate(f: Integrand, coordinate: Coordinate, rule: Rule, is_near: Tensor | None = None) -> tuple[Values, Sums]:
+    """Return the values at the nodes of a rule, and the sums over its panels.
 
-    Args:
-        f: the integrand.
-        values: its values at the nodes of the rule.
-        rule: the rule.
-        is_near: where the form for q near p is worth its cost, `[*batch]`; by default determined from the sums.
+    The form for q near p is summed at `is_near`, `[*batch]`; by default where the sums show that it is worth its cost.
     """
+    values = weigh(f, coordinate, *rule.nodes())
     mass, log_ratio = rule.split(values.mass), rule.split(values.log_ratio)
     largest_log_ratio = log_ratio.abs().amax(1)
     terms = mass * (log_ratio - 1)
@@ -192,7 +184,8 @@ def integrate(f: Integrand, values: Values, rule: Rule, is_near: Tensor | None =
         is_near = (f.largest(largest_log_ratio.amax(0)) < 1) & ((1 + f.total(plain.sum(0))).abs() < _NEAR)
     near, near_error, mass_gap = _near_sums(rule, mass, log_ratio, f.per_integral(is_near).expand(f.shape))
     error, has_empty_node = rule.error(terms, size), (mass == 0).any(1)
-    return Sums(plain, error, near, near_error, mass.sum(1), mass_gap, largest_log_ratio, size, has_empty_node)
+    sums = Sums(plain, error, near, near_error, mass.sum(1), mass_gap, largest_log_ratio, size, has_empty_node)
+    return values, sums
 
 
 def _near_sums(rule: Rule, mass: Tensor, log_ratio: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch_klloss.methods.quadrature.certificate import Certificate, certify
 from torch_klloss.methods.quadrature.integrand import Integrand
 from torch_klloss.methods.quadrature.placement import panels_of, place, split_points
 from torch_klloss.methods.quadrature.remainder import tail_integrals
-from torch_klloss.methods.quadrature.rules import STRAIGHT, Panels, Rule, Sums, Trapezoid, integrate, weigh
+from torch_klloss.methods.quadrature.rules import STRAIGHT, Panels, Rule, Sums, Trapezoid, integrate
 from torch_klloss.methods.quadrature.scan import BEND, NEGLIGIBLE, Scan
 from torch_klloss.methods.quadrature.state import FINITE, State, status_of
 
@@ -64,9 +64,8 @@ def start(f: Integrand, index: Tensor, num_nodes: int) -> tuple[State, Scan]:
         evaluations += 8
     is_smooth = f.is_periodic or not (f.is_closed or is_open.any() or len(split_points(f, coordinate)))
     rule = _trapezoid(f, ends, num_nodes) if is_smooth else panels_of(f, coordinate, scan, num_nodes)
-    values = weigh(f, coordinate, *rule.nodes())
-    sums = integrate(f, values, rule)
-    evaluations += rule.count
+    values, sums = integrate(f, coordinate, rule)
+    evaluations += rule.num_nodes
     return State(f, index, placement, rule, ends, is_open, sums, tails, status, slope, values, evaluations), scan
 
 
@@ -84,9 +83,8 @@ def with_panels(state: State, scan: Scan, num_nodes: int) -> State:
     """Return the state with panels in place of the trapezoidal rule."""
     coordinate = state.placement.coordinate(state.f)
     rule = panels_of(state.f, coordinate, scan, num_nodes)
-    values = weigh(state.f, coordinate, *rule.nodes())
-    sums, evaluations = integrate(state.f, values, rule), state.evaluations + rule.count
-    return replace(state, rule=rule, sums=sums, values=values, evaluations=evaluations)
+    values, sums = integrate(state.f, coordinate, rule)
+    return replace(state, rule=rule, sums=sums, values=values, evaluations=state.evaluations + rule.num_nodes)
 
 
 def halve(certificate: Certificate, rule: Panels, rtol: float) -> State:
@@ -105,8 +103,8 @@ def halve(certificate: Certificate, rule: Panels, rtol: float) -> State:
     low, high = edges[0].gather(0, split), edges[1].gather(0, split)
     middle = (low + high) / 2
     halves = Panels(torch.stack([torch.cat([low, middle]), torch.cat([middle, high])]))
-    added = integrate(f, weigh(f, state.placement.coordinate(f), *halves.nodes()), halves, is_near)
+    _, added = integrate(f, state.placement.coordinate(f), halves, is_near)
     sums = Sums(*(torch.cat([old.gather(0, kept), new]) for old, new in zip(state.sums, added, strict=True)))
     edges = torch.stack([torch.cat([old.gather(0, kept), new]) for old, new in zip(edges, halves.edges, strict=True)])
-    evaluations = state.evaluations + halves.count
+    evaluations = state.evaluations + halves.num_nodes
     return replace(state, rule=Panels(edges), sums=sums, values=None, evaluations=evaluations)
