@@ -1,4 +1,4 @@
-"""`python -m torch_klloss audit`: audit a loss from a file."""
+"""`python -m torch_klloss audit`: the audit of a loss from a file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def add_command(commands: Any) -> None:
         choices=get_args(SignatureName),
         default="auto",
         metavar="NAME",
-        help=f"what the loss takes: {', '.join(get_args(SignatureName))}; auto tells it from the parameters' names",
+        help=f"arguments of the loss: {', '.join(get_args(SignatureName))}; auto goes by the names of its parameters",
     )
     parser.add_argument(
         "--seed", type=parse_seed, default=0, metavar="S", help="of the probes and of the loss's draws (0)"

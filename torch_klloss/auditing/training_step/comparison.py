@@ -23,7 +23,7 @@ _SLIGHT = 0.02  # the largest relative change by a mistake that may have other c
 _FEWEST = 3  # the fewest values from which a factor without a name is found
 _FEWEST_OF = {1: 1, 2: 4}  # the fewest values from which one mistake, or two together, are found
 _MOST_WRONG = 2.0  # the largest cost of an explanation: two mistakes
-_NEAR = "q is too near to p for the rounding of its dtype; audit after some steps of training, or in float32"
+_NEAR = "q is too near to p for the rounding of its dtype; audit again after some training steps, or in float32"
 _CORRECTED_LATER = frozenset({"half-missing", "sign"})  # as in -0.5 * terms.sum(1), with terms = 1 + logvar - …
 
 
