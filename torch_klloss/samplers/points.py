@@ -138,6 +138,7 @@ class Sampler(Protocol):
 
 def evenly_weighted(q: Distribution, x: Tensor, num_samples: int, num_replicates: int) -> Points:
     """Return points of q that weigh 1/S each, S being `num_samples`; x may be some of them."""
-    shape = (len(x),) + (1,) * len(q.batch_shape)
-    weights = torch.full(shape, 1 / num_samples, dtype=dtype_of(q), device=x.device)
+    shape = (x.shape[0],) + (1,) * len(q.batch_shape)
+    dtype = x.dtype if x.is_floating_point() else dtype_of(q)
+    weights = torch.full(shape, 1 / num_samples, dtype=dtype, device=x.device)
     return Points(x, weights, num_replicates)
