@@ -13,7 +13,7 @@ from torch.distributions import Distribution
 
 from torch_klloss.distributions.checks import check_pair, type_name
 from torch_klloss.distributions.supports import contained, has_moving_support, is_discrete, log_prob_within
-from torch_klloss.distributions.tensors import device_of, in_full_precision, map_tensors, unvalidated
+from torch_klloss.distributions.tensors import copy_with, device_of, in_full_precision, unvalidated
 from torch_klloss.elbo.batches import batch_of
 from torch_klloss.elbo.likelihoods import negative_log_prob
 from torch_klloss.reduction import ReductionName, check_reduction, sum_after
@@ -166,5 +166,5 @@ def _square_weights(z: Tensor, log_weight: Tensor) -> None:
 
 
 def _detached(d: Distribution) -> Distribution:
-    detached: Distribution = map_tensors(d, lambda t, *_: t.detach())
+    detached: Distribution = copy_with(d, lambda t, *_: t.detach())
     return detached

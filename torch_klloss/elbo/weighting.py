@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from torch_klloss.distributions.tensors import map_tensors, tensors_of
+from torch_klloss.distributions.tensors import copy_with, tensors_of
 
 FreeNatsPer = Literal["example", "dimension", "group"]
 
@@ -111,8 +111,7 @@ def _learns(d: Distribution) -> bool:
 
 
 def _with_scaled_gradient(d: Distribution, factor: float) -> Distribution:
-    scaled: Distribution = map_tensors(d, lambda t, *_: scale_gradient(t, factor) if t.requires_grad else t)
-    return scaled
+    return copy_with(d, lambda t, *_: scale_gradient(t, factor) if t.requires_grad else t)
 
 
 def scale_gradient(t: Tensor, factor: float) -> Tensor:
