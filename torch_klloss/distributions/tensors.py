@@ -86,7 +86,7 @@ def _copied(
 ) -> Any:
     if type(part) in (list, tuple):
         return type(part)(_copied(each, owner, tensor, attributes, known_only) for each in part)
-    if not isinstance(part, Distribution) and (tensor is None or not isinstance(part, Transform)):
+    if not isinstance(part, (Distribution, Transform)):
         if known_only and not isinstance(part, _KNOWN):
             raise NotSelectableError
         return part
@@ -94,17 +94,19 @@ def _copied(
     copy = part.__new__(type(part))
     mapped: dict[int, Tensor] = {}  # one tensor under two names stays one: `_param` and `probs`
     for key, value in part.__dict__.items():
-        if key == "_inv" and not isinstance(part, _InverseTransform):
-            value = None  # the inverse is made anew, of the new tensors, when somebody asks for it
-        elif key == "_cached_x_y":
-            value = (None, None)
-        elif tensor is not None and isinstance(value, Tensor):
+        if tensor is None:
+            new = _copied(value, value, None, attributes, False) if isinstance(value, Distribution) else value
+        elif isinstance(value, Tensor):
             if id(value) not in mapped:
                 mapped[id(value)] = tensor(value, key, owner)
-            value = mapped[id(value)]
+            new = mapped[id(value)]
+        elif key == "_inv" and not isinstance(part, _InverseTransform):
+            new = None  # the inverse is made anew, of the new tensors, when somebody asks for it
+        elif key == "_cached_x_y":
+            new = (None, None)
         else:
-            value = _copied(value, owner, tensor, attributes, known_only)
-        copy.__dict__[key] = value
+            new = _copied(value, owner, tensor, attributes, known_only)
+        copy.__dict__[key] = new
     if attributes is not None and owner is part:
         copy.__dict__.update(attributes(owner))
     return copy
