@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from torch_klloss.distributions.tensors import dtype_of
+from torch_klloss.numerics.dimensions import sum_last
 
 
 @dataclass(frozen=True)
@@ -95,11 +96,6 @@ def skewness_of_mean(squares: Tensor, cubes: Tensor) -> Tensor:
     It is 1/√n of theirs, √n Σd³ / (Σd²)^1.5, and 0 where they do not spread.
     """
     return (cubes / (squares * squares.sqrt())).nan_to_num(0.0, 0.0, 0.0)
-
-
-def sum_last(t: Tensor, dims: int) -> Tensor:
-    """Return t summed over its last `dims` dimensions."""
-    return t.sum(tuple(range(-dims, 0))) if dims else t
 
 
 class Sampler(Protocol):

@@ -28,9 +28,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
+from torch_klloss.numerics.arguments import check_integer
+from torch_klloss.numerics.dimensions import sum_last
 from torch_klloss.numerics.graph import leaves_of, nodes_of
 from torch_klloss.numerics.tracing import is_traced
-from torch_klloss.samplers.points import Points, skewness_of_mean, sum_last
+from torch_klloss.samplers.points import Points, skewness_of_mean
 
 Evaluate = Callable[[int, int], tuple[Points, Tensor]]
 _Part = tuple[Tensor, Tensor, int | None]
@@ -306,10 +308,8 @@ def _sequence_number() -> int:
 
 def check_chunk_size(chunk_size: int | None) -> None:
     """Raise a ValueError unless `chunk_size` is a positive integer or None."""
-    if chunk_size is None:
-        return
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ValueError(f"chunk_size must be a positive integer, or None for all draws at once, got {chunk_size!r}.")
+    if chunk_size is not None:
+        check_integer("chunk_size (None for all draws at once)", chunk_size)
 
 
 class _Spread:
