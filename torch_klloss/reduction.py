@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from torch_klloss.estimate import KLEstimate
+from torch_klloss.numerics.arguments import check_integer
+from torch_klloss.numerics.dimensions import sum_after
 
 ReductionName = Literal["mean", "sum", "none"]
 
@@ -18,8 +20,7 @@ def check_reduction(reduction: str, batch_dims: int) -> None:
     """Raise a ValueError if `reduction` is unknown or `batch_dims` is not an integer of at least 0."""
     if reduction not in get_args(ReductionName):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}.")
-    if isinstance(batch_dims, bool) or not isinstance(batch_dims, int) or batch_dims < 0:
-        raise ValueError(f"batch_dims must be an integer of at least 0, got {batch_dims!r}.")
+    check_integer("batch_dims", batch_dims, at_least=0)
 
 
 def example_shape(batch_shape: torch.Size, batch_dims: int) -> torch.Size:
@@ -57,9 +58,7 @@ def reduce(value: Tensor, reduction: str, batch_dims: int, mask: Tensor | None =
     Raises:
         ValueError: if "mean" has no example, or a mask that sums to zero.
     """
-    num_latent = value.dim() - batch_dims
-    if num_latent > 0:
-        value = value.sum(tuple(range(-num_latent, 0)))
+    value = sum_after(value, batch_dims)
     if mask is not None:
         weights = mask.to(value.dtype)
         value = torch.where(weights == 0, 0.0, weights * value)
@@ -190,9 +189,3 @@ class Batch:
         if self.weights is None or not self.has_parts:
             return self.weights
         return (self.weights != 0).flatten(self.num_example_dims).any(-1)
-
-
-def sum_after(values: Tensor, num_dims: int) -> Tensor:
-    """Sum all dimensions after the first `num_dims`."""
-    extra = values.dim() - num_dims
-    return values.sum(tuple(range(-extra, 0))) if extra > 0 else values

@@ -15,6 +15,8 @@ from abc import ABC, abstractmethod
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING
 
+from torch_klloss.numerics.arguments import check_integer
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -249,8 +251,7 @@ class Cyclical(_Rise):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.cycles, bool) or not isinstance(self.cycles, int) or self.cycles < 1:
-            raise ValueError(f"cycles must be an integer of at least 1, got {self.cycles!r}.")
+        check_integer("cycles", self.cycles)
         if not 0 < self.ramp <= 1:
             raise ValueError(f"ramp must lie in (0, 1], the fraction of a cycle that rises, got {self.ramp!r}.")
 

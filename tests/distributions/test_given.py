@@ -6,7 +6,7 @@ from torch.distributions import Bernoulli, Binomial, Categorical, ContinuousBern
 
 from torch_klloss import kl_divergence
 from torch_klloss.distributions.given import as_given
-from torch_klloss.distributions.tensors import in_full_precision, map_tensors
+from torch_klloss.distributions.tensors import copy_with, in_full_precision
 
 BINARY = [Bernoulli, Binomial, ContinuousBernoulli, Geometric, NegativeBinomial]
 LOGITS = torch.tensor([50.0, -30.0, 0.3])
@@ -49,7 +49,7 @@ def test_an_expanded_bernoulli_of_large_log_odds_keeps_its_finite_kl():
 
 
 def test_a_copy_holds_one_tensor_under_both_of_its_names():
-    d = map_tensors(_ask_for_both(Bernoulli(probs=PROBS)), lambda t, *_: t.clone())
+    d = copy_with(_ask_for_both(Bernoulli(probs=PROBS)), lambda t, *_: t.clone())
     assert d._param is d.probs
     assert d._param is not d.logits
 

@@ -10,13 +10,14 @@ from torch.distributions import Independent, Normal
 
 from tests.families import FAMILIES
 from torch_klloss.distributions.tensors import (
+    copy_with,
     device_of,
     dtype_of,
     in_full_precision,
-    map_tensors,
     replace_examples,
     tensors_of,
     unvalidated,
+    with_batch_dim,
 )
 
 
@@ -26,7 +27,7 @@ def test_every_family_can_be_copied_with_other_tensors(f):
     own = tensors_of(d)
     before = [t.clone() for t in own]
     x = d.sample() if "sample" not in f.defects and f.name != "Wishart" else None
-    moved = map_tensors(d, lambda t, *_: t.clone())
+    moved = copy_with(d, lambda t, *_: t.clone())
     assert type(moved) is type(d)
     assert (moved.batch_shape, moved.event_shape) == (d.batch_shape, d.event_shape)
     assert dtype_of(moved) == dtype_of(d) == f.dtype
@@ -154,6 +155,17 @@ def test_a_replaced_example_gets_no_gradient():
 def test_a_copy_of_a_transformed_distribution_has_inverses_of_its_own():
     gumbel = dist.Gumbel(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0]))
     gumbel.transforms[-1].inv(torch.ones(2))  # the inverse is now remembered
-    doubled = map_tensors(copy.copy(gumbel), lambda t, *_: t * 1.0)
+    doubled = copy_with(copy.copy(gumbel), lambda t, *_: t * 1.0)
     x = torch.tensor([0.3, 0.4])
     torch.testing.assert_close(doubled.log_prob(x), gumbel.log_prob(x))
+
+
+@pytest.mark.parametrize("from_right", [0, 1])
+def test_a_batch_dimension_is_inserted_into_transforms_as_well(from_right):
+    loc, scale = torch.tensor([-1.0, 2.0, 0.5]), torch.tensor([0.5, 1.0, 2.0])
+    base = Normal(torch.zeros(2, 3), torch.ones(2, 3))
+    moved = with_batch_dim(dist.TransformedDistribution(base, [dist.AffineTransform(loc, scale)]), from_right)
+    expected = with_batch_dim(Normal(loc.expand(2, 3), scale.expand(2, 3)), from_right)
+    assert moved.batch_shape == expected.batch_shape == torch.Size([(2, 3, 1), (2, 1, 3)][from_right])
+    x = torch.linspace(-1.0, 1.0, 2 * 3 * 4).reshape(2, *((3, 4), (4, 3))[from_right])
+    torch.testing.assert_close(moved.log_prob(x), expected.log_prob(x))

@@ -16,8 +16,9 @@ from torch.distributions.kl import _KL_REGISTRY as _TORCH_RULES
 
 from torch_klloss.distributions.checks import check_common_measure, check_pair, type_name
 from torch_klloss.distributions.simplify import peel, simplify
-from torch_klloss.distributions.tensors import dtype_of, in_full_precision
+from torch_klloss.distributions.tensors import HALF, dtype_of, in_full_precision
 from torch_klloss.estimate import NoRouteError, NotCertifiedError
+from torch_klloss.numerics.dimensions import sum_last
 
 Rule = Callable[[Any, Any], Tensor]
 Types = tuple[type[Distribution], type[Distribution]]
@@ -141,7 +142,7 @@ def kl_divergence(q: Distribution, p: Distribution) -> Tensor:
     if resolution is None:
         refuse(q, p)
     value = evaluate(resolution, batch_shape)
-    return value.to(dtype) if dtype in (torch.float16, torch.bfloat16) else value
+    return value.to(dtype) if dtype in HALF else value
 
 
 def has_closed_form(q: Distribution, p: Distribution) -> bool:
@@ -235,7 +236,7 @@ def evaluate(resolution: Resolution, batch_shape: torch.Size) -> Tensor:
             value = summed(q, p, num_summed)
         else:
             value = match.rule(q, p) if match.is_ours else _call_torch(match.rule, q, p)
-            value = value.sum(tuple(range(-num_summed, 0))) if num_summed else value
+            value = sum_last(value, num_summed)
     except NotImplementedError as error:
         refuse(q, p, because=str(error))
     return value if value.shape == batch_shape else value.expand(batch_shape)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch_klloss.closed_forms.registry import register_kl
 from torch_klloss.distributions.families import LogVarNormal, StandardNormal
 from torch_klloss.numerics.custom_gradient import analytic
+from torch_klloss.numerics.dimensions import sum_last
 from torch_klloss.numerics.elementary import e2, horner
 from torch_klloss.numerics.tracing import is_traced
 
@@ -25,7 +26,7 @@ def _summed(q: LogVarNormal, p: StandardNormal, num_dims: int) -> Tensor:
     """Return the KL summed over the last dimensions, in one pass where torch would take one an operation."""
     loc, logvar = q.loc, q.logvar
     if q.batch_shape != p.batch_shape or not _can_fuse(loc, logvar):
-        return _log_var_normal_standard_normal(q, p).sum(tuple(range(-num_dims, 0)))
+        return sum_last(_log_var_normal_standard_normal(q, p), num_dims)
     if loc.dim() == 2 and num_dims == 1:
         kl: Tensor = _SummedKL.apply(loc, logvar)
         return kl

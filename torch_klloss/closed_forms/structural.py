@@ -7,6 +7,7 @@ from torch.distributions import Distribution, Independent, InverseGamma, LogNorm
 
 from torch_klloss.closed_forms.registry import has_closed_form, kl_divergence, register_kl, structural
 from torch_klloss.distributions.simplify import simplify
+from torch_klloss.numerics.dimensions import sum_last
 
 
 @register_kl(InverseGamma, InverseGamma)
@@ -38,4 +39,4 @@ def by_structure(q: Distribution, p: Distribution) -> Tensor | None:
         return None
     simple_q, simple_p, peeled = simple
     value = kl_divergence(simple_q, simple_p)
-    return value.sum(tuple(range(-peeled, 0))) if peeled else value
+    return sum_last(value, peeled)

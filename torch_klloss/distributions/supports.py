@@ -145,8 +145,8 @@ def log_prob_within(p: Distribution, x: Tensor, reach: bool | Tensor | None) -> 
     """
     if not x.is_floating_point():  # the points of a Categorical, which a Bernoulli cannot read
         x = x.to(dtype_of(p))
-    support = support_of(p)
-    if reach is True or support is None:
+    support = None if reach is True else support_of(p)
+    if support is None:
         log_prob = unvalidated(p).log_prob(x)
     elif isinstance(p, MixtureSameFamily):
         return _log_prob_within_components(p, x)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,8 +14,13 @@ from torch.distributions import (
 )
 from torch.distributions.transforms import _InverseTransform  # whose _inv is its content, not a way back
 
-_HALF = (torch.float16, torch.bfloat16)
+D = TypeVar("D", bound=Distribution)
+_TensorMap = Callable[[Tensor, str, Distribution], Tensor]
+_Attributes = Callable[[Distribution], dict[str, Any]]
+
+HALF = (torch.float16, torch.bfloat16)
 _PLAIN = (torch.Size, int, bool, type(None))
+_KNOWN = (bool, int, float, str, torch.Size, torch.dtype, torch.device, type(None), constraints.Constraint)
 
 
 def tensors_of(d: Distribution | Transform) -> list[Tensor]:
@@ -57,30 +62,53 @@ def dtype_and_device_of(d: Distribution) -> tuple[torch.dtype, torch.device]:
     return widest or torch.get_default_dtype(), device
 
 
-def map_tensors(d: Any, fn: Callable[[Tensor, str, Any], Tensor]) -> Any:
-    """Return a copy of d with its tensors replaced, through base and component distributions and transforms.
+def copy_with(
+    d: D, tensor: _TensorMap | None = None, attributes: _Attributes | None = None, *, known_only: bool = False
+) -> D:
+    """Return a copy of d, and of the distributions and transforms that it is made of.
 
     Args:
-        d: a distribution or a transform.
-        fn: called with the tensor, its name, and the distribution or transform that holds it under that name.
+        d: a distribution.
+        tensor: (t, name, owner) -> what takes the place of the tensor t; its owner is the distribution that holds it,
+            itself or in a transform. None: the copy shares tensors and transforms with d.
+        attributes: owner -> attributes that the copy of this distribution is given.
+        known_only: whether anything is refused whose batch dimensions are not known, such as a network.
+
+    Raises:
+        NotSelectableError: if `known_only`, and there is such a thing.
     """
-    if type(d) in (list, tuple):
-        return type(d)(map_tensors(part, fn) for part in d)
-    if not isinstance(d, (Distribution, Transform)):
-        return d
-    copy = d.__new__(type(d))
+    copy: D = _copied(d, d, tensor, attributes, known_only)
+    return copy
+
+
+def _copied(
+    part: Any, owner: Distribution, tensor: _TensorMap | None, attributes: _Attributes | None, known_only: bool
+) -> Any:
+    if type(part) in (list, tuple):
+        return type(part)(_copied(each, owner, tensor, attributes, known_only) for each in part)
+    if not isinstance(part, (Distribution, Transform)):
+        if known_only and not isinstance(part, _KNOWN):
+            raise NotSelectableError
+        return part
+    owner = part if isinstance(part, Distribution) else owner
+    copy = part.__new__(type(part))
     mapped: dict[int, Tensor] = {}  # one tensor under two names stays one: `_param` and `probs`
-    for key, value in d.__dict__.items():
-        if key == "_inv" and not isinstance(d, _InverseTransform):
-            value = None  # the inverse is made anew, of the new tensors, when somebody asks for it
-        elif key == "_cached_x_y":
-            value = (None, None)
-        if isinstance(value, Tensor):
+    for key, value in part.__dict__.items():
+        if tensor is None:
+            new = _copied(value, value, None, attributes, False) if isinstance(value, Distribution) else value
+        elif isinstance(value, Tensor):
             if id(value) not in mapped:
-                mapped[id(value)] = fn(value, key, d)
-            copy.__dict__[key] = mapped[id(value)]
+                mapped[id(value)] = tensor(value, key, owner)
+            new = mapped[id(value)]
+        elif key == "_inv" and not isinstance(part, _InverseTransform):
+            new = None  # the inverse is made anew, of the new tensors, when somebody asks for it
+        elif key == "_cached_x_y":
+            new = (None, None)
         else:
-            copy.__dict__[key] = map_tensors(value, fn)
+            new = _copied(value, owner, tensor, attributes, known_only)
+        copy.__dict__[key] = new
+    if attributes is not None and owner is part:
+        copy.__dict__.update(attributes(owner))
     return copy
 
 
@@ -88,8 +116,7 @@ def in_full_precision(d: Distribution) -> Distribution:
     """Return d with its half-precision tensors in float32; d itself where it has none."""
     if not _has_half(d):
         return d
-    upcast: Distribution = map_tensors(d, lambda t, *_: t.float() if t.dtype in _HALF else t)
-    return upcast
+    return copy_with(d, lambda t, *_: t.float() if t.dtype in HALF else t)
 
 
 def _has_half(d: Distribution | Transform) -> bool:
@@ -98,7 +125,7 @@ def _has_half(d: Distribution | Transform) -> bool:
         if kind in _PLAIN:
             continue
         if kind is Tensor or isinstance(value, Tensor):
-            if value.dtype in _HALF:
+            if value.dtype in HALF:
                 return True
         elif isinstance(value, (Distribution, Transform)):
             if (key != "_inv" or isinstance(d, _InverseTransform)) and _has_half(value):
@@ -110,11 +137,7 @@ def _has_half(d: Distribution | Transform) -> bool:
 
 def unvalidated(d: Distribution) -> Distribution:
     """Return a copy of d, and of its parts, that checks neither its arguments nor the points it is asked about."""
-    copy = d.__new__(type(d))
-    for key, value in d.__dict__.items():
-        copy.__dict__[key] = unvalidated(value) if isinstance(value, Distribution) else value
-    copy.__dict__["_validate_args"] = False
-    return copy
+    return copy_with(d, attributes=lambda _: {"_validate_args": False})
 
 
 def replace_examples(d: Distribution, keep: Tensor, batch_shape: torch.Size) -> Distribution:
@@ -134,26 +157,28 @@ def replace_examples(d: Distribution, keep: Tensor, batch_shape: torch.Size) -> 
     flat = keep.flatten()
     index = torch.where(flat, torch.arange(flat.numel(), device=flat.device), flat.int().argmax())
 
-    def take(t: Tensor, name: str, owner: Any) -> Tensor:
-        if t.dim() < _num_dims(name, owner, d) or t.shape[:dims] != examples:
+    def take(t: Tensor, name: str, owner: Distribution) -> Tensor:
+        if t.dim() < len(owner.batch_shape) + _event_dims(t, name, owner) or t.shape[:dims] != examples:
             return t  # shared by the examples
         return t.flatten(0, dims - 1).index_select(0, index.to(t.device)).unflatten(0, examples)
 
-    replaced: Distribution = map_tensors(d, take)
-    return replaced
+    return copy_with(d, take)
 
 
-def _num_dims(name: str, owner: Any, d: Distribution) -> int:
-    """Return how many dimensions a tensor has that differs from example to example."""
-    if isinstance(owner, Transform):  # it broadcasts against the points of d
-        return len(d.batch_shape) + len(d.event_shape)
+def _event_dims(t: Tensor, name: str, owner: Distribution) -> int:
+    """Return how many of the last dimensions of a tensor belong to an event; the ones before them are batch dimensions.
+
+    Args:
+        t: the tensor.
+        name: its name.
+        owner: the distribution that holds it, itself or in a transform.
+    """
+    if owner.__dict__.get(name) is not t:  # a transform's, which broadcasts against the points
+        return len(owner.event_shape)
     if name.endswith("_tril"):  # torch keeps Cholesky factors that are no argument of the constructor
-        return len(owner.batch_shape) + 2
+        return 2
     constraint = owner.arg_constraints.get(name.removeprefix("_unbroadcasted_"))
-    return len(owner.batch_shape) + getattr(constraint, "event_dim", 0)
-
-
-_SHARED = (bool, int, float, str, torch.Size, torch.dtype, torch.device, type(None), constraints.Constraint)
+    return getattr(constraint, "event_dim", max(0, t.dim() - len(owner.batch_shape)))
 
 
 class NotSelectableError(Exception):
@@ -162,8 +187,7 @@ class NotSelectableError(Exception):
 
 def in_float64(d: Distribution) -> Distribution:
     """Return d with all of its floating-point tensors in float64."""
-    precise: Distribution = map_tensors(d, lambda t, *_: t.double() if t.is_floating_point() else t)
-    return precise
+    return copy_with(d, lambda t, *_: t.double() if t.is_floating_point() else t)
 
 
 def flattened(d: Distribution, batch_shape: torch.Size) -> Distribution:
@@ -176,8 +200,13 @@ def flattened(d: Distribution, batch_shape: torch.Size) -> Distribution:
         d = d if d.batch_shape == batch_shape else d.expand(batch_shape)
     except NotImplementedError:
         raise NotSelectableError from None
-    flat: Distribution = _mapped(d, lambda t: t.flatten(0, len(batch_shape) - 1) if batch_shape else t[None], d)
-    return _with_batch(flat, len(batch_shape), batch_shape.numel())
+    dims, count = len(batch_shape), batch_shape.numel()
+
+    def flat(t: Tensor, _: str, owner: Distribution) -> Tensor:
+        t = _broadcast(t, owner.batch_shape)
+        return t.flatten(0, dims - 1) if dims else t[None]
+
+    return copy_with(d, flat, _batch_replaced(dims, count), known_only=True)
 
 
 def select(d: Distribution, index: Tensor, leaves: list[tuple[Tensor, Tensor]] | None = None) -> Distribution:
@@ -190,34 +219,18 @@ def select(d: Distribution, index: Tensor, leaves: list[tuple[Tensor, Tensor]] |
             appended to it together with that tensor.
     """
 
-    def take(t: Tensor) -> Tensor:
+    def take(t: Tensor, *_: Any) -> Tensor:
         if leaves is None or not t.requires_grad:
             return t[index]
         leaves.append((t, t.detach()[index].requires_grad_()))
         return leaves[-1][1]
 
-    return _with_batch(_mapped(d, take, d), 1, len(index))
+    return copy_with(d, take, _batch_replaced(1, len(index)))
 
 
-def _mapped(part: Any, take: Any, owner: Distribution) -> Any:
-    """Return a copy of a part of a distribution, every tensor broadcast to its owner's batch shape and then taken."""
-    if isinstance(part, Tensor):
-        return take(_broadcast(part, owner.batch_shape))
-    if type(part) in (list, tuple):
-        return type(part)(_mapped(each, take, owner) for each in part)
-    if not isinstance(part, (Distribution, Transform)):
-        if isinstance(part, _SHARED):
-            return part
-        raise NotSelectableError
-    owner = part if isinstance(part, Distribution) else owner
-    copy = part.__new__(type(part))
-    for key, value in part.__dict__.items():
-        if key == "_inv" and not isinstance(part, _InverseTransform):
-            value = None
-        elif key == "_cached_x_y":
-            value = (None, None)
-        copy.__dict__[key] = _mapped(value, take, owner)
-    return copy
+def _batch_replaced(dims: int, count: int) -> Callable[[Distribution], dict[str, Any]]:
+    """Return the attributes of a copy whose first batch dimensions have become one of `count` elements."""
+    return lambda owner: {"_batch_shape": torch.Size([count]) + owner.batch_shape[dims:]}
 
 
 def _broadcast(t: Tensor, batch_shape: torch.Size) -> Tensor:
@@ -229,35 +242,17 @@ def _broadcast(t: Tensor, batch_shape: torch.Size) -> Tensor:
         raise NotSelectableError from None
 
 
-def _with_batch(d: Any, num_dims: int, count: int) -> Any:
-    """Replace the leading batch dimensions that a copied distribution and its parts still claim to have."""
-    if isinstance(d, Distribution):
-        d._batch_shape = torch.Size([count]) + d._batch_shape[num_dims:]
-    for value in d.__dict__.values() if isinstance(d, (Distribution, Transform)) else ():
-        for part in value if type(value) in (list, tuple) else (value,):
-            if isinstance(part, (Distribution, Transform)):
-                _with_batch(part, num_dims, count)
-    return d
-
-
-def with_batch_dim(d: Distribution, from_right: int) -> Distribution:
+def with_batch_dim(d: D, from_right: int) -> D:
     """Return a copy of d with a batch dimension of size one before its last `from_right` ones."""
-    copy = d.__new__(type(d))
-    for key, value in d.__dict__.items():
-        if isinstance(value, Tensor):
-            value = _with_dim(d, key, value, from_right)
-        elif isinstance(value, Distribution):
-            value = with_batch_dim(value, from_right + len(value.batch_shape) - len(d.batch_shape))
-        copy.__dict__[key] = value
-    shape = list(d.batch_shape)
-    shape.insert(len(shape) - from_right, 1)
-    copy.__dict__["_batch_shape"] = torch.Size(shape)
-    return copy
+    before = len(d.batch_shape) - from_right
 
+    def insert(t: Tensor, name: str, owner: Distribution) -> Tensor:
+        """Insert the dimension; not where the batch dimensions to the left of it are left out."""
+        position = t.dim() - _event_dims(t, name, owner) - len(owner.batch_shape) + before
+        return t.unsqueeze(position) if position >= 0 else t
 
-def _with_dim(d: Distribution, key: str, t: Tensor, from_right: int) -> Tensor:
-    """Insert the dimension into one tensor; not where the batch dimensions to the left of it are left out."""
-    constraint = d.arg_constraints.get(key.removeprefix("_unbroadcasted_"))
-    dims = 2 if key.endswith("_tril") else getattr(constraint, "event_dim", max(0, t.dim() - len(d.batch_shape)))
-    position = t.dim() - dims - from_right
-    return t.unsqueeze(position) if position >= 0 else t
+    def shape(owner: Distribution) -> dict[str, Any]:
+        sizes = owner.batch_shape
+        return {"_batch_shape": torch.Size([*sizes[:before], 1, *sizes[before:]])}
+
+    return copy_with(d, insert, shape)

@@ -13,10 +13,12 @@ from torch.distributions import Distribution
 
 from torch_klloss.distributions.checks import check_pair, type_name
 from torch_klloss.distributions.supports import contained, has_moving_support, is_discrete, log_prob_within
-from torch_klloss.distributions.tensors import device_of, in_full_precision, map_tensors, unvalidated
+from torch_klloss.distributions.tensors import copy_with, device_of, in_full_precision, unvalidated
 from torch_klloss.elbo.batches import batch_of
 from torch_klloss.elbo.likelihoods import negative_log_prob
-from torch_klloss.reduction import ReductionName, check_reduction, sum_after
+from torch_klloss.numerics.arguments import check_integer
+from torch_klloss.numerics.dimensions import sum_after
+from torch_klloss.reduction import ReductionName, check_reduction
 from torch_klloss.rng import draw_seed, private_rng
 
 IWAEGradient = Literal["doubly_reparameterized", "pathwise", "none"]
@@ -71,8 +73,7 @@ class IWAELoss(nn.Module):
     ) -> None:
         super().__init__()
         check_reduction(reduction, batch_dims)
-        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
-            raise ValueError(f"num_samples must be an integer of at least 1, got {num_samples!r}.")
+        check_integer("num_samples", num_samples)
         if gradient not in get_args(IWAEGradient):
             options = ", ".join(map(repr, get_args(IWAEGradient)))
             raise ValueError(f"gradient must be one of {options}, got {gradient!r}.")
@@ -166,5 +167,5 @@ def _square_weights(z: Tensor, log_weight: Tensor) -> None:
 
 
 def _detached(d: Distribution) -> Distribution:
-    detached: Distribution = map_tensors(d, lambda t, *_: t.detach())
+    detached: Distribution = copy_with(d, lambda t, *_: t.detach())
     return detached

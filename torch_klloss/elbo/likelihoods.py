@@ -12,17 +12,16 @@ from torch.nn import functional
 
 from torch_klloss.distributions.checks import type_name
 from torch_klloss.distributions.supports import support_of
-from torch_klloss.distributions.tensors import dtype_of, in_full_precision, unvalidated
+from torch_klloss.distributions.tensors import HALF, dtype_of, in_full_precision, unvalidated
 from torch_klloss.numerics.tracing import is_traced
 
 LikelihoodName = Literal["bernoulli", "bernoulli_logits", "gaussian"]
 _LIKELIHOODS = get_args(LikelihoodName)
-_HALF = (torch.float16, torch.bfloat16)
 
 
 def full_precision(t: Tensor) -> Tensor:
     """Return half-precision tensors, integers and bools in float32."""
-    return t.float() if t.dtype in _HALF or not t.is_floating_point() else t
+    return t.float() if t.dtype in HALF or not t.is_floating_point() else t
 
 
 def check_likelihood(likelihood: str) -> None:
@@ -38,7 +37,7 @@ def negative_log_prob(p_x: Distribution, x: Tensor) -> Tensor:
         ValueError: if x has another shape than p_x has, or lies outside its support.
     """
     p_x = in_full_precision(p_x)
-    if x.dtype in _HALF or not x.is_floating_point():
+    if x.dtype in HALF or not x.is_floating_point():
         x = x.to(dtype_of(p_x))
     check_support(p_x, x)
     log_prob: Tensor = unvalidated(p_x).log_prob(x)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from torch_klloss.distributions.tensors import map_tensors, tensors_of
+from torch_klloss.distributions.tensors import copy_with, tensors_of
+from torch_klloss.numerics.arguments import check_integer
 
 FreeNatsPer = Literal["example", "dimension", "group"]
 
@@ -49,8 +50,7 @@ class FreeNats:
             return
         if self.per != "group":
             raise ValueError(f"free_nats_groups needs free_nats_per='group', got {self.per!r}.")
-        if isinstance(self.groups, bool) or not isinstance(self.groups, int) or self.groups < 1:
-            raise ValueError(f"free_nats_groups must be an integer of at least 1, got {self.groups!r}.")
+        check_integer("free_nats_groups", self.groups)
 
     @property
     def must_split(self) -> bool:
@@ -111,8 +111,7 @@ def _learns(d: Distribution) -> bool:
 
 
 def _with_scaled_gradient(d: Distribution, factor: float) -> Distribution:
-    scaled: Distribution = map_tensors(d, lambda t, *_: scale_gradient(t, factor) if t.requires_grad else t)
-    return scaled
+    return copy_with(d, lambda t, *_: scale_gradient(t, factor) if t.requires_grad else t)
 
 
 def scale_gradient(t: Tensor, factor: float) -> Tensor:

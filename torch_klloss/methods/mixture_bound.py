@@ -24,8 +24,8 @@ from torch_klloss.estimate import KLEstimate
 from torch_klloss.methods.base import BaseMethod
 from torch_klloss.methods.closed_form import ClosedForm
 from torch_klloss.methods.enumeration.masses import Masses, kl_terms
+from torch_klloss.numerics.dimensions import sum_last
 from torch_klloss.numerics.tracing import is_traced
-from torch_klloss.samplers.points import sum_last
 
 Side = Literal["upper", "lower"]
 _POWERS = (1 / 64, 1 / 16, 1 / 4, 1 / 2, 3 / 4)  # of g/f, one of which bounds E_f[log g] best

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -26,7 +26,6 @@ class Draws(Protocol):
         ...
 
 
-@runtime_checkable
 class PreparedSampler(Protocol):
     """A sampler that decides all randomness first, and computes points when they are asked for."""
 
@@ -40,17 +39,19 @@ def prepare(sampler: Sampler, q: Distribution, num_samples: int, *, differentiab
 
     It knows none if a subclass has its own `draw`, and `prepare` is only inherited.
     """
-    if isinstance(sampler, PreparedSampler) and _is_current(sampler):
-        return sampler.prepare(q, num_samples, differentiable=differentiable)
+    if hasattr(sampler, "prepare") and _is_current(type(sampler)):
+        return cast(PreparedSampler, sampler).prepare(q, num_samples, differentiable=differentiable)
     return Held(sampler.draw(q, num_samples, differentiable=differentiable))
 
 
-def _is_current(sampler: PreparedSampler) -> bool:
+def _is_current(kind: type) -> bool:
     """Return whether `prepare` was written knowing what `draw` does: no subclass has overridden `draw` alone."""
-    first = next(
-        (vars(cls) for cls in type(sampler).__mro__ if {"draw", "prepare"} & vars(cls).keys()), {"prepare": None}
-    )
-    return "prepare" in first
+    for cls in kind.__mro__:
+        if "prepare" in cls.__dict__:
+            return True
+        if "draw" in cls.__dict__:
+            return False
+    return True
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from torch_klloss.distributions.tensors import dtype_of
+from torch_klloss.numerics.dimensions import sum_last
 
 
 @dataclass(frozen=True)
@@ -97,11 +98,6 @@ def skewness_of_mean(squares: Tensor, cubes: Tensor) -> Tensor:
     return (cubes / (squares * squares.sqrt())).nan_to_num(0.0, 0.0, 0.0)
 
 
-def sum_last(t: Tensor, dims: int) -> Tensor:
-    """Return t summed over its last `dims` dimensions."""
-    return t.sum(tuple(range(-dims, 0))) if dims else t
-
-
 class Sampler(Protocol):
     """An object that hands out points of q together with their weights.
 
@@ -138,6 +134,7 @@ class Sampler(Protocol):
 
 def evenly_weighted(q: Distribution, x: Tensor, num_samples: int, num_replicates: int) -> Points:
     """Return points of q that weigh 1/S each, S being `num_samples`; x may be some of them."""
-    shape = (len(x),) + (1,) * len(q.batch_shape)
-    weights = torch.full(shape, 1 / num_samples, dtype=dtype_of(q), device=x.device)
+    shape = (x.shape[0],) + (1,) * len(q.batch_shape)
+    dtype = x.dtype if x.is_floating_point() else dtype_of(q)
+    weights = torch.full(shape, 1 / num_samples, dtype=dtype, device=x.device)
     return Points(x, weights, num_replicates)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.quasirandom import SobolEngine
 
+from torch_klloss.numerics.arguments import check_integer
 from torch_klloss.numerics.tracing import without_func
 from torch_klloss.samplers.draws import Draws
 from torch_klloss.samplers.points import Points
@@ -114,7 +115,7 @@ class Sobol:
     replicates: int = 1
 
     def __post_init__(self) -> None:
-        check_replicates("Sobol", self.replicates)
+        check_integer("Sobol(replicates=...)", self.replicates)
 
     def draw(self, q: Distribution, num_samples: int, *, differentiable: bool) -> Points:
         """Return `num_samples` points of q, the replicates one after the other."""
@@ -135,12 +136,6 @@ class Sobol:
             return net[draws % n] ^ shifts[draws // n]
 
         return Transported(q, cells, noise, num_samples, self.replicates, differentiable)
-
-
-def check_replicates(name: str, replicates: int) -> None:
-    """Raise a ValueError unless `replicates` is a positive integer."""
-    if isinstance(replicates, bool) or not isinstance(replicates, int) or replicates < 1:
-        raise ValueError(f"{name}(replicates=...) must be an integer of at least 1, got {replicates!r}.")
 
 
 def points_each(name: str, num_samples: int, replicates: int) -> int:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from torch_klloss.numerics.arguments import check_integer
 from torch_klloss.samplers.draws import Draws, in_blocks
 from torch_klloss.samplers.points import Points
-from torch_klloss.samplers.sobol import check_replicates, points_each
+from torch_klloss.samplers.sobol import points_each
 from torch_klloss.samplers.transport import Transported, cells_of
 
 
@@ -45,7 +46,7 @@ class Stratified:
     replicates: int = 1
 
     def __post_init__(self) -> None:
-        check_replicates("Stratified", self.replicates)
+        check_integer("Stratified(replicates=...)", self.replicates)
 
     def draw(self, q: Distribution, num_samples: int, *, differentiable: bool) -> Points:
         """Return `num_samples` points of q, the replicates one after the other."""

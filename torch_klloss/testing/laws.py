@@ -17,7 +17,7 @@ from torch.distributions import Distribution, Independent
 from torch_klloss.closed_forms import kl_divergence
 from torch_klloss.distributions.checks import check_pair, type_name
 from torch_klloss.distributions.supports import has_moving_support, log_prob_within
-from torch_klloss.distributions.tensors import device_of, map_tensors, unvalidated
+from torch_klloss.distributions.tensors import copy_with, device_of, unvalidated
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.methods import Enumeration, FirstOf, MonteCarlo, Quadrature
 from torch_klloss.numerics.special import student_t_quantile
@@ -235,7 +235,7 @@ def _gradient(case: _Case) -> None:
 def _nan(case: _Case) -> None:
     for which in ("q", "p"):
         pair = {"q": unvalidated(case.q), "p": unvalidated(case.p)}
-        pair[which] = map_tensors(
+        pair[which] = copy_with(
             pair[which], lambda t, *_: torch.full_like(t, torch.nan) if t.is_floating_point() else t
         )
         try:
@@ -292,8 +292,7 @@ _CHECKS: dict[str, Callable[[_Case], None]] = {
 
 
 def _cast(d: Distribution, dtype: torch.dtype) -> Distribution:
-    cast: Distribution = map_tensors(d, lambda t, *_: t.to(dtype) if t.is_floating_point() else t)
-    return cast
+    return copy_with(d, lambda t, *_: t.to(dtype) if t.is_floating_point() else t)
 
 
 def _comparable(value: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, MixtureSameFamily, TransformedDistribution, constraints
 
-from torch_klloss.distributions.tensors import map_tensors
+from torch_klloss.distributions.tensors import copy_with
 from torch_klloss.numerics.graph import leaves_of
 
 
@@ -25,13 +25,13 @@ def with_leaves(q: Distribution, p: Distribution) -> tuple[Distribution, Distrib
     """
     leaves: dict[str, Tensor] = {}
     for which, d in (("q", q), ("p", p)):
-        map_tensors(d, partial(_enter_graph_leaves, leaves, which))
+        copy_with(d, partial(_enter_graph_leaves, leaves, which))
     if leaves:
         return q, p, leaves
     return _learned(q, "q", leaves), _learned(p, "p", leaves), leaves
 
 
-def _enter_graph_leaves(leaves: dict[str, Tensor], which: str, t: Tensor, key: str, owner: Any) -> Tensor:
+def _enter_graph_leaves(leaves: dict[str, Tensor], which: str, t: Tensor, key: str, owner: Distribution) -> Tensor:
     """Enter the leaves that t was computed from, by the name of the parameter that leads to them."""
     for leaf in leaves_of(t):
         if not any(leaf is known for known in leaves.values()):

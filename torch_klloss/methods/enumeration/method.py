@@ -18,7 +18,7 @@ from torch_klloss.methods.base import BaseMethod
 from torch_klloss.methods.enumeration.counts import is_countable, sum_over_counts
 from torch_klloss.methods.enumeration.masses import has_masses, kl_terms, masses, zero_gradient_where_infinite
 from torch_klloss.methods.enumeration.support import align, support_points
-from torch_klloss.samplers.points import sum_last
+from torch_klloss.numerics.dimensions import sum_last
 
 
 @dataclass(frozen=True)

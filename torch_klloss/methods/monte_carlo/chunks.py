@@ -28,9 +28,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
+from torch_klloss.numerics.arguments import check_integer
+from torch_klloss.numerics.dimensions import sum_last
 from torch_klloss.numerics.graph import leaves_of, nodes_of
 from torch_klloss.numerics.tracing import is_traced
-from torch_klloss.samplers.points import Points, skewness_of_mean, sum_last
+from torch_klloss.samplers.points import Points, skewness_of_mean
 
 Evaluate = Callable[[int, int], tuple[Points, Tensor]]
 _Part = tuple[Tensor, Tensor, int | None]
@@ -124,21 +126,23 @@ def _expectation(
     chunk: _Chunk, bounds: Sequence[tuple[int, int]], joined: Callable[[Tensor], Tensor]
 ) -> ChunkedExpectation:
     """Add up the parts, and join the sum to the graph."""
-    value, spread, num_points = torch.zeros(()), None, 0
+    value: Any = None
+    replicates, spread, num_points = None, None, 0
     for start, stop in bounds:
         part, terms, replicates = chunk(start, stop)
-        value = part if start == 0 else value + part
-        num_points += len(terms)
-        if start == 0 and replicates is not None:
-            spread = _Spread(replicates, len(terms) * bounds[-1][1] // stop // replicates)
+        value = part if value is None else value + part
+        num_points += terms.shape[0]
+        if start == 0 and replicates is not None and replicates > 1:
+            spread = _Spread(replicates, terms.shape[0] * bounds[-1][1] // stop // replicates)
         if spread is not None:
             spread.add(terms)
         del part, terms  # which would stay while the next chunk is evaluated
     value = joined(value)
-    if spread is None:
+    if replicates is None:
         return ChunkedExpectation(value, None, None, None, num_points)
-    dof = spread.num_replicates - 1
-    return ChunkedExpectation(value, spread.std_error(), dof, spread.skewness(), num_points)
+    if spread is None:  # a single replicate, which has none
+        return ChunkedExpectation(value, torch.full_like(value, torch.nan), 0, torch.zeros_like(value), num_points)
+    return ChunkedExpectation(value, spread.std_error(), replicates - 1, spread.skewness(), num_points)
 
 
 def _checkpointed(chunk: _Chunk, start: int, stop: int) -> Any:
@@ -304,57 +308,57 @@ def _sequence_number() -> int:
 
 def check_chunk_size(chunk_size: int | None) -> None:
     """Raise a ValueError unless `chunk_size` is a positive integer or None."""
-    if chunk_size is None:
-        return
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ValueError(f"chunk_size must be a positive integer, or None for all draws at once, got {chunk_size!r}.")
+    if chunk_size is not None:
+        check_integer("chunk_size (None for all draws at once)", chunk_size)
 
 
 class _Spread:
-    """Spread and skewness of replicates that arrive in pieces (Chan, Golub and LeVeque, 1983; Pébay, 2008)."""
+    """Spread and skewness of two or more replicates in pieces (Chan, Golub and LeVeque, 1983; Pébay, 2008)."""
+
+    _mean: Tensor
+    _squares: Tensor
+    _cubes: Tensor
+    _started: Tensor  # the sum of the points, `_filled` in number, of the replicate that the last piece broke off in
 
     def __init__(self, num_replicates: int, points_each: int) -> None:
-        self.num_replicates, self._points_each = num_replicates, points_each
-        self._count = 0
-        self._mean, self._squares, self._cubes = torch.zeros(()), torch.zeros(()), torch.zeros(())
-        self._started, self._filled = torch.zeros(()), 0  # the replicate that the last piece broke off in
+        self._num_replicates, self._points_each = num_replicates, points_each
+        self._count = self._filled = 0
 
     def add(self, terms: Tensor) -> None:
         """Take the next weighted terms, `[n, *batch]`."""
-        head = min(self._points_each - self._filled, len(terms)) if self._filled else 0
+        num_terms = terms.shape[0]
+        head = min(self._points_each - self._filled, num_terms) if self._filled else 0
         if head:
-            self._started, self._filled = self._started.to(terms) + terms[:head].sum(0), self._filled + head
+            self._started, self._filled = self._started + terms[:head].sum(0), self._filled + head
         if self._filled == self._points_each:
             self._merge(self._started.unsqueeze(0))
             self._filled = 0
-        whole = (len(terms) - head) // self._points_each * self._points_each
+        whole = (num_terms - head) // self._points_each * self._points_each
         if whole:
             self._merge(terms[head : head + whole].unflatten(0, (-1, self._points_each)).sum(1))
-        if head + whole < len(terms):
-            self._started, self._filled = terms[head + whole :].sum(0), len(terms) - head - whole
+        if head + whole < num_terms:
+            self._started, self._filled = terms[head + whole :].sum(0), num_terms - head - whole
 
     def std_error(self) -> Tensor:
-        """Return the standard error of the sum of all terms; NaN for a single replicate."""
-        if self.num_replicates == 1:
-            return torch.full_like(self._mean, torch.nan)
-        return (self._squares * self.num_replicates / (self.num_replicates - 1)).sqrt()
+        """Return the standard error of the sum of all terms."""
+        return (self._squares * self._num_replicates / (self._num_replicates - 1)).sqrt()
 
     def skewness(self) -> Tensor:
-        """Return the skewness of that error; 0 where nothing tells it."""
-        if self.num_replicates < 3:
+        """Return the skewness of that error; 0 for two replicates, which do not determine it."""
+        if self._num_replicates < 3:
             return torch.zeros_like(self._mean)
         return skewness_of_mean(self._squares, self._cubes)
 
     def _merge(self, sums: Tensor) -> None:
-        old, new, total = self._count, len(sums), self._count + len(sums)
+        old, new, total = self._count, sums.shape[0], self._count + sums.shape[0]
         mean = sums.mean(0)
-        shift = mean - self._mean.to(mean)
         centred = sums - mean
         powers = centred**2
         squares, cubes = powers.sum(0), (powers * centred).sum(0)
         if old:
+            shift = mean - self._mean
             cubes = cubes + self._cubes + shift**3 * (old * new * (old - new) / total**2)
             cubes = cubes + 3 * shift * (old * squares - new * self._squares) / total
             squares = squares + self._squares + shift**2 * (old * new / total)
-        self._mean = self._mean.to(mean) + shift * (new / total)
-        self._squares, self._cubes, self._count = squares, cubes, total
+            mean = self._mean + shift * (new / total)
+        self._mean, self._squares, self._cubes, self._count = mean, squares, cubes, total

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from torch_klloss.distributions.simplify import diagonal_normal_of
-from torch_klloss.distributions.tensors import map_tensors
+from torch_klloss.distributions.tensors import copy_with
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.methods.monte_carlo.chunks import ChunkedExpectation, expectation_in_chunks
 from torch_klloss.methods.monte_carlo.plan import Pair, Plan, Sampled
@@ -34,7 +34,7 @@ def estimate_with_surrogate(pair: Pair, plan: Plan, source: AbstractContextManag
         source: the context in which draws come from the right random stream.
     """
     if plan.gradient == "none":
-        pair = replace(pair, q=map_tensors(pair.q, lambda t, *_: t.detach()))
+        pair = replace(pair, q=copy_with(pair.q, lambda t, *_: t.detach()))
     return (_with_regression if plan.value == "control_variate" else _with_taylor)(pair, plan, source)
 
 

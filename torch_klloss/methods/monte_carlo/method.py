@@ -31,6 +31,7 @@ from torch_klloss.methods.monte_carlo.options import (
 )
 from torch_klloss.methods.monte_carlo.plan import Pair, Plan, Sampled
 from torch_klloss.methods.monte_carlo.tail_diagnostics import has_infinite_variance
+from torch_klloss.numerics.arguments import check_integer
 from torch_klloss.rng import draw_seed, private_rng
 from torch_klloss.samplers import IID, Antithetic, Sampler, Sobol, Stratified
 from torch_klloss.samplers.components import mixture_of
@@ -127,8 +128,7 @@ class MonteCarlo(BaseMethod):
     name: ClassVar[str] = "monte_carlo"
 
     def __post_init__(self) -> None:
-        if isinstance(self.num_samples, bool) or not isinstance(self.num_samples, int) or self.num_samples < 1:
-            raise ValueError(f"num_samples must be an integer of at least 1, got {self.num_samples!r}.")
+        check_integer("num_samples", self.num_samples)
         check_chunk_size(self.chunk_size)
         remembers = isinstance(self.gradient, MixedGradient)
         check_options(self._gradient_name, self.value, self.num_samples, self.chunk_size, remembers)

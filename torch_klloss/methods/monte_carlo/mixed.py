@@ -18,13 +18,13 @@ import torch.distributions as dist
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from torch_klloss.distributions.tensors import map_tensors, tensors_of
+from torch_klloss.distributions.tensors import copy_with, tensors_of
 from torch_klloss.methods.monte_carlo.options import HELD_OUT
 from torch_klloss.methods.monte_carlo.plan import Pair, Plan, Sampled
-from torch_klloss.methods.monte_carlo.surrogates import reaches_others, sum_from, with_gradient
+from torch_klloss.methods.monte_carlo.surrogates import reaches_others, with_gradient
+from torch_klloss.numerics.dimensions import sum_after, sum_last
 from torch_klloss.samplers import IID, Points, Sampler
 from torch_klloss.samplers.components import draw_by_component, mixture_of
-from torch_klloss.samplers.points import sum_last
 
 # Families whose density is normalised whatever their stored tensors are, so that every score has the mean zero.
 _FREE = (
@@ -151,7 +151,7 @@ def _sample(pair: Pair, plan: Plan, state: MixedGradient | None) -> tuple[Tensor
     own = {id(t): t for t in tensors_of(rows) if t.is_floating_point() and t.shape[: len(shape)] == shape}
     leaves = {key: t.detach().requires_grad_() for key, t in own.items()}
     with torch.enable_grad():
-        copy: Distribution = map_tensors(rows, lambda t, *_: leaves.get(id(t), t))
+        copy = copy_with(rows, lambda t, *_: leaves.get(id(t), t))
         log_ratio, log_score = _terms(copy, pair.log_p, plan.sampler)
         wrt = list(leaves.values())
         grads, scores = _grads(log_ratio, wrt), _grads(log_score, wrt)
@@ -161,7 +161,7 @@ def _sample(pair: Pair, plan: Plan, state: MixedGradient | None) -> tuple[Tensor
     if torch.is_grad_enabled():
         for t, grad in zip(own.values(), _corrected(grads, scores, state, carrier.dim()), strict=True):
             if t.requires_grad:
-                carrier = carrier + sum_from(with_gradient(t, grad).mean(0), carrier.dim())
+                carrier = carrier + sum_after(with_gradient(t, grad).mean(0), carrier.dim())
     return log_ratio, carrier
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_klloss.numerics.dimensions import sum_after, sum_last
 from torch_klloss.numerics.graph import leaves_of
 
 
@@ -43,7 +44,7 @@ class Quadratic:
         return self._sum(self.linear * mean + self.quadratic * (mean**2 + variance) / 2)
 
     def _sum(self, t: Tensor) -> Tensor:
-        return t.flatten(-self.event_dims).sum(-1) if self.event_dims else t
+        return sum_last(t, self.event_dims)
 
 
 class ScoreRegression:
@@ -119,13 +120,8 @@ def with_score(log_prob: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     if not (torch.is_grad_enabled() and reaches_others(value, [leaf])):
         value = value.detach()
     if x.requires_grad:
-        value = value + sum_from(with_gradient(x, score), value.dim())
+        value = value + sum_after(with_gradient(x, score), value.dim())
     return value, score
-
-
-def sum_from(t: Tensor, dim: int) -> Tensor:
-    """Return t summed over all dimensions from `dim` on."""
-    return t.flatten(dim).sum(-1) if t.dim() > dim else t
 
 
 def reaches_others(t: Tensor, leaves: Sequence[Tensor]) -> bool:

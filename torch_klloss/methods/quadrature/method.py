@@ -21,8 +21,9 @@ from torch_klloss.methods.quadrature.certificate import Certificate, refusal
 from torch_klloss.methods.quadrature.gradient import with_gradient
 from torch_klloss.methods.quadrature.integrand import Integrand, integrand
 from torch_klloss.methods.quadrature.solver import solve
+from torch_klloss.numerics.arguments import check_integer
+from torch_klloss.numerics.dimensions import sum_last
 from torch_klloss.numerics.tracing import is_traced
-from torch_klloss.samplers.points import sum_last
 
 _SUM = Enumeration()
 _CHUNK = 2**17  # elements times nodes in one chunk: 1 MB a tensor, which the caches hold
@@ -78,8 +79,7 @@ class Quadrature(BaseMethod):
     name: ClassVar[str] = "quadrature"
 
     def __post_init__(self) -> None:
-        if isinstance(self.num_nodes, bool) or not isinstance(self.num_nodes, int) or self.num_nodes < 16:
-            raise ValueError(f"num_nodes must be an integer of at least 16, got {self.num_nodes!r}.")
+        check_integer("num_nodes", self.num_nodes, at_least=16)
         if not 0 < self.rtol < 1:
             raise ValueError(f"rtol must lie strictly between 0 and 1, got {self.rtol!r}.")
 
