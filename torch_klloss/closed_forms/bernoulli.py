@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid
 
 from torch_klloss.closed_forms.registry import register_kl
 from torch_klloss.distributions.given import GIVEN, Given, both_as_given
-from torch_klloss.numerics.custom_gradient import Partials, Value, analytic
+from torch_klloss.numerics.custom_gradient import Partials, Value, custom_gradient
 from torch_klloss.numerics.elementary import (
     common_dtype,
     gkl,
@@ -150,11 +150,11 @@ def _of_trial(given: Given) -> tuple[TrialKL, Partials]:
     return partial(_log_odds_kl, given), partial(_log_odds_partials, given)
 
 
-def _analytic(kl: TrialKL, partials: Partials) -> Value:
-    return analytic(partials)(lambda q, p: kl(q, p, has_float64(q, p)))
+def _differentiable(kl: TrialKL, partials: Partials) -> Value:
+    return custom_gradient(partials)(lambda q, p: kl(q, p, has_float64(q, p)))
 
 
 TRIAL = {given: _of_trial(given) for given in GIVEN}
 """The KL of one trial in float64, told whether the digits of float64 are asked for or those of float32; and its
 derivatives."""
-_KL = {given: _analytic(*formula) for given, formula in TRIAL.items()}
+_KL = {given: _differentiable(*formula) for given, formula in TRIAL.items()}

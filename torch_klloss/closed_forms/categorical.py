@@ -12,8 +12,9 @@ from torch.distributions import Categorical, OneHotCategorical
 from torch_klloss.closed_forms.categorical_blocks import Formula, Partials, kl_in_blocks
 from torch_klloss.closed_forms.registry import register_kl
 from torch_klloss.distributions.given import GIVEN, Given, both_as_given
-from torch_klloss.numerics.custom_gradient import analytic
-from torch_klloss.numerics.elementary import common_dtype, difference_error, e2, gkl, has_float64, log_ratio
+from torch_klloss.numerics.custom_gradient import custom_gradient
+from torch_klloss.numerics.elementary import common_dtype, e2, gkl, has_float64, log_ratio
+from torch_klloss.numerics.error_free import difference_error
 from torch_klloss.numerics.tracing import is_traced
 
 _SMALL = 0.1  # a KL; below it the classes that are far from equality cannot be all there is
@@ -198,7 +199,7 @@ def _recorded(formula: Formula, partials: Partials) -> Callable[[Tensor, Tensor]
         by = partials(q, p, formula(q, p, series), series)
         return tuple(d if need else None for d, need in zip(by, needs, strict=True))
 
-    @analytic(derivatives)
+    @custom_gradient(derivatives)
     def kl(q_param: Tensor, p_param: Tensor) -> Tensor:
         series = has_float64(q_param, p_param)
         return formula(q_param.double(), p_param.double(), series).to(common_dtype(q_param, p_param))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import Cauchy, HalfCauchy
 
 from torch_klloss.closed_forms.registry import register_kl
-from torch_klloss.numerics.custom_gradient import analytic
+from torch_klloss.numerics.custom_gradient import custom_gradient
 from torch_klloss.numerics.elementary import common_dtype
 
 
@@ -49,7 +49,7 @@ def _partials(
     return by_q_loc, by_q_scale, by_p_loc, by_p_scale
 
 
-@analytic(_partials)
+@custom_gradient(_partials)
 def _kl(q_loc: Tensor, q_scale: Tensor, p_loc: Tensor, p_scale: Tensor) -> Tensor:
     q, p = q_scale.double(), p_scale.double()
     gap, distance = q - p, q_loc.double() - p_loc.double()

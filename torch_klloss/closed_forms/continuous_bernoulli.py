@@ -14,9 +14,8 @@ from torch.distributions import ContinuousBernoulli
 
 from torch_klloss.closed_forms.registry import register_kl
 from torch_klloss.distributions.given import both_as_given
-from torch_klloss.numerics.custom_gradient import analytic
-from torch_klloss.numerics.elementary import common_dtype, e2, horner, log_ratio
-from torch_klloss.numerics.lgamma import isd
+from torch_klloss.numerics.custom_gradient import custom_gradient
+from torch_klloss.numerics.elementary import common_dtype, e2, horner, isd_from_gap, log_ratio
 
 _SMALL = 0.5
 # L(t) = F(t²): the coefficients of F from t² on, 4^k B_2k / (2k (2k)!); good to 1e-17 for |t| ≤ ½.
@@ -80,7 +79,7 @@ def _partials_of_probs(needs: Sequence[bool], q: Tensor, p: Tensor) -> Sequence[
     return by_q if by_q is None else by_q / (q * (1 - q)), by_p if by_p is None else by_p / (p * (1 - p))
 
 
-@analytic(_partials_of_probs)
+@custom_gradient(_partials_of_probs)
 def _kl_of_probs(q: Tensor, p: Tensor) -> Tensor:
     return _divergence(*_halves_of_probs(q, p)).to(common_dtype(q, p))
 
@@ -89,7 +88,7 @@ def _partials_of_logits(needs: Sequence[bool], q: Tensor, p: Tensor) -> Sequence
     return _partials_by_logits(needs, *_halves_of_logits(q, p))
 
 
-@analytic(_partials_of_logits)
+@custom_gradient(_partials_of_logits)
 def _kl_of_logits(q: Tensor, p: Tensor) -> Tensor:
     return _divergence(*_halves_of_logits(q, p)).to(common_dtype(q, p))
 
@@ -135,7 +134,7 @@ def _near_divergence(gap: Tensor, p: Tensor, q: Tensor) -> Tensor:
     is_close = gap.abs() < 0.5
     rest = torch.where(is_close, decay_q * e2(torch.where(is_close, -2 * gap, 0.0)), drop + 2 * gap * decay_q)
     below_p, below_q = -torch.expm1(-2 * p), -torch.expm1(-2 * q)
-    return isd(gap, p, q) - isd(-drop, below_p, below_q) - rest / below_q
+    return isd_from_gap(gap, p, q) - isd_from_gap(-drop, below_p, below_q) - rest / below_q
 
 
 def _exp_difference(gap: Tensor, p: Tensor, q: Tensor) -> Tensor:

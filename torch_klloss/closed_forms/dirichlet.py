@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.distributions import Dirichlet
 
 from torch_klloss.closed_forms.registry import register_kl
-from torch_klloss.numerics.custom_gradient import analytic
-from torch_klloss.numerics.elementary import common_dtype, log_ratio
-from torch_klloss.numerics.lgamma import SHIFT, binet_digamma_difference, binet_trigamma, bregman, isd, stirling_bregman
+from torch_klloss.numerics.custom_gradient import custom_gradient
+from torch_klloss.numerics.elementary import common_dtype, isd_from_gap, log_ratio
+from torch_klloss.numerics.lgamma import SHIFT, binet_digamma_difference, binet_trigamma, bregman, stirling_bregman
 
 
 @register_kl(Dirichlet, Dirichlet)
@@ -31,7 +31,7 @@ def _dirichlet_dirichlet(q: Dirichlet, p: Dirichlet) -> Tensor:
 
 def dirichlet_kl(q: Tensor, p: Tensor) -> Tensor:
     """Return the KL of the Dirichlets of concentrations q and p, `[*batch, K]` each, as `[*batch, 1]`."""
-    # The dimension in front keeps `analytic` from cutting q and p into blocks, whose values would not be of their size.
+    # Without the dimension in front, `in_blocks` would cut q and p into blocks whose values are not of their size.
     return _kl(q.unsqueeze(0), p.unsqueeze(0)).squeeze(0)
 
 
@@ -49,7 +49,7 @@ def _partials(needs: Sequence[bool], q: Tensor, p: Tensor) -> Sequence[Tensor | 
     return by_q, by_p
 
 
-@analytic(_partials)
+@custom_gradient(_partials)
 def _kl(q: Tensor, p: Tensor) -> Tensor:
     rest, top = _split(*(t.double().movedim(-1, 0) for t in torch.broadcast_tensors(q, p)))
     value = bregman(rest.p, rest.q).sum(0) + _means_and_top(rest, top)
@@ -90,8 +90,8 @@ def _means_and_top(rest: _Pair, top: _Pair) -> Tensor:
     tops, totals = top.plus(k), total.plus(k)
     far_top, far_total = top.plus(SHIFT), total.plus(SHIFT)
     cross = _cross(others, tops, is_lower)
-    of_tops = isd(cross, tops.q * totals.p, tops.p * totals.q)
-    of_rest = isd(_cross(far_total, rest, is_lower), rest.q * far_total.p, rest.p * far_total.q)
+    of_tops = isd_from_gap(cross, tops.q * totals.p, tops.p * totals.q)
+    of_rest = isd_from_gap(_cross(far_total, rest, is_lower), rest.q * far_total.p, rest.p * far_total.q)
     means = far_top.p * of_tops[-1] + (rest.p * of_rest).sum(0)
     steps = of_tops + cross / tops.p / totals.q * (top.gap / tops.q)
     remainder = stirling_bregman(top.gap, far_top.p, far_top.q) - stirling_bregman(total.gap, far_total.p, far_total.q)

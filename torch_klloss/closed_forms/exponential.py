@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributions import Exponential
 
 from torch_klloss.closed_forms.registry import register_kl
-from torch_klloss.numerics.custom_gradient import analytic
+from torch_klloss.numerics.custom_gradient import custom_gradient
 from torch_klloss.numerics.elementary import common_dtype, isd
 
 
@@ -24,6 +24,6 @@ def _partials(needs: Sequence[bool], q_rate: Tensor, p_rate: Tensor) -> Sequence
     return -x / q_rate if needs[0] else None, x / p_rate if needs[1] else None
 
 
-@analytic(_partials)
+@custom_gradient(_partials)
 def _kl(q_rate: Tensor, p_rate: Tensor) -> Tensor:
     return isd(p_rate, q_rate).to(common_dtype(q_rate, p_rate))

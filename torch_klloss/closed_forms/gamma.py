@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.distributions import Gamma
 
 from torch_klloss.closed_forms.registry import register_kl
-from torch_klloss.numerics.custom_gradient import analytic
-from torch_klloss.numerics.elementary import common_dtype, has_float64, log_ratio
-from torch_klloss.numerics.lgamma import binet_digamma_difference, binet_trigamma, bregman, isd, product_error
+from torch_klloss.numerics.custom_gradient import custom_gradient
+from torch_klloss.numerics.elementary import common_dtype, has_float64, isd_from_gap, log_ratio
+from torch_klloss.numerics.error_free import product_error
+from torch_klloss.numerics.lgamma import binet_digamma_difference, binet_trigamma, bregman
 
 
 @register_kl(Gamma, Gamma)
@@ -44,10 +45,10 @@ def _partials(
     return by_q_shape, by_q_rate, by_p_shape, by_p_rate
 
 
-@analytic(_partials)
+@custom_gradient(_partials)
 def _kl(q_shape: Tensor, q_rate: Tensor, p_shape: Tensor, p_rate: Tensor) -> Tensor:
     alpha_q, alpha_p = q_shape.double(), p_shape.double()
-    kl = alpha_p * isd(*_means(q_shape, q_rate, p_shape, p_rate)) + bregman(alpha_p, alpha_q)
+    kl = alpha_p * isd_from_gap(*_means(q_shape, q_rate, p_shape, p_rate)) + bregman(alpha_p, alpha_q)
     return kl.to(common_dtype(q_shape, q_rate, p_shape, p_rate))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import HalfNormal
 
 from torch_klloss.closed_forms.registry import register_kl
-from torch_klloss.numerics.custom_gradient import analytic
+from torch_klloss.numerics.custom_gradient import custom_gradient
 from torch_klloss.numerics.elementary import common_dtype, has_float64, isd
 
 
@@ -26,7 +26,7 @@ def _partials(needs: Sequence[bool], q_scale: Tensor, p_scale: Tensor) -> Sequen
     return by_q, -x * (2 + x) / p_scale if needs[1] else None
 
 
-@analytic(_partials)
+@custom_gradient(_partials)
 def _kl(q_scale: Tensor, p_scale: Tensor) -> Tensor:
     q, p = q_scale.double(), p_scale.double()
     x = (q - p) / p

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import Laplace
 
 from torch_klloss.closed_forms.registry import register_kl
-from torch_klloss.numerics.custom_gradient import analytic
+from torch_klloss.numerics.custom_gradient import custom_gradient
 from torch_klloss.numerics.elementary import common_dtype, e2, has_float64, isd
 
 
@@ -42,7 +42,7 @@ def _partials(
     return by_q_loc, by_q_scale, by_p_loc, by_p_scale
 
 
-@analytic(_partials)
+@custom_gradient(_partials)
 def _kl(q_loc: Tensor, q_scale: Tensor, p_loc: Tensor, p_scale: Tensor) -> Tensor:
     q, p, series = q_scale.double(), p_scale.double(), has_float64(q_loc, q_scale, p_loc, p_scale)
     _, t = _distance(q_loc, q, p_loc)

@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.distributions import LKJCholesky
 
 from torch_klloss.closed_forms.registry import register_kl
-from torch_klloss.numerics.custom_gradient import analytic
-from torch_klloss.numerics.elementary import common_dtype
-from torch_klloss.numerics.lgamma import isd
+from torch_klloss.numerics.custom_gradient import custom_gradient
+from torch_klloss.numerics.elementary import common_dtype, isd_from_gap
 
 _STEPS = 10
 # Of f(b) = lgamma(b) - lgamma(b + ½) + ½ log c, c = b - ¼, in c⁻²: E_2k/(k 4^(2k+1)) with the Euler numbers. Good to
@@ -50,18 +49,18 @@ def _partials(needs: Sequence[bool], q: Tensor, p: Tensor, shift: Tensor) -> Seq
     return by_q, _slope_gap(gap, a, b) if needs[1] else None, None
 
 
-@analytic(_partials)
+@custom_gradient(_partials)
 def _kl(q: Tensor, p: Tensor, shift: Tensor) -> Tensor:
     """Return the divergence of f, stepped up by the recurrence of lgamma to where its series holds."""
     gap, a, b = p - q, p + shift, q + shift
-    steps = sum(isd(gap, a + k, b + k) - isd(gap, a + k + 0.5, b + k + 0.5) for k in range(_STEPS))
+    steps = sum(isd_from_gap(gap, a + k, b + k) - isd_from_gap(gap, a + k + 0.5, b + k + 0.5) for k in range(_STEPS))
     is_small, a, b = _stepped(a, b)
     s, r = 1 / a, 1 / b
     total, terms = torch.zeros_like(s * r), torch.zeros_like(s * r)  # Σ i s^(n+1-i) r^(i+1) over i = 1, …, n
     for n in range(1, 2 * len(_TAIL) + 1):
         terms = s * (terms + n * r ** (n + 1))
         total = total if n % 2 else total + _TAIL[n // 2 - 1] * terms
-    return torch.where(is_small, steps, 0.0) + isd(gap, a, b) / 2 + gap.square() * total
+    return torch.where(is_small, steps, 0.0) + isd_from_gap(gap, a, b) / 2 + gap.square() * total
 
 
 def _stepped(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch_klloss.closed_forms.bernoulli import log_odds
 from torch_klloss.closed_forms.registry import register_kl
 from torch_klloss.distributions.given import Given, both_as_given
 from torch_klloss.distributions.logistic import Logistic
-from torch_klloss.numerics.custom_gradient import analytic
+from torch_klloss.numerics.custom_gradient import custom_gradient
 from torch_klloss.numerics.elementary import common_dtype, log_ratio
 
 _LEVELS = tuple(range(25, 3, -2))  # of the continued fraction of coth, good to 1e-17 for t ≤ 2
@@ -59,7 +59,7 @@ def _kl(d: Tensor, excess: Tensor) -> Tensor:
     return _shift_kl(d) + excess * _by_scale(d)
 
 
-@analytic(lambda needs, d: (_slope(d),))
+@custom_gradient(lambda needs, d: (_slope(d),))
 def _shift_kl(d: Tensor) -> Tensor:
     t = d / 2
     near = t.clamp(-_NEAR, _NEAR)

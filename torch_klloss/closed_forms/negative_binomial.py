@@ -13,7 +13,7 @@ from torch_klloss.closed_forms.alike import where_alike
 from torch_klloss.closed_forms.bernoulli import TRIAL, log_odds
 from torch_klloss.closed_forms.registry import kl_divergence, register_kl
 from torch_klloss.distributions.given import Given, both_as_given
-from torch_klloss.numerics.custom_gradient import analytic
+from torch_klloss.numerics.custom_gradient import custom_gradient
 from torch_klloss.numerics.elementary import common_dtype, has_float64, log_ratio
 
 _BY_PROBS = Given(q_is_probs=True, p_is_probs=True)
@@ -52,7 +52,7 @@ def _partials(needs: Sequence[bool], q: Tensor, p: Tensor) -> Sequence[Tensor | 
     return by_q, None if by_trial is None else by_trial / (1 - q)
 
 
-@analytic(_partials)
+@custom_gradient(_partials)
 def _kl(q: Tensor, p: Tensor) -> Tensor:
     """Return the KL of one failure in float64, from probabilities of success."""
     return TRIAL[_BY_PROBS][0](q, p, has_float64(q, p)) / (1 - q.double())

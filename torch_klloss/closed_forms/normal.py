@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from torch_klloss.closed_forms.registry import register_kl
-from torch_klloss.numerics.custom_gradient import analytic
+from torch_klloss.numerics.custom_gradient import custom_gradient
 from torch_klloss.numerics.elementary import ABOVE_MINUS_ONE, has_float64, x_minus_log1p
 from torch_klloss.numerics.tracing import is_traced
 
@@ -40,7 +40,7 @@ def _partials(
     return by_q_loc, by_q_scale, by_p_loc, by_p_scale
 
 
-@analytic(_partials)
+@custom_gradient(_partials)
 def _kl(q_loc: Tensor, q_scale: Tensor, p_loc: Tensor, p_scale: Tensor) -> Tensor:
     # Out of the reach of autograd and tracing, what is not needed any more is written over.
     alike = q_loc.shape == q_scale.shape == p_loc.shape == p_scale.shape and q_loc.dtype == p_scale.dtype

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import Pareto
 
 from torch_klloss.closed_forms.registry import register_kl
-from torch_klloss.numerics.custom_gradient import analytic
+from torch_klloss.numerics.custom_gradient import custom_gradient
 from torch_klloss.numerics.elementary import common_dtype, isd
 
 
@@ -37,7 +37,7 @@ def _partials(
     return tuple(None if d is None else torch.where(outside, 0.0, d) for d in partials)
 
 
-@analytic(_partials)
+@custom_gradient(_partials)
 def _kl(q_scale: Tensor, q_alpha: Tensor, p_scale: Tensor, p_alpha: Tensor) -> Tensor:
     gap = q_scale.double() - p_scale.double()
     value = p_alpha.double() * torch.log1p((gap / p_scale.double()).clamp_min(0)) + isd(p_alpha, q_alpha)

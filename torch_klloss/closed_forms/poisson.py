@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import Poisson
 
 from torch_klloss.closed_forms.registry import register_kl
-from torch_klloss.numerics.custom_gradient import analytic
+from torch_klloss.numerics.custom_gradient import custom_gradient
 from torch_klloss.numerics.elementary import common_dtype, gkl, has_float64, log_ratio, may_fall_to
 
 
@@ -37,7 +37,7 @@ def _partials(needs: Sequence[bool], q_rate: Tensor, p_rate: Tensor) -> Sequence
     return by_q, by_p
 
 
-@analytic(_partials)
+@custom_gradient(_partials)
 def _kl(q_rate: Tensor, p_rate: Tensor) -> Tensor:
     q, p = q_rate.double(), p_rate.double()
     return gkl(q, p, q - p, series=has_float64(q_rate, p_rate)).to(common_dtype(q_rate, p_rate))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torch_klloss.closed_forms.registry import register_kl
 from torch_klloss.distributions.families import LogVarNormal, StandardNormal
-from torch_klloss.numerics.custom_gradient import analytic
+from torch_klloss.numerics.custom_gradient import custom_gradient
 from torch_klloss.numerics.dimensions import sum_last
 from torch_klloss.numerics.elementary import e2, horner
 from torch_klloss.numerics.tracing import is_traced
@@ -54,7 +54,7 @@ def _partials(needs: Sequence[bool], loc: Tensor, logvar: Tensor) -> Sequence[Te
     return loc if needs[0] else None, torch.expm1(logvar) / 2 if needs[1] else None
 
 
-@analytic(_partials)
+@custom_gradient(_partials)
 def _careful_kl(loc: Tensor, logvar: Tensor) -> Tensor:
     lead = e2(logvar.double(), series=logvar.dtype == torch.float64)
     return torch.addcmul(lead.to(logvar.dtype), loc, loc) / 2

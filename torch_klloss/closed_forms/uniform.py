@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import Uniform
 
 from torch_klloss.closed_forms.registry import register_kl
-from torch_klloss.numerics.custom_gradient import analytic
+from torch_klloss.numerics.custom_gradient import custom_gradient
 from torch_klloss.numerics.elementary import common_dtype
 
 
@@ -35,7 +35,7 @@ def _partials(
     return tuple(d if need else None for d, need in zip(signed, needs, strict=True))
 
 
-@analytic(_partials)
+@custom_gradient(_partials)
 def _kl(q_low: Tensor, q_high: Tensor, p_low: Tensor, p_high: Tensor) -> Tensor:
     low, high = q_low.double(), q_high.double()
     below, above = low - p_low.double(), p_high.double() - high

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.distributions import VonMises
 
 from torch_klloss.closed_forms.registry import register_kl
-from torch_klloss.numerics.custom_gradient import analytic
-from torch_klloss.numerics.elementary import common_dtype, difference_error, e2
+from torch_klloss.numerics.custom_gradient import custom_gradient
+from torch_klloss.numerics.elementary import common_dtype, e2
+from torch_klloss.numerics.error_free import difference_error
 
 # tan(φ/2)² at the midpoints of 28 equal parts of [0, π]
 _NODES = tuple(math.tan(math.pi * (2 * i + 1) / 112) ** 2 for i in range(28))
@@ -51,7 +52,7 @@ def _partials(
     return by_q_loc, by_q_kappa, by_p_loc, by_p_kappa
 
 
-@analytic(_partials)
+@custom_gradient(_partials)
 def _kl(q_loc: Tensor, q_kappa: Tensor, p_loc: Tensor, p_kappa: Tensor) -> Tensor:
     dtype = common_dtype(q_loc, q_kappa, p_loc, p_kappa)
     half_sine, _ = _sines(q_loc.double(), p_loc.double())

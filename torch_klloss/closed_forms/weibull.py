@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.distributions import Weibull
 
-from torch_klloss.closed_forms.gumbel import _EULER, _NEAR, _STIRLING, _ZETA, _log_gamma
 from torch_klloss.closed_forms.registry import register_kl
-from torch_klloss.numerics.custom_gradient import analytic
-from torch_klloss.numerics.elementary import common_dtype, e2, has_float64, horner, log_ratio
-from torch_klloss.numerics.moments import quotient_error
+from torch_klloss.numerics.custom_gradient import custom_gradient
+from torch_klloss.numerics.elementary import common_dtype, e2, has_float64, log_ratio
+from torch_klloss.numerics.error_free import quotient_error
+from torch_klloss.numerics.gamma_function import (
+    LARGEST_R,
+    digamma_and_bregman_slope,
+    gamma_times,
+    log_gamma_and_bregman,
+)
 
 _LARGEST = 709.0  # of what the exponential is taken of
-_FAR = 450.0  # r, beyond which the fourth root of Γ(1 + r) is no float64
 _LOWEST = -2800.0  # log of the power, so that its fourth root is a float64
 
 
@@ -38,29 +41,27 @@ def _partials(
     q_scale, q_shape, p_scale, p_shape = (t.double() for t in (q_scale, q_shape, p_scale, p_shape))
     by_q_scale = by_q_shape = by_p_scale = by_p_shape = None
     r, x, log_scales = _ratios(q_scale, q_shape, p_scale, p_shape)
-    log_gamma, _ = _log_gamma(r, x)
+    log_gamma, _ = log_gamma_and_bregman(r, x)
     excess = torch.expm1((log_gamma + p_shape * log_scales).clamp(max=_LARGEST))
     if needs[0]:
         by_q_scale = excess * p_shape / q_scale
     if needs[2]:
         by_p_scale = -excess * p_shape / p_scale
     if needs[1] or needs[3]:
-        t = x.clamp(-_NEAR, _NEAR)
-        near = t / (1 + t) + t * horner(t, _ZETA)
-        digamma = torch.digamma(1 + r)
-        by_r = torch.where(x.abs() < _NEAR, near, digamma - 1 / r + _EULER) + excess * digamma
+        digamma, by_second = digamma_and_bregman_slope(r, x)
+        by_r = by_second + excess * digamma
         by_q_shape = -by_r * r / q_shape if needs[1] else None
         by_p_shape = by_r / q_shape + excess * log_scales if needs[3] else None
     return by_q_scale, by_q_shape, by_p_scale, by_p_shape
 
 
-@analytic(_partials)
+@custom_gradient(_partials)
 def _kl(q_scale: Tensor, q_shape: Tensor, p_scale: Tensor, p_shape: Tensor) -> Tensor:
     given = q_scale, q_shape, p_scale, p_shape
     exact = has_float64(*given)
     q_scale, q_shape, p_scale, p_shape = (t.double() for t in given)
     r, x, log_scales = _ratios(q_scale, q_shape, p_scale, p_shape)
-    log_gamma, second = _log_gamma(r, x)
+    log_gamma, second = log_gamma_and_bregman(r, x)
     log_power = p_shape * log_scales
     w = log_gamma + log_power
     first = e2(w, series=exact)
@@ -68,8 +69,8 @@ def _kl(q_scale: Tensor, q_shape: Tensor, p_scale: Tensor, p_shape: Tensor) -> T
         ratio = q_scale / p_scale
         lost_log = quotient_error(q_scale, p_scale, ratio) / ratio * p_shape
         lost = torch.log(r + 0.56) * quotient_error(p_shape, q_shape, r) + lost_log
-        large = _gamma_times_power(r, ratio, p_shape) * (1 + lost) - 1 - w
-        reaches = (w > 1) & (r < _FAR) & (log_power > _LOWEST) & (log_power < _LARGEST)
+        large = gamma_times(r, torch.pow(ratio, p_shape), torch.pow(ratio, p_shape / 4)) * (1 + lost) - 1 - w
+        reaches = (w > 1) & (r < LARGEST_R) & (log_power > _LOWEST) & (log_power < _LARGEST)
         first = torch.where(reaches, large, first)
     return (first + second).to(common_dtype(*given))
 
@@ -77,15 +78,3 @@ def _kl(q_scale: Tensor, q_shape: Tensor, p_scale: Tensor, p_shape: Tensor) -> T
 def _ratios(q_scale: Tensor, q_shape: Tensor, p_scale: Tensor, p_shape: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return kp/kq, how much that exceeds 1, and log(λq/λp)."""
     return p_shape / q_shape, (p_shape - q_shape) / q_shape, log_ratio(q_scale, p_scale, q_scale - p_scale)
-
-
-def _gamma_times_power(r: Tensor, ratio: Tensor, power: Tensor) -> Tensor:
-    """Return Γ(1 + r) ratio^power, where the exponential of the sum of the logarithms would lose digits.
-
-    By Stirling's formula from r = 8 on, as the fourth power of a root that neither over- nor underflows.
-    """
-    small, large = r.clamp(max=8), r.clamp(8, _FAR)
-    series = horner(1 / (large * large), _STIRLING) / large
-    root = torch.pow(large, large / 4) * torch.exp(-large / 4) * torch.pow(ratio, power / 4)
-    stirling = (root * root) * (torch.sqrt(2 * math.pi * large) * torch.exp(series)) * (root * root)
-    return torch.where(r < 8, torch.exp(torch.lgamma(1 + small)) * torch.pow(ratio, power), stirling)

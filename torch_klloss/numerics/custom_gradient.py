@@ -15,7 +15,7 @@ Value = Callable[..., Tensor]
 Partials = Callable[..., Sequence[Tensor | None]]
 
 
-def analytic(partials: Partials) -> Callable[[Value], Value]:
+def custom_gradient(partials: Partials) -> Callable[[Value], Value]:
     """Give an elementwise formula of tensors a hand-written derivative.
 
     Args:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch_klloss.numerics.tracing import is_traced, needs_plain_operations
 
 # A parameter below this counts as this much in the derivative of a logarithm, which stays finite at 0.
-_TINY = 1e-280
+TINY = 1e-280
 ABOVE_MINUS_ONE = -1 + 2.0**-53
 # Of x - log(1 + x), in s² with s = x/(2 + x); good to 1e-16 for |s| ≤ 0.2.
 _ARTANH = tuple(1 / k for k in range(3, 23, 2))
@@ -61,17 +61,6 @@ def common_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
-def difference_error(a: Tensor, b: Tensor) -> Tensor:
-    """Return what a - b lost when it was rounded; NaN where one of them is infinite.
-
-    References:
-        *The art of computer programming*, volume 2, section 4.2.2 (Knuth, 1969): the two-sum.
-    """
-    difference = a - b
-    minus_b = difference - a
-    return (a - (difference - minus_b)) - (b + minus_b)
-
-
 def may_fall_to(x: Tensor, bound: float) -> bool:
     """Return whether the case of x at or below the bound has to be computed: x reaches it, or cannot be looked at."""
     return is_traced() or not x.is_cpu or not (x.numel() == 0 or x.amin().item() > bound)
@@ -101,7 +90,7 @@ def log_ratio(a: Tensor, b: Tensor, gap: Tensor) -> Tensor:
     sign = sign_of(gap)
     is_differentiated = torch.is_grad_enabled() or needs_plain_operations()  # where a tie must not be split
     smaller = torch.where(sign > 0, b, a) if is_differentiated else torch.minimum(a, b)
-    return sign * torch.log1p(sign * gap / smaller.clamp_min(_TINY))
+    return sign * torch.log1p(sign * gap / smaller.clamp_min(TINY))
 
 
 def isd(a: Tensor, b: Tensor, *, series: bool | None = None) -> Tensor:
@@ -128,6 +117,16 @@ def isd(a: Tensor, b: Tensor, *, series: bool | None = None) -> Tensor:
     return torch.where(s.abs() < _MAX_S, _x_minus_log1p_near_zero(x, s), far)
 
 
+def isd_from_gap(gap: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return a/b - 1 - log(a/b) for a, b > 0, given gap = a - b, which is known better than a and b are."""
+    x = gap / b
+    s = gap / (a + b)  # log(a/b) = 2 artanh(s), and x = 2s/(1 - s)
+    square = s * s
+    near = s * (x - 2 * square * horner(square, _ARTANH))
+    far = x - torch.sign(gap) * torch.log1p(gap.abs() / torch.minimum(a, b))
+    return torch.where(square < 1 / 25, near, far)
+
+
 def gkl(a: Tensor, b: Tensor, gap: Tensor, *, series: bool) -> Tensor:
     """Return the generalised KL divergence a log(a/b) - a + b of a, b ≥ 0 in float64; inf where only b is 0.
 
@@ -138,9 +137,9 @@ def gkl(a: Tensor, b: Tensor, gap: Tensor, *, series: bool) -> Tensor:
         series: whether a and b may be nearer to one another than float32 numbers can be.
     """
     # Of an a far below b the logarithm, and how it is clamped, cannot be seen beside b.
-    value = a * torch.log1p((gap / b.clamp_min(_TINY)).clamp_min(ABOVE_MINUS_ONE)) - gap
+    value = a * torch.log1p((gap / b.clamp_min(TINY)).clamp_min(ABOVE_MINUS_ONE)) - gap
     if series:
-        s = gap / (a + b).clamp_min(_TINY)
+        s = gap / (a + b).clamp_min(TINY)
         square = s * s
         near = s * torch.addcmul(gap, a * square, horner(square, _ARTANH), value=2)
         value = torch.where(s.abs() < _MAX_S, near, value)

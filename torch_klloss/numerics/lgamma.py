@@ -20,12 +20,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_klloss.numerics.custom_gradient import analytic
-from torch_klloss.numerics.elementary import horner, log_ratio
+from torch_klloss.numerics.custom_gradient import custom_gradient
+from torch_klloss.numerics.elementary import isd_from_gap, log_ratio
 
 SHIFT = 4
-_ARTANH = tuple(1 / k for k in range(3, 23, 2))  # of log(a/b) in s², good to 1e-16 for |s| ≤ 1/5
-_LARGE = 6.0  # no recurrence from here on
+LARGE = 6.0  # no recurrence from here on
 
 # (1/τ, w/τ²): the Gauss rule of six points, exact for the first twelve terms of Stirling's series. From x = 4 on, next
 # to the terms of the recurrence, and from x = 6 on without them, it gives the divergence of lgamma to 6e-16.
@@ -39,39 +38,13 @@ NODES = (
 )
 
 
-def isd(difference: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Return a/b - 1 - log(a/b) for a, b > 0, from a difference a - b that is known better than a and b are."""
-    x = difference / b
-    s = difference / (a + b)  # log(a/b) = 2 artanh(s), and x = 2s/(1 - s)
-    square = s * s
-    near = s * (x - 2 * square * horner(square, _ARTANH))
-    far = x - torch.sign(difference) * torch.log1p(difference.abs() / torch.minimum(a, b))
-    return torch.where(square < 1 / 25, near, far)
-
-
-def product_error(a: Tensor, b: Tensor, product: Tensor) -> Tensor:
-    """Return a b - product, where the float64 `product` is a b rounded: what the rounding took.
-
-    References:
-        *A floating-point technique for extending the available precision* (Dekker, 1971).
-    """
-    (a_high, a_low), (b_high, b_low) = _halves(a), _halves(b)
-    return a_low * b_low - (((product - a_high * b_high) - a_low * b_high) - a_high * b_low)
-
-
-def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
-    scaled = 134217729.0 * x  # 2²⁷ + 1
-    high = scaled - (scaled - x)
-    return high, x - high
-
-
 def _partials(needs: Sequence[bool], a: Tensor, b: Tensor) -> Sequence[Tensor | None]:
     by_a = binet_digamma_difference(a - b, a, b) if needs[0] else None
     by_b = (b - a) * binet_trigamma(b) if needs[1] else None
     return by_a, by_b
 
 
-@analytic(_partials)
+@custom_gradient(_partials)
 def bregman(a: Tensor, b: Tensor) -> Tensor:
     """Return the Bregman divergence B(a, b) of lgamma(x) - x log x, for float64 a, b > 0 that broadcast.
 
@@ -81,9 +54,9 @@ def bregman(a: Tensor, b: Tensor) -> Tensor:
     """
     a, b = torch.broadcast_tensors(a, b)
     difference = a - b
-    small = torch.minimum(a, b) < _LARGE
+    small = torch.minimum(a, b) < LARGE
     far_a, far_b = a + SHIFT, b + SHIFT
-    terms = isd(
+    terms = isd_from_gap(
         torch.stack((difference,) * (SHIFT + 1) + (-SHIFT * difference,)),
         torch.stack((*(a + k for k in range(SHIFT)), far_a, b * far_a)),
         torch.stack((*(b + k for k in range(SHIFT)), far_b, a * far_b)),
@@ -105,7 +78,7 @@ def stirling_bregman(difference: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def binet_digamma_difference(difference: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Return [ψ(a) - log a] - [ψ(b) - log b], from a difference a - b that is known better than a and b are."""
-    small = torch.minimum(a, b) < _LARGE
+    small = torch.minimum(a, b) < LARGE
     far_a, far_b = a + SHIFT, b + SHIFT
     steps = sum((difference / ((a + k) * (b + k)) for k in range(1, SHIFT)), difference / (a * b))
     steps = steps + log_ratio(b * far_a, a * far_b, -SHIFT * difference)
@@ -126,7 +99,7 @@ def _stirling_slope_difference(difference: Tensor, a: Tensor, b: Tensor) -> Tens
 
 def binet_trigamma(x: Tensor) -> Tensor:
     """Return ψ'(x) - 1/x, to the digits that float64 has; torch.polygamma gives nine."""
-    small = x < _LARGE
+    small = x < LARGE
     far = x + SHIFT
     steps = sum(((x + k).square().reciprocal() for k in range(SHIFT)), -SHIFT / (x * far))
     far = torch.where(small, far, x)

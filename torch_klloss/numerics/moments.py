@@ -6,19 +6,16 @@ for that is where a pair of unlike families can come near to one another.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from torch_klloss.numerics.custom_gradient import analytic
-from torch_klloss.numerics.elementary import e2, gkl, horner, log_ratio, x_minus_log1p
-from torch_klloss.numerics.lgamma import NODES, SHIFT, bregman, isd, product_error, stirling_bregman
+from torch_klloss.numerics.custom_gradient import custom_gradient
+from torch_klloss.numerics.elementary import TINY, e2, gkl, horner, isd_from_gap, log_ratio, x_minus_log1p
+from torch_klloss.numerics.error_free import product_error, product_gap, quotient_error, sum_error
+from torch_klloss.numerics.lgamma import LARGE, NODES, SHIFT, bregman, stirling_bregman
 
-_LARGE = 6.0  # Binet's rule needs no recurrence from here on
-_TINY = 1e-280
-HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 # B_2k/(2k)! with the Bernoulli numbers, from k = 1 on: of ½ coth(t/2) - 1/t in t², good to 1e-17 for |t| ≤ 1.
 _BERNOULLI = (
     1 / 12,
@@ -35,33 +32,6 @@ _BERNOULLI = (
 _EVEN = tuple(range(2, 2 * len(_BERNOULLI) + 1, 2))
 
 
-# What rounding takes: small, and without a derivative.
-
-
-def product_gap(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-    """Return a b - c d to the last digit, however near the two products are."""
-    left, right = a * b, c * d
-    return (left - right) + (product_error(a, b, left) - product_error(c, d, right)).detach()
-
-
-def sum_error(a: Tensor, b: Tensor, total: Tensor) -> Tensor:
-    """Return a + b - total, where `total` is a + b rounded."""
-    b_rounded = total - a
-    return ((a - (total - b_rounded)) + (b - b_rounded)).detach()
-
-
-def multiple(constant: tuple[float, float], x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return c x rounded and what the rounding took, for a constant c = c[0] + c[1] of twice the digits."""
-    high = constant[0] * x
-    return high, (product_error(torch.full_like(x, constant[0]), x, high) + constant[1] * x).detach()
-
-
-def quotient_error(a: Tensor, b: Tensor, quotient: Tensor) -> Tensor:
-    """Return a/b - quotient, where `quotient` is a/b rounded."""
-    product = quotient * b
-    return (((a - product) - product_error(quotient, b, product)) / b).detach()
-
-
 # Divergences with derivatives of their own. Those by a and b are complete: none goes by way of the gap.
 
 
@@ -70,7 +40,7 @@ def _gkl_partials(needs: Sequence[bool], a: Tensor, b: Tensor, gap: Tensor) -> S
     return log_ratio(a, b, gap), torch.where(b == 0, at_zero, -gap / torch.where(b == 0, 1.0, b)), None
 
 
-@analytic(_gkl_partials)
+@custom_gradient(_gkl_partials)
 def generalised_kl(a: Tensor, b: Tensor, gap: Tensor) -> Tensor:
     """Return a log(a/b) - a + b ≥ 0, given gap = a - b from before a and b were rounded."""
     return gkl(a, b, gap, series=True)
@@ -80,19 +50,19 @@ def _isd_partials(needs: Sequence[bool], a: Tensor, b: Tensor, gap: Tensor) -> S
     return gap / b / a, -gap / b / b, None
 
 
-@analytic(_isd_partials)
+@custom_gradient(_isd_partials)
 def itakura_saito(a: Tensor, b: Tensor, gap: Tensor) -> Tensor:
     """Return a/b - 1 - log(a/b) ≥ 0, given gap = a - b from before a and b were rounded."""
-    return isd(gap, a, b)
+    return isd_from_gap(gap, a, b)
 
 
-@analytic(lambda needs, x: (x / (1 + x),))
+@custom_gradient(lambda needs, x: (x / (1 + x),))
 def log1p_lag(x: Tensor) -> Tensor:
     """Return x - log(1 + x) ≥ 0."""
     return x_minus_log1p(x)
 
 
-@analytic(lambda needs, x: (torch.expm1(x),))
+@custom_gradient(lambda needs, x: (torch.expm1(x),))
 def exp_lead(x: Tensor) -> Tensor:
     """Return exp(x) - 1 - x ≥ 0."""
     return e2(x)
@@ -103,7 +73,7 @@ def exp_lead(x: Tensor) -> Tensor:
 
 def stirling(x: Tensor) -> Tensor:
     """Return R(x)."""
-    is_small = x < _LARGE
+    is_small = x < LARGE
     steps = sum(((x + k + 0.5) * torch.log1p(1 / (x + k)) for k in range(1, SHIFT)), (x + 0.5) * torch.log1p(1 / x))
     s = torch.where(is_small, x + SHIFT, x).reciprocal()
     rest = s * sum((w / k / (s * s + k) for k, w in NODES), torch.zeros_like(s))
@@ -112,7 +82,7 @@ def stirling(x: Tensor) -> Tensor:
 
 def stirling_slope(x: Tensor) -> Tensor:
     """Return R'(x) = ψ(x) - log x + 1/(2x)."""
-    is_small = x < _LARGE
+    is_small = x < LARGE
     steps = sum((torch.log1p(1 / (x + k)) - _harmonic_mean(x + k) for k in range(1, SHIFT)), torch.log1p(1 / x))
     square = torch.where(is_small, x + SHIFT, x).reciprocal().square()
     rest = square * sum((w * (square / k - 1) / (square + k).square() for k, w in NODES), torch.zeros_like(x))
@@ -125,26 +95,26 @@ def _harmonic_mean(x: Tensor) -> Tensor:
 
 def stirling_gap(gap: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Return R(x) - R(y), given gap = x - y as it was before x or y was rounded."""
-    s, r = x.clamp_min(_LARGE).reciprocal(), y.clamp_min(_LARGE).reciprocal()
+    s, r = x.clamp_min(LARGE).reciprocal(), y.clamp_min(LARGE).reciprocal()
     terms = (w * (s * r / k - 1) / ((s * s + k) * (r * r + k)) for k, w in NODES)
     large = gap * s * r * sum(terms, torch.zeros_like(s))
-    return torch.where(torch.minimum(x, y) < _LARGE, stirling(x) - stirling(y), large)
+    return torch.where(torch.minimum(x, y) < LARGE, stirling(x) - stirling(y), large)
 
 
 def stirling_slope_gap(gap: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Return R'(x) - R'(y), given gap = x - y as it was before x or y was rounded."""
-    s, r = x.clamp_min(_LARGE).reciprocal(), y.clamp_min(_LARGE).reciprocal()
+    s, r = x.clamp_min(LARGE).reciprocal(), y.clamp_min(LARGE).reciprocal()
     pairs = ((k, w, (s * s + k).reciprocal(), (r * r + k).reciprocal()) for k, w in NODES)
     total = sum((w * (u * v) * (2 * k * (u + v) - 3) for k, w, u, v in pairs), torch.zeros_like(s))
     large = gap * s * r * (s + r) * total
-    return torch.where(torch.minimum(x, y) < _LARGE, stirling_slope(x) - stirling_slope(y), large)
+    return torch.where(torch.minimum(x, y) < LARGE, stirling_slope(x) - stirling_slope(y), large)
 
 
 def stirling_bregman_gap(a: Tensor, b: Tensor) -> Tensor:
     """Return R(a) - R(b) - R'(b) (a - b)."""
-    far_a, far_b = a.clamp_min(_LARGE), b.clamp_min(_LARGE)
+    far_a, far_b = a.clamp_min(LARGE), b.clamp_min(LARGE)
     small = bregman(a, b) - itakura_saito(a, b, a - b) / 2
-    return torch.where(torch.minimum(a, b) < _LARGE, small, stirling_bregman(far_a - far_b, far_a, far_b))
+    return torch.where(torch.minimum(a, b) < LARGE, small, stirling_bregman(far_a - far_b, far_a, far_b))
 
 
 def gamma_excess(shape: Tensor) -> Tensor:
@@ -164,13 +134,13 @@ def beta_excess(a: Tensor, b: Tensor) -> Tensor:
     total = a + b
     of_total = torch.log1p(1 / total) / 2 + 1 / total - stirling(total) + (total - 2) * stirling_slope(total)
     direct = gamma_excess(a) + gamma_excess(b) - of_total
-    far_a, far_b = a.clamp_min(_LARGE), b.clamp_min(_LARGE)
+    far_a, far_b = a.clamp_min(LARGE), b.clamp_min(LARGE)
     far = far_a + far_b
     skew = (far_a - far_b) / far_a * ((far_a - far_b) / far_b) / (3 * far)
     s = 1 / far
     rest = s * s / 6 - log1p_lag(s) / 2 + _stirling_tails(far, 2.0)
     large = skew + (1 / far_a**2 + 1 / far_b**2) / 12 + _stirling_tails(far_a, 1.0) + _stirling_tails(far_b, 1.0) - rest
-    return torch.where(torch.minimum(a, b) < _LARGE, direct, large)
+    return torch.where(torch.minimum(a, b) < LARGE, direct, large)
 
 
 def _stirling_tails(x: Tensor, c: float) -> Tensor:
@@ -255,7 +225,7 @@ def _series(t: Tensor, factors: list[float]) -> Tensor:
 
 def uniform_log_drop(low: Tensor, width: Tensor) -> Tensor:
     """Return log(high) - E[log x] in [0, 1]: 1 - low/width log(high/low), 1 where low is 0."""
-    ratio = width / low.clamp_min(_TINY)
+    ratio = width / low.clamp_min(TINY)
     near = ratio.clamp_max(1.0)
     far = 1 - low / width * torch.log1p(ratio.clamp_min(1.0))
     return torch.where(ratio < 1, log1p_lag(near) / near, far)

@@ -16,7 +16,8 @@ from typing import Union
 import torch
 from torch import Tensor
 
-from torch_klloss.numerics.elementary import ABOVE_MINUS_ONE, difference_error
+from torch_klloss.numerics.elementary import ABOVE_MINUS_ONE
+from torch_klloss.numerics.error_free import difference_error
 from torch_klloss.numerics.lgamma import binet_trigamma
 from torch_klloss.numerics.moments import stirling_slope
 from torch_klloss.numerics.tracing import is_traced
@@ -32,6 +33,7 @@ class Rounded:
 
     Example:
         >>> import torch
+        >>> from torch_klloss.numerics.rounded import Rounded
         >>> from torch_klloss.numerics.rounded import Rounded
         >>> x = Rounded(torch.tensor(1e8, dtype=torch.float64))
         >>> nearly_nothing = (x + 1e-8) - x

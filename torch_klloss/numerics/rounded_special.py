@@ -7,13 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from torch_klloss.numerics.custom_gradient import analytic
+from torch_klloss.numerics.constants import EULER, HALF_LOG_2PI
+from torch_klloss.numerics.custom_gradient import custom_gradient
 from torch_klloss.numerics.elementary import horner
-from torch_klloss.numerics.moments import HALF_LOG_2PI, stirling, stirling_slope
+from torch_klloss.numerics.moments import stirling, stirling_slope
 from torch_klloss.numerics.rounded import EPS, Rounded, apply, log, log1p, where
 from torch_klloss.numerics.special import gauss_legendre
 
-EULER = 0.5772156649015329
 _FAR = 40.0  # from here on the exponential integral E1 is below rounding
 _GAUSS = gauss_legendre(32)
 
@@ -69,7 +69,7 @@ def _log1p_over_slope(x: Tensor) -> Tensor:
     return torch.where(near, series, (1 / (1 + safe) - torch.log1p(safe) / safe) / safe)
 
 
-@analytic(lambda needs, x: (_log1p_over_slope(x),))
+@custom_gradient(lambda needs, x: (_log1p_over_slope(x),))
 def _log1p_over(x: Tensor) -> Tensor:
     safe = torch.where(x == 0, 1.0, x)
     return torch.where(x == 0, 1.0 - x / 2, torch.log1p(safe) / safe)
@@ -81,7 +81,7 @@ def _slope(w: Tensor) -> Tensor:
     return torch.where(w == 0, 1.0, -torch.expm1(-safe) / safe)
 
 
-@analytic(lambda needs, w: (_slope(w),))
+@custom_gradient(lambda needs, w: (_slope(w),))
 def entire_exponential_integral(w: Tensor) -> Tensor:
     """Return Ein(w) = ∫₀^w (1 - exp(-t))/t dt = E1(w) + log w + γ for w ≥ 0, by a Gauss rule where it is no logarithm.
 
@@ -107,7 +107,7 @@ def _sinc_slope(x: Tensor) -> Tensor:
     return torch.where(near, series, (torch.cos(safe) - torch.sin(safe) / safe) / safe)
 
 
-@analytic(lambda needs, x: (_sinc_slope(x),))
+@custom_gradient(lambda needs, x: (_sinc_slope(x),))
 def _sinc(x: Tensor) -> Tensor:
     return torch.sinc(x / math.pi)
 

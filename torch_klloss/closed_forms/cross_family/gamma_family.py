@@ -8,8 +8,9 @@ from typing import Any
 import torch.distributions as dist
 
 from torch_klloss.closed_forms.cross_family.registration import Family
+from torch_klloss.numerics.constants import EULER
 from torch_klloss.numerics.rounded import Rounded, digamma, exp, expm1, lgamma, log, positive, square, trigamma, where
-from torch_klloss.numerics.rounded_special import EULER, gamma_entropy, log_gamma_rest, log_ratio_of_gammas
+from torch_klloss.numerics.rounded_special import gamma_entropy, log_gamma_rest, log_ratio_of_gammas
 
 
 class _Exponential(Family, of=dist.Exponential, parameters=("rate",), placeholders=(1.0,), needs=("mean",)):

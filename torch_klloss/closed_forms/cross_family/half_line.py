@@ -9,9 +9,9 @@ import torch
 import torch.distributions as dist
 
 from torch_klloss.closed_forms.cross_family.registration import Family
-from torch_klloss.numerics.moments import HALF_LOG_2PI
+from torch_klloss.numerics.constants import EULER, HALF_LOG_2PI
 from torch_klloss.numerics.rounded import Rounded, erf, exp, expm1, lgamma, log, log1p, positive, square, where
-from torch_klloss.numerics.rounded_special import EULER, log1p_over, log_erfcx, log_sine
+from torch_klloss.numerics.rounded_special import log1p_over, log_erfcx, log_sine
 
 ROOT_2 = math.sqrt(2)
 ROOT_2_OVER_PI = math.sqrt(2 / math.pi)

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch_klloss.closed_forms.continuous_bernoulli import logits_of
 from torch_klloss.closed_forms.cross_family.registration import Family
 from torch_klloss.distributions.given import as_given
-from torch_klloss.numerics.elementary import log_ratio, magnitude
+from torch_klloss.numerics.constants import EULER
+from torch_klloss.numerics.elementary import TINY, log_ratio, magnitude
 from torch_klloss.numerics.moments import tilt_divergence, tilt_log_norm, tilt_mean, tilt_std, uniform_log_drop
 from torch_klloss.numerics.rounded import (
     EPS,
@@ -31,7 +32,6 @@ from torch_klloss.numerics.rounded import (
     where,
 )
 from torch_klloss.numerics.rounded_special import (
-    EULER,
     gamma_entropy,
     kumaraswamy_log1m,
     log_gamma_rest,
@@ -39,8 +39,6 @@ from torch_klloss.numerics.rounded_special import (
     log_ratio_of_gammas,
     sinc,
 )
-
-_TINY = 1e-280
 
 
 class _Uniform(Family, of=dist.Uniform, parameters=("low", "high"), placeholders=(0.25, 0.75), needs=()):
@@ -103,7 +101,7 @@ class _Uniform(Family, of=dist.Uniform, parameters=("low", "high"), placeholders
         return log(self.high - self.low)
 
     def _log_ratio(self) -> Rounded:
-        low, high = self.low.value.clamp_min(_TINY), self.high.value
+        low, high = self.low.value.clamp_min(TINY), self.high.value
         ratio = log_ratio(high, low, high - low)
         return Rounded(ratio, 4 * EPS * ratio.detach().abs())
 

@@ -9,9 +9,9 @@ import torch
 import torch.distributions as dist
 
 from torch_klloss.closed_forms.cross_family.registration import Family
-from torch_klloss.numerics.moments import HALF_LOG_2PI
+from torch_klloss.numerics.constants import EULER, HALF_LOG_2PI
 from torch_klloss.numerics.rounded import Rounded, apply, digamma, exp, lgamma, log, log1p, square, where
-from torch_klloss.numerics.rounded_special import EULER, entire_exponential_integral
+from torch_klloss.numerics.rounded_special import entire_exponential_integral
 
 
 class _Normal(Family, of=dist.Normal, parameters=("loc", "scale"), placeholders=(0.0, 1.0), needs=("mean", "variance")):

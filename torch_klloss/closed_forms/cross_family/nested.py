@@ -11,12 +11,13 @@ import torch.distributions as dist
 from torch import Tensor
 
 from torch_klloss.closed_forms.cross_family.registration import cross_family
-from torch_klloss.closed_forms.gumbel import _log_gamma as log_gamma_and_bregman
 from torch_klloss.closed_forms.von_mises import _kl as von_mises_kl
+from torch_klloss.numerics.constants import EULER
 from torch_klloss.numerics.elementary import log_ratio
+from torch_klloss.numerics.error_free import product_gap
+from torch_klloss.numerics.gamma_function import log_gamma_and_bregman
 from torch_klloss.numerics.lgamma import binet_digamma_difference, bregman
-from torch_klloss.numerics.moments import exp_lead, generalised_kl, itakura_saito, log1p_lag, product_gap
-from torch_klloss.numerics.rounded_special import EULER
+from torch_klloss.numerics.moments import exp_lead, generalised_kl, itakura_saito, log1p_lag
 
 
 def lgamma_bregman(x: Tensor, y: Tensor) -> Tensor:

@@ -29,10 +29,10 @@ from torch.distributions import (
 )
 
 from torch_klloss.closed_forms.cross_family.registration import cross_family, nowhere
+from torch_klloss.numerics.constants import EULER, HALF_LOG_2PI
 from torch_klloss.numerics.elementary import magnitude
-from torch_klloss.numerics.lgamma import product_error
+from torch_klloss.numerics.error_free import multiple, product_error, product_gap, quotient_error, sum_error
 from torch_klloss.numerics.moments import (
-    HALF_LOG_2PI,
     beta_excess,
     beta_mean_gap,
     beta_std,
@@ -40,11 +40,7 @@ from torch_klloss.numerics.moments import (
     gamma_excess,
     itakura_saito,
     log1p_lag,
-    multiple,
     pareto_tail_drop,
-    product_gap,
-    quotient_error,
-    sum_error,
     tilt_divergence,
     tilt_log_norm,
     tilt_mean,
@@ -52,7 +48,7 @@ from torch_klloss.numerics.moments import (
 )
 
 # Constants as a float64 and what is left of them.
-_EULER = (0.5772156649015329, -4.942915152430645e-18)
+_EULER = (EULER, -4.942915152430645e-18)
 _PI_OVER_ROOT_6 = (1.282549830161864, 1.6029947261005143e-17)
 _ROOT_2 = (1.4142135623730951, -9.667293313452913e-17)
 _OVER_ROOT_12 = (0.28867513459481287, 1.6725140369678172e-17)
@@ -113,7 +109,7 @@ def _gumbel_normal(q_loc: Tensor, q_scale: Tensor, loc: Tensor, scale: Tensor) -
     offset, lost_offset = multiple(_EULER, q_scale)
     gap = q_loc - loc
     mean_gap = (gap + offset) + (sum_error(q_loc, -loc, gap) + lost_offset)
-    return _to_normal(HALF_LOG_2PI + math.log(_PI_OVER_ROOT_6[0]) - 0.5 - _EULER[0], mean_gap, std, scale, lost)
+    return _to_normal(HALF_LOG_2PI + math.log(_PI_OVER_ROOT_6[0]) - 0.5 - EULER, mean_gap, std, scale, lost)
 
 
 @cross_family(Laplace, Normal, infinite=nowhere)
