@@ -3,12 +3,12 @@
 One training; every 50 steps another callback is switched on, or none, in random order, and each of them logs once in
 its 50 steps to a CSV file. Two answers:
 
-- "inside": the time spent in the callback's own code and hooks, as a share of the steps without any callback; both
-  are medians over the rounds.
+- "inside": the time spent in the callback's own code, as a share of the steps without any callback; both are medians
+  over the rounds.
 - "blocks": how much longer its blocks of 50 steps are than the ones without, as the median over the rounds, with
-  quartiles. It also sees what the callback costs elsewhere, and is noisier.
+  quartiles. It includes what the callback costs elsewhere, and is noisier.
 
-Both are measured in processor time, which other programs do not stretch as they do the time on the wall.
+Both are measured in processor time, which other programs stretch less than wall-clock time.
 
 Before anything is timed: the weights come out bit for bit as without the callbacks, the gap is within its error, and
 the KL of the units adds up to the KL that training used. Otherwise exit status 1. One thread.
@@ -41,7 +41,7 @@ from vae_digits import VAE, load_images
 
 BLOCK = 50
 TARGETS = {"EstimatorGap": 0.02, "PosteriorCollapse": 0.01}
-WATCHED = ("on_train_batch_start", "on_train_batch_end", "_before_call", "_after_call")
+WATCHED = ("on_train_batch_start", "on_train_batch_end", "observe")
 COLUMNS = {
     "callback": "callback, every 50 steps",
     "step_us": "step (µs)|.0f",
@@ -55,7 +55,7 @@ COLUMNS = {
 
 
 def callbacks() -> dict[str, Any]:
-    """Return the callbacks in question, without their figures: those are drawn after training."""
+    """Return the callbacks to time, without their figures, which are drawn after training."""
     return {
         "EstimatorGap": EstimatorGap(every_n_steps=BLOCK, figure=False),
         "PosteriorCollapse": PosteriorCollapse(every_n_steps=BLOCK, patience=10**6, figure=False),
@@ -65,7 +65,7 @@ def callbacks() -> dict[str, Any]:
 
 
 class Switch(pl.Callback):
-    """Passes the hooks on to one callback, or to none, for a block of steps each, and keeps the times."""
+    """Passes Lightning's calls on to one callback, or to none, for a block of steps each, and keeps the times."""
 
     def __init__(self, callbacks: dict[str, Any]) -> None:
         super().__init__()
@@ -81,19 +81,19 @@ class Switch(pl.Callback):
                     setattr(callback, method, partial(self._timed, getattr(callback, method)))
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Pass it on to all of them."""
+        """Pass the call on to all callbacks."""
         for callback in self.callbacks.values():
             callback.on_fit_start(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
-        """Pass it on to the one that is switched on."""
+        """Pass the call on to the callback that is switched on."""
         if trainer.global_step % BLOCK == 0:
             self._turn()
         if self._name in self.callbacks:
             self.callbacks[self._name].on_train_batch_start(trainer, *args)
 
     def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-        """Pass it on to the one that is switched on."""
+        """Pass the call on to the callback that is switched on."""
         if self._name in self.callbacks:
             self.callbacks[self._name].on_train_batch_end(trainer, *args)
 
@@ -120,7 +120,7 @@ class Switch(pl.Callback):
 
 
 def train(steps: int, callbacks: list[Any], folder: str | None) -> VAE:
-    """Train the digits VAE for so many steps, and return it."""
+    """Train the digits VAE for the given number of steps, and return it."""
     pl.seed_everything(0, verbose=False)
     images = TensorDataset(load_images("bernoulli")[0])
     model = VAE()
@@ -141,7 +141,7 @@ def train(steps: int, callbacks: list[Any], folder: str | None) -> VAE:
 
 
 def disagreements() -> list[str]:
-    """Return what the callbacks log wrongly, and whether they change the training."""
+    """Return the errors in what the callbacks log, and any change that they make to training."""
     named = callbacks()
     watchers = [named[name] for name in ("EstimatorGap", "PosteriorCollapse", "KLRoute")]
     plain, watched = train(2 * BLOCK + 1, [], None), train(2 * BLOCK + 1, watchers, None)
@@ -159,7 +159,7 @@ def disagreements() -> list[str]:
 
 
 def measure(rounds: int) -> list[Row]:
-    """Return one row for every callback, and one for the training without."""
+    """Return one row for every callback, and one for training without any."""
     switch = Switch(callbacks())
     warm_up = 2  # rounds: the CSV file gets its columns, the allocator its memory
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
-"""What does `ELBOLoss` cost a training step, beside the loss of a VAE that is written by hand?
+"""What does `ELBOLoss` cost a training step, compared with a VAE loss that is written by hand?
 
 A batch of 128 images of 64 pixels, and a latent of 32 dimensions (more sizes without --quick). Three loss functions as
-they are found in VAE code, each against the call that takes its place:
+they are found in VAE code, each against the call that replaces it:
 
 - "probabilities": `binary_cross_entropy(recon, x) - ½ Σ (1 + v - μ² - exp v)` and `ELBOLoss().from_tensors(...)`;
 - "logits": the same with `binary_cross_entropy_with_logits`;
@@ -9,8 +9,8 @@ they are found in VAE code, each against the call that takes its place:
   construction of p_x, q and p included.
 
 Values and gradients are checked against float64 before anything is timed; a disagreement gives exit status 1. The calls
-include what the hand-written loss does not do: the checks of x and of the log-variance, and the KL of every dimension.
-Times are medians over rounds in which the peers take turns; a ratio is the median of those within a round. One thread.
+of `ELBOLoss` do more than the hand-written loss: they check x and the log-variance, and give the KL of every dimension.
+Times are medians over rounds in which the peers take turns, ratios the medians of those within a round. One thread.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def gradients(loss: Callable[..., Tensor], leaves: Leaves, x: Tensor) -> list[Te
 
 
 def checked(case: str, leaves: Leaves, x: Tensor) -> tuple[Row, list[str]]:
-    """Compare ELBOLoss with the hand-written loss in float64; return the row so far, and what disagrees.
+    """Compare ELBOLoss with the hand-written loss in float64; return the row so far, and the disagreements.
 
     The largest of the sums has n = pixels · batch positive terms, whose roundings add up to less than log2(n) + 16 eps.
     """
