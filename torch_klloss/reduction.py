@@ -113,16 +113,16 @@ def is_zero(total: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Batch:
-    """Hold the examples of a batch and the weights of its elements.
+    """The examples of a batch and the weights of its elements.
 
     An element is an example, or a part of one: a mask `[batch, time]` over examples `[batch]` weighs their steps.
 
     Attributes:
         elements: the shape of the elements, `[*examples, *parts]`.
         num_example_dims: how many of its dimensions index examples.
-        weights: of the elements, `[*elements]`; None where all count alike.
-        index: for every element, flat, the element to read instead: itself, or one that counts in place of one that
-            does not. What a masked element holds, NaN included, then reaches neither a value nor a gradient.
+        weights: of the elements, `[*elements]`; None if all count alike.
+        index: for every element, flat, the element to read: itself, or for a masked element one that counts. Masked
+            values, NaN included, then reach neither a value nor a gradient.
     """
 
     elements: torch.Size
@@ -136,14 +136,14 @@ class Batch:
         return len(self.elements) > self.num_example_dims
 
     def take(self, t: Tensor) -> Tensor:
-        """Return `[*elements, …]` without what the masked elements held."""
+        """Return `[*elements, …]` with every masked element replaced by one that counts."""
         if self.index is None:
             return t
         dims = len(self.elements)
         return t.flatten(0, dims - 1).index_select(0, self.index).unflatten(0, self.elements)
 
     def per_example(self, values: Tensor) -> Tensor:
-        """Sum `[*elements, …]` over all that is inside of an example: weighted parts, and whatever follows them."""
+        """Sum `[*elements, …]` within every example: the weighted parts, and all dimensions after them."""
         values = sum_after(values, len(self.elements))
         if not self.has_parts:
             return values
@@ -152,7 +152,7 @@ class Batch:
         return sum_after(values, self.num_example_dims)
 
     def estimate_per_example(self, estimate: KLEstimate) -> KLEstimate:
-        """Do the same with an estimate of batch shape `[*elements, …]`, its error included."""
+        """Return the sums of `per_example` of an estimate of batch shape `[*elements, …]`, with their errors."""
         dims = len(self.elements)
         estimate = reduce_estimate(estimate, "none", dims)
         if not self.has_parts or self.weights is None:
@@ -160,7 +160,7 @@ class Batch:
         return estimate.combine(self.weights.to(estimate.value.dtype), tuple(range(self.num_example_dims, dims)))
 
     def total(self, values: Tensor, reduction: str) -> Tensor:
-        """Sum `[*elements, …]` over all that is inside of an example, and reduce the examples."""
+        """Sum `[*elements, …]` within every example, and reduce the examples."""
         count = math.prod(self.elements)
         if reduction == "mean" and self.weights is None and count > 0:
             return values.sum() / count  # one pass
@@ -185,7 +185,7 @@ class Batch:
 
     @property
     def example_weights(self) -> Tensor | None:
-        """How much every example counts; one that has parts, one, unless all of them are masked."""
+        """The weights of the examples; an example with parts has weight one, or zero if all its parts are masked."""
         if self.weights is None or not self.has_parts:
             return self.weights
         return (self.weights != 0).flatten(self.num_example_dims).any(-1)

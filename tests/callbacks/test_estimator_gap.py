@@ -1,4 +1,4 @@
-"""EstimatorGap: what it logs, and that training cannot tell that it is there."""
+"""EstimatorGap: the values that it logs, and a training that it does not change."""
 
 import math
 import warnings
@@ -207,13 +207,13 @@ def hooks(module):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
 
 
-def test_the_hooks_are_gone_after_fit():
+def test_the_observer_is_gone_after_fit():
     module = make_module(pytorch_lightning, AutoKL())
     fit(pytorch_lightning, module, [EstimatorGap(1)])
     assert hooks(module) == 0
 
 
-def test_the_hooks_are_gone_after_fit_raised():
+def test_the_observer_is_gone_after_fit_raised():
     module = make_module(pytorch_lightning, AutoKL())
     seen = []
 
@@ -264,7 +264,7 @@ def test_only_every_nth_step_is_logged_and_every_logger_gets_it(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo looks at every input's
-def test_a_compiled_loss_is_hooked_outside_of_the_graph(monkeypatch):
+def test_a_compiled_loss_is_observed_outside_of_the_graph(monkeypatch):
     monkeypatch.setattr(Distribution, "_validate_args", Distribution._validate_args)  # Dynamo turns it off for good
     got = logged(fit(pytorch_lightning, make_module(pytorch_lightning, AutoKL(), compiled=True), [EstimatorGap(1)]))
     assert abs(got["gap_z"]) < 6
@@ -275,11 +275,11 @@ def test_sampled_exact_and_quadrature_are_logged_side_by_side():
     metrics = fit(pytorch_lightning, make_module(pytorch_lightning, MonteCarloKL(4)), [callback]).callback_metrics
     exact, sampled = metrics["kl/kl/exact"].item(), metrics["kl/kl/sampled"].item()
     assert exact == pytest.approx(metrics["kl/kl/reference"].item(), rel=1e-6)
-    assert metrics["kl/kl/quadrature"].item() == pytest.approx(exact, rel=2e-6)  # vouched for to 1e-6
+    assert metrics["kl/kl/quadrature"].item() == pytest.approx(exact, rel=2e-6)  # certified to 1e-6
     assert 0 < abs(sampled - exact) < 6 * metrics["kl/kl/sampled_std_error"].item()
 
 
-def test_a_column_without_a_route_is_nan_and_told_once():
+def test_a_column_without_a_route_is_nan_and_draws_one_warning():
     callback = EstimatorGap(1, side_by_side=("exact", "sampled"))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -335,7 +335,7 @@ def test_an_elbo_loss_is_watched_through_the_kl_inside_of_it():
     assert abs(got["gap_z"]) < 6
 
 
-def test_a_prefix_of_ones_own():
+def test_another_prefix():
     trainer = fit(pytorch_lightning, make_module(pytorch_lightning, AutoKL()), [EstimatorGap(1, prefix="check")])
     assert abs(logged(trainer, prefix="check")["gap_z"]) < 6
 

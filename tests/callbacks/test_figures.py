@@ -1,4 +1,4 @@
-"""Figures: every logger gets them in its own way, and nobody is hurt where there is none."""
+"""Figures: every logger gets them in its own way, and training goes on without any."""
 
 import sys
 from types import SimpleNamespace
@@ -96,7 +96,7 @@ def test_figures_can_be_switched_off(tmp_path):
     assert not list(tmp_path.glob("*.png"))
 
 
-def test_a_logger_of_ones_own_without_folder_or_figures_is_no_obstacle(tmp_path):
+def test_a_user_s_logger_without_folder_or_figures_is_no_obstacle(tmp_path):
     class Plain(pytorch_lightning.loggers.Logger):
         name, version = "plain", 0
 

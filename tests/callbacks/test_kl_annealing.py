@@ -1,4 +1,4 @@
-"""KLAnnealing: every batch has the weight of its step, also after a resume; and what it says of bad schedules."""
+"""KLAnnealing: every batch has the weight of its step, also after a resume; warnings and errors for bad schedules."""
 
 import math
 import warnings
@@ -126,7 +126,7 @@ def said_by(callback, **options):
     return [str(w.message) for w in caught if "warm-up" in str(w.message) or "KLAnnealing" in str(w.message)]
 
 
-def test_a_warm_up_longer_than_the_training_is_told_with_the_weight_that_is_reached():
+def test_a_warm_up_longer_than_the_training_draws_a_warning_with_the_weight_that_is_reached():
     assert said_by(KLAnnealing(Linear(steps=10), "beta")) == [
         "The warm-up of Linear(start=0.0, stop=1.0, steps=10, delay=0) takes 10 steps, but the Trainer plans 6: the "
         "weight ends at 0.5 instead of 1. Shorten the schedule or train longer."
@@ -144,8 +144,8 @@ def test_a_warm_up_that_fits_and_one_that_nobody_can_tell_are_silent():
 
 def test_a_module_without_an_elbo_loss_gets_one_warning_and_trains_on():
     assert said_by(KLAnnealing(Linear(steps=100))) == [
-        "KLAnnealing found no ELBOLoss in Module and drives nothing. Keep the loss as an attribute of the module "
-        "(self.loss = ELBOLoss()), or name what to set: KLAnnealing(schedule, attribute='beta')."
+        "KLAnnealing found no ELBOLoss in Module and sets nothing. Keep the loss as an attribute of the module "
+        "(self.loss = ELBOLoss()), or name an attribute: KLAnnealing(schedule, attribute='beta')."
     ]
 
 

@@ -1,4 +1,4 @@
-"""KLRoute: the method that was taken, and a word where a better one was at hand."""
+"""KLRoute: the method that was taken, and a warning if an exact one exists."""
 
 import warnings
 
@@ -44,7 +44,7 @@ def test_a_loss_that_samples_for_want_of_a_closed_form_draws_no_warning():
     assert messages == []
 
 
-def test_a_loss_that_samples_although_a_closed_form_exists_is_told_once():
+def test_a_loss_that_samples_although_a_closed_form_exists_draws_one_warning():
     _, _, messages = watched(make_module(loss=MonteCarloKL(1)))
     assert messages == [
         "'kl' samples KL(Independent(LogVarNormal, 1)‖Independent(StandardNormal, 1)) in training (monte_carlo), "
@@ -64,7 +64,7 @@ def test_a_route_that_changes_is_printed_again(capsys):
     assert callback.routes == {"kl": "monte_carlo"}
 
 
-def test_a_method_of_ones_own_is_named_by_its_estimate():
+def test_a_user_s_method_is_named_by_its_estimate():
     class Twice:
         def estimate(self, q, p, generator=None):
             return AutoKL().estimate(q, p, generator)

@@ -1,4 +1,4 @@
-"""PosteriorCollapse: what it counts, against what is known of the model; and that training cannot tell it is there."""
+"""PosteriorCollapse: its counts, against models with known ones, and a training that it does not change."""
 
 import math
 import warnings
@@ -172,7 +172,7 @@ def test_a_resumed_run_has_the_whole_history_and_does_not_warn_again(tmp_path):
     assert [row["step"] for row in callback.history["kl"]] == list(range(8))
 
 
-def test_only_every_nth_step_has_hooks():
+def test_only_every_nth_step_is_observed():
     hooks = []
 
     class Look(pytorch_lightning.Callback):
@@ -183,7 +183,7 @@ def test_only_every_nth_step_has_hooks():
     assert hooks == [1, 0, 0, 1, 0, 0]
 
 
-def test_the_hooks_are_gone_after_fit_raised():
+def test_the_observer_is_gone_after_fit_raised():
     module = make_module()
     module.validation_step = lambda *args: (_ for _ in ()).throw(RuntimeError("boom"))
     with pytest.raises(RuntimeError, match="boom"):

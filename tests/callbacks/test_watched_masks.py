@@ -1,4 +1,4 @@
-"""What an ELBO masks is masked for those who watch its KL."""
+"""Masks of an ELBOLoss, as the callbacks that observe its KL see them."""
 
 import math
 from dataclasses import replace

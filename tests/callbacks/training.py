@@ -1,4 +1,4 @@
-"""A small model to hang callbacks on, and a short training of it, for the tests of all callbacks."""
+"""A small model and a short training of it, for the tests of all callbacks."""
 
 import pytest
 import pytorch_lightning

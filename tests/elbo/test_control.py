@@ -137,7 +137,7 @@ def test_bad_settings_are_errors(build, message):
         build()
 
 
-def test_a_controller_of_ones_own_has_to_say_what_it_does():
+def test_a_user_s_controller_must_define_beta_and_forward():
     with pytest.raises(NotImplementedError, match=r"must define forward\(reconstruction, kl\)"):
         BetaController()(scalar(1), scalar(1))
     with pytest.raises(NotImplementedError, match="must define the property beta"):

@@ -59,7 +59,7 @@ def test_value_and_gradient_are_unbiased_against_quadrature(num_samples, gradien
         assert abs(grad.mean() - true) < 5 * grad.std() / n**0.5 + 1e-12
 
 
-def test_weights_that_are_not_squared_are_told_from_the_gradient():
+def test_weights_that_are_not_squared_show_in_the_gradient():
     """The twin: sticking the landing without the second weight, which is biased from K = 2 on."""
     _, gradients = exact_bound(2)
     n = 200_000

@@ -1,4 +1,4 @@
-"""The VAE loss: what it is made of, against formulas by hand."""
+"""The VAE loss and its terms, against formulas by hand."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The VAE loss as a module: copies, precisions, compilation, and those who watch its KL."""
+"""The VAE loss as a module: copies, precisions, compilation, and hooks on its KL."""
 
 import copy
 import pickle
@@ -106,7 +106,7 @@ def test_a_compiled_loss_is_the_eager_one(compiled_gaps, name):
 
 
 @pytest.mark.parametrize("options", [{}, {"free_nats": 1.0}, {"free_nats": 0.1, "free_nats_per": "dimension"}])
-def test_whoever_watches_the_kl_sees_every_call_and_changes_nothing(options):
+def test_a_hook_on_the_kl_sees_every_call_once_and_changes_nothing(options):
     recon, x, mean, logvar = tensors("bernoulli")
     q = diagonal_normal(mean, logvar)
     calls = {

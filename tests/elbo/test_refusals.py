@@ -1,4 +1,4 @@
-"""What the VAE loss refuses, and what it warns of."""
+"""Errors and warnings of the VAE loss."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Free nats, capacity and balancing: each against its definition, and against what is often written in its place."""
+"""Free nats, capacity and balancing: each against its definition, and against common mistakes."""
 
 import pytest
 import torch
@@ -196,7 +196,7 @@ def test_balancing_with_a_fixed_prior_warns():
         ({"free_nats": 1.0, "free_nats_groups": 2}, "free_nats_groups needs free_nats_per='group', got 'example'"),
         ({"free_nats_per": "group", "free_nats_groups": 0}, "free_nats_groups must be an integer of at least 1, got 0"),
         ({"capacity": -1.0}, "capacity must be finite and at least 0, got -1"),
-        ({"capacity": 1.0, "free_nats": 1.0}, "free_nats and capacity both say where the KL may stay"),
+        ({"capacity": 1.0, "free_nats": 1.0}, "free_nats and capacity both say how large the KL may stay"),
         ({"balance": 1.5}, r"balance must lie in \[0, 1\].*got 1\.5"),
         ({"kl": AutoKL(reduction="sum"), "capacity": 1.0}, "capacity takes the mean over the batch.*got 'sum'"),
         (

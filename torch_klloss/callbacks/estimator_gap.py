@@ -1,4 +1,4 @@
-"""What training's KL is off by: the gap between two estimates of the very same pair."""
+"""Gap between the training KL and an independent estimate of the same pair."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
-from torch.distributions import Distribution
 
 from torch_klloss.callbacks.figures import log_figure
 from torch_klloss.callbacks.gap import Gap
 from torch_klloss.callbacks.watching import AllRanks, LossWatcher, repeated, steps_taken
 from torch_klloss.distributions.tensors import device_of
+from torch_klloss.elbo.arguments import Pair
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.losses import AutoKL, Call, KLLoss
 from torch_klloss.methods import ClosedForm, Enumeration, FirstOf, Method, MonteCarlo, NotCertifiedError
@@ -23,7 +23,7 @@ from torch_klloss.methods.quadrature.method import Quadrature
 from torch_klloss.reduction import Batch, example_shape
 from torch_klloss.rng import private_rng, rng_state
 
-Pairs = Callable[[Any, Any], Mapping[str, tuple[Distribution, Distribution]]]
+PairFunction = Callable[[Any, Any], Mapping[str, Pair]]
 Column = Literal["sampled", "exact", "quadrature"]
 
 _EXACT = FirstOf(ClosedForm(), Enumeration())
@@ -32,38 +32,38 @@ _EXACT = FirstOf(ClosedForm(), Enumeration())
 class EstimatorGap(LossWatcher):
     """Log the gap between the KL that training used and an independent estimate of the same KL.
 
-    A forward hook on every `KLLoss` of the LightningModule sees the (q, p) of the call. On logging steps the KL is
-    estimated again there and then: by sampling where training did not sample (a closed form, a sum, a quadrature), by
-    the closed form or a sum where training sampled and one exists, and by a larger sample elsewhere. No gradient is
-    recorded, and training's random stream is left where it was: the weights come out bit for bit as without the
-    callback. The user's model does not change.
+    The callback observes every `KLLoss` of the LightningModule. On logging steps it estimates the KL of a call again,
+    within that call: by sampling if training did not sample (a closed form, a sum, a quadrature), by the closed form or
+    a sum if training sampled and one exists, and by a larger sample otherwise. No gradient is recorded, and training's
+    random stream stays where it was: the weights are bit for bit those without the callback. The user's model does not
+    change.
 
     Logged, in nats, for the loss at module path `<path>` (a second call in the same step is `<path>.1`, and so on),
     under that call's own mask and reduction, over the batches of all ranks ("none" counts as the mean). In an
-    `ELBOLoss` they are those of its terms: under a mask of the steps of sequences, nats a sequence.
+    `ELBOLoss` the KL is reduced as in its terms: under a mask of the steps of sequences, to nats a sequence.
 
-    - `kl/<path>/value`: what training used.
+    - `kl/<path>/value`: the KL that training used.
     - `kl/<path>/reference`: the other estimate.
     - `kl/<path>/gap_mean`: value - reference.
-    - `kl/<path>/gap_std_error`: the standard error of the gap, from the errors of both estimates; where a single
-      draw has none, from the spread of the per-example gaps.
+    - `kl/<path>/gap_std_error`: the standard error of the gap, from the errors of both estimates; for a single draw,
+      which has no error, from the spread of the per-example gaps.
     - `kl/<path>/gap_z`: the gap in standard errors. Beyond ±5, one of the two is wrong.
-    - `kl/<path>/sampled` with `sampled_std_error`, `kl/<path>/exact`, `kl/<path>/quadrature`: those asked for in
-      `side_by_side`. NaN, and one warning, where a pair has no such route.
+    - `kl/<path>/sampled` with `sampled_std_error`, `kl/<path>/exact`, `kl/<path>/quadrature`: the estimates named in
+      `side_by_side`. NaN, and one warning, if a pair has no such route.
 
     At the end of training the figure `kl/<path>/gap` goes to TensorBoard, WandB or MLflow, or beside the log as a PNG.
-    What was logged is in `history`, by path, and in checkpoints: a resumed run draws the whole.
+    All logged values are in `history`, by path, and in checkpoints: a resumed run draws the whole training.
 
     Args:
         every_n_steps: log on the first step and on every n-th after it.
         num_samples: how many points the sampled reference draws for every example.
         pairs: for a model that computes its KL in a function: takes (module, batch) and returns {name: (q, p)}, which
             are compared, as `kl/<name>/…`, before the training step. It runs without gradients; buffers (batch
-            norm) and random stream are put back.
-        prefix: what the names begin with.
-        seed: of the reference's own random stream.
-        side_by_side: which further estimates are logged: "sampled", "exact", "quadrature".
-        figure: whether the figure is drawn, where there are matplotlib and a logger.
+            norm) and random stream are restored.
+        prefix: the beginning of the logged names.
+        seed: the seed of the reference's own random stream.
+        side_by_side: further estimates to log: "sampled", "exact", "quadrature".
+        figure: whether the figure is drawn; it needs matplotlib and a logger.
 
     Raises:
         ValueError: if `every_n_steps` or `num_samples` is below 1, or `side_by_side` holds another word.
@@ -73,7 +73,7 @@ class EstimatorGap(LossWatcher):
         >>> callback = EstimatorGap(every_n_steps=100, num_samples=256)  # Trainer(callbacks=[callback])
     """
 
-    way_out = (
+    advice = (
         "Keep the loss as an attribute of the module (self.kl = AutoKL()), or pass EstimatorGap(pairs=...) a function "
         "(module, batch) -> {name: (q, p)}."
     )
@@ -82,7 +82,7 @@ class EstimatorGap(LossWatcher):
         self,
         every_n_steps: int = 50,
         num_samples: int = 64,
-        pairs: Pairs | None = None,
+        pairs: PairFunction | None = None,
         prefix: str = "kl",
         seed: int = 0,
         side_by_side: Sequence[Column] = (),
@@ -133,11 +133,11 @@ class EstimatorGap(LossWatcher):
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was logged so far."""
+        """Return the history."""
         return {"history": self.history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with what was logged."""
+        """Restore the history."""
         self.history = state_dict["history"]
 
     def _compare_pairs(self, pl_module: Any, batch: Any) -> None:
@@ -152,7 +152,7 @@ class EstimatorGap(LossWatcher):
             self._compare(name, call, used)
 
     def _compare(self, name: str, call: Call, used: KLEstimate) -> None:
-        """Estimate the KL in another way and keep the gap, unless there is no other way."""
+        """Estimate the KL by another method and keep the gap, unless no other method takes the pair."""
         try:
             other = self._sampled if used.std_error is None else FirstOf(_EXACT, self._sampled)
             reference = _estimate(other, call)
@@ -163,7 +163,7 @@ class EstimatorGap(LossWatcher):
         self._gaps[name] = Gap.of(call, used, reference, others)
 
     def _column(self, name: str, word: str, call: Call, used: KLEstimate) -> KLEstimate:
-        """Return one of the estimates side by side, of NaN where the pair has no such route."""
+        """Return one of the estimates side by side, of NaN if the pair has no such route."""
         try:
             return _estimate(self._methods[word], call)
         except (NotImplementedError, NotCertifiedError) as error:
@@ -202,8 +202,8 @@ def _draw(path: str, rows: list[dict[str, float]]) -> Any:
 def _within_wrapper(wrapper: nn.Module, module: nn.Module, function: Callable[[], None]) -> None:
     """Call a function within the forward of an FSDP wrapper.
 
-    There the parameters that the wrapper itself shards are whole; and submodules that are wrapped, too, may be called,
-    which before the first forward of the outermost wrapper would take themselves for the outermost.
+    There the parameters that the wrapper shards are whole. Submodules with wrappers of their own can be called there
+    too; before the first forward of the outermost wrapper they would take themselves for the outermost.
     """
     if not _is_fsdp(wrapper):
         function()
@@ -226,7 +226,7 @@ def _is_fsdp(module: nn.Module) -> bool:
 
 @contextmanager
 def _buffers_kept(module: nn.Module) -> Iterator[None]:
-    """Put the buffers back after the block: batch norm counts its batches in them."""
+    """Restore the buffers after the block: batch norm counts its batches in them."""
     kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
         yield

@@ -1,4 +1,4 @@
-"""Figures to whatever logger is there."""
+"""Figures for the loggers of a Trainer."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any
 def log_figure(trainer: Any, name: str, draw: Callable[[], Any], step: int) -> None:
     """Draw a figure on rank 0 and hand it to every logger that takes figures.
 
-    TensorBoard, WandB and MLflow take them; where no logger does, the figure becomes a PNG beside the log. Without any
+    TensorBoard, WandB and MLflow take them; if no logger does, the figure becomes a PNG beside the log. Without any
     logger or without matplotlib, and in a `fast_dev_run`, nothing is drawn. To be called on all ranks.
 
     Args:
         trainer: the Trainer.
         name: `collapse/kl`; a PNG is called `collapse_kl.png`.
         draw: returns the `matplotlib.figure.Figure`.
-        step: the training step that it belongs to.
+        step: the training step of the figure.
     """
-    # The DummyLogger of a fast_dev_run says yes to every question.
+    # The DummyLogger of a fast_dev_run has every attribute.
     if not trainer.loggers or trainer.fast_dev_run or find_spec("matplotlib") is None:
         return
-    folder = trainer.log_dir or trainer.default_root_dir  # a broadcast: every rank has to ask
+    folder = trainer.log_dir or trainer.default_root_dir  # a broadcast: every rank has to take part
     if not trainer.is_global_zero:
         return
     figure = draw()
@@ -34,7 +34,7 @@ def log_figure(trainer: Any, name: str, draw: Callable[[], Any], step: int) -> N
 
 
 def _hand_over(logger: Any, name: str, figure: Any, step: int) -> bool:
-    """Give the figure to a logger; False where it takes none."""
+    """Give the figure to a logger; return whether it takes figures."""
     experiment: Any = getattr(logger, "experiment", None)
     if hasattr(experiment, "add_figure"):  # TensorBoard
         experiment.add_figure(name, figure, global_step=step)

@@ -1,4 +1,4 @@
-"""The gap between two estimates of the same per-example KLs, summed over examples and ranks."""
+"""Gaps between two estimates of the same per-example KLs, summed over examples and ranks."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from torch_klloss.reduction import Batch
 
 @dataclass(frozen=True)
 class Gap:
-    """Hold two estimates of the same per-example KLs, `[examples]`, not yet summed over examples or ranks."""
+    """Two estimates of the same per-example KLs, `[examples]`, not yet summed over examples or ranks."""
 
     weights: Tensor
     gaps: Tensor
-    variances: Tensor  # of the gaps; NaN where a single draw has no error
+    variances: Tensor  # of the gaps; NaN for a single draw, which has no error
     references: Tensor
-    total: Tensor  # Σ w · value, from what the loss returned
+    total: Tensor  # Σ w · value, from the value of the call
     is_sum: bool
-    sampled: str  # which of the two the standard error belongs to: "value" or "reference"
-    others: dict[str, tuple[Tensor, Tensor | None]]  # by name: values, and variances where they were sampled
+    sampled: str  # the one with a standard error: "value" or "reference"
+    others: dict[str, tuple[Tensor, Tensor | None]]  # by name: values, and variances of sampled ones
 
     @classmethod
     def of(cls, call: Call, used: KLEstimate, reference: KLEstimate, others: dict[str, KLEstimate]) -> Gap:
-        """Reduce the estimates of a call to its examples, and keep those that its mask keeps."""
+        """Reduce the estimates of a call to its examples, and keep the examples that its mask keeps."""
         values, references, *rest = (call.batch.estimate_per_example(e) for e in (used, reference, *others.values()))
         weights = call.batch.example_weights
         weights = wide(torch.ones_like(values.value) if weights is None else weights).flatten()
@@ -85,9 +85,9 @@ def _variance(estimate: KLEstimate) -> Tensor:
     return wide(error).flatten().square()
 
 
-def _sum_of(output: Tensor, batch: Batch, reduction: str) -> Tensor:
-    """Return Σ w · KL over the examples, given what a loss has made of it."""
+def _sum_of(value: Tensor, batch: Batch, reduction: str) -> Tensor:
+    """Return Σ w · KL over the examples, given the reduced KL."""
     if reduction != "mean":
-        return output.sum()
+        return value.sum()
     weights = batch.example_weights
-    return output * (math.prod(batch.elements) if weights is None else wide(weights).sum())
+    return value * (math.prod(batch.elements) if weights is None else wide(weights).sum())

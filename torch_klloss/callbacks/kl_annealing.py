@@ -1,4 +1,4 @@
-"""A weight that changes while Lightning trains."""
+"""Schedule of the KL's weight while Lightning trains."""
 
 from __future__ import annotations
 
@@ -14,33 +14,32 @@ from torch_klloss.callbacks.watching import Callback, publish, steps_taken
 from torch_klloss.elbo import ELBOLoss
 from torch_klloss.schedules import Schedule
 
-Interval = Literal["step", "epoch"]
+TimeUnit = Literal["step", "epoch"]
 
 
 class KLAnnealing(Callback):
     """Set the weight of the KL before every training batch, by a schedule.
 
-    Drives the `beta` of every `ELBOLoss` in the LightningModule, or the one attribute that you name. The step is
-    counted as Lightning's own callbacks count it (batches that stepped an optimiser, so that accumulated gradients
-    count once) and comes back with a checkpoint: a resumed run goes on in mid-schedule. A validation sees the weight of
-    the training batch before it; `trainer.validate` and `trainer.test` from a checkpoint see the one that it was saved
-    with.
+    Sets the `beta` of every `ELBOLoss` in the LightningModule, or the one attribute that you name. The step is counted
+    as Lightning's own callbacks count it (batches that stepped an optimiser, so that accumulated gradients count once)
+    and is restored from a checkpoint: a resumed run goes on in mid-schedule. A validation uses the weight of the
+    training batch before it; `trainer.validate` and `trainer.test` from a checkpoint use the weight saved in it.
 
-    Logged as `kl/beta` on every n-th step. A warm-up that outlasts the training that the Trainer plans gets a warning
-    with the weight that will be reached.
+    Logged as `kl/beta` on every n-th step. If the warm-up is longer than the training that the Trainer plans, a warning
+    names the weight that will be reached.
 
     Args:
         schedule: takes a step and returns a weight: one of `torch_klloss.schedules`, or a function.
-        attribute: what to set instead of `ELBOLoss.beta`: a path from the LightningModule, such as "beta",
+        attribute: the attribute to set instead of `ELBOLoss.beta`: a path from the LightningModule, such as "beta",
             "loss.weight" or "hparams.beta". A tensor is filled in place, everything else is replaced by a float.
         interval: whether the schedule counts in steps or in epochs.
         every_n_steps: log the weight of the first step and of every n-th after it.
-        prefix: what the logged name begins with.
+        prefix: the beginning of the logged name.
 
     Raises:
         TypeError: if `schedule` cannot be called.
-        ValueError: if `interval` is neither word or `every_n_steps` is below 1; when training starts, if there is no
-            such attribute, or the schedule gives a weight that is negative or not finite.
+        ValueError: if `interval` is neither word or `every_n_steps` is below 1; when training starts, if the module has
+            no such attribute, or the schedule gives a weight that is negative or not finite.
 
     References:
         *Generating sentences from a continuous space* (Bowman et al., 2016), section 3.1.
@@ -57,7 +56,7 @@ class KLAnnealing(Callback):
         self,
         schedule: Schedule | Callable[[float], float],
         attribute: str | None = None,
-        interval: Interval = "step",
+        interval: TimeUnit = "step",
         every_n_steps: int = 50,
         prefix: str = "kl",
     ) -> None:
@@ -66,7 +65,7 @@ class KLAnnealing(Callback):
             raise TypeError(
                 f"schedule must take a step and return a weight, as Linear(steps=1000) does, got {schedule!r}."
             )
-        if interval not in get_args(Interval):
+        if interval not in get_args(TimeUnit):
             raise ValueError(f"interval must be 'step' or 'epoch', got {interval!r}.")
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}.")
@@ -80,25 +79,25 @@ class KLAnnealing(Callback):
         self._last_step = -1
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Find what to drive, and warn if there is nothing."""
+        """Find the attributes to set, and warn if there are none."""
         self._last_step = -1
         self._targets = self._find(pl_module)
         if not self._targets:
             warnings.warn(
-                f"KLAnnealing found no ELBOLoss in {type(pl_module).__name__} and drives nothing. Keep the loss as an "
-                "attribute of the module (self.loss = ELBOLoss()), or name what to set: KLAnnealing(schedule, "
+                f"KLAnnealing found no ELBOLoss in {type(pl_module).__name__} and sets nothing. Keep the loss as an "
+                "attribute of the module (self.loss = ELBOLoss()), or name an attribute: KLAnnealing(schedule, "
                 "attribute='beta').",
                 UserWarning,
                 stacklevel=2,
             )
 
     def on_sanity_check_start(self, trainer: Any, pl_module: Any) -> None:
-        """Let the first validation see the first weight."""
-        self._drive(trainer)
+        """Set the first weight, for the validation before training."""
+        self._set_weight(trainer)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Set the weight of where training starts or goes on, and warn if there is too little of it."""
-        self._drive(trainer)
+        """Set the weight of the first or resumed step, and warn if training is shorter than the warm-up."""
+        self._set_weight(trainer)
         planned = _planned(trainer, self.interval)
         warm_up = getattr(self.schedule, "total_steps", 0)
         if self._targets and warm_up > planned:
@@ -113,17 +112,17 @@ class KLAnnealing(Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Set the weight of the batch."""
-        self._drive(trainer)
+        self._set_weight(trainer)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the weight that the batch has used."""
+        """Log the weight of the batch."""
         step = steps_taken(trainer)
         if self._targets and step % self.every_n_steps == 0 and step != self._last_step:
             self._last_step = step
             publish(trainer, {f"{self.prefix}/beta": self._weight or 0.0}, step)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Set the weight of the checkpoint, where this is no part of a training."""
+        """Set the weight of the checkpoint, unless the validation is part of a training."""
         self._restore(trainer, pl_module)
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
@@ -135,11 +134,11 @@ class KLAnnealing(Callback):
         return {"weight": self._weight}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember the weight that was set last."""
+        """Restore the weight that was set last."""
         self._weight = state_dict["weight"]
 
     def _find(self, pl_module: nn.Module) -> list[tuple[Any, str]]:
-        """Return what to set: objects with the name of an attribute."""
+        """Return what to set: pairs of an object and the name of its attribute."""
         if self.attribute is None:
             return [(module, "beta") for module in pl_module.modules() if isinstance(module, ELBOLoss)]
         *path, name = self.attribute.split(".")
@@ -149,13 +148,13 @@ class KLAnnealing(Callback):
         if not hasattr(owner, name):
             raise ValueError(
                 f"KLAnnealing(attribute={self.attribute!r}) must name an attribute of {type(pl_module).__name__}, "
-                "which has none of that name: set it in the module's __init__, or leave the argument out to drive "
+                "which has none of that name: set it in the module's __init__, or leave the argument out to set "
                 "every ELBOLoss.beta."
             )
         return [(owner, name)]
 
-    def _drive(self, trainer: Any) -> None:
-        """Set the weight of the present step."""
+    def _set_weight(self, trainer: Any) -> None:
+        """Set the weight of the current step."""
         if not self._targets:
             return
         step = trainer.current_epoch if self.interval == "epoch" else steps_taken(trainer)
@@ -176,16 +175,16 @@ class KLAnnealing(Callback):
     def _set(self, weight: float) -> None:
         self._weight = weight
         for owner, name in self._targets:
-            present = getattr(owner, name)
-            if isinstance(present, Tensor):
+            current = getattr(owner, name)
+            if isinstance(current, Tensor):
                 with torch.no_grad():
-                    present.fill_(weight)
+                    current.fill_(weight)
             else:
                 setattr(owner, name, weight)
 
 
-def _planned(trainer: Any, interval: Interval) -> float:
-    """Return for how many steps, or epochs, the Trainer means to train; infinite where it cannot tell."""
+def _planned(trainer: Any, interval: TimeUnit) -> float:
+    """Return how many steps, or epochs, the Trainer plans; infinity if it does not know."""
     steps = trainer.estimated_stepping_batches
     if not 0 <= steps < math.inf:
         return math.inf

@@ -1,4 +1,4 @@
-"""Which method every loss takes, and whether a better one was at hand."""
+"""Methods that the losses take, and warnings where an exact one exists."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ _EXACT = FirstOf(ClosedForm(), Enumeration())
 
 
 class KLRoute(LossWatcher):
-    """Say which method every loss has taken, and warn where one samples in training although an exact route exists.
+    """Report the method that every loss takes, and warn if one samples in training although an exact route exists.
 
-    Watches every `KLLoss` of the LightningModule in training steps. A route is printed when it is seen first and
-    whenever it changes, and is in `routes`, by path, and in checkpoints. Weights and random stream come out as without
-    the callback.
+    Observes every `KLLoss` of the LightningModule in training steps. A route is printed when it first occurs and
+    whenever it changes, and is in `routes`, by path, and in checkpoints. Weights and random stream are as without the
+    callback.
 
     Logged for the loss at module path `<path>` (a second call in the same step is `<path>.1`, and so on):
 
-    - `kl/<path>/exact`: 1 where the KL is free of sampling and truncation error, else 0.
+    - `kl/<path>/exact`: 1 if the KL is free of sampling and truncation error, else 0.
     - `kl/<path>/num_evaluations`: at how many points a batch element the log-densities were evaluated.
 
     Args:
-        every_n_steps: look at the first training step and at every n-th after it.
-        prefix: what the names begin with.
+        every_n_steps: observe the first training step and every n-th after it.
+        prefix: the beginning of the logged names.
 
     Raises:
         ValueError: if `every_n_steps` is below 1.
@@ -46,7 +46,7 @@ class KLRoute(LossWatcher):
         self._warned: set[str] = set()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the routes, and print those that are new."""
+        """Log the routes, and print the new ones."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         for line in self._news:
             trainer.print(line)
@@ -64,15 +64,15 @@ class KLRoute(LossWatcher):
         self._warn_of_sampling(name, call, used)
 
     def collect(self, all_ranks: AllRanks) -> dict[str, float]:
-        """Return what was seen."""
+        """Return the values of the step."""
         return dict(self._metrics)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the routes seen last."""
+        """Return the last routes."""
         return {"routes": self.routes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember the routes, to print only what has changed."""
+        """Restore the last routes, so that only changes are printed."""
         self.routes = state_dict["routes"]
 
     def _warn_of_sampling(self, name: str, call: Call, used: KLEstimate) -> None:

@@ -1,4 +1,4 @@
-"""What a posterior says about its latent: unit by unit, and as a channel."""
+"""Statistics of a posterior: KL and mean of every latent unit, and mutual information."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def kl_per_unit(q: Distribution, p: Distribution, num_examples_dims: int) -> Ten
 
 
 def posterior_means(q: Distribution, num_examples_dims: int) -> Tensor | None:
-    """Return E[z|x], `[*examples, units]`; None where q has no mean (Categorical, Cauchy)."""
+    """Return E[z|x], `[*examples, units]`; None if q has no mean (Categorical, Cauchy)."""
     try:
         mean = q.mean
     except NotImplementedError:
@@ -55,7 +55,7 @@ def mutual_information(q: Distribution, keep: Tensor, num_draws: int) -> Tensor:
         >>> import torch
         >>> from torch.distributions import Normal
         >>> from torch_klloss.callbacks.latent import mutual_information
-        >>> apart = Normal(torch.tensor([0.0, 100.0]), 1.0)  # which of the two it was, z tells
+        >>> apart = Normal(torch.tensor([0.0, 100.0]), 1.0)  # z determines the example
         >>> mutual_information(apart, torch.tensor([True, True]), num_draws=2)
         tensor([0.6931, 0.6931])
     """
@@ -73,5 +73,5 @@ def mutual_information(q: Distribution, keep: Tensor, num_draws: int) -> Tensor:
 
 
 def _as_units(values: Tensor, num_examples_dims: int) -> Tensor:
-    """Return `[*examples, units]`, with one unit where there is no further dimension."""
+    """Return `[*examples, units]`, with one unit if there is no further dimension."""
     return values.flatten(num_examples_dims) if values.dim() > num_examples_dims else values.unsqueeze(-1)

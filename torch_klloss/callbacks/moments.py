@@ -1,4 +1,4 @@
-"""Means and variances that are put together from batches and from ranks."""
+"""Means and variances, combined over batches and over ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch_klloss.callbacks.watching import AllRanks, wide
 
 @dataclass(frozen=True)
 class Moments:
-    """Hold what a mean and a variance need: a difference of two large sums would cancel.
+    """A weighted mean and variance that can be combined: the difference of two large sums would cancel.
 
     References:
         *Updating formulae and a pairwise algorithm for computing sample variances* (Chan et al., 1979).
@@ -27,12 +27,12 @@ class Moments:
     """
 
     weight: Tensor  # Σ w
-    mean: Tensor  # Σ w x / Σ w, `[d]`; 0 where nothing was seen
+    mean: Tensor  # Σ w x / Σ w, `[d]`; 0 without any weight
     square: Tensor  # Σ w (x - mean)², `[d]`
 
     @classmethod
     def of(cls, values: Tensor, weights: Tensor) -> Moments:
-        """Return the moments of `[n, d]` values under `[n]` weights; a row of weight 0 is not looked at."""
+        """Return the moments of `[n, d]` values under `[n]` weights; a row of weight 0 is ignored."""
         kept = weights != 0
         values, weights = wide(values)[kept], wide(weights)[kept].unsqueeze(-1)
         total = weights.sum()
@@ -55,5 +55,5 @@ class Moments:
 
     @property
     def variance(self) -> Tensor:
-        """The variance of the values themselves, with no correction for a sample: `[d]`."""
+        """The variance of the values themselves, `[d]`, without the correction for a sample."""
         return self.square / self.weight

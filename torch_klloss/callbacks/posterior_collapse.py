@@ -1,4 +1,4 @@
-"""Which latent units carry something, and which have died."""
+"""Use and collapse of latent units."""
 
 from __future__ import annotations
 
@@ -22,38 +22,38 @@ Stage = Literal["train", "validation"]
 
 
 class PosteriorCollapse(LossWatcher):
-    """Log how much every latent unit is used, draw it over training, and warn once when most units have died.
+    """Log how much every latent unit is used, draw it over training, and warn once when most units have collapsed.
 
-    Watches every `KLLoss` of the LightningModule as `EstimatorGap` does, on the batches of every n-th training step, or
-    on the whole of the validation data. Weights and random stream come out as without it.
+    Observes every `KLLoss` of the LightningModule as `EstimatorGap` does, on the batches of every n-th training step or
+    on all validation data. Weights and random stream are as without the callback.
 
     Logged for the loss at module path `<path>` (a second call in the same step is `<path>.1`, and so on), over all
     ranks, and over the examples that the call's mask keeps, by their weights. Under a mask of the steps of sequences
-    the steps take the place of the examples: the units are those of one step, whatever the sequences' length.
+    every step is an example: the units are the dimensions of one step, whatever the length of the sequences.
 
     - `collapse/<path>/kl/<j>`: the mean KL of unit j, in nats. The units are the dimensions that q and p both
       factorise over; a pair that does not factorise is one unit.
-    - `collapse/<path>/collapsed_units`: how many of these are below `collapsed_below`.
-    - `collapse/<path>/active_units`: how many units of q have Cov_x(E[z|x]) above `active_above`. Absent where q has
-      no mean, as Categorical.
+    - `collapse/<path>/collapsed_units`: how many of these KLs are below `collapsed_below`.
+    - `collapse/<path>/active_units`: how many units of q have Cov_x(E[z|x]) above `active_above`. Absent if q has no
+      mean, as Categorical.
     - `collapse/<path>/mutual_information`: an estimate of I(x; z) within a batch, in nats: at most the logarithm of the
       number of examples that one rank sees at a time; the mean over batches and ranks.
 
     At the end of training the heat map `collapse/<path>/units` goes to TensorBoard, WandB or MLflow, or beside the log
-    as a PNG. What was logged is in `history`, by path, and in checkpoints: a resumed run draws the whole, and does not
-    warn again.
+    as a PNG. All logged values are in `history`, by path, and in checkpoints: a resumed run draws the whole training,
+    and does not warn again.
 
     Args:
         every_n_steps: measure the first training step and every n-th after it; not used on validation data.
         stage: "train", or "validation": at the end of every validation epoch, over all of its batches.
-        active_above: a unit is active where the variance of its posterior means is above this.
-        collapsed_below: a unit is collapsed where its KL is below this, in nats.
-        patience: the warning comes when fewer than half of the units are active in so many measurements in a row.
-            Where q has no mean, those count that have not collapsed.
-        num_draws: how many draws a batch the mutual information is estimated with.
-        prefix: what the names begin with.
-        seed: of these draws.
-        figure: whether the heat map is drawn, where there are matplotlib and a logger.
+        active_above: a unit is active if the variance of its posterior means is above this.
+        collapsed_below: a unit is collapsed if its KL is below this, in nats.
+        patience: the warning is given after so many measurements in a row with fewer than half of the units active. If
+            q has no mean, the units that have not collapsed count as active.
+        num_draws: how many draws a batch the mutual information is estimated from.
+        prefix: the beginning of the logged names.
+        seed: the seed of these draws.
+        figure: whether the heat map is drawn; it needs matplotlib and a logger.
 
     Raises:
         ValueError: if `every_n_steps`, `patience` or `num_draws` is below 1, or `stage` is neither word.
@@ -104,14 +104,14 @@ class PosteriorCollapse(LossWatcher):
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Measure the batch, where validation is what is measured."""
+        """Measure the batch, if `stage` is "validation"."""
         if self.stage == "validation" and not trainer.sanity_checking:
-            seen = dict(self._statistics)
+            earlier = dict(self._statistics)
             self._open(1_000_003 * steps_taken(trainer) + batch_idx)
-            self._statistics = seen
+            self._statistics = earlier
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Log what the batches of the epoch have shown."""
+        """Log the measurements of the epoch."""
         if self._step is None:
             return
         self._last_step = steps_taken(trainer)
@@ -125,16 +125,16 @@ class PosteriorCollapse(LossWatcher):
             log_figure(trainer, f"{self.prefix}/{path}/units", partial(_draw, path, rows), steps_taken(trainer))
 
     def measure(self, name: str, call: Call) -> None:
-        """Add what the call shows of its latent."""
+        """Add the statistics of a call's latent."""
         if not call.batch.elements:
             return  # no examples: nothing varies
         with private_rng(self._seed(self.seed), device_of(call.q)):
             statistics = _Statistics.of(call, self.num_draws)
-        seen = self._statistics.get(name)
-        self._statistics[name] = statistics if seen is None else seen.merged(statistics)
+        earlier = self._statistics.get(name)
+        self._statistics[name] = statistics if earlier is None else earlier.merged(statistics)
 
     def collect(self, all_ranks: AllRanks) -> dict[str, float]:
-        """Return the measurements, remember them, and warn where most units have died."""
+        """Return the measurements, add them to the history, and warn if most units have collapsed."""
         metrics = {}
         for path, statistics in self._statistics.items():
             row = statistics.over_ranks(all_ranks).row(self.active_above, self.collapsed_below)
@@ -146,11 +146,11 @@ class PosteriorCollapse(LossWatcher):
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was logged so far, and for which losses a warning was given."""
+        """Return the history, and the losses that a warning was given for."""
         return {"history": self.history, "warned": self._warned}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with what was logged."""
+        """Restore the history and the warnings given."""
         self.history, self._warned = state_dict["history"], state_dict["warned"]
 
     def _warn_of_collapse(self, path: str) -> None:
@@ -176,7 +176,7 @@ class PosteriorCollapse(LossWatcher):
 
 @dataclass(frozen=True)
 class _Statistics:
-    """Hold what is known of one latent: KL by unit, posterior means by unit, mutual information."""
+    """Statistics of one latent: KL by unit, posterior means by unit, mutual information."""
 
     kl: Moments
     means: Moments | None
@@ -224,7 +224,7 @@ class _Statistics:
 
 
 def _alive(row: dict[str, Any]) -> tuple[int, int]:
-    """Return how many units are in use, and how many there are."""
+    """Return how many units are in use, and their number."""
     if "active_units" in row:
         return row["active_units"], len(row["variances"])
     return len(row["kl"]) - row["collapsed_units"], len(row["kl"])

@@ -1,4 +1,4 @@
-"""Seeing the (q, p) of every KL in a LightningModule, without a change to the module."""
+"""Base of the callbacks that observe the losses of a LightningModule."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from torch_klloss.rng import replayed_rng
 
 
 def _callback_bases() -> tuple[type, ...]:
-    """Return the `Callback` class of every Lightning package there is.
+    """Return the `Callback` class of every Lightning package that is installed.
 
-    The two packages have classes of the same name that know nothing of each other; a callback that derives from both
-    is at home in the Trainer and the command line of either.
+    The two packages have unrelated classes of the same name; a callback that derives from both works in the Trainer and
+    the command line of either.
     """
     bases = []
     for package in ("pytorch_lightning", "lightning.pytorch"):
@@ -42,25 +42,25 @@ Callback: Any = type("Callback", _callback_bases(), {"__doc__": "Base of the cal
 
 AllRanks = Callable[[Tensor], Tensor]  # sums a tensor over the ranks
 
-_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # what wrappers call the module in them
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # names of the module in a wrapper
 
 
 class LossWatcher(Callback):
-    """Base of the callbacks that watch losses: hooks in, a measurement, hooks out, on every n-th step.
+    """Base of the callbacks that measure losses: an observer of every `KLLoss` on the first and every n-th step.
 
-    Subclasses say what they do with a call (`observe`, run under `no_grad`) and what is logged at the end of the step
-    (`collect`). On all other steps there is no hook. Only where something is compiled the hooks stay: what was traced
-    without them would never call them.
+    Subclasses define what they take from a call (`measure`, run under `no_grad`) and what is logged at the end of the
+    step (`collect`). On all other steps the losses have no observer. Only if a part of the module is compiled it stays:
+    a graph that was traced without an observer would never call one.
 
     Args:
         every_n_steps: measure the first step and every n-th after it.
-        prefix: what the logged names begin with.
+        prefix: the beginning of the logged names.
 
     Raises:
         ValueError: if `every_n_steps` is below 1.
     """
 
-    way_out = "Keep the loss as an attribute of the module (self.kl = AutoKL())."
+    advice = "Keep the loss as an attribute of the module (self.kl = AutoKL())."
 
     def __init__(self, every_n_steps: int, prefix: str) -> None:
         super().__init__()
@@ -76,11 +76,14 @@ class LossWatcher(Callback):
         self._calls: Counter[str] = Counter()
 
     def measure(self, name: str, call: Call) -> None:
-        """Take what is needed from a call; training's random stream must stay where it is."""
+        """Take what is needed from a call; training's random stream must stay where it is.
+
+        A second call of the same loss in a step has the name `<path>.1`, and so on.
+        """
         raise NotImplementedError
 
     def collect(self, all_ranks: AllRanks) -> dict[str, float]:
-        """Return what is to be logged, by name without the prefix, and forget the step."""
+        """Return the values to log, by name without the prefix."""
         raise NotImplementedError
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -94,7 +97,7 @@ class LossWatcher(Callback):
         if not self._losses and not self._has_other_source():
             warnings.warn(
                 f"{type(self).__name__} found no KLLoss in {type(pl_module).__name__} and will log nothing. "
-                f"{self.way_out}",
+                f"{self.advice}",
                 UserWarning,
                 stacklevel=2,
             )
@@ -106,7 +109,7 @@ class LossWatcher(Callback):
             self._open(step)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log what the hooks have seen."""
+        """Log the measurements of the step."""
         if self._step is not None:
             self._last_step = self._step
             metrics = self.collect(sum_over_ranks(trainer))
@@ -114,11 +117,11 @@ class LossWatcher(Callback):
             publish(trainer, self._prefixed(metrics), self._last_step)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Remove the hooks."""
+        """Leave the losses."""
         self._stop()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Remove the hooks: Lightning calls no teardown where `fit` raises."""
+        """Leave the losses: Lightning calls no teardown if `fit` raises."""
         self._stop()
 
     @torch.compiler.disable
@@ -141,7 +144,7 @@ class LossWatcher(Callback):
         return mixed
 
     def _has_other_source(self) -> bool:
-        """Return whether there is something to log without a hook."""
+        """Return whether there is something to log without a loss in the module."""
         return False
 
     def _prefixed(self, metrics: dict[str, float]) -> dict[str, float]:
@@ -206,7 +209,7 @@ def repeated(call: Call) -> KLEstimate:
 
 
 def steps_taken(trainer: Any) -> int:
-    """Return how many batches have stepped an optimiser: what Lightning's own callbacks count, resumed with it."""
+    """Return how many batches have stepped an optimiser: Lightning's own count, which checkpoints restore."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
@@ -216,10 +219,10 @@ def sum_over_ranks(trainer: Any) -> AllRanks:
 
 
 def publish(trainer: Any, metrics: dict[str, float], step: int) -> None:
-    """Put the metrics where callbacks find them (`trainer.callback_metrics`), and send them to every logger once.
+    """Put the metrics into `trainer.callback_metrics`, for other callbacks, and send them to every logger once.
 
-    Not by the module's `log_dict`: it takes ten times as long, and would send a step's value to the loggers again,
-    stale, at every `log_every_n_steps`.
+    The module's `log_dict` would take ten times as long, and would send the old values again at every
+    `log_every_n_steps`.
     """
     if not metrics:
         return
@@ -229,5 +232,5 @@ def publish(trainer: Any, metrics: dict[str, float], step: int) -> None:
 
 
 def wide(t: Tensor) -> Tensor:
-    """Return the tensor in float64, or in float32 on Apple's devices, which have no other."""
+    """Return the tensor in float64, or in float32 on Apple's devices, which have no float64."""
     return t.float() if t.device.type == "mps" else t.double()

@@ -1,4 +1,4 @@
-"""The loss of a VAE: reconstruction plus a weighted KL, and what keeps the KL in its place."""
+"""The loss of a VAE: reconstruction plus a weighted KL, and controls of the KL."""
 
 from torch_klloss.elbo.control import GECO, PIControl
 from torch_klloss.elbo.decomposition import KLDecomposition, decompose_kl

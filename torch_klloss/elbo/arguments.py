@@ -1,4 +1,4 @@
-"""What the VAE loss is called with, brought into one form."""
+"""Arguments of the VAE loss, checked and in one form."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def pairs_of(q: Latents, p: Distribution | Sequence[Distribution] | None) -> lis
 
 
 def same_shape(recon: Tensor, x: Tensor, elements: torch.Size) -> tuple[Tensor, Tensor]:
-    """Return recon and x in one shape: where one of them is flat, the other is flattened."""
+    """Return recon and x in one shape: if one of them is flat, the other is flattened."""
     dims = len(elements)
     if recon.shape != x.shape and min(recon.dim(), x.dim()) == dims + 1 and recon.numel() == x.numel() > 0:
         recon, x = recon.flatten(dims), x.flatten(dims)
@@ -43,18 +43,18 @@ def same_shape(recon: Tensor, x: Tensor, elements: torch.Size) -> tuple[Tensor, 
     return recon, x
 
 
-def total(terms: Sequence[Tensor]) -> Tensor:
-    """Return the sum of tensors of one shape."""
+def sum_levels(terms: Sequence[Tensor]) -> Tensor:
+    """Return the sum of one tensor a level."""
     return terms[0] if len(terms) == 1 else torch.stack(list(terms)).sum(0)
 
 
 def num_element_dims(mask: Tensor | None, lengths: Tensor | None) -> int:
-    """Return how many dimensions a mask, or the mask that lengths stand for, has."""
+    """Return the number of dimensions of a mask, or of the mask that the lengths give."""
     return max(0 if mask is None else mask.dim(), 0 if lengths is None else lengths.dim() + 1)
 
 
 def check_moments(mean: Tensor, logvar: Tensor) -> None:
-    """Raise a ValueError where mean and logvar differ in shape."""
+    """Raise a ValueError if mean and logvar differ in shape."""
     if mean.shape != logvar.shape:
         raise ValueError(
             f"mean and logvar must have the same shape, got {tuple(mean.shape)} and {tuple(logvar.shape)}; a "

@@ -1,4 +1,4 @@
-"""Which elements of a batch count, and how they are averaged: masks of examples, and of the steps of sequences."""
+"""Batches from masks of examples, and from masks or lengths of sequences."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Weights of the KL that the training itself drives: each holds its state in buffers, and so in the state_dict.
+"""Controllers of the KL's weight, driven by training: their state is in buffers, and so in the state_dict.
 
 A controller is an `nn.Module` called once a step with the reconstruction and the KL, both in nats per example, without
-gradient; it returns the weight of that step. In training mode it then moves on; in evaluation it stays. Where
-`torch.distributed` is at work, it sees the means over all ranks, so that every rank has the same weight.
+gradient; it returns the weight of that step. In training mode it then updates its state, in evaluation mode not.
+Under `torch.distributed` it takes the means over all ranks, so that every rank has the same weight.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from torch import Tensor, distributed, nn
 
 
 class BetaController(nn.Module):
-    """A weight of the KL with a state. Derive from it, with buffers for the state and a `forward`."""
+    """Base of the controllers: a weight of the KL with its state in buffers, and a `forward` that updates it."""
 
     @property
     def beta(self) -> Tensor:
-        """The weight as it stands, without a step."""
+        """The current weight."""
         raise NotImplementedError(f"{type(self).__name__} must define the property beta.")
 
     def forward(self, reconstruction: Tensor, kl: Tensor) -> Tensor:
-        """Return the weight of this step, a scalar; move on if in training mode."""
+        """Return the weight of this step, a scalar, and update the state in training mode."""
         raise NotImplementedError(f"{type(self).__name__} must define forward(reconstruction, kl).")
 
 
@@ -80,11 +80,11 @@ class GECO(BetaController):
 
     @property
     def beta(self) -> Tensor:
-        """The weight as it stands."""
+        """The current weight."""
         return self.log_beta.exp().float()
 
     def forward(self, reconstruction: Tensor, kl: Tensor) -> Tensor:
-        """Return the weight of this step; the reconstruction moves the next one."""
+        """Return the weight of this step; the reconstruction changes that of the next."""
         beta = self.beta
         if self.training:
             now = _mean_over_ranks(reconstruction).to(self.excess) - self.tolerance
@@ -102,8 +102,8 @@ class GECO(BetaController):
 class PIControl(BetaController):
     """Keep the KL at a target: a proportional and an integral term of the error e = target - KL give β.
 
-    β = Kp / (1 + exp(e)) - Ki Σ e + β_min, kept within the bounds. While β is beyond one of them, the sum takes no
-    error that would drive it further out; those that lead back it takes, where the paper's rests and may never return.
+    β = Kp / (1 + exp(e)) - Ki Σ e + β_min, kept within the bounds. While β is beyond one of them, the sum leaves out
+    errors that would drive it further out. It takes those that lead back; the paper's sum rests, and may never return.
 
     Args:
         target: the KL to hold, in nats per example.
@@ -153,11 +153,11 @@ class PIControl(BetaController):
 
     @property
     def beta(self) -> Tensor:
-        """The weight as it stands."""
+        """The current weight."""
         return self.last.clamp(*self.bounds).float()
 
     def forward(self, reconstruction: Tensor, kl: Tensor) -> Tensor:
-        """Return the weight of this step, which its own KL has moved."""
+        """Return the weight of this step, which its own KL has changed already."""
         if self.training:
             error = self.target - _mean_over_ranks(kl).to(self.last)
             low, high = self.bounds

@@ -1,4 +1,4 @@
-"""What the KL of a VAE over a data set is made of."""
+"""The parts of a VAE's KL over a data set: mutual information, total correlation, dimension-wise KL."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch_klloss.samplers import Points
 
 
 class KLDecomposition(NamedTuple):
-    """Hold the parts of the mean KL over a data set, in nats, each an estimate with its standard error.
+    """The parts of the mean KL over a data set, in nats, each an estimate with its standard error.
 
     With q(z) = 1/N Σ_n q(z|x_n), the aggregate posterior:
 
@@ -50,8 +50,8 @@ def decompose_kl(
 ) -> KLDecomposition:
     """Decompose the mean KL over a data set into mutual information, total correlation and dimension-wise KL.
 
-    The densities of the aggregate posterior are exact: the mixture over **all** examples given, so that nothing is
-    biased as minibatch weighting is. What is sampled is z, from every q(z|x_n) alike; the error is told by the spread
+    The densities of the aggregate posterior are exact: the mixture over **all** examples given, without the bias of
+    minibatch weighting. Only z is sampled, equally often from every q(z|x_n); the error is determined from the spread
     of the `num_samples` independent sweeps over the data. For analysis: no gradient is recorded.
 
     Args:
@@ -59,7 +59,7 @@ def decompose_kl(
             dimensions.
         p: the prior, of independent dimensions too; its batch shape is () or broadcasts to `[N]`.
         num_samples: how many z are drawn for each example; from two on there is a standard error.
-        chunk_size: how many densities (points × examples × dimensions) are held at a time.
+        chunk_size: how many densities (points × examples × dimensions) are in memory at a time.
         generator: where the samples come from; the global stream by default.
 
     Raises:
@@ -74,7 +74,7 @@ def decompose_kl(
         >>> import torch
         >>> from torch_klloss import diagonal_normal, standard_normal_like
         >>> from torch_klloss.elbo import decompose_kl
-        >>> mean = torch.tensor([[-30.0, 0.0], [30.0, 0.0]])  # two examples, told apart by the first dimension alone
+        >>> mean = torch.tensor([[-30.0, 0.0], [30.0, 0.0]])  # two examples, distinct in the first dimension alone
         >>> q = diagonal_normal(mean, torch.zeros(2, 2))
         >>> parts = decompose_kl(q, standard_normal_like(q))
         >>> parts.mutual_information.value  # log 2
@@ -135,7 +135,7 @@ def _aggregate(q: Distribution, z: Tensor, chunk_size: int) -> tuple[Tensor, Ten
 
 
 def _estimate(terms: Tensor) -> KLEstimate:
-    """Return the mean over sweeps and examples, `[num_samples, N, …]`, with the error that the sweeps tell."""
+    """Return the mean over sweeps and examples, `[num_samples, N, …]`, with its error from the spread of the sweeps."""
     sweeps = terms.mean(1)
     num_samples = len(sweeps)
     points = Points(sweeps, sweeps.new_full((), 1 / num_samples), num_samples)

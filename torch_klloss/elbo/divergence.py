@@ -1,4 +1,4 @@
-"""The KL of one level of latents, element by element, and dimension by dimension where it splits."""
+"""The KL of one level of latents, for every element, and for every dimension if it splits."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ LARGEST_LOGVAR = 80.0  # exp(88.8) is infinite in float32
 
 @dataclass(frozen=True)
 class Divergence:
-    """Hold the KL of the elements of a batch.
+    """The KL of the elements of a batch.
 
     Attributes:
         value: `[*elements, …]`; dimensions after the elements are latent ones, still to be summed.
-        per_dimension: `[*elements, *latent]`, the very same tensor where all comes from one evaluation; None where the
-            KL does not split.
+        per_dimension: `[*elements, *latent]`, the same tensor object if both come from one evaluation; None if the KL
+            does not split.
     """
 
     value: Tensor
@@ -52,7 +52,7 @@ def divergence(
     batch: Batch,
     generator: torch.Generator | None = None,
     *,
-    reduction: str = "mean",
+    reduction: str,
     must_split: bool = False,
 ) -> Divergence:
     """Return the KL of the elements of a batch, and tell the observers of `kl`.
@@ -63,16 +63,17 @@ def divergence(
         p: the prior.
         batch: which elements count.
         generator: where a sampling method takes its randomness from.
-        reduction: how the KL that the observers are told is reduced.
-        must_split: whether the loss is made of the single dimensions: a sampling method then draws for them anew.
-            Otherwise they are a report, whose draws are made beside the caller's random stream, always the same.
+        reduction: how the KL is reduced for the observers.
+        must_split: whether the loss depends on the single dimensions: a sampling method then draws for them anew.
+            Otherwise they are only reported, from draws that are always the same and leave the caller's random
+            stream as it is.
 
     Raises:
         ValueError: if `must_split` and the KL does not split.
     """
     batch_shape = check_pair(q, p)
     if batch.weights is not None:
-        # one by one: where a hook breaks the graph, Dynamo loses an iterator over the two
+        # one by one: if a hook breaks the graph, Dynamo loses an iterator over the two
         keep = batch.weights != 0
         q = replace_examples(q, keep, batch_shape)
         p = replace_examples(p, keep, batch_shape)
@@ -104,7 +105,7 @@ def _divergence(
 
 
 def _values(kl: KLLoss, q: Distribution, p: Distribution, batch: Batch, generator: torch.Generator | None) -> Tensor:
-    """Return the KL `[*elements, …]` of a pair without what is masked, by a call that the hooks of `kl` see."""
+    """Return the KL `[*elements, …]` of a pair without masked elements, by a call that the hooks of `kl` see."""
     if not batch.has_parts:
         return kl(q, p, mask=None if batch.weights is None else batch.weights != 0, generator=generator)
     if not is_hooked(kl):
@@ -116,9 +117,9 @@ def _values(kl: KLLoss, q: Distribution, p: Distribution, batch: Batch, generato
 
 
 def call_hooks(kl: KLLoss, q: Distribution, p: Distribution, batch: Batch) -> None:
-    """Call the loss for a user's forward hooks, where its value was found in another way.
+    """Call the loss once for the user's forward hooks, after its KL was computed without a call.
 
-    Only where nothing is drawn: training is then bit for bit the same, hooked or not.
+    Only for methods that draw nothing: training is then bit for bit the same with and without hooks.
     """
     if is_hooked(kl):
         with torch.no_grad(), kl.unobserved():
@@ -127,25 +128,27 @@ def call_hooks(kl: KLLoss, q: Distribution, p: Distribution, batch: Batch) -> No
 
 def is_hooked(kl: KLLoss) -> bool:
     """Return whether the loss has forward hooks beside those that tell its observers."""
+    if not (kl._forward_pre_hooks or kl._forward_hooks):
+        return False
     hooks = *kl._forward_pre_hooks.values(), *kl._forward_hooks.values()
-    return bool(hooks) and any(hook not in kl._observer_hooks for hook in hooks)
+    return any(hook not in kl._observer_hooks for hook in hooks)
 
 
 def _is_plain_normal(kl: KLLoss, mean: Tensor, logvar: Tensor) -> bool:
-    """Return whether there is nothing to choose and nothing to complain about: the closed form of float32 tensors."""
+    """Return whether the pair takes the closed form in float32 and needs no warning."""
     if not is_closed_form(kl) or is_traced() or not mean.dtype == logvar.dtype == torch.float32:
         return False
     return mean.shape == logvar.shape and not mean.is_meta and mean.numel() > 0 and not _is_extreme(mean, logvar)
 
 
 def is_closed_form(kl: KLLoss) -> bool:
-    """Return whether the loss takes the closed form wherever there is one."""
+    """Return whether the loss takes the closed form of every pair that has one."""
     method = kl.method
     return type(method.methods[0] if type(method) is FirstOf else method) is ClosedForm
 
 
 def _of_usual_pair(kl: KLLoss, q: Distribution, p: Distribution) -> Divergence | None:
-    """Return the KL of `diagonal_normal(mean, logvar)` to the standard Normal, by one evaluation in all."""
+    """Return the KL of `diagonal_normal(mean, logvar)` to the standard Normal by a single evaluation."""
     moments = moments_of(q, p)
     if moments is None or not _is_plain_normal(kl, *moments):
         return None
@@ -166,7 +169,7 @@ def moments_of(q: Distribution, p: Distribution) -> tuple[Tensor, Tensor] | None
 def _split(
     kl: KLLoss, q: Distribution, p: Distribution, num_elements: int, generator: torch.Generator | None, is_report: bool
 ) -> Tensor | None:
-    """Return the KL of the latent dimensions, None where there are none to be told apart."""
+    """Return the KL of the single latent dimensions; None if the KL does not split."""
     q, p, _ = peel(q, p)
     if len(check_pair(q, p)) <= num_elements:
         return None
@@ -177,7 +180,7 @@ def _split(
 
 
 class _NormalTerms(torch.autograd.Function):
-    """Compute ½ (μ² + exp(v) - 1 - v): float64 subtracts what is left of a float32 v near 0 without a series."""
+    """Compute ½ (μ² + exp(v) - 1 - v), with the difference in float64: near v = 0 float32 would need a series."""
 
     @staticmethod
     def forward(ctx: Any, loc: Tensor, logvar: Tensor) -> Tensor:
@@ -193,7 +196,7 @@ class _NormalTerms(torch.autograd.Function):
         by_loc = grad * loc if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return by_loc, None
-        # A second derivative has to see where the first one comes from.
+        # A second derivative needs the first one in the graph.
         growth = logvar.expm1() if torch.is_grad_enabled() else ctx.growth
         return by_loc, (grad * 0.5) * growth
 
@@ -214,7 +217,7 @@ def _warn_of_extreme_logvar(q: Distribution) -> None:
     if q.logvar.numel() > 0 and _is_extreme(torch.zeros(()), q.logvar):
         warnings.warn(
             "logvar should stay within ±80, got values beyond: a variance of exp(±80) means that training diverges, or "
-            "that something else than the logarithm of a variance was passed. Lower the learning rate, or clamp it.",
+            "that something other than the logarithm of a variance was passed. Lower the learning rate, or clamp it.",
             UserWarning,
             stacklevel=2,
         )

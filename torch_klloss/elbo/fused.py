@@ -1,4 +1,4 @@
-"""The plain loss of a VAE in one node of the graph: small batches are a matter of how many operations are recorded."""
+"""The plain loss of a VAE as one node of the graph: recording operations is what small batches spend their time on."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from torch_klloss.elbo.terms import ELBOTerms
 from torch_klloss.losses import KLLoss
 from torch_klloss.numerics.tracing import is_autocast_enabled, is_traced
 
-_ENOUGH = 0.02  # nats a dimension: above, the float32 exp(v) - 1 - v has digits to spare
-_SUM = 2  # what torch's own kernels call reduction="sum"
+_ENOUGH = 0.02  # nats a dimension: above it, exp(v) - 1 - v is accurate enough in float32
+_SUM = 2  # reduction="sum" in torch's own kernels
 
 
 def can_fuse(kl: KLLoss, recon: Tensor, x: Tensor, mean: Tensor, logvar: Tensor) -> bool:
-    """Return whether there is nothing to choose: float32 tensors, and a loss that takes the closed form."""
+    """Return whether the fused kernel applies: eager float32 tensors, and a loss that takes the closed form."""
     if not recon.dtype == x.dtype == mean.dtype == logvar.dtype == torch.float32 or mean.shape != logvar.shape:
         return False
     is_filled = mean.dim() > kl.batch_dims and mean.numel() > 0 and not mean.is_meta
-    is_quiet = not (x.requires_grad or is_autocast_enabled() or is_traced())
-    return is_filled and is_quiet and is_closed_form(kl)
+    is_eager = not (x.requires_grad or is_autocast_enabled() or is_traced())
+    return is_filled and is_eager and is_closed_form(kl)
 
 
 def plain_elbo(
@@ -51,7 +51,7 @@ def plain_elbo(
         batch_dims: how many leading dimensions index examples.
 
     Returns:
-        The terms; None for a posterior that has to be complained about, which is left to the general way.
+        The terms; None if the posterior needs a warning, which the general path gives.
     """
     try:
         loss, reconstruction, kl, each = _PlainELBO.apply(recon, x, mean, logvar, beta, likelihood, batch_dims)
@@ -99,7 +99,7 @@ class _PlainELBO(torch.autograd.Function):
         to_loss, to_kl = _as_number(by_loss), _as_number(by_kl)
         to_nll = _added((to_loss, 1 / count), (by_nll, 1 / count))
         to_kl = _added((to_loss, beta / count), (to_kl, 1 / count), (by_each, 1 / count))
-        # A second derivative has to see where the first one comes from.
+        # A second derivative needs the first one in the graph.
         growth = logvar.expm1() if torch.is_grad_enabled() else ctx.growth
         by_recon = None if to_nll is None or not needs_recon else _NLL_GRADIENT[likelihood](to_nll, recon, x)
         if to_kl is None:
@@ -121,14 +121,14 @@ def _sum(terms: Tensor, batch_dims: int) -> Tensor:
 
 
 def _as_number(grad: Tensor | None) -> Tensor | float | None:
-    """Return a gradient as a number where it is one, on a processor that has it at hand."""
+    """Return a scalar gradient in the CPU's memory as a number, and any other as it is."""
     if grad is None or grad.dim() > 0 or not grad.is_cpu or torch.is_grad_enabled():
         return grad
     return grad.item()
 
 
 def _added(*terms: tuple[Tensor | float | None, float]) -> Tensor | float | None:
-    """Return the sum of what there is."""
+    """Return Σ gradient · factor over the gradients that are not None; None if all are."""
     total: Tensor | float | None = None
     for grad, factor in terms:
         if grad is not None:

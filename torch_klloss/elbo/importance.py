@@ -33,7 +33,7 @@ class IWAELoss(nn.Module):
 
     - "doubly_reparameterized": to q's parameters Σ w̃_k² ∂log w_k/∂z_k ∂z_k/∂φ with the normalised weights w̃; its
       signal-to-noise ratio does not vanish with K.
-    - "pathwise": through the bound as it stands; to q's parameters its signal-to-noise ratio falls as 1/√K.
+    - "pathwise": through the bound itself; to q's parameters its signal-to-noise ratio falls as 1/√K.
     - "none": no gradient to q; for a q that has no `rsample`, and for evaluation.
 
     Args:
@@ -139,7 +139,7 @@ class IWAELoss(nn.Module):
         return negative_log_prob(p_x, x.expand(shape))
 
     def _gradient_for(self, q: Distribution) -> str:
-        """Return how q is differentiated; refuse what would be wrong for it."""
+        """Return how q is differentiated, or raise an error if `gradient` would be wrong for it."""
         if self.gradient == "none" or not torch.is_grad_enabled():
             return "none"
         if not q.has_rsample or is_discrete(q):
@@ -160,7 +160,7 @@ class IWAELoss(nn.Module):
 
 
 def _square_weights(z: Tensor, log_weight: Tensor) -> None:
-    """Multiply the gradient that reaches z, which has the weights w̃ in it, by w̃ once more."""
+    """Multiply the gradient to z, which contains the weights w̃, by w̃ once more."""
     weights = log_weight.detach().softmax(0)
     weights = weights.reshape(weights.shape + (1,) * (z.dim() - weights.dim()))
     z.register_hook(lambda grad: weights * grad)

@@ -25,7 +25,7 @@ def full_precision(t: Tensor) -> Tensor:
 
 
 def check_likelihood(likelihood: str) -> None:
-    """Raise a ValueError for a likelihood that there is not."""
+    """Raise a ValueError for an unknown likelihood."""
     if likelihood not in _LIKELIHOODS:
         raise ValueError(f"likelihood must be 'bernoulli', 'bernoulli_logits' or 'gaussian', got {likelihood!r}.")
 
@@ -45,11 +45,11 @@ def negative_log_prob(p_x: Distribution, x: Tensor) -> Tensor:
 
 
 def check_shape(p_x: Distribution, x: Tensor, elements: torch.Size) -> None:
-    """Raise an error where x is not what p_x is a distribution over, or p_x not one of the examples."""
+    """Raise an error if x has not the shape of p_x, or p_x not that of the examples first."""
     if not isinstance(p_x, Distribution):
         raise TypeError(
             f"p_x must be a torch.distributions.Distribution over x, got {type(p_x).__name__}; for the tensor that a "
-            "decoder gives use from_tensors(recon, x, mean, logvar, likelihood=…)."
+            "decoder returns use from_tensors(recon, x, mean, logvar, likelihood=…)."
         )
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}.")
@@ -88,8 +88,8 @@ def log_bernoulli(probs: Tensor, x: Tensor) -> Tensor:
 
 
 def check_values(recon: Tensor, x: Tensor, likelihood: LikelihoodName) -> None:
-    """Raise a ValueError where x, or probabilities, are not what the likelihood is about."""
-    if not _can_look(x):
+    """Raise a ValueError if x, or the probabilities, lie outside the range of the likelihood."""
+    if not _can_check(x):
         return
     if likelihood == "gaussian":
         _check_finite(x)
@@ -99,33 +99,33 @@ def check_values(recon: Tensor, x: Tensor, likelihood: LikelihoodName) -> None:
         _check_unit_interval(recon, "recon", "apply a sigmoid, or use likelihood='bernoulli_logits'")
 
 
-def _check_unit_interval(t: Tensor, which: str, way_out: str) -> None:
+def _check_unit_interval(t: Tensor, which: str, advice: str) -> None:
     low, high = (end.item() for end in torch.aminmax(t.detach() if t.requires_grad else t))
     if not (low >= 0 and high <= 1):
         raise ValueError(
-            f"{which} must lie in [0, 1] under a Bernoulli likelihood, got values from {low:g} to {high:g}: {way_out}."
+            f"{which} must lie in [0, 1] under a Bernoulli likelihood, got values from {low:g} to {high:g}: {advice}."
         )
 
 
 def _check_finite(x: Tensor) -> None:
     if not math.isfinite(x.detach().abs().amax().item()):
-        raise ValueError("x must be finite under a Gaussian likelihood, got NaN or an infinity; mask what is missing.")
+        raise ValueError("x must be finite under a Gaussian likelihood, got NaN or an infinity; mask missing values.")
 
 
-def _can_look(t: Tensor) -> bool:
+def _can_check(t: Tensor) -> bool:
     return not is_traced() and not t.is_meta and t.numel() > 0 and Distribution._validate_args
 
 
 def logits_of(p_x: Distribution) -> Tensor | None:
-    """Return the logits that a Bernoulli was built from, None where it was not, or is none."""
+    """Return the logits that a Bernoulli was built from; None for any other distribution."""
     base = p_x.base_dist if type(p_x) is Independent else p_x
     return base.logits if type(base) is Bernoulli and "logits" in vars(base) else None
 
 
 def check_support(p_x: Distribution, x: Tensor) -> None:
-    """Raise a ValueError where x lies outside of the support of p_x."""
+    """Raise a ValueError if x lies outside the support of p_x."""
     support = support_of(p_x)
-    if support is None or not _can_look(x):
+    if support is None or not _can_check(x):
         return
     innermost = support
     while isinstance(innermost, constraints.independent):

@@ -14,7 +14,7 @@ from torch.distributions import Distribution
 from torch_klloss.distributions.checks import check_pair
 from torch_klloss.distributions.families import diagonal_normal, standard_normal_like
 from torch_klloss.distributions.tensors import replace_examples
-from torch_klloss.elbo.arguments import Latents, check_moments, num_element_dims, pairs_of, same_shape, total
+from torch_klloss.elbo.arguments import Latents, check_moments, num_element_dims, pairs_of, same_shape, sum_levels
 from torch_klloss.elbo.batches import batch_of
 from torch_klloss.elbo.control import BetaController
 from torch_klloss.elbo.divergence import Divergence, call_hooks, divergence, is_hooked, moments_of
@@ -52,18 +52,17 @@ class ELBOLoss(nn.Module):
     Args:
         kl: computes the KL. Its `reduction` and `batch_dims` hold for all terms; a copy of it is the submodule `kl`.
         beta: the weight of the KL, at least 0: a number, a Schedule, which needs `step`, or a controller
-            (`GECO`, `PIControl`). The attribute `beta` is the number in force, and may be set.
+            (`GECO`, `PIControl`). The attribute `beta` is the current number, and may be set.
         free_nats: nats that cost nothing; see `FreeNats`.
         free_nats_per: "example", "dimension" or "group".
-        free_nats_groups: how many groups of equal size the dimensions of each level make up; with None, each (q, p)
-            pair is a group.
-        capacity: C ≥ 0, a number or a Schedule: β · |KL - C| takes the place of β · KL. The β there is the paper's γ,
-            and is large.
-        balance: which share of the KL's gradient the learned prior gets, in [0, 1]; the posterior gets the rest.
-            DreamerV2 has 0.8. Without it both get all of it.
+        free_nats_groups: into how many groups of equal size the dimensions of each level are divided; with None, each
+            (q, p) pair is a group.
+        capacity: C ≥ 0, a number or a Schedule: β · |KL - C| replaces β · KL. β is then the paper's γ, and is large.
+        balance: the learned prior's share of the KL's gradient, in [0, 1]; the posterior gets the rest. DreamerV2 has
+            0.8. With None both get the whole gradient.
 
     Raises:
-        TypeError: if `kl` is no KLLoss.
+        TypeError: if `kl` is not a KLLoss.
         ValueError: if a setting is out of its range, or two exclude one another.
 
     References:
@@ -118,7 +117,7 @@ class ELBOLoss(nn.Module):
 
     @property
     def beta(self) -> float:
-        """The weight of the KL in force without a `step`; set it to drive the weight from outside."""
+        """The weight of the KL in a call without `step`; set it to drive the weight from outside."""
         if self.controller is not None:
             return float(self.controller.beta)
         if self._beta is None and self.schedule is not None:
@@ -149,11 +148,11 @@ class ELBOLoss(nn.Module):
             p_x: the likelihood p(x|z) at a z that was drawn from q by `rsample`, `[*examples, …]`.
             x: the data, of p_x's batch and event shape.
             q: the posterior q(z|x), `[*examples, …]`; for a hierarchy a list of (q, p) pairs, or of posteriors.
-            p: the prior p(z); a list of them where q is one; None where q is a list of pairs.
-            step: where a Schedule stands.
+            p: the prior p(z); a list if q is a list of posteriors; None if q is a list of pairs.
+            step: the step at which a Schedule is evaluated.
             mask: bool or weights: `[*examples]`, or with more dimensions, as `[batch, time]`. Steps of weight zero are
-                left out of the sums of their sequence. What counts for nothing may be NaN.
-            generator: where a sampled KL takes its randomness from.
+                left out of the sums of their sequence. Elements of weight zero may be NaN.
+            generator: the source of randomness of a sampled KL.
             lengths: in place of a mask `[batch, time]`, how many steps of each sequence count.
 
         For sequences `[batch, time, latent]`, q and p of batch shape `[batch, time]`, the default `batch_dims=1` gives
@@ -175,7 +174,7 @@ class ELBOLoss(nn.Module):
             check_shape(p_x, x, batch.elements)
             if batch.weights is not None:
                 p_x, x = replace_examples(p_x, batch.weights != 0, p_x.batch_shape), batch.take(x)
-            # by index: where a hook breaks the graph, Dynamo loses an iterator over the pairs
+            # by index: if a hook breaks the graph, Dynamo loses an iterator over the pairs
             levels = [self._divergence(*pairs[level], batch, generator) for level in range(len(pairs))]
             return self._terms(negative_log_prob(p_x, x), levels, batch, step)
 
@@ -235,7 +234,7 @@ class ELBOLoss(nn.Module):
             return self._terms(tensor_nll(recon, x, likelihood), [level], batch, step)
 
     def _is_plain(self) -> bool:
-        """Return whether the loss is reconstruction + β · KL and no more, with a number for β."""
+        """Return whether the loss is just reconstruction + β · KL, with a number for β."""
         if self.reduction != "mean" or self.free_nats.nats > 0:
             return False
         return self.controller is None and self.capacity is None and self.balance is None
@@ -243,7 +242,7 @@ class ELBOLoss(nn.Module):
     def _plain_terms(
         self, recon: Tensor, x: Tensor, mean: Tensor, logvar: Tensor, likelihood: LikelihoodName, step: float | None
     ) -> ELBOTerms | None:
-        """Return the terms by the short way of small steps; None where it does not lead there."""
+        """Return the terms by the fused kernel; None where it does not apply."""
         kl = self.kl
         if not can_fuse(kl, recon, x, mean, logvar):
             return None
@@ -254,7 +253,7 @@ class ELBOLoss(nn.Module):
     def _plain_terms_of(
         self, p_x: Distribution, x: Tensor, q: Distribution, p: Distribution, step: float | None
     ) -> ELBOTerms | None:
-        """Return the same for a Bernoulli of logits, and the usual pair."""
+        """Return the same from distributions: a Bernoulli of logits, `diagonal_normal` and its standard Normal."""
         kl, moments, logits = self.kl, moments_of(q, p), logits_of(p_x)
         if moments is None or logits is None or len(q.batch_shape) < kl.batch_dims:
             return None
@@ -268,7 +267,7 @@ class ELBOLoss(nn.Module):
         self, recon: Tensor, x: Tensor, mean: Tensor, logvar: Tensor, likelihood: LikelihoodName, step: float | None
     ) -> ELBOTerms | None:
         kl = self.kl
-        terms = plain_elbo(recon, x, mean, logvar, self._number(step), likelihood, kl.batch_dims)
+        terms = plain_elbo(recon, x, mean, logvar, self._beta_at(step), likelihood, kl.batch_dims)
         if terms is not None and (kl.observers or is_hooked(kl)):
             batch = batch_of(mean.shape[: kl.batch_dims], kl.batch_dims)
             q = diagonal_normal(mean, logvar, kl.batch_dims)
@@ -286,7 +285,7 @@ class ELBOLoss(nn.Module):
         per_level = tuple(
             level.reduce(batch, self.reduction, average) for level, average in zip(levels, averages, strict=True)
         )
-        kl = total(per_level)
+        kl = sum_levels(per_level)
         beta = self._weight(reconstruction, kl, step)
         penalty = self._penalty(per_level, averages, levels, batch, step)
         each = averages if len(levels) > 1 else averages[0]
@@ -308,33 +307,33 @@ class ELBOLoss(nn.Module):
         batch: Batch,
         step: float | None,
     ) -> Tensor:
-        """Return what β weighs: the KL, or what free nats or the capacity make of it."""
+        """Return the number that β weighs: the KL, or the KL changed by free nats or the capacity."""
         if self.capacity is not None:
-            return (total(kl_per_level) - _at_step("capacity", self.capacity, step)).abs()
+            return (sum_levels(kl_per_level) - _at_step("capacity", self.capacity, step)).abs()
         if self.free_nats.nats == 0:
-            return total(kl_per_level)
-        if self.free_nats.averages:
+            return sum_levels(kl_per_level)
+        if self.free_nats.uses_averages:
             return self.free_nats.floor_averages(kl_per_level, averages)
-        per_example = total([batch.per_example(level.value) for level in levels])
+        per_example = sum_levels([batch.per_example(level.value) for level in levels])
         return batch.reduce(self.free_nats.floor_each(per_example), self.reduction)
 
     def _weight(self, reconstruction: Tensor, kl: Tensor, step: float | None) -> float | Tensor:
         if self.controller is not None:
             beta: Tensor = self.controller(reconstruction.detach(), kl.detach())
             return beta
-        return self._number(step)
+        return self._beta_at(step)
 
-    def _number(self, step: float | None) -> float:
+    def _beta_at(self, step: float | None) -> float:
         if self.schedule is not None and (step is not None or self._beta is None):
             return _at_step("beta", self.schedule, step)
         return self.beta
 
     def _check_combination(self) -> None:
         if self.free_nats.nats > 0 and self.capacity is not None:
-            raise ValueError("free_nats and capacity both say where the KL may stay: give one of them.")
+            raise ValueError("free_nats and capacity both say how large the KL may stay: give one of them.")
         averaging = {
             "capacity": self.capacity is not None,
-            f"free_nats_per={self.free_nats.per!r}": self.free_nats.averages,
+            f"free_nats_per={self.free_nats.per!r}": self.free_nats.uses_averages,
             type(self.controller).__name__: self.controller is not None,
         }
         for option, is_set in averaging.items():

@@ -1,4 +1,4 @@
-"""What the VAE loss returns."""
+"""Terms of the VAE loss."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor
 
 
 class ELBOTerms(NamedTuple):
-    """Hold the loss and what it is made of, in nats per example; all tensors carry gradients.
+    """The loss and its terms, in nats per example; all tensors carry gradients.
 
     Attributes:
-        loss: what to minimise: reconstruction + beta · kl, with the KL as free nats or a capacity changed it.
+        loss: the number to minimise: reconstruction + beta · kl, with the KL changed by free nats or a capacity.
         reconstruction: the negative log-likelihood, summed over the dimensions of x.
-        kl: the true KL, summed over the latent dimensions and over the levels, whatever the loss made of it.
-        kl_per_dimension: its mean over the examples, `[*latent]`, which sums to `kl`; None where the KL does not split.
+        kl: the true KL, summed over the latent dimensions and over the levels, unchanged by free nats or a capacity.
+        kl_per_dimension: its mean over the examples, `[*latent]`, which sums to `kl`; None if the KL does not split.
             With a list of (q, p) pairs, a tuple with one entry a level.
         beta: the weight of the KL.
-        kl_per_level: the true KL of every (q, p) pair; one entry where there is one.
+        kl_per_level: the true KL of every (q, p) pair; a single entry without a hierarchy.
     """
 
     loss: Tensor

@@ -1,4 +1,4 @@
-"""What the loss makes of the KL before it is weighted: free nats, a capacity, and balanced gradients."""
+"""Free nats and balanced gradients: changes of the KL before it is weighted."""
 
 from __future__ import annotations
 
@@ -20,17 +20,16 @@ FreeNatsPer = Literal["example", "dimension", "group"]
 
 @dataclass(frozen=True)
 class FreeNats:
-    """A number of nats that cost nothing: whatever the KL falls below, it is raised to, and has no gradient there.
+    """A number of nats λ that cost nothing: a smaller KL is raised to λ, and has no gradient there.
 
     - "example": Σ_n max(KL_n, λ) / N, each example by itself.
     - "dimension": Σ_j max(mean_n KL_nj, λ); the mean over the batch comes before the maximum.
     - "group": Σ_g max(mean_n Σ_{j in g} KL_nj, λ). A group is a level, a (q, p) pair, or one of `groups` equal runs of
-      its
-      dimensions: `groups` = channels for a latent `[channels, height, width]`.
+      its dimensions: `groups` = channels for a latent `[channels, height, width]`.
 
     Args:
         nats: λ ≥ 0.
-        per: of what.
+        per: the sum that is raised: that of an example, of a dimension or of a group.
         groups: how many groups each level is divided into.
 
     References:
@@ -54,11 +53,11 @@ class FreeNats:
 
     @property
     def must_split(self) -> bool:
-        """Whether the KL has to come dimension by dimension."""
+        """Whether the KL is needed for every dimension."""
         return self.nats > 0 and (self.per == "dimension" or self.groups is not None)
 
     @property
-    def averages(self) -> bool:
+    def uses_averages(self) -> bool:
         """Whether the mean over the batch comes before the maximum."""
         return self.nats > 0 and self.per != "example"
 
@@ -115,7 +114,7 @@ def _with_scaled_gradient(d: Distribution, factor: float) -> Distribution:
 
 
 def scale_gradient(t: Tensor, factor: float) -> Tensor:
-    """Return t, whose gradient is multiplied by `factor` on the way back."""
+    """Return t, with its gradient multiplied by `factor`."""
     scaled: Tensor = _ScaleGradient.apply(t, factor)
     return scaled
 
