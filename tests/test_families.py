@@ -34,13 +34,13 @@ def test_every_family_of_the_library_is_declared():
 
 
 def test_every_family_with_moments_has_them_in_mpmath():
-    assert names(set(COMPOSED) - set(MOMENTS)) == [], "add an entry to FAMILIES in tests/references/composed.py"
+    assert names(set(COMPOSED) - set(MOMENTS)) == [], "add an entry to MOMENTS in tests/references/beyond_torch.py"
 
 
 def test_every_rule_of_one_family_has_a_reference_in_mpmath():
     referenced = {cls for reference in references() for cls in (reference.type_q, reference.type_p)}
     missing = {q for q, p in _RULES if q is p} - referenced - {dist.TransformedDistribution}  # of any base
-    assert names(missing) == [], "add an entry to REFERENCES in a file of tests/references, such as beyond_torch.py"
+    assert names(missing) == [], "add an entry to REFERENCES in tests/references/beyond_torch.py"
 
 
 def test_the_names_of_the_entries_are_unique():
