@@ -102,6 +102,13 @@ class Line:
             inner = torch.stack(inner).sort(0).values if inner else ()
         return integrate(q, p, [first, *inner, last], self.density, other.density)
 
+    def mass_below(self, d: Distribution, x: Tensor) -> Tensor:
+        """Return the probability of values below x `[*batch]`."""
+        first, *inner, _ = self.ends(d)
+        inner = [torch.minimum(_as_batch(end, x.shape), x) for end in inner]
+        log_ratio_of_one = integrate(d, d, [first, *inner, x], self.density, lambda d, x: self.density(d, x) - 1)
+        return log_ratio_of_one.value
+
 
 def _as_batch(end: Tensor | float, batch_shape: torch.Size) -> Tensor:
     return torch.as_tensor(end, dtype=torch.float64).expand(batch_shape)

@@ -1,4 +1,4 @@
-"""What every family obeys, whichever formula computes it. The families are listed in `tests/families.py`."""
+"""Laws that every family of `tests/families.py` obeys, whichever formula computes its KL."""
 
 import math
 from collections.abc import Callable
@@ -21,7 +21,9 @@ from tests.expectations import Reference
 from tests.families import FAMILIES, Counts, Family, Line, reference
 from torch_klloss import NotCertifiedError, has_closed_form, kl_divergence
 from torch_klloss.closed_forms.registry import find_rule
+from torch_klloss.distributions.densities import log_density
 from torch_klloss.methods import ClosedForm, Enumeration, MonteCarlo
+from torch_klloss.samplers.transport import transport
 
 # torch's Wishart.rsample takes a sample for singular where it is not: it warns always.
 pytestmark = pytest.mark.filterwarnings("ignore:Singular sample detected:UserWarning")
@@ -201,6 +203,27 @@ def test_every_batch_element_is_what_it_is_alone(f, method, data):
     q_raw, p_raw = (x.expand(*shape, f.size).reshape(-1, f.size) for x in (q_raw, p_raw))
     alone = torch.stack([method.estimate(f(x), f(y)).value for x, y in zip(q_raw, p_raw, strict=True)])
     torch.testing.assert_close(together.flatten(), alone, rtol=0, atol=_atol(f, alone))
+
+
+ON_A_LINE = [f for f in LAWFUL if isinstance(f.kl, Line)]
+LEVELS = torch.tensor([1e-3, 0.1, 0.3, 0.5, 0.8, 0.97], dtype=torch.float64)
+
+
+@each([f for f in ON_A_LINE if one_of(f, 0.0).has_rsample])
+def test_points_from_uniform_numbers_are_the_quantiles_of_the_density(f):
+    generator = torch.Generator().manual_seed(1)
+    raw = 2 * torch.rand(3, f.size, generator=generator, dtype=torch.float64) - 1
+    levels = LEVELS.unsqueeze(-1).expand(-1, 3)
+    x = transport(f(raw, validate_args=False), levels.unsqueeze(-1), differentiable=False)
+    below = f.kl.mass_below(f(raw.expand(len(LEVELS), 3, f.size), validate_args=False), x)
+    torch.testing.assert_close(below, levels, rtol=1e-7, atol=1e-9)
+
+
+@each(ON_A_LINE)
+def test_the_density_of_quadrature_is_that_of_the_definition(f):
+    q = f(torch.linspace(-0.9, 0.9, 3 * f.size, dtype=torch.float64).reshape(3, f.size), validate_args=False)
+    x = q.sample((100,))
+    torch.testing.assert_close(log_density(q, x, True), f.kl.density(q, x), rtol=1e-10, atol=1e-10)
 
 
 @each([f for f in EXACT if isinstance(f.kl, Line)])

@@ -1,4 +1,4 @@
-"""The same-family pairs that torch lacks: what their KL is in mpmath, by the textbook, and where to look."""
+"""Families whose closed forms torch lacks, by the textbook, in mpmath: the KL of two members, and the moments."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from torch.distributions.relaxed_bernoulli import LogitRelaxedBernoulli
 from tests.references.elementary import bernoulli, categories, categories_gradient, logit, positive, probability, real
 from tests.references.gamma_family import concentration, drawn, gamma, gamma_gradient, rate
 from tests.references.harness import Exact, Reference, log_uniform
+from tests.references.moments import Family, Moments, gamma_ratio, half_line, spread, unit
+from tests.references.moments import drawn as one_side
 from torch_klloss.distributions.logistic import Logistic
 
 Arrays = dict[str, Any]
@@ -76,9 +78,29 @@ def weibull_gradient(q: Exact, p: Exact) -> tuple[Exact, Exact]:
     return {"scale": by_a, "concentration": by_k}, {"scale": -by_a * a / b, "concentration": by_l}
 
 
+def weibull_cross_entropy(p: Exact, q: Any) -> Any:
+    k, scale = p["concentration"], p["scale"]
+    return k * mpmath.log(scale) - mpmath.log(k) - (k - 1) * q.log() + q.power(k) / scale**k
+
+
 def kumaraswamy(q: Exact, p: Exact) -> Any:
     ratio = p["concentration0"] / q["concentration0"]
     return ratio - 1 - mpmath.log(ratio)
+
+
+def kumaraswamy_moments(p: Exact) -> Moments:
+    a, b = p["concentration1"], p["concentration0"]
+
+    def log1m() -> Any:
+        def at(t: Any) -> Any:
+            return mpmath.exp(-t) * mpmath.log(-mpmath.expm1(mpmath.log1p(-mpmath.exp(-t / b)) / a))
+
+        return mpmath.quad(
+            at,
+            sorted({mpmath.mpf(0), b / 10, b, 10 * b, mpmath.mpf(1), mpmath.mpf(10), mpmath.mpf(40), mpmath.mpf(150)}),
+        )
+
+    return Moments(lambda k: b * mpmath.beta(1 + k / a, b), -a, log1m=log1m)
 
 
 def negative_binomial(q: Exact, p: Exact) -> Any:
@@ -212,3 +234,42 @@ REFERENCES = [
         **_RELAXED,
     ),
 ]
+
+MOMENTS = {
+    InverseGamma: Family(
+        one_side(concentration=spread(0.3, 20, 1e-2, 1e3), rate=spread(0.2, 5, 1e-3, 1e3)),
+        half_line,
+        lambda p: (
+            p["concentration"]
+            + mpmath.log(p["rate"])
+            + mpmath.loggamma(p["concentration"])
+            - (1 + p["concentration"]) * mpmath.psi(0, p["concentration"])
+        ),
+        lambda p: Moments(
+            lambda k: gamma_ratio(p["concentration"], -k) * p["rate"] ** k, -mpmath.inf, p["concentration"]
+        ),
+        lambda p, q: (
+            mpmath.loggamma(p["concentration"])
+            - p["concentration"] * mpmath.log(p["rate"])
+            + (p["concentration"] + 1) * q.log()
+            + p["rate"] * q.power(-1)
+        ),
+    ),
+    Kumaraswamy: Family(
+        one_side(concentration1=spread(0.3, 10, 0.05, 50), concentration0=spread(0.3, 10, 0.05, 50)),
+        unit,
+        lambda p: (
+            (1 - 1 / p["concentration0"])
+            + (1 - 1 / p["concentration1"]) * (mpmath.psi(0, p["concentration0"] + 1) + mpmath.euler)
+            - mpmath.log(p["concentration1"] * p["concentration0"])
+        ),
+        kumaraswamy_moments,
+    ),
+    Weibull: Family(
+        one_side(scale=spread(0.2, 5, 1e-3, 1e3), concentration=spread(0.4, 5, 0.1, 30)),
+        half_line,
+        lambda p: mpmath.euler * (1 - 1 / p["concentration"]) + mpmath.log(p["scale"] / p["concentration"]) + 1,
+        lambda p: Moments(lambda k: p["scale"] ** k * mpmath.gamma(1 + k / p["concentration"]), -p["concentration"]),
+        weibull_cross_entropy,
+    ),
+}

@@ -5,8 +5,6 @@ is its variance. A moment is infinite where the integral diverges.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import mpmath as mp
@@ -14,76 +12,25 @@ import numpy as np
 import torch
 import torch.distributions as dist
 
+from tests.references.beyond_torch import MOMENTS
 from tests.references.harness import Exact, Reference, log_uniform
+from tests.references.moments import (
+    Draw,
+    Family,
+    Moments,
+    drawn,
+    gamma_ratio,
+    half_line,
+    location_scale,
+    positive,
+    real,
+    shape,
+    spread,
+    unit,
+    whole_line,
+)
 
-Draw = Callable[[np.random.Generator, str, int], dict[str, Any]]
 DIGITS = 40
-
-
-class Moments:
-    """The moments of one q, from E[x^k] for low < k < high and from what a family adds."""
-
-    def __init__(self, power: Any = None, low: Any = -mp.inf, high: Any = mp.inf, **others: Any) -> None:
-        self._power, self._low, self._high, self._others = power, low, high, others
-
-    def power(self, k: Any) -> Any:
-        return self._power(k) if self._low < k < self._high else mp.inf
-
-    def mean(self) -> Any:
-        return self._others["mean"]() if "mean" in self._others else self.power(1)
-
-    def second(self) -> Any:
-        return self._others["second"]() if "second" in self._others else self.power(2)
-
-    @cached_property
-    def _mean_of_log(self) -> Any:
-        return mp.diff(self._power, 0)
-
-    def log(self) -> Any:
-        return self._others["log"]() if "log" in self._others else self._mean_of_log
-
-    def log_second(self) -> Any:
-        return mp.diff(self._power, 0, 2)
-
-    def __getattr__(self, name: str) -> Any:
-        return self._others[name]
-
-
-@dataclass(frozen=True)
-class Family:
-    """One family: the draws of its parameters, the ends of its support, its moments as q and its cross-entropy as p.
-
-    Args:
-        draw: (rng, regime, num_draws) -> parameters under torch's names.
-        support: parameters -> its two ends.
-        entropy: parameters -> differential entropy; None where the family is never q.
-        moments: parameters -> moments.
-        cross_entropy: (parameters, moments of q) -> E_q[-log p]; None where the family is never p.
-    """
-
-    draw: Draw
-    support: Callable[[Exact], tuple[Any, Any]]
-    entropy: Callable[[Exact], Any] | None = None
-    moments: Callable[[Exact], Moments] | None = None
-    cross_entropy: Callable[[Exact, Any], Any] | None = None
-
-
-def spread(low: float, high: float, wide_low: float, wide_high: float) -> Callable[..., Any]:
-    """Return a draw that is log-uniform between the two numbers of a regime."""
-    spans = {"moderate": (low, high), "wide": (wide_low, wide_high)}
-    return lambda rng, regime, n: log_uniform(rng, *spans[regime], n)
-
-
-positive = spread(0.2, 5, 1e-3, 1e3)
-shape = spread(0.3, 20, 1e-2, 1e3)
-
-
-def real(rng: np.random.Generator, regime: str, n: int) -> Any:
-    return rng.choice([-1, 1], n) * positive(rng, regime, n)
-
-
-def drawn(**parameters: Callable[..., Any]) -> Draw:
-    return lambda rng, regime, n: {key: draw(rng, regime, n) for key, draw in parameters.items()}
 
 
 def interval(low: Callable[..., Any]) -> Draw:
@@ -92,10 +39,6 @@ def interval(low: Callable[..., Any]) -> Draw:
         return {"low": start, "high": start + positive(rng, regime, n)}
 
     return draw
-
-
-def gamma_ratio(a: Any, k: Any) -> Any:
-    return mp.gamma(a + k) / mp.gamma(a)
 
 
 def beta_moments(p: Exact) -> Moments:
@@ -190,18 +133,6 @@ def uniform_moments(p: Exact) -> Moments:
     )
 
 
-def kumaraswamy_moments(p: Exact) -> Moments:
-    a, b = p["concentration1"], p["concentration0"]
-
-    def log1m() -> Any:
-        def at(t: Any) -> Any:
-            return mp.exp(-t) * mp.log(-mp.expm1(mp.log1p(-mp.exp(-t / b)) / a))
-
-        return mp.quad(at, sorted({mp.mpf(0), b / 10, b, 10 * b, mp.mpf(1), mp.mpf(10), mp.mpf(40), mp.mpf(150)}))
-
-    return Moments(lambda k: b * mp.beta(1 + k / a, b), -a, log1m=log1m)
-
-
 def tilt(p: Exact) -> Moments:
     t = p["logits"]
 
@@ -214,22 +145,6 @@ def tilt(p: Exact) -> Moments:
         second=lambda: mp.exp(t) / mp.expm1(t) - 2 * mean / t,
         laplace=laplace,
     )
-
-
-def location_scale() -> Draw:
-    return drawn(loc=real, scale=positive)
-
-
-def whole_line(p: Exact) -> tuple[Any, Any]:
-    return -mp.inf, mp.inf
-
-
-def half_line(p: Exact) -> tuple[Any, Any]:
-    return mp.mpf(0), mp.inf
-
-
-def unit(p: Exact) -> tuple[Any, Any]:
-    return mp.mpf(0), mp.mpf(1)
 
 
 def generalized_pareto_support(p: Exact) -> tuple[Any, Any]:
@@ -268,11 +183,6 @@ def normal_cross_entropy(p: Exact, q: Any) -> Any:
     )
 
 
-def weibull_cross_entropy(p: Exact, q: Any) -> Any:
-    k, scale = p["concentration"], p["scale"]
-    return k * mp.log(scale) - mp.log(k) - (k - 1) * q.log() + q.power(k) / scale**k
-
-
 def fisher_entropy(p: Exact) -> Any:
     a, b = p["df1"] / 2, p["df2"] / 2
     bend = (1 - a) * mp.psi(0, a) - (1 + b) * mp.psi(0, b) + (a + b) * mp.psi(0, a + b)
@@ -280,6 +190,7 @@ def fisher_entropy(p: Exact) -> Any:
 
 
 FAMILIES: dict[type[dist.Distribution], Family] = {
+    **MOMENTS,
     dist.Beta: Family(
         drawn(concentration1=shape, concentration0=shape),
         unit,
@@ -401,33 +312,6 @@ FAMILIES: dict[type[dist.Distribution], Family] = {
         ),
         lambda p, q: mp.log(mp.pi * p["scale"] ** 2 / 2) / 2 + q.second() / p["scale"] ** 2 / 2,
     ),
-    dist.InverseGamma: Family(
-        drawn(concentration=shape, rate=positive),
-        half_line,
-        lambda p: (
-            p["concentration"]
-            + mp.log(p["rate"])
-            + mp.loggamma(p["concentration"])
-            - (1 + p["concentration"]) * mp.psi(0, p["concentration"])
-        ),
-        lambda p: Moments(lambda k: gamma_ratio(p["concentration"], -k) * p["rate"] ** k, -mp.inf, p["concentration"]),
-        lambda p, q: (
-            mp.loggamma(p["concentration"])
-            - p["concentration"] * mp.log(p["rate"])
-            + (p["concentration"] + 1) * q.log()
-            + p["rate"] * q.power(-1)
-        ),
-    ),
-    dist.Kumaraswamy: Family(
-        drawn(concentration1=spread(0.3, 10, 0.05, 50), concentration0=spread(0.3, 10, 0.05, 50)),
-        unit,
-        lambda p: (
-            (1 - 1 / p["concentration0"])
-            + (1 - 1 / p["concentration1"]) * (mp.psi(0, p["concentration0"] + 1) + mp.euler)
-            - mp.log(p["concentration1"] * p["concentration0"])
-        ),
-        kumaraswamy_moments,
-    ),
     dist.Laplace: Family(
         location_scale(),
         whole_line,
@@ -503,13 +387,6 @@ FAMILIES: dict[type[dist.Distribution], Family] = {
         ),
         lambda p: Moments(),
         lambda p, q: mp.log(2 * mp.pi * mp.besseli(0, p["concentration"])) - p["concentration"] * q.cosine(p["loc"]),
-    ),
-    dist.Weibull: Family(
-        drawn(scale=positive, concentration=spread(0.4, 5, 0.1, 30)),
-        half_line,
-        lambda p: mp.euler * (1 - 1 / p["concentration"]) + mp.log(p["scale"] / p["concentration"]) + 1,
-        lambda p: Moments(lambda k: p["scale"] ** k * mp.gamma(1 + k / p["concentration"]), -p["concentration"]),
-        weibull_cross_entropy,
     ),
 }
 

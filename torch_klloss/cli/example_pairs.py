@@ -1,4 +1,4 @@
-"""Examples of every concrete class in `torch.distributions`: what the table of routes is made of."""
+"""Examples of every concrete class in `torch.distributions`, for the table of routes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch.distributions import Distribution
 
 @dataclass(frozen=True)
 class Example:
-    """Hold an example of a class: two instances of one event shape, without a batch, in float64.
+    """An example of a class: two instances of one event shape, without a batch, in float64.
 
     Attributes:
-        name: the class, with what it is made of: "Independent(Normal)".
-        q: the instance that takes the place of q.
-        p: the one that takes the place of p; its support holds q's.
+        name: the class, and the classes inside it: "Independent(Normal)".
+        q: the instance in the place of q.
+        p: the instance in the place of p; its support holds q's.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Example:
     p: Distribution
 
     def is_of(self, type_name: str) -> bool:
-        """Return whether the example is of the class called `type_name`, or made of it."""
+        """Return whether the example is of the class called `type_name`, or has it inside."""
         return type_name in re.findall(r"\w+", self.name)
 
 
@@ -48,8 +48,8 @@ def all_examples() -> list[Example]:
 
 _Both = tuple[Distribution, Distribution]
 
-# The class, and the parameters of q and of p, of which a support that moves is wider on the side of p.
-_SCALARS: tuple[tuple[type[Distribution], tuple[float, ...], tuple[float, ...]], ...] = (
+# The class, the parameters of q, and those of p, whose support is the wider one where it depends on them.
+SCALARS: tuple[tuple[type[Distribution], tuple[float, ...], tuple[float, ...]], ...] = (
     (dist.Normal, (0.3, 1.2), (-0.2, 1.5)),
     (dist.Laplace, (0.4, 0.8), (-0.1, 1.1)),
     (dist.Cauchy, (0.2, 0.7), (-0.3, 1.3)),
@@ -79,7 +79,7 @@ _SCALARS: tuple[tuple[type[Distribution], tuple[float, ...], tuple[float, ...]],
 
 
 def _scalars() -> Iterator[_Both]:
-    for cls, *parameters in _SCALARS:
+    for cls, *parameters in SCALARS:
         make: Any = cls
         q, p = (make(*map(_tensor, each)) for each in parameters)
         yield q, p
@@ -181,7 +181,7 @@ def _tensor(values: Any) -> Tensor:
 
 
 def _label(d: Any) -> str:
-    """Return the class of d with what it is made of: MixtureSameFamily(Normal)."""
+    """Return the class of d with the classes inside it: MixtureSameFamily(Normal)."""
     name, cls = type(d).__name__, type(d)
     if cls is dist.MixtureSameFamily:
         return f"{name}({_label(d.component_distribution)})"
