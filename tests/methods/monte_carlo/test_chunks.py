@@ -128,7 +128,7 @@ def test_points_that_are_not_random_have_no_error():
 
 @pytest.mark.parametrize("chunk_size", [0, -1, 2.0, True])
 def test_a_chunk_size_that_is_no_positive_integer_is_refused(chunk_size):
-    with pytest.raises(ValueError, match="chunk_size .* must be an integer of at least 1"):
+    with pytest.raises(ValueError, match=r"chunk_size .* must be an integer of at least 1"):
         expectation_in_chunks(lambda *_: None, 4, chunk_size)
 
 

@@ -181,7 +181,7 @@ def test_an_odd_number_of_draws_has_no_two_halves():
 def test_an_unknown_value_or_chunk_size_is_an_error():
     with pytest.raises(ValueError, match=r"value must be one of 'log_ratio', .*'k3', got 'k1'"):
         MonteCarlo(8, value="k1")
-    with pytest.raises(ValueError, match="chunk_size .* must be an integer of at least 1"):
+    with pytest.raises(ValueError, match=r"chunk_size .* must be an integer of at least 1"):
         MonteCarlo(8, chunk_size=0)
     with pytest.raises(ValueError, match="do not go together: log q is integrated exactly"):
         MonteCarlo(8, value="entropy", gradient="sticking_the_landing")
