@@ -50,7 +50,7 @@ def _diagonal_mvn(q: Independent, p: MultivariateNormal) -> Tensor:
     M = torch.linalg.solve_triangular(L, identity, upper=False)
     below = (scale.square() * M.tril(-1).square().sum(-2)).sum(-1)
     distance = _product(M, base.loc.double() - p.loc.double()).square().sum(-1)
-    return (_of_scales(scale, diagonal) + (below + distance) / 2).to(_dtype(q, p))
+    return (_of_scales(scale, diagonal) + (below + distance) / 2).to(dtype_of(q, p))
 
 
 @register_kl(MultivariateNormal, Independent, supports=_supports)
@@ -69,7 +69,7 @@ def _mvn_diagonal(q: MultivariateNormal, p: Independent) -> Tensor:
     below = (L.tril(-1).square().sum(-1) / scale.square()).sum(-1)
     distance = ((q.loc.double() - base.loc.double()) / scale).square().sum(-1)
     diagonal = L.diagonal(dim1=-2, dim2=-1)
-    return (_of_scales(diagonal, scale) + (below + distance) / 2).to(_dtype(q, p))
+    return (_of_scales(diagonal, scale) + (below + distance) / 2).to(dtype_of(q, p))
 
 
 @register_kl(Independent, LowRankMultivariateNormal, supports=_supports)
@@ -87,7 +87,7 @@ def _diagonal_low_rank(q: Any, p: Any) -> Tensor:
     is_nan = scale.isnan()  # no matrix with a NaN has a Cholesky factor
     diagonal = _as_low_rank(base.loc.double(), torch.where(is_nan, 1.0, scale).square())
     value = kl_divergence(*(diagonal if isinstance(d, Independent) else d for d in (q, p)))
-    return torch.where(is_nan.any(-1), torch.nan, value).to(_dtype(q, p))
+    return torch.where(is_nan.any(-1), torch.nan, value).to(dtype_of(q, p))
 
 
 def _otherwise(q: Distribution, p: Distribution) -> Tensor:
@@ -156,7 +156,3 @@ def _of_scales(q: Tensor, p: Tensor) -> Tensor:
 
 def _product(M: Tensor, x: Tensor) -> Tensor:
     return (M @ x.unsqueeze(-1)).squeeze(-1)
-
-
-def _dtype(q: Distribution, p: Distribution) -> torch.dtype:
-    return torch.promote_types(dtype_of(q), dtype_of(p))

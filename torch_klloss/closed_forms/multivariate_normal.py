@@ -41,7 +41,7 @@ def _mvn_mvn(q: _AnyNormal, p: _AnyNormal) -> Tensor:
     multiple of eps · cond(Lp): of float64's eps for float32 factors of at most 32 dimensions, and of the factors' own
     otherwise. A low-rank covariance gets a triangular factor: the other one has one of that size anyway.
     """
-    dtype = torch.promote_types(dtype_of(q), dtype_of(p))
+    dtype = dtype_of(q, p)
     L_q, L_p = _scale_tril(q), _scale_tril(p)
     ratio = isd(*(L.diagonal(dim1=-2, dim2=-1).double() for L in (L_q, L_p))).sum(-1)
     distance = _solve(L_p.double(), (q.loc.double() - p.loc.double()).unsqueeze(-1))
@@ -143,7 +143,7 @@ def _low_rank_low_rank(q: LowRankMultivariateNormal, p: LowRankMultivariateNorma
     distance = _solve_one_plus(V, L, ((q.loc.double() - p.loc.double()) / D_p.sqrt()).unsqueeze(-1))
     is_low = 2 * V.shape[-1] < V.shape[-2]
     spread = _low_rank_spread(V, B, L, D_q, D_p) if is_low else _full_rank_spread(V, B, D_q, D_p)
-    return ((spread + _square(distance)) / 2).clamp_min(0.0).to(torch.promote_types(dtype_of(q), dtype_of(p)))
+    return ((spread + _square(distance)) / 2).clamp_min(0.0).to(dtype_of(q, p))
 
 
 def _whitened_factors(q_factor: Tensor, p_factor: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:

@@ -137,7 +137,7 @@ def kl_divergence(q: Distribution, p: Distribution) -> Tensor:
         tensor(0.5000)
     """
     batch_shape = check_pair(q, p)
-    dtype = torch.promote_types(dtype_of(q), dtype_of(p))
+    dtype = dtype_of(q, p)
     resolution = resolve(in_full_precision(q), in_full_precision(p))
     if resolution is None:
         refuse(q, p)

@@ -45,9 +45,12 @@ def device_of(d: Distribution) -> torch.device:
     return tensors[0].device if tensors else torch.get_default_device()
 
 
-def dtype_of(d: Distribution) -> torch.dtype:
-    """Return the widest floating dtype among d's tensors; the default dtype where it has none."""
-    return dtype_and_device_of(d)[0]
+def dtype_of(d: Distribution, *others: Distribution) -> torch.dtype:
+    """Return the widest floating dtype among the tensors; the default dtype for a distribution without any."""
+    dtype = dtype_and_device_of(d)[0]
+    for other in others:
+        dtype = torch.promote_types(dtype, dtype_and_device_of(other)[0])
+    return dtype
 
 
 def dtype_and_device_of(d: Distribution) -> tuple[torch.dtype, torch.device]:

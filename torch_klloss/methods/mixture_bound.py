@@ -95,7 +95,7 @@ class MixtureBound(BaseMethod):
             )
         f, g = _components(inner_q), _components(inner_p)
         value = _upper(f, g, self.num_iterations) if self.side == "upper" else _lower(f, g)
-        dtype = torch.promote_types(dtype_of(q), dtype_of(p))
+        dtype = dtype_of(q, p)
         return KLEstimate(
             sum_last(value, peeled).to(dtype).expand(batch_shape), exact=False, method=f"{self.side} bound"
         )

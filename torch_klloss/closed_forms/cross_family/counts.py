@@ -49,4 +49,4 @@ def _poisson_binomial(q: dist.Poisson, p: dist.Bernoulli | dist.Binomial) -> Ten
     at_zero = count * (-torch.log1p(-kept) if is_probs else softplus(kept))
     at_zero = torch.where(count > 0, at_zero, 0.0)
     value = torch.where(is_finite & ~param.isnan(), at_zero, infinity(q.rate, count, param))
-    return value.to(torch.promote_types(dtype_of(q), dtype_of(p)))
+    return value.to(dtype_of(q, p))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from itertools import product
 
-import torch
 import torch.distributions as dist
 from torch import Tensor
 from torch.distributions import Distribution
@@ -49,7 +48,7 @@ INFINITE: list[tuple[Types, Types]] = [  # of q, and of p
 def _infinite(q: Distribution, p: Distribution) -> Tensor:
     """Infinite: q has mass where p has none, or tails that are too heavy for p."""
     value = infinity(*_parameters(q), *_parameters(p))
-    return value.to(torch.promote_types(dtype_of(q), dtype_of(p)))
+    return value.to(dtype_of(q, p))
 
 
 def _parameters(d: Distribution) -> tuple[Tensor, ...]:

@@ -125,7 +125,7 @@ def cross_family(
             if mask is not None:
                 placeholders = family_q.placeholders + family_p.placeholders
                 parameters = (torch.where(mask, h, t) for h, t in zip(placeholders, given, strict=True))
-            kl, dtype = formula(*parameters), torch.promote_types(dtype_of(q), dtype_of(p))
+            kl, dtype = formula(*parameters), dtype_of(q, p)
             if isinstance(kl, Rounded):
                 kl = _certified(kl, mask, dtype, q, p)
             return (kl if mask is None else torch.where(mask, infinity(*given), kl)).to(dtype)

@@ -79,7 +79,7 @@ class Enumeration(BaseMethod):
             ValueError: if p is continuous.
         """
         check_common_measure(q, p)
-        dtype = torch.promote_types(dtype_of(q), dtype_of(p))
+        dtype = dtype_of(q, p)
         inner_q, inner_p, peeled = peel(q, p)
         if batch_shape.numel() == 0 and self.supports(q, p) is not False:
             return KLEstimate(torch.zeros(batch_shape, dtype=dtype, device=device_of(q)), exact=True, method=self.name)

@@ -101,7 +101,7 @@ class Quadrature(BaseMethod):
         inner_q, inner_p, peeled = simplify(q, p)
         if not _can_integrate(inner_q, inner_p):
             _refuse(q, p)
-        dtype = torch.promote_types(torch.promote_types(dtype_of(q), dtype_of(p)), torch.float32)
+        dtype = torch.promote_types(dtype_of(q, p), torch.float32)
         shape = torch.broadcast_shapes(inner_q.batch_shape, inner_p.batch_shape)
         if shape.numel() == 0:
             empty = torch.zeros(batch_shape, dtype=dtype, device=device_of(q))
