@@ -1,4 +1,4 @@
-"""Pairs that have a closed form only where a parameter is the same: what if it is not, and what is its gradient?"""
+"""Pairs that have a closed form only where a parameter is the same: refusals and gradients."""
 
 import math
 from collections.abc import Callable

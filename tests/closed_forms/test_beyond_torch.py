@@ -1,4 +1,4 @@
-"""The same-family pairs that torch lacks: numbers known by hand, extremes, and what they are related to."""
+"""The same-family pairs that torch lacks: numbers known by hand, extremes, and relations to other pairs."""
 
 import math
 

@@ -68,7 +68,7 @@ def covariance_of(d) -> Tensor:
 
 
 class Moments:
-    """A Gaussian as its mean and covariance, all that the reference asks for."""
+    """A Gaussian as its mean and covariance, all that the reference needs."""
 
     def __init__(self, d):
         self.loc, self.covariance_matrix, self.event_shape = d.mean, covariance_of(d), d.event_shape

@@ -1,4 +1,4 @@
-"""Which formula belongs to which pair of types, and how the library's table and torch's answer together."""
+"""The table of closed forms: the rule of each pair of types, over the library's table and torch's."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The fused sum of the VAE's own pair: its digits, and what it keeps for the way back."""
+"""The fused sum of the VAE's pair: its digits, and what it keeps for the backward pass."""
 
 import pytest
 import torch

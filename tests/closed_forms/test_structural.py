@@ -1,4 +1,4 @@
-"""What structure makes of two distributions, and the closed form behind it."""
+"""Pairs that structure simplifies, and the closed form of the simpler pair."""
 
 import warnings
 

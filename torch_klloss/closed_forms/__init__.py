@@ -1,4 +1,4 @@
-"""Exact KL divergences: one registry, one file a family of distributions.
+"""Exact KL divergences: one registry, one file a family, and `cross_family` for pairs of unlike families.
 
 Importing the package imports every file in it, and each registers its rules.
 """

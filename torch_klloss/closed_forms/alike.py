@@ -8,21 +8,21 @@ from torch import Tensor
 from torch_klloss.numerics.tracing import is_traced
 
 
-def where_alike(q: Tensor, p: Tensor, value: Tensor, what: str) -> Tensor:
-    """Return the value, once q and p are known to be equal; NaN where they differ out of sight.
+def where_alike(q: Tensor, p: Tensor, value: Tensor, name: str) -> Tensor:
+    """Return the value if q and p are equal; NaN where they differ under `torch.compile` and `torch.func`.
 
-    Under `torch.compile` and `torch.func` one cannot look. A NaN is not different: it has made the value NaN.
+    Values cannot be read there, so that no error can be raised. A NaN counts as equal: the value is NaN already.
 
     Args:
-        q: the parameter that q has.
-        p: the one that p has.
+        q: the parameter of q.
+        p: the parameter of p.
         value: the KL where they are equal.
-        what: the name of the parameter, in the plural.
+        name: the name of the parameter, in the plural.
 
     Raises:
         NotImplementedError: if they differ somewhere.
     """
     differ = (q < p) | (q > p)
     if not (is_traced() or differ.is_meta) and bool(differ.any()):
-        raise NotImplementedError(f"their {what} differ")
+        raise NotImplementedError(f"their {name} differ")
     return torch.where(differ, torch.nan, value)

@@ -1,4 +1,4 @@
-"""Bernoulli‖Bernoulli, from probabilities or log-odds as they were given."""
+"""Bernoulli‖Bernoulli, from the probabilities or the log-odds, whichever were given."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from torch_klloss.numerics.elementary import (
 TrialKL = Callable[[Tensor, Tensor, bool], Tensor]
 
 
-LARGEST = 700.0  # of what the exponential is taken of
+LARGEST = 700.0  # argument of the exponential
 _LARGEST_SHIFT = 600.0  # beyond it a probability that is multiplied by its exponential may have lost its digits
 _NEAR = 2.0**-16  # of the shift, where the first two cumulants and the difference are both good to ten digits
 HUGE = 1e100  # stands for an infinite log-odds in a value
@@ -37,10 +37,10 @@ BOUND = 645.0  # stands for an infinite log-odds in a derivative; log_ratio has 
 
 @register_kl(Bernoulli, Bernoulli)
 def _bernoulli_bernoulli(q: Bernoulli, p: Bernoulli) -> Tensor:
-    """Both of q log(q/p) - q + p and the same of 1 - q and 1 - p, each ≥ 0.
+    """Σ q log(q/p) - q + p over the two outcomes: both terms are ≥ 0.
 
-    Neither is clamped: the KL is finite where q is 0 or 1, inf where p is and q is not. There the gradient is 0; the
-    derivative by a q of 0 or 1 is kept finite.
+    No probability is clamped: the KL is finite where q is 0 or 1, and inf, with a gradient of 0, where p is and q is
+    not. The derivative by a q of 0 or 1 is kept finite.
     """
     q_param, p_param, given = both_as_given(q, p)
     return trial_kl(q_param, p_param, given).to(common_dtype(q_param, p_param))
@@ -65,7 +65,7 @@ def log_odds(param: Tensor, is_probs: bool) -> Tensor:
 def shift_between(q: Tensor, p: Tensor, infinity: float) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return p, the shift p - q of the log-odds, and where p never has an outcome that q has; None if nowhere.
 
-    There p is replaced by q. A shift from an infinite q to a finite p is the number that stands for infinity.
+    There p is replaced by q. A shift from an infinite q to a finite p is the number `infinity` or its negative.
     """
     shift = p - q
     if not may_be_infinite(shift):
@@ -98,7 +98,7 @@ def _probs_partials(needs: Sequence[bool], q: Tensor, p: Tensor) -> Sequence[Ten
 
 
 def _log_odds_kl(given: Given, q_param: Tensor, p_param: Tensor, series: bool) -> Tensor:
-    """Return the KL of a pair of which one at least is given by its log-odds.
+    """Return the KL of a pair in which q or p is given by its log-odds.
 
     With m the smaller of q's probabilities, and t by how much p's log-odds of that outcome exceed q's, the log-ratios
     p/q are -L and t - L with L = log(1 + m (exp(t) - 1)).
@@ -155,6 +155,5 @@ def _differentiable(kl: TrialKL, partials: Partials) -> Value:
 
 
 TRIAL = {given: _of_trial(given) for given in GIVEN}
-"""The KL of one trial in float64, told whether the digits of float64 are asked for or those of float32; and its
-derivatives."""
+"""The KL of one trial in float64, of (q, p, whether all digits of float64 are needed), and its derivatives."""
 _KL = {given: _differentiable(*formula) for given, formula in TRIAL.items()}

@@ -1,4 +1,4 @@
-"""Binomial‖Binomial of equal counts, and of unequal ones where the KL is infinite."""
+"""Binomial‖Binomial of equal numbers of trials, and of unequal ones where the KL is infinite."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch_klloss.numerics.tracing import is_traced
 
 @register_kl(Binomial, Binomial)
 def _binomial_binomial(q: Binomial, p: Binomial) -> Tensor:
-    """The KL of one trial times their number; inf where q counts further than p.
+    """The KL of one trial times their number; inf where q has more trials than p.
 
-    A q that never succeeds fits every count. Where q counts less far than p there is no closed form; under
-    `torch.compile` and `torch.func`, which cannot look, such an element is NaN.
+    The number does not matter for a q that never succeeds. Where q has fewer trials than p there is no closed form;
+    under `torch.compile` and `torch.func`, where values cannot be read, such an element is NaN.
 
     Raises:
         NotImplementedError: if q has fewer trials than p somewhere.

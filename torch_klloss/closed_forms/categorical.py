@@ -1,4 +1,4 @@
-"""Categorical‖Categorical and OneHotCategorical‖OneHotCategorical, from probabilities or logits as they were given."""
+"""Categorical‖Categorical and OneHotCategorical‖OneHotCategorical, from the given probabilities or logits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch_klloss.numerics.elementary import common_dtype, e2, gkl, has_float64,
 from torch_klloss.numerics.error_free import difference_error
 from torch_klloss.numerics.tracing import is_traced
 
-_SMALL = 0.1  # a KL; below it the classes that are far from equality cannot be all there is
+_SMALL = 0.1  # a KL; below it the classes where q and p are far apart cannot hold all the mass
 _TINY = 1e-290
 _NO_SHIFT = 300.0  # up to here exp neither over- nor underflows, and an unshifted logit is exact
 
@@ -46,7 +46,7 @@ def _categorical_categorical(q: Categorical, p: Categorical) -> Tensor:
 
 @register_kl(OneHotCategorical, OneHotCategorical)
 def _one_hot_one_hot(q: OneHotCategorical, p: OneHotCategorical) -> Tensor:
-    """That of the two Categoricals: a class and its one-hot code are the same outcome."""
+    """The KL of the two Categoricals: a class and its one-hot code are the same outcome."""
     return _categorical_categorical(q._categorical, p._categorical)
 
 
@@ -92,10 +92,10 @@ class _Ratios(NamedTuple):
 
 
 def _ratios(a: Tensor, b: Tensor, series: bool) -> _Ratios:
-    """Compare log-weights a of q and b of p, in float64.
+    """Return the terms of the KL from the log-weights a of q and b of p, in float64.
 
-    The ratio is taken relative to the class that q finds likeliest, so that a q that is sure of its class does not
-    drown what it thinks of the others.
+    The ratio is taken relative to the class that q finds likeliest, so that the ratios of the other classes keep their
+    digits where q is nearly certain of one.
     """
     a, b = torch.broadcast_tensors(a, b)
     top, likeliest = a.max(-1, keepdim=True)
@@ -168,7 +168,7 @@ def _log_weights_partials(
     return torch.where(missed, 0.0, by_a), torch.where(missed, 0.0, by_b)
 
 
-_BOUND = 645.0  # of log q/p where q is 0; log_ratio has the same
+_BOUND = 645.0  # of log q/p where q is 0, as in log_ratio
 
 
 def _log_weights(param: Tensor, is_probs: bool) -> Tensor:
@@ -179,7 +179,7 @@ def _log_weights(param: Tensor, is_probs: bool) -> Tensor:
 
 
 def _with_logits(q_is_probs: bool, p_is_probs: bool) -> tuple[Formula, Partials]:
-    """Return the formula for a pair of which one at least is given by its logits, and its derivatives."""
+    """Return the formula for a pair in which q or p is given by its logits, and its derivatives."""
 
     def kl(q_param: Tensor, p_param: Tensor, series: bool) -> Tensor:
         return _log_weights_kl(_log_weights(q_param, q_is_probs), _log_weights(p_param, p_is_probs), series)
@@ -192,7 +192,7 @@ def _with_logits(q_is_probs: bool, p_is_probs: bool) -> tuple[Formula, Partials]
 
 
 def _recorded(formula: Formula, partials: Partials) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the formula for the eyes of `torch.func` and `torch.compile`."""
+    """Return the traceable form of the formula, for `torch.func` and `torch.compile`."""
 
     def derivatives(needs: Sequence[bool], q_param: Tensor, p_param: Tensor) -> Sequence[Tensor | None]:
         q, p, series = q_param.double(), p_param.double(), has_float64(q_param, p_param)

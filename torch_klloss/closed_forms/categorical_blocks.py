@@ -1,6 +1,6 @@
-"""KL(softmax(a)‖softmax(b)) of many rows: a few of them at a time, while they are in the cache, and little kept.
+"""KL(softmax(a)‖softmax(b)) of many rows, in blocks that stay in the cache.
 
-Beside its inputs nothing of their size is kept for the gradient: the exponentials are taken again.
+Beside the inputs, nothing of their size is kept for the gradient: the exponentials are computed again.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 from torch_klloss.numerics.elementary import common_dtype
 
 _BLOCK = 2**17  # numbers of one tensor of a block, so that a handful of its tensors fit into the cache of a core
-# From so many classes on float32 is tried first, for a KL so large beside the terms that it is the difference of. Its
-# error is below 1e-7 of these: 4 units in the last place, and 32 where there are more than 1024 classes.
+# (classes, share): from so many classes on, float32 is tried first, and kept where the KL is at least this share of the
+# terms whose difference it is. Its error is below 1e-7 of them: 4 units in the last place, and 32 above 1024 classes.
 _IN_SINGLE = ((1025, 2.0**-5), (256, 2.0**-1))
-_PART = 64  # classes that are summed in their own dtype, where they are many
-_FEW_NUMBERS = 2**12  # of which all may as well be computed to all digits
+_PART = 64  # classes that are summed in their own dtype, of many
+_FEW_NUMBERS = 2**12  # up to which all float64 rows are computed by the accurate formula
 
 Formula = Callable[[Tensor, Tensor, bool], Tensor]
 Partials = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
@@ -28,16 +28,16 @@ Partials = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
 def kl_in_blocks(a: Tensor, b: Tensor, formula: Formula, partials: Partials, *, are_logits: bool) -> Tensor:
     """Return the KL of parameters a and b, `[*batch, classes]`, over their last dimension.
 
-    That of logits is the difference of the log-normalisers less the mean of b - a, in float32 where there are many
-    classes. Rows where that would cancel, or is not finite, are left to float64, and in the end to `formula`.
+    The KL of logits is the difference of the log-normalisers less the mean of b - a, in float32 where there are many
+    classes. Rows where that would cancel, or is not finite, are computed in float64, and at last by `formula`.
 
     Args:
         a: the parameter of q.
         b: the parameter of p; they broadcast.
-        formula: computes the KL of float64 rows at leisure, with the last dimension kept; told whether the digits of
-            float64 are asked for, or those of float32.
+        formula: the accurate fallback. It takes float64 rows and whether all digits of float64 are needed, and returns
+            the KL with the last dimension kept.
         partials: computes its derivatives from the rows and their KL, by operations that can be differentiated again.
-        are_logits: whether both are; otherwise everything is left to `formula`.
+        are_logits: whether a and b both are logits; if not, `formula` computes all rows.
     """
     dtype = common_dtype(a, b)
     a, b = torch.broadcast_tensors(a.to(dtype), b.to(dtype))
@@ -93,10 +93,10 @@ class _Rows(torch.autograd.Function):
 
 
 def _compare(a: Tensor, b: Tensor, least: float) -> tuple[Tensor, Tensor]:
-    """Return of some rows the KL, the sums of the exponentials and the mean of b - a; and which cannot be trusted.
+    """Return the KL of the rows, the sums of the exponentials and the mean of b - a; and which rows have lost digits.
 
-    These are the ones where the KL is less than `least` of the numbers that it is the difference of, or an exponential
-    over- or underflows: they are taken of the logits as they are, since these are exact.
+    These are the rows where the KL is less than `least` of the numbers whose difference it is, or an exponential over-
+    or underflows. The logits are not shifted, since they are exact as they are.
     """
     weights, other = torch.exp(a), torch.exp(b)
     add = _add_in_parts if _is_spread(weights) and _is_spread(other) else _add
@@ -129,7 +129,7 @@ def _add_in_parts(t: Tensor) -> Tensor:
 
 
 def _is_spread(weights: Tensor) -> bool:
-    """Return whether no few classes are most of any row, so that the roundings of its parts average out."""
+    """Return whether no row is dominated by few classes, so that the roundings of its parts average out."""
     if weights.shape[-1] % _PART:
         return False
     parts = weights.unflatten(-1, (-1, _PART)).sum(-1)

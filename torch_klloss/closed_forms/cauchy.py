@@ -26,7 +26,7 @@ def _cauchy_cauchy(q: Cauchy, p: Cauchy) -> Tensor:
 
 @register_kl(HalfCauchy, HalfCauchy)
 def _half_cauchy_half_cauchy(q: HalfCauchy, p: HalfCauchy) -> Tensor:
-    """That of the two Cauchy distributions around 0, which are symmetric: half of each says as much."""
+    """By symmetry, the KL of the two Cauchy distributions around 0."""
     return _cauchy_cauchy(q.base_dist, p.base_dist)
 
 

@@ -39,8 +39,8 @@ _SLOPE_OF_F = tuple(k * c for k, c in enumerate(_F, 1))
 def _continuous_bernoulli_continuous_bernoulli(q: ContinuousBernoulli, p: ContinuousBernoulli) -> Tensor:
     """L(t_p) - L(t_q) - L'(t_q) (t_p - t_q), with t half the logit and L(t) = log(sinh(t)/t).
 
-    Computed in float64, whatever the dtype of the parameters. A distribution that was built from its logits is taken
-    at these: its `probs` are clamped.
+    Computed in float64, whatever the dtype of the parameters. Logits are used where they were given, since torch clamps
+    the `probs`.
 
     References:
         *The continuous Bernoulli: fixing a pervasive error in variational autoencoders* (Loaiza-Ganem and Cunningham,
@@ -100,7 +100,7 @@ def _partials_by_logits(needs: Sequence[bool], gap: Tensor, p: Tensor, q: Tensor
 
 
 def _regions(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """Tell where both arguments are small, and where they are not but lie near one another; q ≥ 0."""
+    """Return where both arguments are small, and where they are not but lie near one another; q ≥ 0."""
     small = torch.maximum(p.abs(), q) < _SMALL
     return small, ~small & (p > q / 4) & (p < 4 * q)
 

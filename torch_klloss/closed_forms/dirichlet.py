@@ -19,7 +19,7 @@ from torch_klloss.numerics.lgamma import SHIFT, binet_digamma_difference, binet_
 def _dirichlet_dirichlet(q: Dirichlet, p: Dirichlet) -> Tensor:
     """S KL(mean of p‖mean of q) + Σ B(pᵢ, qᵢ) - B(S, T), with S and T the sums of p and q and B of `bregman`.
 
-    The last term is that of p's largest component but for little, and taken away from it before either is rounded.
+    The last term nearly equals the one of p's largest component, and is subtracted from it before either is rounded.
     Computed in float64, whatever the dtype of the parameters.
 
     References:
@@ -68,7 +68,7 @@ class _Pair(NamedTuple):
 
 
 def _split(q: Tensor, p: Tensor) -> tuple[_Pair, _Pair]:
-    """Split the largest component of p off from the others, `[K - 1, *batch]`."""
+    """Separate the largest component of p from the others, `[K - 1, *batch]`."""
     largest = p.argmax(0, keepdim=True)
     others = torch.arange(len(p) - 1, device=p.device).view(-1, *(1,) * (p.dim() - 1))
     others = others + (others >= largest)
@@ -77,11 +77,11 @@ def _split(q: Tensor, p: Tensor) -> tuple[_Pair, _Pair]:
 
 
 def _means_and_top(rest: _Pair, top: _Pair) -> Tensor:
-    """Return the Bregman divergences of x log x at the others and of lgamma at the top, less that at the total.
+    """Return the Bregman divergences of x log x at the others and of lgamma at the top, less the one at the total.
 
-    The two of lgamma are taken SHIFT steps up. On the way, those of -log at b and b + a differ by isd and z, the excess
-    over 1 of b_q (a + b)_p / (b_p (a + b)_q), which is a_p b_q - a_q b_p over that denominator. Arrived, their x log x
-    and that of the others make the KL of the shares of all components: a sum of c_p isd, each ≥ 0.
+    Both of lgamma are taken SHIFT steps up. In each step, those of -log at b and b + a differ by isd and z, the excess
+    over 1 of b_q (a + b)_p / (b_p (a + b)_q), which is a_p b_q - a_q b_p over that denominator. At the end, their
+    x log x and the one of the others make the KL of the shares of all components: a sum of c_p isd, each ≥ 0.
     """
     others = _Pair(*(t.sum(0) for t in rest))
     total = _Pair(*(a + b for a, b in zip(others, top, strict=True)))

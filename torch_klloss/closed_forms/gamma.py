@@ -1,4 +1,4 @@
-"""Gamma‖Gamma; Chi2 is a Gamma and inherits it."""
+"""Gamma‖Gamma, which Chi2 inherits."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _kl(q_shape: Tensor, q_rate: Tensor, p_shape: Tensor, p_rate: Tensor) -> Ten
 
 
 def _means(q_shape: Tensor, q_rate: Tensor, p_shape: Tensor, p_rate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return αq βp - αp βq, exact but for the last rounding, and the two parts, to each other as the means are."""
+    """Return αq βp - αp βq, exact but for the last rounding, and both products, with the ratio of the means."""
     has_all_digits = not has_float64(q_shape, q_rate, p_shape, p_rate)
     q_shape, q_rate, p_shape, p_rate = q_shape.double(), q_rate.double(), p_shape.double(), p_rate.double()
     scaled_q, scaled_p = q_shape * p_rate, p_shape * q_rate

@@ -56,9 +56,9 @@ def _partials(given: Given, needs: Sequence[bool], q: Tensor, p: Tensor) -> Sequ
 
 
 def _raised(given: Given, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """Spare the exponential an underflow: of two very rare successes only the ratio matters.
+    """Return both parameters, raised where the exponential of two very rare successes would underflow.
 
-    Also tell whether q may have rarer ones than that, by its log-odds.
+    Only their ratio matters. The third result is whether q, by its log-odds, may be so rare.
     """
     may_overflow = not given.q_is_probs and may_fall_to(q, -LARGEST)
     if given.p_is_probs or not may_overflow:
@@ -86,7 +86,7 @@ def _log_failures(given: Given, q: Tensor, p: Tensor) -> Tensor:
         return torch.where((p == 1) & (q < 1), 0.0, ratio) if may_fall_to(fails, 0) else ratio
     q, p = log_odds(q, given.q_is_probs), log_odds(p, given.p_is_probs)
     p, shift, _ = shift_between(q, p, infinity=HUGE)
-    # Where 1 - p is far below 1 - q, and the clamp is felt, it is multiplied by nearly nothing.
+    # The clamp acts where 1 - p is far below 1 - q, and what it changes is multiplied by nearly 0.
     growth = (torch.sigmoid(q) * torch.expm1(shift.clamp(max=LARGEST))).clamp_min(ABOVE_MINUS_ONE)
     ratio = -torch.log1p(growth)
     if may_fall_to(-shift, -LARGEST):

@@ -15,7 +15,7 @@ from torch_klloss.numerics.elementary import common_dtype, has_float64, isd
 
 @register_kl(HalfNormal, HalfNormal)
 def _half_normal_half_normal(q: HalfNormal, p: HalfNormal) -> Tensor:
-    """½ x² + x - log(1 + x) with x = (σq - σp)/σp: that of the two Normals around 0, of which each is one half."""
+    """½ x² + x - log(1 + x) with x = (σq - σp)/σp: the KL of the two Normals around 0."""
     return _kl(q.scale, p.scale)
 
 

@@ -16,10 +16,10 @@ _STEP = 1e-12  # from b = 1, where a difference quotient is a derivative
 
 @register_kl(Kumaraswamy, Kumaraswamy)
 def _kumaraswamy_kumaraswamy(q: Kumaraswamy, p: Kumaraswamy) -> Tensor:
-    """bp/bq - 1 - log(bp/bq), that of Exponentials: -log(1 - x^a) is Exponential(b).
+    """bp/bq - 1 - log(bp/bq), the KL of two Exponentials: -log(1 - x^a) is Exponential(b).
 
-    The gradient reaches both a as well. For a that differ there is no closed form, hence no second derivative by them;
-    under `torch.compile` and `torch.func`, which cannot look, such an element is NaN.
+    Both a receive a gradient too. For unequal a there is no closed form, hence no second derivative by them; under
+    `torch.compile` and `torch.func`, where values cannot be read, such an element is NaN.
 
     Raises:
         NotImplementedError: if the first exponents differ somewhere.

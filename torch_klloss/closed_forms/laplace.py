@@ -51,7 +51,7 @@ def _kl(q_loc: Tensor, q_scale: Tensor, p_loc: Tensor, p_scale: Tensor) -> Tenso
 
 
 def _distance(q_loc: Tensor, q_scale: Tensor, p_loc: Tensor) -> tuple[Tensor, Tensor]:
-    """Return where μq ≥ μp, and |μq - μp|/bq in float64, of which abs would hide the second derivative at 0."""
+    """Return where μq ≥ μp, and |μq - μp|/bq in float64, without abs, which would hide the second derivative at 0."""
     distance = q_loc.double() - p_loc.double()
     rising = distance >= 0
     return rising, torch.where(rising, distance, -distance) / q_scale

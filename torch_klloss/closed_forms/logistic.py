@@ -1,4 +1,4 @@
-"""Logistic‖Logistic of equal scale, and the relaxed Bernoulli of equal temperature, which is one behind a sigmoid."""
+"""Logistic‖Logistic of equal scale, and the relaxed Bernoulli of equal temperature, a Logistic behind a sigmoid."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _NEAR = 2.0
 
 @register_kl(Logistic, Logistic)
 def _logistic_logistic(q: Logistic, p: Logistic) -> Tensor:
-    """That is 2 (t coth t - 1) with t = (μq - μp)/(2s).
+    """2 (t coth t - 1) with t = (μq - μp)/(2s).
 
-    The gradient reaches both scales as well, of which unequal ones have no closed form, hence no second derivative by
-    them; under `torch.compile` and `torch.func`, which cannot look, such an element is NaN.
+    Both scales receive a gradient too. For unequal scales there is no closed form, hence no second derivative by them;
+    under `torch.compile` and `torch.func`, where values cannot be read, such an element is NaN.
 
     Raises:
         NotImplementedError: if the scales differ somewhere.
@@ -36,9 +36,9 @@ def _logistic_logistic(q: Logistic, p: Logistic) -> Tensor:
 
 @register_kl(LogitRelaxedBernoulli, LogitRelaxedBernoulli)
 def _relaxed_relaxed(q: LogitRelaxedBernoulli, p: LogitRelaxedBernoulli) -> Tensor:
-    """That of Logistics of the location logit/temperature and the scale 1/temperature.
+    """The KL of two Logistics of the location logit/temperature and the scale 1/temperature.
 
-    The gradient reaches both temperatures as well, as with the scales of Logistics.
+    Both temperatures receive a gradient too, as the scales of Logistics do.
 
     Raises:
         NotImplementedError: if the temperatures differ somewhere.
@@ -97,7 +97,7 @@ def _fraction(t: Tensor) -> Tensor:
 
 
 def _gap_of_log_odds(q_param: Tensor, p_param: Tensor, given: Given) -> tuple[Tensor, Tensor]:
-    """Return the difference of the log-odds, and those of q; torch keeps probabilities from 0 and 1."""
+    """Return the difference of the log-odds, and q's; probabilities are kept from 0 and 1, as torch keeps them."""
     q, p = (_inside(t) if is_probs else t for t, is_probs in zip((q_param, p_param), given, strict=True))
     q_odds, p_odds = log_odds(q, given.q_is_probs), log_odds(p, given.p_is_probs)
     if not (given.q_is_probs and given.p_is_probs):

@@ -1,6 +1,6 @@
 """Independent Normals against a MultivariateNormal or a LowRankMultivariateNormal, in all four orders.
 
-A diagonal covariance stays a vector: no matrix is made of it, and beside a low-rank one none of d x d is.
+A diagonal covariance stays a vector, and beside a low-rank one no matrix of d x d is formed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _diagonal_mvn(q: Independent, p: MultivariateNormal) -> Tensor:
     eps · cond(L) in float64.
 
     Raises:
-        NotImplementedError: if q is not made of Normals, and not of what simplifies to Normals.
+        NotImplementedError: if the components of q neither are Normals nor simplify to Normals.
     """
     base = _diagonal(q)
     if base is None:
@@ -60,7 +60,7 @@ def _mvn_diagonal(q: MultivariateNormal, p: Independent) -> Tensor:
     Four terms, each ≥ 0, to the last digits of float64.
 
     Raises:
-        NotImplementedError: if p is not made of Normals, and not of what simplifies to Normals.
+        NotImplementedError: if the components of p neither are Normals nor simplify to Normals.
     """
     base = _diagonal(p)
     if base is None:
@@ -75,10 +75,10 @@ def _mvn_diagonal(q: MultivariateNormal, p: Independent) -> Tensor:
 @register_kl(Independent, LowRankMultivariateNormal, supports=_supports)
 @register_kl(LowRankMultivariateNormal, Independent, supports=_supports)
 def _diagonal_low_rank(q: Any, p: Any) -> Tensor:
-    """That of two low-rank covariances, of which one has the rank 0: by the capacitance matrix, of r x r.
+    """The KL of two low-rank covariances, one of rank 0, by the capacitance matrix of r x r.
 
     Raises:
-        NotImplementedError: if the other one is not made of Normals, and not of what simplifies to Normals.
+        NotImplementedError: if the components of the other one neither are Normals nor simplify to Normals.
     """
     base = _diagonal(q if isinstance(q, Independent) else p)
     if base is None:
@@ -97,7 +97,7 @@ def _otherwise(q: Distribution, p: Distribution) -> Tensor:
 
 
 def _between(q: Distribution, p: Distribution) -> tuple[Normal, Distribution]:
-    """Return independent Normals with the means and variances of q's components, and the independent side's own.
+    """Return independent Normals with the means and variances of q's components, and the independent components.
 
     A component without moments has a standard Normal.
     """
@@ -106,10 +106,10 @@ def _between(q: Distribution, p: Distribution) -> tuple[Normal, Distribution]:
     if product.reinterpreted_batch_ndims != 1:
         raise NotImplementedError("its components must be scalars")
     if not type(product.base_dist).log_prob.__module__.startswith("torch.distributions."):
-        raise NotImplementedError("its components have a density of their own, whose moments nobody knows")
+        raise NotImplementedError("its components override log_prob, so that their moments are unknown")
     moments: Any = product.base_dist if is_q else q
     mean, scale = moments.mean, moments.variance.sqrt()
-    exist = mean.isfinite() & scale.isfinite()  # torch says inf or NaN where not; the KL of the components tells then
+    exist = mean.isfinite() & scale.isfinite()  # elsewhere the KL of the components decides
     kept = torch.where(exist, mean, 0.0), torch.where(exist, scale, 1.0)
     return Normal(*kept, validate_args=False), product.base_dist
 
@@ -123,10 +123,10 @@ def _marginals_match(q: Distribution, p: Distribution) -> bool:
 
 
 def _by_marginals(q: Distribution, p: Distribution) -> Tensor:
-    """Go by the independent Normals m with the moments of q: log m is a sum over components, log(m/p) quadratic.
+    """Return KL(q‖m) + KL(m‖p), both ≥ 0, for the independent Normals m with the moments of q; inf without a variance.
 
-    E_q[log(m/p)] is a matter of the moments that q and m share where p is Gaussian, and a sum over the marginals that
-    they share where q is. Either way KL(q‖p) = KL(q‖m) + KL(m‖p), both ≥ 0, and inf without a variance.
+    The sum is KL(q‖p): log m is a sum over components and log(m/p) quadratic, so that E_q[log(m/p)] depends only on the
+    moments that q and m share if p is Gaussian, and on the marginals that they share if q is.
 
     Raises:
         NotImplementedError: if the independent side's components have no closed form with a Normal.

@@ -22,7 +22,7 @@ from torch_klloss.numerics.tracing import is_traced
 _AnyNormal = MultivariateNormal | LowRankMultivariateNormal
 
 # Up to this dimension float32 is computed in float64. Beyond, a product of matrices in float64 takes two to three times
-# as long, and only what is cheap is: p's inverse factor, the diagonals and the means.
+# as long, and only the cheap parts are: p's inverse factor, the diagonals and the means.
 _WIDE = 32
 # Matrices larger than this have lost no digits beside the identity.
 _SMALL = 0.1
@@ -39,7 +39,7 @@ def _mvn_mvn(q: _AnyNormal, p: _AnyNormal) -> Tensor:
     ‖Lp⁻¹Lq‖² = ‖I + E‖² = d + 2 tr E + ‖E‖²; both factors are lower triangular, so that Eᵢᵢ is the relative
     difference of their diagonals and Π (1 + Eᵢᵢ) the ratio of their determinants. The relative error is a small
     multiple of eps · cond(Lp): of float64's eps for float32 factors of at most 32 dimensions, and of the factors' own
-    otherwise. A low-rank covariance gets a triangular factor: the other one has one of that size anyway.
+    otherwise. A low-rank covariance gets a triangular factor: the other covariance has one of that size anyway.
     """
     dtype = dtype_of(q, p)
     L_q, L_p = _scale_tril(q), _scale_tril(p)
@@ -109,7 +109,7 @@ def _square(x: Tensor) -> Tensor:
 
 
 def _scale_tril(d: _AnyNormal) -> Tensor:
-    """Return the Cholesky factor of the covariance, as given, or in float64 that of WWᵀ + D."""
+    """Return the Cholesky factor of the covariance: as given, or of WWᵀ + D in float64."""
     if isinstance(d, MultivariateNormal):
         return d._unbroadcasted_scale_tril
     return _cholesky_of_sum(d._unbroadcasted_cov_factor.double(), d._unbroadcasted_cov_diag.double())

@@ -23,9 +23,9 @@ _BY_PROBS = Given(q_is_probs=True, p_is_probs=True)
 def _negative_binomial_negative_binomial(q: NegativeBinomial, p: NegativeBinomial) -> Tensor:
     """The number of failures times the KL of a Geometric, the count of successes before one failure.
 
-    It is inf, with a gradient of 0, where p never succeeds and q does. The gradient reaches both numbers of failures as
-    well, of which unequal ones have no closed form, hence no second derivative by them; under `torch.compile` and
-    `torch.func`, which cannot look, such an element is NaN.
+    It is inf, with a gradient of 0, where p never succeeds and q does. Both numbers of failures receive a gradient too.
+    For unequal numbers there is no closed form, hence no second derivative by them; under `torch.compile` and
+    `torch.func`, where values cannot be read, such an element is NaN.
 
     Raises:
         NotImplementedError: if the numbers of failures differ somewhere.

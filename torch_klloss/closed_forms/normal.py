@@ -42,7 +42,7 @@ def _partials(
 
 @custom_gradient(_partials)
 def _kl(q_loc: Tensor, q_scale: Tensor, p_loc: Tensor, p_scale: Tensor) -> Tensor:
-    # Out of the reach of autograd and tracing, what is not needed any more is written over.
+    # Where autograd and tracing record nothing, buffers that are not needed any more are written over.
     alike = q_loc.shape == q_scale.shape == p_loc.shape == p_scale.shape and q_loc.dtype == p_scale.dtype
     reuse = alike and not is_traced()
     distance = q_loc - p_loc
@@ -54,7 +54,7 @@ def _kl(q_loc: Tensor, q_scale: Tensor, p_loc: Tensor, p_scale: Tensor) -> Tenso
     ratio = torch.clamp(torch.div(gap, wide_q, out=into), min=ABOVE_MINUS_ONE, out=into)  # -1 if σq is beyond 1e16 σp
     spread = torch.sub(torch.log1p(ratio, out=into), x, out=into)
     if has_float64(q_scale, p_scale):
-        is_near = x.abs() < 0.125  # what is not taken must not be infinite: its derivative would be NaN
+        is_near = x.abs() < 0.125  # the branch not taken must be finite, or its derivative is NaN
         spread = torch.where(is_near, x_minus_log1p(torch.where(is_near, -x, 0.0)), spread)
     spread = torch.addcmul(spread, x, x, value=0.5, out=into)
     spread = spread.to(distance.dtype)

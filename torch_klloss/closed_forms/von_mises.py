@@ -16,7 +16,7 @@ from torch_klloss.numerics.error_free import difference_error
 
 # tan(φ/2)² at the midpoints of 28 equal parts of [0, π]
 _NODES = tuple(math.tan(math.pi * (2 * i + 1) / 112) ** 2 for i in range(28))
-_MAX_TILT = 700.0  # what is beyond has no weight, and would overflow
+_MAX_TILT = 700.0  # beyond it a node has no weight, and its exponential would overflow
 _CHUNK = 512  # distributions at a time, so that their nodes fit into the cache
 
 
@@ -119,7 +119,7 @@ def _resultant_difference(p: Tensor, q: Tensor) -> Tensor:
 
 
 def _around_mean(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Tell where p is near q; return weights under q, the mean of 1 - cos θ, and its deviations from that."""
+    """Return where p is near q, weights under q, the mean of 1 - cos θ, and the deviations from it."""
     low, high = torch.minimum(q, p), torch.maximum(q, p)
     is_near = (high < 4) | (high < 4 * low)
     weights, versines = _rule(q, torch.where(is_near, low, q))

@@ -19,7 +19,7 @@ from torch_klloss.numerics.gamma_function import (
     log_gamma_and_bregman,
 )
 
-_LARGEST = 709.0  # of what the exponential is taken of
+_LARGEST = 709.0  # argument of the exponential
 _LOWEST = -2800.0  # log of the power, so that its fourth root is a float64
 
 
@@ -27,7 +27,7 @@ _LOWEST = -2800.0  # log of the power, so that its fourth root is a float64
 def _weibull_weibull(q: Weibull, p: Weibull) -> Tensor:
     """exp(w) - 1 - w + lgamma(r) + γ (r - 1) with r = kp/kq and exp(w) = Γ(1 + r) (λq/λp)^kp.
 
-    Both parts are ≥ 0: it is that of two Gumbels, which are the logarithms with the sign turned.
+    Both parts are ≥ 0: it is the KL of two Gumbels, the negative logarithms.
 
     References:
         *Computing the Kullback-Leibler divergence between two Weibull distributions* (Bauckhage, 2013), rearranged.

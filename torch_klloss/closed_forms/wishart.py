@@ -1,4 +1,4 @@
-"""Wishart‖Wishart, by the factors and with a gradient to both arguments."""
+"""Wishart‖Wishart, from the Cholesky factors and with a gradient to both arguments."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch_klloss.numerics.lgamma import bregman
 
 @register_kl(Wishart, Wishart)
 def _wishart_wishart(q: Wishart, p: Wishart) -> Tensor:
-    """νp/2 (tr M - d - log det M) + Σ_{j<d} [Bregman divergence of lgamma at (ν - j)/2, less that of x log x at ν/2].
+    """νp/2 (tr M - d - log det M) + Σ_{j<d} [Bregman divergence of lgamma at (ν - j)/2 less the one of x log x at ν/2].
 
-    M is the mean of q, νq Σq, as seen by the factor of the mean of p; both terms are sums of terms ≥ 0. Computed from
+    M is the mean of q, νq Σq, whitened by the factor of the mean of p; both terms are sums of terms ≥ 0. Computed from
     the Cholesky factors of the scale matrices, in float64, whatever the dtype of the parameters.
 
     References:
@@ -43,9 +43,9 @@ def _stein(q_df: Tensor, q_factor: Tensor, p_df: Tensor, p_factor: Tensor) -> Te
 
 
 def _log_multigamma_excess(p: Tensor, q: Tensor, dim: int) -> Tensor:
-    """Return Σ_j of the Bregman divergence of lgamma at (p - j/2, q - j/2) less that of x log x at (p, q).
+    """Return Σ_j of the Bregman divergence of lgamma at (p - j/2, q - j/2) less the one of x log x at (p, q).
 
-    That of x log x grows on the way from p - j/2 to p by the closed form that the shift of `bregman` takes away.
+    From p - j/2 to p the latter grows by the closed form that the shift of `bregman` subtracts.
     """
     p, q = (t.unsqueeze(-1) for t in torch.broadcast_tensors(p, q))
     gap = p - q

@@ -1,1 +1,1 @@
-"""Arithmetic that knows its rounding. Nothing here knows a distribution."""
+"""Accurate arithmetic, and detection of what traces it. Nothing here depends on a distribution."""

@@ -1,4 +1,4 @@
-"""Formulas that bring their own derivative: faster than recording every operation, and as accurate as they are."""
+"""Custom gradients: hand-written derivatives, faster than recording every operation and as accurate as the formula."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def custom_gradient(partials: Partials) -> Callable[[Value], Value]:
 
     Returns:
         A decorator. The decorated formula takes tensors that broadcast, works under `torch.func`, and is plain torch
-        operations in forward mode and under `torch.compile`, which fuses them better than any hand.
+        operations in forward mode and under `torch.compile`, which fuses them better.
     """
 
     def decorator(value: Value) -> Value:
@@ -48,7 +48,7 @@ def custom_gradient(partials: Partials) -> Callable[[Value], Value]:
         def save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             ctx.save_for_backward(*inputs)
 
-        # The form that torch.func wants costs three times the call of the other one.
+        # A call of the form that torch.func needs takes three times as long.
         eager: Any = type(
             "Formula",
             (torch.autograd.Function,),
@@ -82,7 +82,7 @@ def in_blocks(
 ) -> tuple[Tensor | None, ...]:
     """Return what a function of the rows returns, computed in blocks whose intermediates stay in the cache.
 
-    A single call where the tensors are small, differ in shape, have no rows, or are not on the processor.
+    One block where the tensors are small, differ in shape, have no rows, or are not on the CPU.
     """
     first = tensors[0]
     if first.dim() < 2:

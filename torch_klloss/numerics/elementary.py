@@ -1,4 +1,4 @@
-"""The pieces that the elementary closed forms are made of, each ≥ 0, exactly 0 at equality, and accurate near it.
+"""Building blocks of the elementary closed forms: each ≥ 0, exactly 0 at equality, and accurate near it.
 
 They compute in float64 whatever comes in. A float32 number has a relative distance of at least 6e-8 from its
 neighbours, which float64 subtracts without a series; only float64 itself needs one near equality.
@@ -49,7 +49,7 @@ def horner(x: Tensor, coefficients: Sequence[float]) -> Tensor:
 
 
 def has_float64(*tensors: Tensor) -> bool:
-    """Return whether one of the tensors is in float64, so that float64 arithmetic does not leave digits to spare."""
+    """Return whether one of the tensors is in float64, so that float64 arithmetic has no digits to spare."""
     return any(t.dtype == torch.float64 for t in tensors)
 
 
@@ -62,12 +62,12 @@ def common_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def may_fall_to(x: Tensor, bound: float) -> bool:
-    """Return whether the case of x at or below the bound has to be computed: x reaches it, or cannot be looked at."""
+    """Return whether the case of x at or below the bound must be computed: x reaches it, or cannot be read."""
     return is_traced() or not x.is_cpu or not (x.numel() == 0 or x.amin().item() > bound)
 
 
 def may_be_infinite(x: Tensor) -> bool:
-    """Return whether a number is not finite somewhere, or out of sight; nothing is cheaper to look at than the sum."""
+    """Return whether an element of x may not be finite, from the sum, which is the cheapest to read."""
     return is_traced() or not x.is_cpu or not math.isfinite(x.sum().item())
 
 
@@ -77,7 +77,7 @@ def sign_of(x: Tensor) -> Tensor:
 
 
 def magnitude(x: Tensor) -> Tensor:
-    """Return |x| with the derivative 1 at zero, where that of `abs` is 0: for mirrored halves that meet there."""
+    """Return |x| with the derivative 1 at zero, where `abs` has 0: for mirrored halves that meet there."""
     return torch.where(x < 0, -x, x)
 
 
@@ -109,7 +109,7 @@ def isd(a: Tensor, b: Tensor, *, series: bool | None = None) -> Tensor:
     a, b = a.double(), b.double()
     gap = a - b
     x = gap / b
-    # log(b/a) rather than -log(1 + x), for the sake of a far below b; far above it the clamp cannot be seen beside x.
+    # log(b/a) rather than -log(1 + x), for an a far below b; far above it the clamp vanishes beside x.
     far = x + torch.log1p((-gap / a).clamp_min(ABOVE_MINUS_ONE))
     if not series:
         return far
@@ -136,7 +136,7 @@ def gkl(a: Tensor, b: Tensor, gap: Tensor, *, series: bool) -> Tensor:
         gap: a - b, from before a and b were rounded.
         series: whether a and b may be nearer to one another than float32 numbers can be.
     """
-    # Of an a far below b the logarithm, and how it is clamped, cannot be seen beside b.
+    # Where a is far below b, the logarithm and its clamp vanish beside b.
     value = a * torch.log1p((gap / b.clamp_min(TINY)).clamp_min(ABOVE_MINUS_ONE)) - gap
     if series:
         s = gap / (a + b).clamp_min(TINY)
@@ -167,8 +167,8 @@ def e2(x: Tensor, *, series: bool = True) -> Tensor:
 
     Args:
         x: any float64 numbers.
-        series: whether all digits of float64 are asked for. Otherwise ten of them will do, for which three terms of
-            x²/2 + x³/6 + x⁴/24 + … suffice up to where the difference is as good.
+        series: whether all digits of float64 are needed. Otherwise ten suffice, and three terms of
+            x²/2 + x³/6 + x⁴/24 + … give them up to where the difference is as good.
     """
     if not series:
         near = x * x * (0.5 + x * (1 / 6 + x * (1 / 24)))

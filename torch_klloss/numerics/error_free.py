@@ -1,4 +1,4 @@
-"""Error-free transformations: what rounding takes from a float64 sum, product or quotient.
+"""Error-free transformations: rounding errors of float64 sums, products and quotients.
 
 References:
     *The art of computer programming*, volume 2, section 4.2.2 (Knuth, 1969), for sums.
@@ -18,7 +18,7 @@ def sum_error(a: Tensor, b: Tensor, total: Tensor) -> Tensor:
 
 
 def difference_error(a: Tensor, b: Tensor) -> Tensor:
-    """Return what a - b lost when it was rounded; NaN where one of them is infinite."""
+    """Return the exact a - b less the rounded one; NaN where one of them is infinite."""
     difference = a - b
     minus_b = difference - a
     return (a - (difference - minus_b)) - (b + minus_b)
@@ -43,7 +43,7 @@ def product_gap(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
 
 
 def multiple(constant: tuple[float, float], x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return c x rounded and what the rounding took, for a constant c = c[0] + c[1] of twice the digits."""
+    """Return c x rounded and its rounding error, for a constant c = c[0] + c[1] of twice the digits."""
     high = constant[0] * x
     return high, (product_error(torch.full_like(x, constant[0]), x, high) + constant[1] * x).detach()
 

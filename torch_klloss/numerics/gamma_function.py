@@ -1,6 +1,6 @@
 """The gamma function at 1 + r: its logarithm around r = 1, and its product with a factor of the opposite size.
 
-Where r and x = r - 1 are taken both, each is the better known one somewhere.
+The functions take both r and x = r - 1, for the digits of x that r has lost.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The Bregman divergence of lgamma(x) - x log x, and the differences of digamma that are its derivatives.
 
-The KL divergences of the gamma family are Bregman divergences of lgamma. At large arguments nearly all of one is that
-of x log x, which belongs to the means of the distributions; what is left is B, computed here without cancellation:
+The KL divergences of the gamma family are Bregman divergences of lgamma. At large arguments nearly all of one is the
+divergence of x log x, which belongs to the means of the distributions; the rest is B, computed without cancellation:
 
 - lgamma(x) = lgamma(x + n) - Σ_{k<n} log(x + k), and the Bregman divergence of -log is isd(a, b) = a/b - 1 - log(a/b);
 - lgamma(x) = (x - ½) log x - x + ½ log 2π + S(x), and S(x) = Σ wᵢ x / (x² + τᵢ) is a Gauss rule of Binet's integral:
@@ -48,9 +48,9 @@ def _partials(needs: Sequence[bool], a: Tensor, b: Tensor) -> Sequence[Tensor | 
 def bregman(a: Tensor, b: Tensor) -> Tensor:
     """Return the Bregman divergence B(a, b) of lgamma(x) - x log x, for float64 a, b > 0 that broadcast.
 
-    After n steps, Σ_{k<n} isd(a + k, b + k) + ½ isd(a + n, b + n) and the divergence of S are too much by what x log x
-    lost on the way: ∫ isd(a + t, b + t) dt = a isd(b (a + n), a (b + n)) + n isd(a + n, b + n). Where both arguments
-    are large no step is taken, and nothing cancels.
+    After n steps, Σ_{k<n} isd(a + k, b + k) + ½ isd(a + n, b + n) and the divergence of S exceed B by what the
+    divergence of x log x has lost: ∫ isd(a + t, b + t) dt = a isd(b (a + n), a (b + n)) + n isd(a + n, b + n). Where
+    both arguments are large no step is taken, and nothing cancels.
     """
     a, b = torch.broadcast_tensors(a, b)
     difference = a - b

@@ -1,7 +1,7 @@
-"""What the pairs of unlike families need to know of one family: moments, and how far it is from a Normal.
+"""Moments of single families and their distances from a Normal, for the pairs of unlike families.
 
-Everything takes and returns float64. Each quantity is arranged so that it keeps its digits where it becomes small,
-for that is where a pair of unlike families can come near to one another.
+Everything takes and returns float64. Each quantity keeps its digits where it becomes small, which is where two unlike
+families can come near one another.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _BERNOULLI = (
 _EVEN = tuple(range(2, 2 * len(_BERNOULLI) + 1, 2))
 
 
-# Divergences with derivatives of their own. Those by a and b are complete: none goes by way of the gap.
+# Divergences with custom gradients. The derivatives by a and b are complete; there is none by the gap.
 
 
 def _gkl_partials(needs: Sequence[bool], a: Tensor, b: Tensor, gap: Tensor) -> Sequence[Tensor | None]:
@@ -128,8 +128,8 @@ def gamma_excess(shape: Tensor) -> Tensor:
 def beta_excess(a: Tensor, b: Tensor) -> Tensor:
     """Return the KL of a Beta from the Normal of its mean and variance.
 
-    With G of `gamma_excess` it is G(a) + G(b) - ½ log(1 + 1/S) - 1/S + R(S) - (S - 2) R'(S), S = a + b. In the large
-    all that is of order 1/S is (a - b)²/(3abS), and vanishes at a = b.
+    With G of `gamma_excess` it is G(a) + G(b) - ½ log(1 + 1/S) - 1/S + R(S) - (S - 2) R'(S), S = a + b. For large
+    arguments its part of order 1/S is (a - b)²/(3abS), which vanishes at a = b.
     """
     total = a + b
     of_total = torch.log1p(1 / total) / 2 + 1 / total - stirling(total) + (total - 2) * stirling_slope(total)
@@ -159,7 +159,7 @@ def beta_mean_gap(a: Tensor, b: Tensor, point: Tensor) -> Tensor:
 
 
 def beta_std(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the standard deviation of a Beta, rounded, and what the rounding took."""
+    """Return the standard deviation of a Beta, rounded, and its rounding error."""
     total = a + b
     std = ((a / total) * (b / total) / (total + 1)).sqrt()
     whole = (total, sum_error(a, b, total))
@@ -172,7 +172,7 @@ def beta_std(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _times(x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the product of two numbers, each given rounded and with what the rounding took."""
+    """Return the product of two numbers, each given rounded and with its rounding error."""
     high = x[0] * y[0]
     return high, product_error(x[0], y[0], high) + x[0] * y[1] + x[1] * y[0]
 
@@ -195,13 +195,13 @@ def tilt_divergence(t: Tensor) -> Tensor:
 
 
 def tilt_mean(t: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the distance of the mean from its nearer end, 1/t - 1/(exp(t) - 1), and what the rounding took."""
+    """Return the distance of the mean from its nearer end, 1/t - 1/(exp(t) - 1), and its rounding error."""
     near, far = t.clamp_max(1.0), t.clamp_min(1.0)
     return _or_series(t, 0.5 - near * horner(near * near, _BERNOULLI), far, -1 / torch.expm1(far))
 
 
 def tilt_std(t: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the standard deviation, the root of 1/t² - exp(-t)/(1 - exp(-t))², and what the rounding took."""
+    """Return the standard deviation, the root of 1/t² - exp(-t)/(1 - exp(-t))², and its rounding error."""
     near, far = t.clamp_max(1.0), t.clamp_min(1.0)
     series = horner(near * near, [(k - 1) * c for k, c in zip(_EVEN, _BERNOULLI, strict=True)]).sqrt()
     drop = far / torch.expm1(-far) * (far * torch.exp(-far) / torch.expm1(-far))
@@ -209,7 +209,7 @@ def tilt_std(t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _or_series(t: Tensor, series: Tensor, far: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
-    """Return 1/t + rest, rounded, and what the rounding took; for t < 1 the series."""
+    """Return 1/t + rest, rounded, and its rounding error; for t < 1 the series."""
     inverse = 1 / far
     total = inverse + rest
     lost = quotient_error(torch.ones_like(far), far, inverse) + sum_error(inverse, rest, total)

@@ -1,7 +1,7 @@
-"""Numbers that know what rounding has cost them: a float64 tensor, and a bound of its distance from the exact number.
+"""Running error analysis: float64 tensors, each with a bound of its distance from the exact number.
 
-Every operation adds to the bound what it may lose itself, and carries on what its arguments had lost, to first order.
-The bound takes no part in derivatives.
+Every operation adds its own rounding error to the bound, and propagates the bounds of its arguments to first order. The
+bounds have no derivatives.
 
 References:
     *Accuracy and stability of numerical algorithms* (Higham, 2002), section 3.3: the running error analysis.
@@ -58,7 +58,7 @@ class Rounded:
     def __sub__(self, other: Number) -> Rounded:
         a, b = self, as_rounded(other, self.value)
         value = a.value - b.value
-        # What a difference loses is known, and often 0, as for 1 - x beside 1.
+        # The rounding error of a difference is known, and often 0, as for 1 - x beside 1.
         return _bounded(value, lambda: a.error + b.error + difference_error(a.value, b.value).detach().abs())
 
     def __mul__(self, other: Number) -> Rounded:
@@ -85,7 +85,7 @@ class Rounded:
 
 
 def as_rounded(x: Number, like: Tensor) -> Rounded:
-    """Return x itself, a tensor as exact, a number as rounded unless it is a multiple of ¼."""
+    """Return x itself; a tensor counts as exact, a number as rounded unless it is a multiple of ¼."""
     if isinstance(x, Rounded):
         return x
     if isinstance(x, Tensor):
@@ -95,7 +95,7 @@ def as_rounded(x: Number, like: Tensor) -> Rounded:
 
 
 def _bounded(value: Tensor, error: Callable[[], Tensor | float]) -> Rounded:
-    """Return the value with its error, which is left out where nobody may look at it."""
+    """Return the value with its error, which is left out where values cannot be read."""
     return Rounded(value, 0.0 if is_traced() else error())
 
 
@@ -172,7 +172,7 @@ def lgamma(x: Rounded) -> Rounded:
 
 
 def digamma(x: Rounded) -> Rounded:
-    """Return ψ(x) for x > 0, whose derivative has all its digits, unlike that of torch's."""
+    """Return ψ(x) for x > 0, with a derivative that has all its digits, unlike torch's."""
     return apply(_digamma, x, _trigamma, floor=1.0)
 
 
@@ -182,7 +182,7 @@ def trigamma(x: Rounded) -> Rounded:
 
 
 def where(mask: Tensor, a: Rounded, b: Rounded) -> Rounded:
-    """Return a where the mask is set and b elsewhere; each is to be harmless where it is not taken."""
+    """Return a where the mask is set and b elsewhere; each must be finite where it is not taken."""
     a_error, b_error = (torch.as_tensor(x.error, dtype=a.value.dtype, device=a.value.device) for x in (a, b))
     return Rounded(torch.where(mask, a.value, b.value), torch.where(mask, a_error, b_error))
 

@@ -1,4 +1,4 @@
-"""Functions that the moments are made of, and that torch lacks."""
+"""Special functions of `Rounded` numbers, which the moments need and torch lacks."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _slope(w: Tensor) -> Tensor:
 
 @custom_gradient(lambda needs, w: (_slope(w),))
 def entire_exponential_integral(w: Tensor) -> Tensor:
-    """Return Ein(w) = ∫₀^w (1 - exp(-t))/t dt = E1(w) + log w + γ for w ≥ 0, by a Gauss rule where it is no logarithm.
+    """Return Ein(w) = ∫₀^w (1 - exp(-t))/t dt = E1(w) + log w + γ for w ≥ 0, by a Gauss rule up to 40.
 
     References:
         *NIST handbook of mathematical functions* (Olver et al., 2010), section 6.2.

@@ -14,7 +14,7 @@ from torch_klloss.numerics.rounded_special import gamma_entropy, log_gamma_rest,
 
 
 class _Exponential(Family, of=dist.Exponential, parameters=("rate",), placeholders=(1.0,), needs=("mean",)):
-    """The moments are those of the Gamma of shape 1."""
+    """An Exponential is the Gamma of shape 1."""
 
     rate: Rounded
 
@@ -71,7 +71,7 @@ class _Gamma(
         return trigamma(self.concentration)
 
     def cross_entropy(self, q: Any) -> Rounded:
-        """It is log Γ(α) - α log β - (α - 1) E[log x] + β E[x], with what is of the order of α taken together."""
+        """It is log Γ(α) - α log β - (α - 1) E[log x] + β E[x], grouped so that terms of the order of α cancel."""
         a, rate = self.concentration, self.rate / self.concentration
         return log_gamma_rest(a) + q.log() + a * (rate * q.mean() - 1 - (q.log() + log(rate)))
 
@@ -83,7 +83,7 @@ class _InverseGamma(
     placeholders=(8.0, 2.0),
     needs=("log", "reciprocal"),
 ):
-    """That 1/x is a Gamma gives its moments."""
+    """The moments follow from 1/x, a Gamma."""
 
     concentration: Rounded
     rate: Rounded
@@ -113,7 +113,7 @@ class _InverseGamma(
         return self.concentration / self.rate
 
     def cross_entropy(self, q: Any) -> Rounded:
-        """It is log Γ(α) - α log β + (α + 1) E[log x] + β E[1/x], with what is of the order of α taken together."""
+        """It is log Γ(α) - α log β + (α + 1) E[log x] + β E[1/x], grouped so that terms of the order of α cancel."""
         a, rate = self.concentration, self.rate / self.concentration
         return log_gamma_rest(a) + q.log() + a * (rate * q.reciprocal() - 1 + (q.log() - log(rate)))
 

@@ -20,7 +20,7 @@ ROOT_2_OVER_PI = math.sqrt(2 / math.pi)
 class _LogNormal(
     Family, of=dist.LogNormal, parameters=("loc", "scale"), placeholders=(0.0, 1.0), needs=("log", "log_variance")
 ):
-    """It is log x is Normal, and E[x^k] = exp(kμ + ½ k²σ²)."""
+    """The logarithm is Normal, and E[x^k] = exp(kμ + ½ k²σ²)."""
 
     loc: Rounded
     scale: Rounded

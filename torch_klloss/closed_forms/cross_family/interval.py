@@ -147,7 +147,7 @@ class _Beta(
         return 1 + b / (a - 1)
 
     def cross_entropy(self, q: Any) -> Rounded:
-        """It is log B(a, b) - (a - 1) E[log x] - (b - 1) E[log(1 - x)], with what is as large as a and b together."""
+        """It is log B(a, b) - (a - 1) E[log x] - (b - 1) E[log(1 - x)], grouped so that terms of order a + b cancel."""
         (a, b, total), left, right = self._shapes(), q.log(), q.log1m()
         log_beta_rest = log_gamma_rest(a) + log_gamma_rest(b) - log_gamma_rest(total)
         return log_beta_rest + left + right + a * (log(a / total) - left) + b * (log(b / total) - right)
@@ -232,7 +232,7 @@ class _ContinuousBernoulli(
         return self._of_size(tilt_log_norm) - self.logits * (q.mean() - 0.5)
 
     def _of_size(self, f: Any) -> Rounded:
-        """Return a function of the size of the log-odds, of which they are the exact argument."""
+        """Return f of the magnitude of the log-odds, which is exact."""
         return apply(lambda s: f(magnitude(s)), self.logits, torch.zeros_like)
 
 

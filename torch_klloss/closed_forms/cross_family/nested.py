@@ -1,4 +1,4 @@
-"""Pairs of families that have members in common: the KL is 0 there, and a sum of parts that vanish there, each ≥ 0.
+"""Written formulas for families with common members, where the KL is 0: sums of parts ≥ 0 that vanish there.
 
 isd(a, b) is a/b - 1 - log(a/b), lag(x) is x - log(1 + x), e2(x) is exp(x) - 1 - x, and Bl(x, y) is the Bregman
 divergence of lgamma.
@@ -75,7 +75,7 @@ def generalized_pareto_exponential(loc: Tensor, scale: Tensor, c: Tensor, rate: 
 
 @cross_family(dist.GeneralizedPareto, dist.Uniform)
 def generalized_pareto_uniform(loc: Tensor, scale: Tensor, c: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """lag(-c - 1), and the logarithm of p's width over that of q, σ/(-c): for c < 0, where q has an upper end."""
+    """lag(-c - 1), and the logarithm of p's width over q's, σ/(-c): for c < 0, where q has an upper end."""
     beyond = product_gap(high - loc, -c, scale, torch.ones_like(scale))
     return log1p_lag(-c - 1) + torch.log1p(((loc - low) * -c + beyond) / scale)
 

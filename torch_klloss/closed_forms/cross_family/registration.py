@@ -169,7 +169,7 @@ def _certified(kl: Rounded, mask: Tensor | None, dtype: torch.dtype, q: Distribu
     """Return the value, once no element outside the mask can have lost more of it to rounding than `TOLERANCE`.
 
     Raises:
-        NotCertifiedError: if one may have; not under `torch.compile` and `torch.func`, which cannot look.
+        NotCertifiedError: if one may have; not under `torch.compile` and `torch.func`, where values cannot be read.
     """
     if is_traced():
         return kl.value

@@ -1,4 +1,4 @@
-"""Pairs of unlike families with a p on the half-line: Gamma, Exponential, Pareto; see `cross`.
+"""Written formulas for a p on the half-line, as in `to_line`: Gamma, Exponential, Pareto.
 
 isd(a, b) is a/b - 1 - log(a/b) ≥ 0 throughout.
 """
@@ -34,12 +34,12 @@ from torch_klloss.numerics.moments import (
 
 
 def _to_gamma(shape: Tensor, m: Tensor, gap: Tensor, rest: Tensor) -> Tensor:
-    """Return the part of the mean, from gap = α - m, that of the shape, and the rest."""
+    """Return the part of the mean, from gap = α - m, plus the part of the shape and the rest."""
     return generalised_kl(shape, m, gap) + (stirling(shape) + HALF_LOG_2PI - shape.log() / 2) + rest
 
 
 def _to_exponential(rate: Tensor, mean: Tensor, lost: Tensor | float = 0.0) -> Tensor:
-    """Return isd(λ E[x], 1) + 1: the KL but for log E[x] - entropy; `lost` is what rounding took from the mean."""
+    """Return isd(λ E[x], 1) + 1: the KL but for log E[x] - entropy; `lost` is the rounding error of the mean."""
     one = torch.ones_like(rate)
     return itakura_saito(rate * mean, one, product_gap(rate, mean, one, one) + rate * lost) + 1
 
@@ -66,7 +66,7 @@ def _beta_gamma(a: Tensor, b: Tensor, shape: Tensor, rate: Tensor) -> Tensor:
     """α isd(βa/S, α) + ½ isd(αb, aS) + a/(2bS) and differences of Stirling's remainder R, with S = a + b.
 
     These are R(α) - R(a) - (α - a) R'(a) + (α - a) R'(S) + R(S) - R(b) - (b - 1) (R'(S) - R'(b)). Written so, it keeps
-    its digits where it is small: where the Gamma is that of (a, S) and b is large, and where both are nearly Normal.
+    its digits where it is small: where (α, β) is near (a, S) for a large b, and where both are nearly Normal.
     """
     total = a + b
     lost = sum_error(a, b, total)

@@ -1,4 +1,4 @@
-"""Pairs of unlike families with a p on an interval: Beta, ContinuousBernoulli, Uniform; see `cross`."""
+"""Written formulas for a p on an interval, as in `to_line`: Beta, ContinuousBernoulli, Uniform."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _uniform_beta(low: Tensor, high: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _uniform_flat_beta(low: Tensor, high: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Return the KL without -log(width): that of Beta(1, 1), and what the ends change in 1 + E[log x] = 0."""
+    """Return the KL without -log(width): the KL of Beta(1, 1), and what the ends change in 1 + E[log x] = 0."""
     one, rest, width = torch.ones_like(a), 1 - high, high - low
     left = torch.log1p(-rest) + (1 - uniform_log_drop(low, width))
     right = torch.log1p(-low) + (1 - uniform_log_drop(rest, width))

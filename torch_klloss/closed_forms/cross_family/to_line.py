@@ -1,9 +1,9 @@
-"""Pairs of unlike families whose KL is a formula of q's moments; here those with a p on the whole line, or counts.
+"""Written formulas for a p on the whole line: Normal, Gumbel, Laplace.
 
-KL(q‖p) = KL(q‖p*) + KL(p*‖p) where p* is the member of p's family with the moments of q that its log-density asks for:
-two parts, each ≥ 0, of which the first is a matter of q's shape alone. The formulas are this sum, or as near to it as
-p's family allows. Entropy and cross-entropy, large and of opposite sign, would cancel. Differences that decide how
-near the two are, as of a mean and a location, are taken with what their rounding loses.
+KL(q‖p) = KL(q‖p*) + KL(p*‖p) where p* is the member of p's family with the moments of q that its log-density needs: two
+parts, each ≥ 0, and the first depends only on the shape of q. The formulas are this sum, or as near to it as p's family
+allows. Entropy and cross-entropy, large and of opposite sign, would cancel. Differences that decide how near q and p
+are, as of a mean and a location, are corrected by their rounding errors.
 
 References:
     *Rényi divergence measures for commonly used univariate continuous distributions* (Gil, Alajaji and Linder, 2013).
@@ -47,7 +47,7 @@ from torch_klloss.numerics.moments import (
     tilt_std,
 )
 
-# Constants as a float64 and what is left of them.
+# Constants as a float64 and the rest of their digits.
 _EULER = (EULER, -4.942915152430645e-18)
 _PI_OVER_ROOT_6 = (1.282549830161864, 1.6029947261005143e-17)
 _ROOT_2 = (1.4142135623730951, -9.667293313452913e-17)
@@ -60,7 +60,7 @@ _OVER_ROOT_12 = (0.28867513459481287, 1.6725140369678172e-17)
 def _to_normal(
     excess: Tensor | float, mean_gap: Tensor, std: Tensor, scale: Tensor, lost: Tensor | float = 0.0
 ) -> Tensor:
-    """Return the excess and KL(p*‖p); `lost` is what rounding took from the standard deviation, where it is known."""
+    """Return the excess and KL(p*‖p); `lost` is the rounding error of the standard deviation, if known."""
     gap = (std - scale) + lost
     return excess + (itakura_saito(std, scale, gap) + ((mean_gap / scale).square() + (gap / scale).square()) / 2)
 
@@ -74,7 +74,7 @@ def _beta_normal(a: Tensor, b: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
 
 @cross_family(ContinuousBernoulli, Normal, infinite=nowhere)
 def _continuous_bernoulli_normal(log_odds: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
-    """The entropy is that of the Uniform on [0, 1], 0, less the KL from it."""
+    """The entropy is minus the KL from the Uniform on [0, 1]."""
     t = magnitude(log_odds)
     std, lost = tilt_std(t)
     from_end, lost_end = tilt_mean(t)
