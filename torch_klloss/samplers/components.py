@@ -1,4 +1,4 @@
-"""Points of a mixture, drawn from every component in turn."""
+"""Points of a mixture, drawn from each of its components."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch_klloss.samplers.points import Points, Sampler
 
 @dataclass(frozen=True)
 class ComponentDraw:
-    """Hold points of a mixture, as many of each of its K components.
+    """Points of a mixture, as many from each of its K components.
 
     Attributes:
-        points: n points of the first draw of every component, then of the second, …, `[n K, *batch, *event]`. Each
-            weighs its share of the draws times the probability of its component, through which a gradient flows.
+        points: the first draw from every component, then the second, …, `[n K, *batch, *event]`. The weight of each is
+            its share of the draws times the probability of its component, through which a gradient flows.
         component: the distribution of the components, `[*batch, K, *event]`.
-        drawn: what was drawn from it, `[n, *batch, K, *event]`.
+        drawn: the points of the components themselves, `[n, *batch, K, *event]`.
     """
 
     points: Points
@@ -29,7 +29,7 @@ class ComponentDraw:
 
     @property
     def num_components(self) -> int:
-        """K."""
+        """The number K of components."""
         return self.component.batch_shape[-1]
 
     def log_component(self) -> Tensor:
@@ -38,7 +38,7 @@ class ComponentDraw:
 
 
 def mixture_of(q: Distribution) -> MixtureSameFamily | None:
-    """Return the mixture that q is, or is transformed from with its event shape kept; None where there is none."""
+    """Return the mixture that q is, or is transformed from with the same event shape; None if there is none."""
     base = q
     while isinstance(base, TransformedDistribution):
         base = base.base_dist
@@ -74,9 +74,9 @@ def draw_by_component(sampler: Sampler, q: Distribution, num_samples: int, *, di
 def prepare_by_component(
     sampler: Sampler, q: Distribution, num_samples: int, *, differentiable: bool
 ) -> DrawsByComponent:
-    """Return what `draw_by_component` draws, to be had in parts: `part(start, stop)` of draws from every component.
+    """Return the draws of `draw_by_component` in parts: `part(start, stop)` of the draws from every component.
 
-    Arguments and errors are those of `draw_by_component`.
+    Arguments and errors are as in `draw_by_component`.
     """
     mixture = mixture_of(q)
     if mixture is None:
@@ -87,12 +87,12 @@ def prepare_by_component(
 
 @dataclass(frozen=True)
 class DrawsByComponent:
-    """Draws from every component of a mixture, whose randomness is decided.
+    """Draws from every component of a mixture, with their randomness fixed.
 
     Attributes:
         q: the mixture, or transformed from it.
         mixture: the mixture itself.
-        draws: those from the components.
+        draws: the draws from the components.
     """
 
     q: Distribution
@@ -110,7 +110,7 @@ class DrawsByComponent:
 
 
 def _possible(x: Tensor, probs: Tensor, dim: int) -> Tensor:
-    """Replace the points of components that are never drawn, and may be anywhere, by those of the likeliest one."""
+    """Return x with the points of components of probability zero replaced by points of the likeliest one."""
     best, never = (
         t.reshape(t.shape + (1,) * (x.dim() - dim - 1)) for t in (probs.argmax(-1, keepdim=True), probs == 0)
     )
