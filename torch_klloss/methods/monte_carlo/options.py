@@ -25,8 +25,8 @@ def check_options(gradient: str, value: str, num_samples: int, chunk_size: int |
             raise ValueError(f"{option} must be one of {', '.join(map(repr, known))}, got {given!r}.")
     if value == "control_variate" and num_samples % 2:
         raise ValueError(
-            f"value='control_variate' fits one half of the draws and corrects the other, and needs an even num_samples, "
-            f"got {num_samples}."
+            f"value='control_variate' fits one half of the draws and corrects the other: num_samples must be even, got "
+            f"{num_samples}."
         )
     reason = _CLASHES.get((value, gradient))
     if reason is not None:
