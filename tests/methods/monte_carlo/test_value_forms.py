@@ -173,7 +173,7 @@ def test_a_q_that_lacks_what_the_value_needs_is_refused_with_the_way_out(value, 
 
 def test_an_odd_number_of_draws_has_no_two_halves():
     for num_samples in (1, 7):
-        with pytest.raises(ValueError, match=f"needs an even num_samples, got {num_samples}"):
+        with pytest.raises(ValueError, match=f"num_samples must be even, got {num_samples}"):
             MonteCarlo(num_samples, value="control_variate")
     assert MonteCarlo(2, value="control_variate").estimate(STANDARD, StudentT(3.0)).value.isfinite()
 
