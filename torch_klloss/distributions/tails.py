@@ -16,6 +16,7 @@ import torch.distributions as dist
 from torch import Tensor
 from torch.distributions import Distribution
 
+from torch_klloss.distributions.simplify import peel
 from torch_klloss.distributions.supports import bounds_of, contained, is_discrete
 from torch_klloss.distributions.tensors import device_of, dtype_of
 
@@ -54,7 +55,7 @@ def declare_tails(cls: type[Distribution], tails: Callable[[Any], Tails]) -> Non
     _TAILS[cls] = tails
 
 
-def is_infinite(q: Distribution, p: Distribution) -> Tensor | None:
+def is_infinite(q: Distribution, p: Distribution, power: int = 1) -> Tensor | None:
     """Return where KL(q‖p) is infinite: q has mass beyond p's support, or -log p grows too fast for the tails of q.
 
     This is determined from the declared tails of both families: nothing is drawn, and no density is evaluated.
@@ -62,10 +63,11 @@ def is_infinite(q: Distribution, p: Distribution) -> Tensor | None:
     Args:
         q: the distribution that the expectation is under, `[*batch, *event]`.
         p: the other one; its batch shape broadcasts against q's.
+        power: 2 for the second moment of log q - log p in place of the KL, which is the first.
 
     Returns:
-        A bool tensor of the broadcast batch shape, False where the KL is finite or a parameter is NaN; None if a family
-        has no declared tails, or they do not determine it.
+        A bool tensor of the broadcast batch shape, False where the moment is finite or a parameter is NaN; None if a
+        family has no declared tails, or they do not determine it.
 
     Example:
         >>> import torch
@@ -75,15 +77,16 @@ def is_infinite(q: Distribution, p: Distribution) -> Tensor | None:
         tensor([ True,  True, False])
     """
     shape = _broadcast(q, p)
-    if isinstance(q, dist.Independent) and isinstance(p, dist.Independent):
-        inner = is_infinite(q.base_dist, p.base_dist)
-        dims = q.reinterpreted_batch_ndims
-        agree = dims == p.reinterpreted_batch_ndims
-        return inner.flatten(-dims).any(-1).expand(shape) if inner is not None and agree and dims else None
+    q, p, peeled = peel(q, p)
     if q.event_shape or p.event_shape or is_discrete(q) or is_discrete(p):
         return None
     q_tails, p_tails = tails_of(q), tails_of(p)
-    return None if q_tails is None or p_tails is None else is_infinite_by_tails(q, p, q_tails, p_tails)
+    if q_tails is None or p_tails is None:
+        return None
+    # A power grows so many times as fast; log q itself has all moments.
+    lower, upper = (tail._replace(growth=power * tail.growth, speed=power * tail.speed) for tail in p_tails)
+    infinite = is_infinite_by_tails(q, p, q_tails, (lower, upper))
+    return infinite.flatten(-peeled).any(-1).expand(shape) if infinite is not None and peeled else infinite
 
 
 def is_infinite_by_tails(q: Distribution, p: Distribution, q_tails: Tails, p_tails: Tails) -> Tensor | None:

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from torch_klloss.samplers.draws import Draws, noise_in_blocks
-from torch_klloss.samplers.points import Points
+from torch_klloss.samplers.draws import Draws, PreparedSampler, noise_in_blocks
 from torch_klloss.samplers.transport import TransportedDraws, cells_of
 
 
 @dataclass(frozen=True)
-class Antithetic:
+class Antithetic(PreparedSampler):
     """Draws pairs of points at the levels u and 1 - u of q, so that their errors cancel in part.
 
     Expectations are unbiased. For an integrand that is odd about the median of q they are exact. For an even one, such
@@ -30,12 +29,8 @@ class Antithetic:
         (tensor(5.), 1)
     """
 
-    def draw(self, q: Distribution, num_samples: int, *, differentiable: bool) -> Points:
-        """Return `num_samples` points of q, the two of a pair side by side."""
-        return self.prepare(q, num_samples, differentiable=differentiable).part(0, num_samples)
-
     def prepare(self, q: Distribution, num_samples: int, *, differentiable: bool) -> Draws:
-        """Return the draws, which are computed in parts."""
+        """Return the draws, the two of a pair side by side."""
         if num_samples % 2:
             raise ValueError(f"Antithetic draws pairs and needs an even num_samples, got {num_samples}; or use IID().")
         cells = cells_of(q)

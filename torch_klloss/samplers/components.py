@@ -45,8 +45,10 @@ def mixture_of(q: Distribution) -> MixtureSameFamily | None:
     return base if isinstance(base, MixtureSameFamily) and len(base.event_shape) == len(q.event_shape) else None
 
 
-def draw_by_component(sampler: Sampler, q: Distribution, num_samples: int, *, differentiable: bool) -> ComponentDraw:
-    """Return `num_samples` points of every component of a mixture q; E_q[f] = Σ_k π_k E_k[f] is exact in π.
+def prepare_by_component(
+    sampler: Sampler, q: Distribution, num_samples: int, *, differentiable: bool
+) -> DrawsByComponent:
+    """Return `num_samples` draws from every component of a mixture q; E_q[f] = Σ_k π_k E_k[f] is exact in π.
 
     Args:
         sampler: draws from the components.
@@ -61,26 +63,15 @@ def draw_by_component(sampler: Sampler, q: Distribution, num_samples: int, *, di
         >>> import torch
         >>> from torch.distributions import Categorical, MixtureSameFamily, Normal
         >>> from torch_klloss.samplers import IID
-        >>> from torch_klloss.samplers.components import draw_by_component
+        >>> from torch_klloss.samplers.components import prepare_by_component
         >>> q = MixtureSameFamily(Categorical(torch.tensor([0.25, 0.75])), Normal(torch.zeros(2), 1.0))
-        >>> points = draw_by_component(IID(), q, 2, differentiable=True).points
+        >>> points = prepare_by_component(IID(), q, 2, differentiable=True).part(0, 2).points
         >>> points.x.shape, points.weights
         (torch.Size([4]), tensor([0.1250, 0.3750, 0.1250, 0.3750]))
     """
-    draws = prepare_by_component(sampler, q, num_samples, differentiable=differentiable)
-    return draws.part(0, num_samples)
-
-
-def prepare_by_component(
-    sampler: Sampler, q: Distribution, num_samples: int, *, differentiable: bool
-) -> DrawsByComponent:
-    """Return the draws of `draw_by_component` in parts: `part(start, stop)` of the draws from every component.
-
-    Arguments and errors are as in `draw_by_component`.
-    """
     mixture = mixture_of(q)
     if mixture is None:
-        raise ValueError(f"draw_by_component needs a MixtureSameFamily, got {type(q).__name__}.")
+        raise ValueError(f"prepare_by_component needs a MixtureSameFamily, got {type(q).__name__}.")
     component = mixture.component_distribution
     return DrawsByComponent(q, mixture, prepare(sampler, component, num_samples, differentiable=differentiable))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, cast
@@ -26,12 +27,16 @@ class Draws(Protocol):
         ...
 
 
-class PreparedSampler(Protocol):
+class PreparedSampler(ABC):
     """A sampler that fixes all randomness first, and computes points on demand."""
 
+    def draw(self, q: Distribution, num_samples: int, *, differentiable: bool) -> Points:
+        """Return `num_samples` points of q, reparameterised (`rsample`) if `differentiable`."""
+        return self.prepare(q, num_samples, differentiable=differentiable).part(0, num_samples)
+
+    @abstractmethod
     def prepare(self, q: Distribution, num_samples: int, *, differentiable: bool) -> Draws:
-        """Return draws whose `part(0, num_samples)` is what `draw` would have returned."""
-        ...
+        """Return the draws, which are computed in parts."""
 
 
 def prepare(sampler: Sampler, q: Distribution, num_samples: int, *, differentiable: bool) -> Draws:

@@ -11,12 +11,12 @@ from torch.distributions import Distribution
 from torch_klloss.distributions.simplify import diagonal_normal_of
 from torch_klloss.distributions.tensors import device_of
 from torch_klloss.numerics.tracing import is_func_transformed
-from torch_klloss.samplers.draws import Draws, Noise, noise_in_blocks
+from torch_klloss.samplers.draws import Draws, Noise, PreparedSampler, noise_in_blocks
 from torch_klloss.samplers.points import Points, evenly_weighted
 
 
 @dataclass(frozen=True)
-class IID:
+class IID(PreparedSampler):
     """Draws independent samples from q, each with the weight 1/S.
 
     The error of an expectation falls as S^-1/2, and is estimated from the spread of the draws.
@@ -28,10 +28,6 @@ class IID:
         >>> points.x.shape, points.expectation(torch.ones(8, 3))
         (torch.Size([8, 3]), tensor([1., 1., 1.]))
     """
-
-    def draw(self, q: Distribution, num_samples: int, *, differentiable: bool) -> Points:
-        """Return independent points of q, reparameterised (`rsample`) if `differentiable`."""
-        return self.prepare(q, num_samples, differentiable=differentiable).part(0, num_samples)
 
     def prepare(self, q: Distribution, num_samples: int, *, differentiable: bool) -> Draws:
         """Return the draws, which are computed in parts.

@@ -12,8 +12,7 @@ from torch.quasirandom import SobolEngine
 
 from torch_klloss.numerics.arguments import check_integer
 from torch_klloss.numerics.tracing import without_func
-from torch_klloss.samplers.draws import Draws
-from torch_klloss.samplers.points import Points
+from torch_klloss.samplers.draws import Draws, PreparedSampler
 from torch_klloss.samplers.transport import TransportedDraws, cells_of
 
 MAX_DIMENSION = SobolEngine.MAXDIM
@@ -82,7 +81,7 @@ _kept = lru_cache(maxsize=16)(_made)
 
 
 @dataclass(frozen=True)
-class Sobol:
+class Sobol(PreparedSampler):
     """Draw scrambled Sobol points, shifted digitally and independently for every batch element.
 
     Each point is uniform in the unit cube, and hence each point of q a draw from q: expectations are unbiased. Together
@@ -116,12 +115,8 @@ class Sobol:
     def __post_init__(self) -> None:
         check_integer("Sobol(replicates=...)", self.replicates)
 
-    def draw(self, q: Distribution, num_samples: int, *, differentiable: bool) -> Points:
-        """Return `num_samples` points of q, the replicates one after the other."""
-        return self.prepare(q, num_samples, differentiable=differentiable).part(0, num_samples)
-
     def prepare(self, q: Distribution, num_samples: int, *, differentiable: bool) -> Draws:
-        """Return the draws, which are computed in parts."""
+        """Return the draws, the replicates one after the other."""
         n = points_each("Sobol", num_samples, self.replicates)
         cells = cells_of(q)
         net = sobol_net(n, cells.shape[-1], cells.bits).to(cells.device)

@@ -9,14 +9,13 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from torch_klloss.numerics.arguments import check_integer
-from torch_klloss.samplers.draws import Draws, noise_in_blocks
-from torch_klloss.samplers.points import Points
+from torch_klloss.samplers.draws import Draws, PreparedSampler, noise_in_blocks
 from torch_klloss.samplers.sobol import points_each
 from torch_klloss.samplers.transport import TransportedDraws, cells_of
 
 
 @dataclass(frozen=True)
-class Stratified:
+class Stratified(PreparedSampler):
     """Draws a Latin hypercube: in every dimension, each of n intervals of equal probability holds one draw.
 
     Expectations are unbiased. Only the rest of the integrand after its best fit by a sum of functions of single
@@ -48,12 +47,8 @@ class Stratified:
     def __post_init__(self) -> None:
         check_integer("Stratified(replicates=...)", self.replicates)
 
-    def draw(self, q: Distribution, num_samples: int, *, differentiable: bool) -> Points:
-        """Return `num_samples` points of q, the replicates one after the other."""
-        return self.prepare(q, num_samples, differentiable=differentiable).part(0, num_samples)
-
     def prepare(self, q: Distribution, num_samples: int, *, differentiable: bool) -> Draws:
-        """Return the draws, which are computed in parts."""
+        """Return the draws, the replicates one after the other."""
         n = points_each("Stratified", num_samples, self.replicates)
         cells = cells_of(q)
         d = cells.shape[-1]

@@ -13,6 +13,7 @@ from torch.distributions import Distribution
 from torch_klloss.distributions.checks import check_common_measure, check_pair, type_name
 from torch_klloss.distributions.simplify import peel
 from torch_klloss.distributions.supports import contained, has_moving_support, is_discrete
+from torch_klloss.distributions.tails import is_infinite
 from torch_klloss.distributions.tensors import device_of, unvalidated
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.methods.base import BaseMethod
@@ -30,7 +31,6 @@ from torch_klloss.methods.monte_carlo.options import (
     refuse_value,
 )
 from torch_klloss.methods.monte_carlo.plan import Plan, PreparedPair
-from torch_klloss.methods.monte_carlo.tail_diagnostics import has_infinite_variance
 from torch_klloss.numerics.arguments import check_integer
 from torch_klloss.rng import draw_seed, private_rng
 from torch_klloss.samplers import IID, Antithetic, Sampler, Sobol, Stratified
@@ -154,7 +154,7 @@ class MonteCarlo(BaseMethod):
             TypeError: if q or p is not a distribution.
         """
         check_common_measure(q, p)
-        infinite_variance = None if self.num_samples == 1 else has_infinite_variance(q, p)
+        infinite_variance = None if self.num_samples == 1 else is_infinite(q, p, power=2)
         q, p, peeled = _peel_mixture(q, p)
         gradient = self._gradient_for(q)
         inside = contained(q, p)

@@ -25,7 +25,7 @@ from torch_klloss.methods.monte_carlo.plan import Plan, PreparedPair
 from torch_klloss.methods.monte_carlo.surrogates import reaches_others, zero_with_gradient
 from torch_klloss.numerics.dimensions import sum_after, sum_last
 from torch_klloss.samplers import IID, Points, Sampler
-from torch_klloss.samplers.components import draw_by_component, mixture_of
+from torch_klloss.samplers.components import mixture_of, prepare_by_component
 
 # Families whose density is normalised for all values of their stored tensors, so that every score has mean zero.
 _FREE = (
@@ -168,9 +168,10 @@ def _sample(pair: PreparedPair, plan: Plan, state: MixedGradient | None) -> tupl
 
 def _terms(q: Distribution, log_p: Callable[[Tensor], Tensor], sampler: Sampler) -> tuple[Tensor, Tensor]:
     """Return the log-ratio at a draw of every row, and log q at the same point, which is fixed, `[S, *batch]`."""
-    mixture = mixture_of(q) is not None
-    draw = draw_by_component(sampler, q, 1, differentiable=True).points if mixture else None
-    points = sampler.draw(q, 1, differentiable=True) if draw is None else draw
+    if mixture_of(q) is None:
+        points = sampler.draw(q, 1, differentiable=True)
+    else:
+        points = prepare_by_component(sampler, q, 1, differentiable=True).part(0, 1).points
     x, weights = points.x, points.weights
     log_ratio = (weights * (q.log_prob(x) - log_p(x))).sum(0)
     return log_ratio, (weights.detach() * q.log_prob(x.detach())).sum(0)

@@ -1,4 +1,4 @@
-"""Heavy tails, declared or fitted, which make the spread of a sample useless as the error of its mean."""
+"""Heavy tails, which make the spread of a sample useless as the error of its mean."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ import warnings
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent
 
-from torch_klloss.distributions.simplify import peel
-from torch_klloss.distributions.tails import Tail, is_infinite_by_tails, tails_of
 from torch_klloss.numerics.tracing import is_traced
 
 _MIN_TAIL = 5
@@ -90,32 +87,3 @@ def may_have_heavy_tail(log_ratio: Tensor, what: str, remedy: str) -> Tensor:
             stacklevel=3,
         )
     return ~(shape < _VARIANCE)
-
-
-def has_infinite_variance(q: Distribution, p: Distribution) -> Tensor | None:
-    """Return where log q - log p has an infinite variance under q, from the declared tails; None if it is not known.
-
-    Args:
-        q: the distribution of the draws.
-        p: the other one; its batch shape broadcasts against q's.
-
-    Example:
-        >>> import torch
-        >>> from torch.distributions import Normal, StudentT
-        >>> from torch_klloss.methods.monte_carlo.tail_diagnostics import has_infinite_variance
-        >>> has_infinite_variance(StudentT(torch.tensor([3.0, 4.0, 5.0])), Normal(0.0, 1.0))
-        tensor([ True,  True, False])
-    """
-    q, p, peeled = peel(q, p)
-    if isinstance(q, Independent) or isinstance(p, Independent) or q.event_shape or p.event_shape:
-        return None
-    q_tails, p_tails = tails_of(q), tails_of(p)
-    if q_tails is None or p_tails is None:
-        return None
-    # A square grows twice as fast. The square of log q itself always has a mean.
-    infinite = is_infinite_by_tails(q, p, q_tails, tuple(_squared(t) for t in p_tails))  # type: ignore[arg-type]
-    return infinite.flatten(-peeled).any(-1) if infinite is not None and peeled else infinite
-
-
-def _squared(tail: Tail) -> Tail:
-    return tail._replace(growth=2 * tail.growth, speed=2 * tail.speed)
