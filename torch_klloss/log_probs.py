@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from torch_klloss.methods.monte_carlo.tail_diagnostics import untrusted
+from torch_klloss.methods.monte_carlo.tail_diagnostics import may_have_heavy_tail
 from torch_klloss.numerics.tracing import is_traced
 
 LogProbGradient = Literal["pathwise", "score_function", "k2", "none"]
@@ -197,7 +197,7 @@ class _Samples(NamedTuple):
             exponent = self.log_p - self.log_q + self.log_weight
             exponents.append((exponent, "kl_from_log_probs(value='k3')", "Use value='k1'."))
         for exponent, option, remedy in exponents:
-            untrusted(torch.where(self.kept, exponent, -torch.inf), option, remedy)
+            may_have_heavy_tail(torch.where(self.kept, exponent, -torch.inf), option, remedy)
 
 
 def _zero(t: Tensor) -> Tensor:

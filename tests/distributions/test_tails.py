@@ -129,3 +129,25 @@ def test_a_subclass_with_a_density_of_its_own_declares_its_own_tails():
     assert is_infinite(q, NORMAL) is None
     declare_tails(Light, lambda d: (Tail(growth=2.0), Tail(growth=2.0)))
     assert not is_infinite(q, NORMAL)
+
+
+VARIANCES = [
+    (dist.Normal(0.0, 1.0), dist.StudentT(1.0), False),
+    (dist.Cauchy(0.0, 1.0), dist.StudentT(1.0), False),
+    (dist.StudentT(2.0), dist.Laplace(0.0, 1.0), True),  # the variance of |x|
+    (dist.StudentT(2.1), dist.Laplace(0.0, 1.0), False),
+    (dist.Laplace(0.0, 1.0), dist.Gumbel(0.0, 1.5), True),  # of exp(-x/1.5), which has a mean
+    (dist.Laplace(0.0, 1.0), dist.Gumbel(0.0, 2.5), False),
+]
+
+
+@pytest.mark.parametrize(("q", "p", "infinite"), VARIANCES)
+def test_the_variance_of_a_log_ratio_is_told_from_the_tails(q, p, infinite):
+    assert bool(is_infinite(q, p, power=2)) is infinite
+
+
+def test_the_variance_is_not_known_without_a_common_structure():
+    normals = dist.Independent(dist.Normal(torch.zeros(2), 1.0), 1)
+    assert is_infinite(normals, normals, power=2) is not None
+    assert is_infinite(dist.MultivariateNormal(torch.zeros(2), torch.eye(2)), normals, power=2) is None
+    assert not is_infinite(dist.LogNormal(0.0, 1.0), dist.LogNormal(0.0, 1.0), power=2)

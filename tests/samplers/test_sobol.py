@@ -10,7 +10,7 @@ from torch.distributions import Categorical, Independent, Normal, Uniform
 
 from torch_klloss.samplers import IID, Sobol, sobol
 from torch_klloss.samplers.sobol import MAX_DIMENSION, sobol_net
-from torch_klloss.samplers.transport import Cells, cells_of, middles
+from torch_klloss.samplers.transport import Cells, cells_of, midpoints
 
 F64 = torch.float64
 BITS = 4
@@ -72,7 +72,7 @@ def test_the_mean_over_all_shifts_tells_cells_without_their_half(monkeypatch):
 @pytest.mark.parametrize(("bits", "dtype"), [(23, torch.float32), (52, torch.float64)])
 def test_the_first_and_last_cell_are_strictly_inside(bits, dtype):
     k = torch.tensor([0, 2**bits - 1], dtype=torch.int32 if bits == 23 else torch.int64)
-    u = middles(k, bits)
+    u = midpoints(k, bits)
     assert u.dtype == dtype
     assert u[0] > 0
     assert u[1] < 1

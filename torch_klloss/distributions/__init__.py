@@ -1,4 +1,4 @@
-"""What is known of q and p as objects: constructors, checks, simplification, supports, tails, tensors."""
+"""Properties of q and p as objects: constructors, checks, simplification, supports, tails, tensors."""
 
 from torch_klloss.distributions.families import categorical, diagonal_normal, standard_normal_like
 from torch_klloss.distributions.tails import declare_tails

@@ -1,4 +1,4 @@
-"""Log-densities far out in the tails and close to the ends, where torch's own lose their digits."""
+"""Log-densities that stay accurate far out in the tails and close to the ends, where torch's are not."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from torch.nn.functional import softplus
 from torch_klloss.distributions.supports import log_prob_within
 
 
-def log_density(d: Distribution, x: Tensor, reach: bool | Tensor | None) -> Tensor:
+def log_density(d: Distribution, x: Tensor, contains_support: bool | Tensor | None) -> Tensor:
     """Return log d(x) `[*nodes, *batch]`, -inf outside d's support.
 
     Args:
         d: the distribution, unvalidated.
         x: points `[*nodes, *batch]`.
-        reach: what `contained` said of the distribution that the points belong to.
+        contains_support: what `contained` returned for the distribution that the points belong to.
     """
     formula = _FORMULAS.get(type(d))
-    return log_prob_within(d, x, reach) if formula is None or reach is not True else formula(d, x)
+    return log_prob_within(d, x, contains_support) if formula is None or contains_support is not True else formula(d, x)
 
 
 def _generalized_pareto(d: GeneralizedPareto, x: Tensor) -> Tensor:
-    """Torch's compares with a constant of the default dtype, and refuses every other one."""
+    """Return log d(x); torch's refuses every dtype but the default one."""
     c, z = d.concentration, (x - d.loc) / d.scale
     is_zero = c.abs() < 1e-12
     kept = torch.where(is_zero, 1.0, c)
@@ -45,41 +45,41 @@ def _generalized_pareto(d: GeneralizedPareto, x: Tensor) -> Tensor:
 
 
 def _inverse_gamma(d: InverseGamma, x: Tensor) -> Tensor:
-    """Torch's loses the slope of 1/x where that underflows."""
+    """Return log d(x); torch's loses the slope of 1/x where that underflows."""
     a, rate = d.concentration, d.rate
     return a * rate.log() - a.lgamma() - (a + 1) * x.log() - rate / x
 
 
 def _weibull(d: Weibull, x: Tensor) -> Tensor:
-    """Torch's loses the slope of a power where that underflows."""
+    """Return log d(x); torch's loses the slope of a power where that underflows."""
     k, log_ratio = d.concentration, x.log() - d.scale.log()
     return k.log() - d.scale.log() + (k - 1) * log_ratio - (k * log_ratio).exp()
 
 
 def _kumaraswamy(d: Kumaraswamy, x: Tensor) -> Tensor:
-    """Torch's goes through a chain of powers, which rounds to infinity near 0 and 1."""
+    """Return log d(x); torch's computes a chain of powers that rounds to infinity near 0 and 1."""
     a, b = d.concentration1, d.concentration0
     log_x = x.log()
     return a.log() + b.log() + (a - 1) * log_x + (b - 1) * _log1mexp(a * log_x)
 
 
 def _von_mises(d: VonMises, x: Tensor) -> Tensor:
-    """Torch's knows its normaliser to seven digits."""
+    """Return log d(x); torch's normaliser has seven digits."""
     c = d.concentration
     return -2 * c * torch.sin((x - d.loc) / 2) ** 2 - torch.special.i0e(c).log() - math.log(2 * math.pi)
 
 
 def _relaxed_bernoulli(d: RelaxedBernoulli, x: Tensor) -> Tensor:
-    """Torch's takes points below 1e-38 for 0."""
+    """Return log d(x); torch's rounds points below 1e-38 to 0."""
     log_x, log_rest = x.log(), torch.log1p(-x)
     gap = d.logits - d.temperature * (log_x - log_rest)
     return torch.as_tensor(d.temperature).log() + gap - 2 * softplus(gap, threshold=700) - log_x - log_rest
 
 
 def _continuous_bernoulli(d: ContinuousBernoulli, x: Tensor) -> Tensor:
-    """Torch's loses its normaliser at log-odds beyond 30."""
+    """Return log d(x); torch's loses its normaliser at log-odds beyond 30."""
     half = d.logits.abs() / 2
-    near = half < 0.03  # of log(sinh(h)/h) three terms of the series are left here
+    near = half < 0.03  # three terms of the series of log(sinh(h)/h) are enough here
     square, far = half**2, torch.where(near, 1.0, half)
     series = square / 6 - square**2 / 180 + square**3 / 2835
     log_norm = torch.where(near, series, far + torch.log1p(-torch.exp(-2 * far)) - (2 * far).log())

@@ -1,4 +1,4 @@
-"""One-line constructors for the distributions that losses are usually about."""
+"""One-line constructors for the usual distributions of losses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch_klloss.numerics.tracing import is_traced
 
 
 class LogVarNormal(Normal):
-    """A Normal that keeps the log-variance it was built from, and takes its exponential only where somebody asks.
+    """A Normal that keeps the log-variance it was built from, and takes its exponential on demand.
 
     Args:
         loc: the mean.
@@ -46,7 +46,7 @@ class LogVarNormal(Normal):
 
 
 class StandardNormal(LogVarNormal):
-    """The Normal of mean zero and variance one, known as such by its type.
+    """The Normal of mean zero and variance one, recognised by its type.
 
     Args:
         shape: its batch shape.
@@ -79,7 +79,7 @@ class StandardNormal(LogVarNormal):
 
 
 class RawCategorical(Categorical):
-    """A Categorical that keeps its logits as given, and normalises them only where somebody asks.
+    """A Categorical that keeps its logits as given, and normalises them on demand.
 
     Args:
         logits: unnormalised log-probabilities, `[*batch, num_classes]`; -inf masks a class.
@@ -197,7 +197,7 @@ def categorical(logits: Tensor) -> RawCategorical:
 
 
 def _independent(base: Distribution, batch_dims: int) -> Independent:
-    """Return what torch's constructor does, without checks that cannot fail here: it is part of every step."""
+    """Return the same as torch's constructor, without checks that cannot fail here: it runs in every training step."""
     d: Independent = Independent.__new__(Independent)
     d.base_dist, d.reinterpreted_batch_ndims = base, len(base.batch_shape) - batch_dims
     shape = base.batch_shape

@@ -1,4 +1,4 @@
-"""Which parameter a distribution was built from: torch stores the other one beside it, rounded and clamped."""
+"""The parameter that a distribution was built from; torch stores the other one beside it, rounded and clamped."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch_klloss.numerics.tracing import is_traced
 
 
 class Given(NamedTuple):
-    """Which of the two are given by `probs`; the other ones are by `logits`."""
+    """Whether q and p are given by `probs`, or by `logits`."""
 
     q_is_probs: bool
     p_is_probs: bool
@@ -27,7 +27,7 @@ def as_given(d: Distribution, *, is_binary: bool = True) -> tuple[Tensor, bool]:
 
     Args:
         d: a distribution given by `probs` or `logits`.
-        is_binary: whether a probability is that of one of two outcomes, and not of the classes of the last dimension.
+        is_binary: whether there are two outcomes, and not as many classes as the last dimension has entries.
     """
     held = d.__dict__
     if "raw_logits" in held:
@@ -39,7 +39,7 @@ def as_given(d: Distribution, *, is_binary: bool = True) -> tuple[Tensor, bool]:
 
 
 def both_as_given(q: Distribution, p: Distribution, *, is_binary: bool = True) -> tuple[Tensor, Tensor, Given]:
-    """Return the parameters that q and p were built from, and which they are."""
+    """Return the parameters that q and p were built from, and whether they are `probs`."""
     (q_param, q_is_probs), (p_param, p_is_probs) = (as_given(d, is_binary=is_binary) for d in (q, p))
     return q_param, p_param, Given(q_is_probs, p_is_probs)
 
@@ -47,7 +47,7 @@ def both_as_given(q: Distribution, p: Distribution, *, is_binary: bool = True) -
 def _comes_first(d: Distribution, is_binary: bool) -> bool:
     """Return whether the probabilities that d holds are what its logits were computed from.
 
-    torch's `expand` lists them first whichever it was. Logits that are not what the probabilities give came first.
+    torch's `expand` always lists them first. If the logits do not follow from the probabilities, the logits came first.
     """
     probs, logits = d.__dict__["probs"], d.__dict__["logits"]
     if d.__dict__.get("_param") is probs:

@@ -14,8 +14,8 @@ from torch.nn.functional import logsigmoid
 class Logistic(Distribution):
     """The distribution of loc + scale · log(u / (1 - u)) for u uniform on (0, 1).
 
-    torch's recipe is a `TransformedDistribution` of a Uniform, whose density is lost where u rounds to 0 or 1: beyond
-    37 scales from the centre in float64, and 17 in float32.
+    torch's recipe is a `TransformedDistribution` of a Uniform, whose density fails where u rounds to 0 or 1: beyond 37
+    scales from the centre in float64, and 17 in float32.
 
     Args:
         loc: the centre, `[*batch]`.
@@ -61,13 +61,13 @@ class Logistic(Distribution):
         return logsigmoid(z) + logsigmoid(-z) - self.scale.log()
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
-        """Draw by the quantile function."""
+        """Return draws, by the quantile function."""
         shape = self._extended_shape(torch.Size(sample_shape))
         u = torch.rand(shape, dtype=self.loc.dtype, device=self.loc.device)
         return self.icdf(u.clamp_min(torch.finfo(u.dtype).tiny))
 
     def cdf(self, value: Tensor) -> Tensor:
-        """Return the probability of less than the value."""
+        """Return the probability of a draw below the value."""
         return torch.sigmoid((value - self.loc) / self.scale)
 
     def icdf(self, value: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Which family a transform maps a family to, where that is one that has a class of its own.
+"""Known pushforwards: (transform, family) -> family.
 
 An affine map takes a Normal to a Normal, the exponential takes it to a LogNormal. A distribution that is given as the
-image of another one is recognised here, so that what is known of the family is known of it.
+image of another one is recognised here as a member of a family.
 """
 
 from __future__ import annotations
@@ -49,31 +49,31 @@ _Family = TypeVar("_Family", bound=Distribution)
 
 @dataclass(frozen=True)
 class Affine:
-    """Hold x -> loc + scale · x, or the way back."""
+    """The map x -> loc + scale · x, or its inverse."""
 
     loc: Any
     scale: Any
     is_inverse: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return where the point goes."""
+        """Return the image of a point."""
         return (x - self.loc) / self.scale if self.is_inverse else self.loc + self.scale * x
 
     def stretch(self, x: Tensor) -> Tensor:
-        """Return what becomes of a length."""
+        """Return the image of a length."""
         size = abs(self.scale)
         return x / size if self.is_inverse else x * size
 
     def is_scaling(self) -> bool:
-        """Return whether it is known to leave zero, and the positive numbers, where they are."""
+        """Return whether it is known to map 0 to 0, and positive numbers to positive numbers."""
         return is_constant(self.loc, 0.0) and is_positive(self.scale)
 
 
 def image(t: Transform, d: Distribution) -> Distribution | None:
-    """Return the distribution of t(x), x from d, as an instance of a family; None where none is known.
+    """Return the distribution of t(x), x from d, as an instance of a family; None if none is known.
 
-    Parameters are computed in the dtype that they have. A family is recognised by its class, or as a class that leaves
-    the density of its parent alone; under tracing, which cannot look at values, fewer are.
+    Parameters keep their dtype. A family is recognised by its class, or by a subclass with the same density. Under
+    tracing, where values are not known, fewer families are found.
 
     Args:
         t: a map of single numbers.
@@ -85,9 +85,9 @@ def image(t: Transform, d: Distribution) -> Distribution | None:
 
 
 def split(t: Transform, d: Distribution) -> Distribution | None:
-    """Return the distribution of t(x), x from d, as a shift, or a reflection, of a family; None where there is no need.
+    """Return the distribution of t(x), x from d, as a shift or a reflection of a family; None if it is one already.
 
-    Two shifted Gammas of unlike scales come to end with the same shift, if it is the same.
+    This separates shift from scale, so that equal shifts of two Gammas of unlike scales can be taken off.
     """
     if not isinstance(t, AffineTransform):
         return None
@@ -104,26 +104,26 @@ def split(t: Transform, d: Distribution) -> Distribution | None:
 
 
 def is_known(condition: Tensor) -> bool:
-    """Return whether a condition holds for every element, as far as one may look."""
+    """Return whether a condition is known to hold for every element; False if values are not known."""
     return not (is_traced() or condition.is_meta) and bool(condition.all())
 
 
 def is_positive(x: Tensor | float) -> bool:
-    """Return whether a parameter is known to be positive, or NaN, which is to come out as NaN."""
+    """Return whether a parameter is known to be positive or NaN; NaN has to propagate."""
     return is_known(~(x <= 0)) if isinstance(x, Tensor) else x > 0
 
 
 def is_constant(x: Tensor | float, value: float) -> bool:
-    """Return whether a parameter is known to be the value, and to stay it."""
+    """Return whether a parameter is known to have the value, and requires no gradient."""
     return not x.requires_grad and is_known(x == value) if isinstance(x, Tensor) else x == value
 
 
 def is_a(d: Distribution, family: type[_Family]) -> TypeGuard[_Family]:
-    """Return whether d is of the family, and has its density."""
+    """Return whether d is an instance of the family, with its density."""
     return isinstance(d, family) and type(d).log_prob is family.log_prob
 
 
-# Affine maps. Where x is symmetric, or the family closed under a change of sign, the scale may be negative.
+# Affine maps. The scale may be negative if the family is symmetric, or closed under a change of sign.
 
 Move = Callable[[Any, Affine], Distribution]
 
@@ -138,7 +138,7 @@ def _uniform(d: Uniform, f: Affine) -> Distribution:
 
 
 def _gaussian(d: MultivariateNormal, f: Affine) -> Distribution:
-    """Scale the rows of the factor, and turn the columns whose diagonal would be negative."""
+    """Scale the rows of the factor, and change the sign of columns whose diagonal would be negative."""
     sign = torch.where(torch.as_tensor(f.scale) < 0, -1.0, 1.0).to(d.loc)
     rows = f.stretch(sign.expand_as(d.loc)).unsqueeze(-1)
     factor = rows * d.scale_tril * sign.expand_as(d.loc).unsqueeze(-2)
@@ -214,7 +214,7 @@ def _exp_image(t: Transform, is_inverse: bool, d: Distribution) -> Distribution 
 
 
 def _power_image(t: PowerTransform, is_inverse: bool, d: Distribution) -> Distribution | None:
-    """Return the image under x -> x^c of what is positive."""
+    """Return the image of a positive distribution under x -> x^c."""
     c = 1 / t.exponent if is_inverse else t.exponent
     if is_a(d, LogNormal):
         return LogNormal(c * d.loc, abs(c) * d.scale, validate_args=False)

@@ -1,4 +1,4 @@
-"""What a pair of distributions is made of: do the shapes fit, and what is the simplest pair behind it?"""
+"""The simplest pair with the same KL, from the structure of a pair."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from torch_klloss.distributions.transforms import are_equal, elementwise, is_inj
 
 
 def peel(q: Distribution, p: Distribution) -> tuple[Distribution, Distribution, int]:
-    """Strip the `Independent` that q and p share and return what is left, with the number of dimensions stripped.
+    """Return q and p without the `Independent` that both have, and the number of dimensions stripped.
 
-    `Independent` is told by `isinstance`; nests of any depth are flattened first, so that
+    `Independent` is recognised by `isinstance`; nests of any depth are flattened first, so that
     Independent(Independent(d, 1), 1) and Independent(d, 2) meet. The KL of the stripped pair, summed over
     its last dimensions, is the KL of the pair.
     """
@@ -41,19 +41,19 @@ def simplify(q: Distribution, p: Distribution) -> tuple[Distribution, Distributi
     - an injective transform that both end with is taken off;
     - the image of a family that is a family again becomes that: an affine map of a Normal is a Normal, the exponential
       of one a LogNormal, a positive multiple of a Gamma a Gamma;
-    - a transform that only one has is undone on the other, where that leads to a family: KL(T#a‖p) = KL(a‖T⁻¹#p).
+    - a transform that only one has is undone on the other, if that gives a family: KL(T#a‖p) = KL(a‖T⁻¹#p).
 
     Each step is exact, but for the rounding of the parameters of an image. Transforms that are not injective stay.
-    A transform that learns is shared only if it is the same object, for its gradient would be lost; an image carries
-    the gradient to both. Under tracing, which cannot look at values, fewer steps are taken.
+    A transform with a learned parameter is taken off only if both have the same object, or its gradient would be lost;
+    an image carries the gradient to both. Under tracing, where values are not known, fewer steps are taken.
 
     Args:
         q: the distribution that the expectation is under.
         p: the other one, of the same event shape.
 
     Returns:
-        The pair, with an event shape of () where it can be had, and how many dimensions were peeled: the KL of the
-        pair, summed over its last dimensions, is KL(q‖p). The very same objects come back where nothing could be done.
+        The pair, with an event shape of () where possible, and how many dimensions were peeled: the KL of the pair,
+        summed over its last dimensions, is KL(q‖p). If nothing could be done, q and p themselves.
 
     Example:
         >>> import torch
@@ -77,7 +77,7 @@ _Pair = tuple[Distribution, Distribution]
 
 
 def _share(q: Distribution, p: Distribution) -> _Pair | None:
-    """Take off the last transform where both have it; families with a class of their own are opened as a whole."""
+    """Return the pair without the last transform, if both have it; without all or none, for families with a class."""
     if not (isinstance(q, TransformedDistribution) and isinstance(p, TransformedDistribution)):
         return None
     of_q, of_p = (parts_of(d.transforms) if _is_open(d) else [] for d in (q, p))
@@ -94,7 +94,7 @@ def _share(q: Distribution, p: Distribution) -> _Pair | None:
 
 
 def _recognise(q: Distribution, p: Distribution) -> _Pair | None:
-    """Name the image of a family by the family that it is."""
+    """Return the pair with images of families replaced by the families that they are."""
     new_q, new_p = _as_family(q), _as_family(p)
     return None if new_q is q and new_p is p else (new_q, new_p)
 
@@ -113,7 +113,7 @@ def _as_family(d: Distribution) -> Distribution:
 
 
 def _move(q: Distribution, p: Distribution) -> _Pair | None:
-    """Undo the last transform of one on the other, where that leads to a family."""
+    """Return the pair with the last transform of one undone on the other, if that gives a family."""
     of_q, of_p = _undone(q, p), _undone(p, q)
     if of_q is not None:
         return of_q
@@ -121,7 +121,7 @@ def _move(q: Distribution, p: Distribution) -> _Pair | None:
 
 
 def _undone(d: Distribution, other: Distribution) -> _Pair | None:
-    """Return d without its last transform, and the family that `other` becomes without it."""
+    """Return d without its last transform, and the family that `other` becomes under its inverse."""
     t = _last_elementwise(d)
     if t is None or not _is_plain(d):
         return None
@@ -135,18 +135,18 @@ def _last_elementwise(d: Distribution) -> Transform | None:
 
 
 def _is_plain(d: Distribution) -> TypeGuard[TransformedDistribution]:
-    """Return whether d is a TransformedDistribution without a name of its own."""
+    """Return whether d is a TransformedDistribution, and not a subclass."""
     return type(d) is TransformedDistribution
 
 
 def _is_open(d: TransformedDistribution) -> bool:
-    """Return whether d is what its base and its transforms say: no class of a user's has given it another density."""
+    """Return whether d has the density of its base and transforms: no user's class overrides it."""
     own = type(d).log_prob is not TransformedDistribution.log_prob
     return not own or type(d).__module__.startswith("torch.distributions.")
 
 
 def _lift(d: Distribution) -> Distribution:
-    """Return d with what is independent of one another on the outside, and transforms of transforms in one list."""
+    """Return d with `Independent` outermost, and transforms of transforms in one list."""
     if isinstance(d, Independent):
         base, dims = flatten_independent(d)
         lifted = _lift(base)

@@ -1,7 +1,6 @@
-"""Where a distribution puts its mass, and whether p reaches all of it.
+"""Supports of distributions, and whether p's contains q's.
 
-torch names a support by a constraint. Constraints are compared where they can be; where they cannot, the points
-themselves are asked, one by one.
+torch describes a support by a constraint. Constraints are compared if possible; otherwise every point is checked.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from torch_klloss.numerics.tracing import is_traced
 
 @dataclass(frozen=True)
 class Bounds:
-    """Hold the ends of a one-dimensional support, per element of [*batch, *event]."""
+    """The ends of a one-dimensional support, per element of [*batch, *event]."""
 
     lower: float | Tensor
     upper: float | Tensor
@@ -40,12 +39,12 @@ class Bounds:
 
 _LINE = Bounds(-math.inf, math.inf)
 
-# Families whose `support` says more than their density covers.
+# Families whose `support` is larger than where their density is positive.
 _OVERRIDES: dict[type[Distribution], Bounds] = {VonMises: Bounds(-math.pi, math.pi)}
 
 
 def support_of(d: Distribution) -> constraints.Constraint | None:
-    """Return d's support, or None where the class does not declare one."""
+    """Return d's support, or None if the class does not declare one."""
     try:
         support: Any = d.support
     except NotImplementedError:
@@ -54,15 +53,15 @@ def support_of(d: Distribution) -> constraints.Constraint | None:
 
 
 def is_discrete(d: Distribution) -> bool | None:
-    """Return whether d lives on separate points; None where its support does not say."""
-    if isinstance(d, TransformedDistribution):  # torch names the whole line for counts that were moved
+    """Return whether d is discrete; None if its support is not declared."""
+    if isinstance(d, TransformedDistribution):  # torch declares the whole line for shifted counts
         return is_discrete(d.base_dist)
     support = support_of(d)
     return None if support is None else bool(_innermost(support).is_discrete)
 
 
 def bounds_of(d: Distribution) -> Bounds | None:
-    """Return the ends of d's support; None where it is not a product of intervals, or not known to be one."""
+    """Return the ends of d's support; None if it is not a product of intervals, or not known to be one."""
     if isinstance(d, Independent):
         return bounds_of(d.base_dist)
     for cls, bounds in _OVERRIDES.items():
@@ -79,7 +78,7 @@ def bounds_of(d: Distribution) -> Bounds | None:
 def has_moving_support(q: Distribution) -> bool:
     """Return whether a gradient flows into the ends of q's support, as with Uniform(0, theta).
 
-    There the identity E_q[∇ log q] = 0 fails, and with it every gradient but the pathwise one.
+    There the identity E_q[∇ log q] = 0 fails, and with it every gradient estimator but the pathwise one.
     """
     bounds = bounds_of(q)
     ends = () if bounds is None else (bounds.lower, bounds.upper)
@@ -90,15 +89,15 @@ def has_moving_support(q: Distribution) -> bool:
 
 
 def contained(q: Distribution, p: Distribution) -> bool | Tensor | None:
-    """Return whether p's support contains q's, as far as the constraints decide.
+    """Return whether p's support contains q's, if the constraints determine it.
 
     Returns:
-        True or False for every batch element alike, a bool tensor that broadcasts to the batch shape, or None
-        where the constraints cannot tell.
+        True or False for every batch element alike, a bool tensor that broadcasts to the batch shape, or None if the
+        constraints do not determine it.
     """
     q_support, p_support = support_of(q), support_of(p)
     if q_support and p_support and _num_bound(q, q_support) != _num_bound(p, p_support):
-        return False  # one lives on a set, such as the simplex, to which the other gives no mass
+        return False  # the support of one, such as the simplex, has no mass under the other
     overridden = type(q) in _OVERRIDES or type(p) in _OVERRIDES
     if q_support is p_support is not None and not overridden and not vars(q_support):
         return True  # one constant: the real line, the simplex, …
@@ -135,17 +134,17 @@ _TRIANGLES = (
 )
 
 
-def log_prob_within(p: Distribution, x: Tensor, reach: bool | Tensor | None) -> Tensor:
+def log_prob_within(p: Distribution, x: Tensor, contains_support: bool | Tensor | None) -> Tensor:
     """Return log p(x) `[*sample, *batch]`, -inf outside p's support, whatever validation p was built with.
 
     Args:
         p: the distribution.
         x: points `[*sample, *batch, *event]`.
-        reach: what `contained` said of the distribution that x was drawn from.
+        contains_support: what `contained` returned for the distribution that x was drawn from.
     """
-    if not x.is_floating_point():  # the points of a Categorical, which a Bernoulli cannot read
+    if not x.is_floating_point():  # integers, as a Categorical draws, which Bernoulli.log_prob refuses
         x = x.to(dtype_of(p))
-    support = None if reach is True else support_of(p)
+    support = None if contains_support is True else support_of(p)
     if support is None:
         log_prob = unvalidated(p).log_prob(x)
     elif isinstance(p, MixtureSameFamily):
@@ -154,10 +153,10 @@ def log_prob_within(p: Distribution, x: Tensor, reach: bool | Tensor | None) -> 
         bounds, event_dims = bounds_of(p), len(p.event_shape)
         if bounds is None or is_discrete(p):
             inside = support.check(x)
-        else:  # tighter than the constraint, where that claims too much
+        else:  # tighter than the constraint of a family in _OVERRIDES
             inside = _is_within(x, bounds)
             inside = inside.flatten(-event_dims).all(-1) if event_dims else inside
-        # Points outside are moved inside before they are evaluated: a NaN gradient would survive the mask.
+        # Points outside are moved inside before they are evaluated, because a NaN gradient would survive the mask.
         kept = torch.where(inside.reshape(inside.shape + (1,) * event_dims), x, _interior_point(support, bounds, x))
         log_prob = torch.where(inside, unvalidated(p).log_prob(kept), -math.inf)
     impossible = _impossible(p, x)
@@ -165,7 +164,7 @@ def log_prob_within(p: Distribution, x: Tensor, reach: bool | Tensor | None) -> 
 
 
 def _log_prob_within_components(p: MixtureSameFamily, x: Tensor) -> Tensor:
-    """Return log p(x) of a mixture, its components -inf outside their own supports (torch's check asks for all)."""
+    """Return log p(x) of a mixture, its components -inf outside their own supports (torch's check requires all)."""
     log_components = log_prob_within(p.component_distribution, p._pad(x), None)
     terms = log_components + torch.log_softmax(p.mixture_distribution.logits, -1)
     inside = (terms > -math.inf).any(-1) | terms.isnan().any(-1)
@@ -173,13 +172,13 @@ def _log_prob_within_components(p: MixtureSameFamily, x: Tensor) -> Tensor:
 
 
 def _impossible(d: Distribution, x: Tensor) -> Tensor | None:
-    """Return where d, given by probabilities of exactly 0 or 1, has no mass; torch's log_prob clamps these."""
+    """Return where d, given by probabilities of exactly 0 or 1, has no mass; torch's log_prob clamps them."""
     if isinstance(d, OneHotCategorical):
         d, x = d._categorical, x.argmax(-1)
     if not isinstance(d, (Categorical, Bernoulli, Binomial)):
         return None
     given = next((key for key in d.__dict__ if key in ("raw_logits", "probs", "logits")), None)
-    if given != "probs":  # torch computes the other one on demand, and keeps it after the first
+    if given != "probs":  # torch computes the other one on demand, and stores it second
         return None
     probs = d.probs
     if isinstance(d, Categorical):
@@ -190,7 +189,7 @@ def _impossible(d: Distribution, x: Tensor) -> Tensor | None:
 
 
 def _interior_point(support: constraints.Constraint, bounds: Bounds | None, x: Tensor) -> Tensor:
-    """Return points inside the support, of the shape of x; x itself where none is known."""
+    """Return points inside the support, of the shape of x; x itself if none is known."""
     if not _innermost(support).is_discrete:
         try:
             to_support = transform_to(support)
@@ -204,13 +203,13 @@ def _interior_point(support: constraints.Constraint, bounds: Bounds | None, x: T
 
 
 def _is_within(x: float | Tensor, bounds: Bounds) -> Any:
-    """Return whether x lies between the ends; a NaN does, so that it comes out as NaN rather than as an infinity."""
+    """Return whether x lies between the ends. NaN counts as inside, so that the result is NaN and not an infinity."""
     outside = (x < bounds.lower) | (x > bounds.upper)
     return ~outside if isinstance(outside, Tensor) else not outside
 
 
 def _innermost(support: constraints.Constraint) -> Any:
-    """Strip what only rearranges dimensions: independent(...) and the constraint of a mixture."""
+    """Return the constraint inside of those that only rearrange dimensions: independent(...), and a mixture's."""
     while (base := getattr(support, "base_constraint", None)) is not None:
         support = base
     return support
@@ -226,24 +225,24 @@ def _constraint_bounds(support: constraints.Constraint) -> Bounds | None:
         return None
     lower, upper = getattr(support, "lower_bound", -math.inf), getattr(support, "upper_bound", math.inf)
     if isinstance(lower, float) and isinstance(upper, float) and math.isinf(lower) and math.isinf(upper):
-        return None  # neither end is declared: not an interval
+        return None  # no end is declared: not an interval
     return Bounds(lower, upper)
 
 
 def _shared_bounds(of_components: Bounds | None) -> Bounds | None:
-    """Return the ends of a mixture; None where its components have ends of their own, which may leave gaps."""
+    """Return the ends of a mixture; None if the components have different ends, between which there may be gaps."""
     ends = () if of_components is None else (of_components.lower, of_components.upper)
     return None if any(isinstance(end, Tensor) and end.dim() for end in ends) else of_components
 
 
 def _pushed_bounds(d: TransformedDistribution) -> Bounds | None:
-    """Push the ends of the base through the transforms, as long as these are monotone maps of the line."""
+    """Return the images of the base's ends; None if a transform is no monotone map of the line."""
     bounds = bounds_of(d.base_dist)
     for transform in d.transforms:
         image = _constraint_bounds(transform.codomain)
         if bounds is None or image is None or not transform.bijective or transform.codomain.event_dim:
             return None
-        # The whole line fills the image, wherever the parameters of the transform put its points.
+        # The image of the whole line is the codomain, whatever the parameters of the transform.
         is_line = isinstance(bounds.lower, float) and isinstance(bounds.upper, float) and bounds == _LINE
         bounds = image if is_line else _image(bounds, transform, image, d)
     return bounds
@@ -265,10 +264,10 @@ def _image(bounds: Bounds, transform: Any, image: Bounds, d: Distribution) -> Bo
     )
 
     def push(end: Tensor, limit: Tensor) -> Tensor:
-        """Map one end; that of the domain goes to the limit, which the transform itself may round short of."""
+        """Return the image of one end: the limit for an end of the domain, where the transform itself may round."""
         inside = (end > domain.lower) & (end < domain.upper)
         if not is_traced() and not inside.any():
-            return limit  # wherever the parameters of the transform put the points between
+            return limit  # whatever the parameters of the transform
         return torch.where(inside, transform(torch.where(inside, end, some_point)), limit)
 
     ends = push(lower, torch.where(rising, least, most)), push(upper, torch.where(rising, most, least))

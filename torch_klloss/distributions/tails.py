@@ -1,8 +1,8 @@
-"""How densities fall at the ends of their supports, and the KLs that this makes infinite.
+"""Tails of densities at the ends of their supports, and the KLs that they make infinite.
 
-Each family declares once how it falls at either end. In terms of y, which is |x| at an infinite end and 1/|x - end| at
-a finite one, both are the same matter: y grows without bound, and a KL is infinite where -log p grows with y too fast
-for q to have that moment.
+Each family declares once how its density falls at either end. In terms of y, which is |x| at an infinite end and
+1/|x - end| at a finite one, both ends are treated alike: y grows without bound, and a KL is infinite if -log p grows so
+fast with y that q has no such moment.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch.distributions as dist
 from torch import Tensor
 from torch.distributions import Distribution
 
+from torch_klloss.distributions.simplify import peel
 from torch_klloss.distributions.supports import bounds_of, contained, is_discrete
 from torch_klloss.distributions.tensors import device_of, dtype_of
 
@@ -23,14 +24,14 @@ Number = float | Tensor
 
 
 class Tail(NamedTuple):
-    """How a density falls at one end of its support, in y.
+    """The decay of a density at one end of its support, in y.
 
     Attributes:
-        order: E[y^k] is finite for k < order alone; inf where it always is. A density ~ y^(-a-1) has the order a, and
-            one that is ~ |x - end|^(b-1) near a finite end the order b.
-        rate: E[exp(t y)] is finite for t < rate alone; 0 where it never is, inf where it always is.
-        growth: -log density grows like y^growth; 0 where slower than any power, inf where exponentially.
-        speed: -log density grows like exp(speed y), where growth is inf.
+        order: E[y^k] is finite for k < order only; inf if it always is. A density ~ y^(-a-1) has the order a, and a
+            density ~ |x - end|^(b-1) near a finite end the order b.
+        rate: E[exp(t y)] is finite for t < rate only; 0 if it never is, inf if it always is.
+        growth: -log density grows like y^growth; 0 if more slowly than any power, inf if exponentially.
+        speed: -log density grows like exp(speed y), if growth is inf.
     """
 
     order: Number = math.inf
@@ -44,7 +45,7 @@ _TAILS: dict[type[Distribution], Callable[[Any], Tails]] = {}
 
 
 def declare_tails(cls: type[Distribution], tails: Callable[[Any], Tails]) -> None:
-    """Declare how the densities of a family fall at the lower and the upper end of their supports.
+    """Declare the tails of a family at the lower and the upper end of its support.
 
     Args:
         cls: the family; a subclass inherits, unless it overrides `log_prob`.
@@ -54,18 +55,19 @@ def declare_tails(cls: type[Distribution], tails: Callable[[Any], Tails]) -> Non
     _TAILS[cls] = tails
 
 
-def is_infinite(q: Distribution, p: Distribution) -> Tensor | None:
-    """Tell where KL(q‖p) is infinite: q has mass beyond p's support, or -log p grows too fast for the tails of q.
+def is_infinite(q: Distribution, p: Distribution, power: int = 1) -> Tensor | None:
+    """Return where KL(q‖p) is infinite: q has mass beyond p's support, or -log p grows too fast for the tails of q.
 
-    Decided from the declared tails of both families alone: nothing is drawn, and no density is evaluated.
+    This is determined from the declared tails of both families: nothing is drawn, and no density is evaluated.
 
     Args:
         q: the distribution that the expectation is under, `[*batch, *event]`.
         p: the other one; its batch shape broadcasts against q's.
+        power: 2 for the second moment of log q - log p in place of the KL, which is the first.
 
     Returns:
-        A bool tensor of the broadcast batch shape, False where the KL is finite or a parameter is NaN; None where a
-        family has no declared tails, or where they cannot tell.
+        A bool tensor of the broadcast batch shape, False where the moment is finite or a parameter is NaN; None if a
+        family has no declared tails, or they do not determine it.
 
     Example:
         >>> import torch
@@ -75,19 +77,20 @@ def is_infinite(q: Distribution, p: Distribution) -> Tensor | None:
         tensor([ True,  True, False])
     """
     shape = _broadcast(q, p)
-    if isinstance(q, dist.Independent) and isinstance(p, dist.Independent):
-        inner = is_infinite(q.base_dist, p.base_dist)
-        dims = q.reinterpreted_batch_ndims
-        agree = dims == p.reinterpreted_batch_ndims
-        return inner.flatten(-dims).any(-1).expand(shape) if inner is not None and agree and dims else None
+    q, p, peeled = peel(q, p)
     if q.event_shape or p.event_shape or is_discrete(q) or is_discrete(p):
         return None
     q_tails, p_tails = tails_of(q), tails_of(p)
-    return None if q_tails is None or p_tails is None else compare(q, p, q_tails, p_tails)
+    if q_tails is None or p_tails is None:
+        return None
+    # A power grows so many times as fast; log q itself has all moments.
+    lower, upper = (tail._replace(growth=power * tail.growth, speed=power * tail.speed) for tail in p_tails)
+    infinite = is_infinite_by_tails(q, p, q_tails, (lower, upper))
+    return infinite.flatten(-peeled).any(-1).expand(shape) if infinite is not None and peeled else infinite
 
 
-def compare(q: Distribution, p: Distribution, q_tails: Tails, p_tails: Tails) -> Tensor | None:
-    """Tell where KL(q‖p) is infinite, for q and p on the line that have these tails; None where nothing tells."""
+def is_infinite_by_tails(q: Distribution, p: Distribution, q_tails: Tails, p_tails: Tails) -> Tensor | None:
+    """Return where KL(q‖p) is infinite, for q and p on the line with these tails; None if it is not known."""
     within = contained(q, p)
     if within is None:
         return None
@@ -100,13 +103,13 @@ def compare(q: Distribution, p: Distribution, q_tails: Tails, p_tails: Tails) ->
 
 
 def _broadcast(q: Distribution, p: Distribution) -> torch.Size:
-    """Return the broadcast batch shape; torch's function imports sympy, and is asked where the shapes differ."""
+    """Return the broadcast batch shape; torch's function imports sympy, and is called only if the shapes differ."""
     same = q.batch_shape == p.batch_shape
     return q.batch_shape if same else torch.broadcast_shapes(q.batch_shape, p.batch_shape)
 
 
 def tails_of(d: Distribution) -> Tails | None:
-    """Return the tails of d at the lower and at the upper end of its support; None where they are not declared."""
+    """Return the tails of d at the lower and at the upper end of its support; None if they are not declared."""
     for cls in type(d).__mro__:
         if cls in _TAILS:
             return _TAILS[cls](d) if type(d).log_prob is cls.log_prob else None
@@ -118,18 +121,18 @@ def tails_of(d: Distribution) -> Tails | None:
 
 
 def declared_tails(cls: type[Distribution], d: Distribution) -> Tails:
-    """Return the tails that the family `cls` has declared, at the parameters of d, whose `log_prob` nobody asks."""
+    """Return the declared tails of the family `cls`, at the parameters of d, even if d overrides `log_prob`."""
     return _TAILS[cls](d)
 
 
 def _diverges(q: Tail, p: Tail) -> Tensor:
-    """Tell where the mean of -log p over one tail of q diverges."""
+    """Return where the mean of -log p over one tail of q diverges."""
     order, rate, growth, speed = (torch.as_tensor(t) for t in (q.order, q.rate, p.growth, p.speed))
     return torch.where(growth.isinf(), rate <= speed, growth >= order)
 
 
 def _transformed_tails(d: dist.TransformedDistribution) -> Tails | None:
-    """Return the tails behind an affine map."""
+    """Return the tails of the image under an affine map."""
     *inner, last = d.transforms
     base = dist.TransformedDistribution(d.base_dist, inner, validate_args=False) if inner else d.base_dist
     tails = tails_of(base)
@@ -142,7 +145,7 @@ def _transformed_tails(d: dist.TransformedDistribution) -> Tails | None:
 
 
 def _mixture_tails(d: dist.MixtureSameFamily) -> Tails | None:
-    """Return the tails of the heaviest component, where the components all have the same support."""
+    """Return the tails of the heaviest component; None if the components have different supports."""
     bounds, tails = bounds_of(d.component_distribution), tails_of(d.component_distribution)
     if bounds is None or tails is None or not all(isinstance(end, float) for end in (bounds.lower, bounds.upper)):
         return None
@@ -171,7 +174,7 @@ def _stretched(power: Tensor, scale: Tensor) -> Tail:
 
 
 def _generalized_pareto(d: dist.GeneralizedPareto) -> Tails:
-    """At the upper end a power of x, an exponential, or a power of the distance from a finite end."""
+    """Return the tails: at the upper end a power of x, an exponential, or a power of the distance from a finite end."""
     c = d.concentration
     exponential = c == 0
     upper = Tail(

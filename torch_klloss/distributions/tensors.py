@@ -1,4 +1,4 @@
-"""Copies of a distribution with other tensors in it. The user's own object is never touched."""
+"""Tensors of distributions, and copies with other tensors. The user's own object is never changed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.distributions import (
     Transform,
     constraints,
 )
-from torch.distributions.transforms import _InverseTransform  # whose _inv is its content, not a way back
+from torch.distributions.transforms import _InverseTransform  # its _inv is the transform that it inverts
 
 D = TypeVar("D", bound=Distribution)
 _TensorMap = Callable[[Tensor, str, Distribution], Tensor]
@@ -24,7 +24,7 @@ _KNOWN = (bool, int, float, str, torch.Size, torch.dtype, torch.device, type(Non
 
 
 def tensors_of(d: Distribution | Transform) -> list[Tensor]:
-    """Return the tensors that d holds, those of its parts included."""
+    """Return the tensors of d, with its parts."""
     tensors: list[Tensor] = []
     for key, value in d.__dict__.items():
         if isinstance(value, Tensor):
@@ -40,7 +40,7 @@ def tensors_of(d: Distribution | Transform) -> list[Tensor]:
 
 
 def device_of(d: Distribution) -> torch.device:
-    """Return the device of d's first tensor; the default device where it has none."""
+    """Return the device of d's first tensor; the default device if it has none."""
     tensors = tensors_of(d)
     return tensors[0].device if tensors else torch.get_default_device()
 
@@ -72,13 +72,13 @@ def copy_with(
 
     Args:
         d: a distribution.
-        tensor: (t, name, owner) -> what takes the place of the tensor t; its owner is the distribution that holds it,
+        tensor: (t, name, owner) -> the replacement of the tensor t; its owner is the distribution that holds it,
             itself or in a transform. None: the copy shares tensors and transforms with d.
-        attributes: owner -> attributes that the copy of this distribution is given.
-        known_only: whether anything is refused whose batch dimensions are not known, such as a network.
+        attributes: owner -> attributes to set on the copy of this distribution.
+        known_only: whether to refuse parts with unknown batch dimensions, such as a network.
 
     Raises:
-        NotSelectableError: if `known_only`, and there is such a thing.
+        NotSelectableError: if `known_only`, and there is such a part.
     """
     copy: D = _copied(d, d, tensor, attributes, known_only)
     return copy
@@ -104,7 +104,7 @@ def _copied(
                 mapped[id(value)] = tensor(value, key, owner)
             new = mapped[id(value)]
         elif key == "_inv" and not isinstance(part, _InverseTransform):
-            new = None  # the inverse is made anew, of the new tensors, when somebody asks for it
+            new = None  # the inverse is made from the new tensors on demand
         elif key == "_cached_x_y":
             new = (None, None)
         else:
@@ -116,14 +116,14 @@ def _copied(
 
 
 def in_full_precision(d: Distribution) -> Distribution:
-    """Return d with its half-precision tensors in float32; d itself where it has none."""
+    """Return d with its half-precision tensors in float32; d itself if it has none."""
     if not _has_half(d):
         return d
     return copy_with(d, lambda t, *_: t.float() if t.dtype in HALF else t)
 
 
 def _has_half(d: Distribution | Transform) -> bool:
-    for key, value in d.__dict__.items():  # every loss comes by here, hence no list of tensors
+    for key, value in d.__dict__.items():  # every loss runs this, hence no list of tensors
         kind = type(value)
         if kind in _PLAIN:
             continue
@@ -139,15 +139,15 @@ def _has_half(d: Distribution | Transform) -> bool:
 
 
 def unvalidated(d: Distribution) -> Distribution:
-    """Return a copy of d, and of its parts, that checks neither its arguments nor the points it is asked about."""
+    """Return a copy of d, and of its parts, without validation of arguments and points."""
     return copy_with(d, attributes=lambda _: {"_validate_args": False})
 
 
 def replace_examples(d: Distribution, keep: Tensor, batch_shape: torch.Size) -> Distribution:
-    """Return d with the parameters of every example that `keep` drops replaced by those of one that it keeps.
+    """Return d with the parameters of every example that `keep` drops replaced by the parameters of a kept one.
 
-    Whatever a dropped example held, NaN included, can then reach neither a value nor a gradient: 0 · NaN would,
-    however the value is masked afterwards.
+    The parameters of a dropped example, even NaN, then reach neither a value nor a gradient; 0 · NaN would, even if the
+    value is masked afterwards.
 
     Args:
         d: a distribution; one that has no example dimensions of its own comes back as it is.
@@ -178,14 +178,14 @@ def _event_dims(t: Tensor, name: str, owner: Distribution) -> int:
     """
     if owner.__dict__.get(name) is not t:  # a transform's, which broadcasts against the points
         return len(owner.event_shape)
-    if name.endswith("_tril"):  # torch keeps Cholesky factors that are no argument of the constructor
+    if name.endswith("_tril"):  # torch stores Cholesky factors that are no argument of the constructor
         return 2
     constraint = owner.arg_constraints.get(name.removeprefix("_unbroadcasted_"))
     return getattr(constraint, "event_dim", max(0, t.dim() - len(owner.batch_shape)))
 
 
 class NotSelectableError(Exception):
-    """Raised where it is not known which of a distribution's numbers belong to which batch element."""
+    """It is not known which of a distribution's numbers belong to which batch element."""
 
 
 def in_float64(d: Distribution) -> Distribution:
@@ -197,7 +197,7 @@ def flattened(d: Distribution, batch_shape: torch.Size) -> Distribution:
     """Return d, broadcast to the batch shape, with a single batch dimension.
 
     Raises:
-        NotSelectableError: if d holds something whose batch dimensions are not known, such as a network.
+        NotSelectableError: if d has a part with unknown batch dimensions, such as a network.
     """
     try:
         d = d if d.batch_shape == batch_shape else d.expand(batch_shape)
@@ -218,8 +218,8 @@ def select(d: Distribution, index: Tensor, leaves: list[tuple[Tensor, Tensor]] |
     Args:
         d: the distribution.
         index: the elements.
-        leaves: where given, what is selected of every tensor that needs a gradient is made a leaf of its own, and
-            appended to it together with that tensor.
+        leaves: if given, the selection from every tensor that requires a gradient is a new leaf, and the tensor and
+            this leaf are appended.
     """
 
     def take(t: Tensor, *_: Any) -> Tensor:
@@ -232,12 +232,12 @@ def select(d: Distribution, index: Tensor, leaves: list[tuple[Tensor, Tensor]] |
 
 
 def _batch_replaced(dims: int, count: int) -> Callable[[Distribution], dict[str, Any]]:
-    """Return the attributes of a copy whose first batch dimensions have become one of `count` elements."""
+    """Return the attributes of a copy whose first `dims` batch dimensions have become one of `count` elements."""
     return lambda owner: {"_batch_shape": torch.Size([count]) + owner.batch_shape[dims:]}
 
 
 def _broadcast(t: Tensor, batch_shape: torch.Size) -> Tensor:
-    """Return t with all batch dimensions in front, whatever else it has behind them."""
+    """Return t expanded to all batch dimensions, in front of its other ones."""
     dims = len(batch_shape)
     try:
         return t.expand(batch_shape + t.shape[dims:])
@@ -250,7 +250,7 @@ def with_batch_dim(d: D, from_right: int) -> D:
     before = len(d.batch_shape) - from_right
 
     def insert(t: Tensor, name: str, owner: Distribution) -> Tensor:
-        """Insert the dimension; not where the batch dimensions to the left of it are left out."""
+        """Insert the dimension, unless t lacks the batch dimensions to its left."""
         position = t.dim() - _event_dims(t, name, owner) - len(owner.batch_shape) + before
         return t.unsqueeze(position) if position >= 0 else t
 

@@ -1,4 +1,4 @@
-"""What a chain of transforms is made of, when two of them are equal, and when one can be undone."""
+"""Chains of transforms: their parts, their equality, and whether they can be undone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch_klloss.numerics.tracing import is_traced
 
 
 def parts_of(transforms: list[Transform]) -> list[Transform]:
-    """Return the transforms one by one, those that a `ComposeTransform` or the inverse of one holds included."""
+    """Return the transforms in a flat list, with the parts of every `ComposeTransform` and its inverse."""
     parts: list[Transform] = []
     for t in transforms:
         if isinstance(t, ComposeTransform):
@@ -37,7 +37,7 @@ def parts_of(transforms: list[Transform]) -> list[Transform]:
 
 
 def elementwise(t: Transform) -> Transform | None:
-    """Return the map of single numbers that t applies to each; None where t mixes them."""
+    """Return the map of single numbers that t applies to each; None if t mixes them."""
     if isinstance(t, IndependentTransform):
         return elementwise(t.base_transform)
     if isinstance(t, _InverseTransform):
@@ -51,8 +51,8 @@ def elementwise(t: Transform) -> Transform | None:
 def is_injective(t: Transform, d: Distribution) -> bool:
     """Return whether t maps different points of d to different points.
 
-    Bijective transforms do, on their domain: a power does on the positive numbers only, and beyond the unit interval
-    torch's logit is that of an end.
+    Bijective transforms do, on their domain: a power does on the positive numbers only, and torch clamps the logit's
+    argument to the unit interval.
     """
     if not t.bijective:
         return False
@@ -69,7 +69,7 @@ def is_injective(t: Transform, d: Distribution) -> bool:
 
 
 def are_equal(t: Any, u: Any) -> bool:
-    """Return whether two transforms are the same map for good: one that learns is equal to itself alone."""
+    """Return whether two transforms will always be the same map; learned ones are only if they are one object."""
     if t is u:
         return True
     if type(t) is not type(u):
@@ -90,7 +90,7 @@ def are_equal(t: Any, u: Any) -> bool:
 
 
 def is_same(a: Tensor | float, b: Tensor | float) -> bool:
-    """Return whether two parameters are equal for good: values that tracing cannot see, or that learn, are not."""
+    """Return whether two parameters will always be equal; False if they are learned, or not known under tracing."""
     if a is b:
         return True
     if not (isinstance(a, Tensor) or isinstance(b, Tensor)):

@@ -1,4 +1,4 @@
-"""Where points come from, together with the weights that they carry."""
+"""Samplers: points of q, together with their weights."""
 
 from torch_klloss.samplers import families as families  # registers the transports
 from torch_klloss.samplers.antithetic import Antithetic

@@ -8,18 +8,17 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from torch_klloss.samplers.draws import Draws, in_blocks
-from torch_klloss.samplers.points import Points
-from torch_klloss.samplers.transport import Transported, cells_of
+from torch_klloss.samplers.draws import Draws, PreparedSampler, noise_in_blocks
+from torch_klloss.samplers.transport import TransportedDraws, cells_of
 
 
 @dataclass(frozen=True)
-class Antithetic:
-    """Draw pairs of points at the levels u and 1 - u of q: what one has too much of the other has too little of.
+class Antithetic(PreparedSampler):
+    """Draws pairs of points at the levels u and 1 - u of q, so that their errors cancel in part.
 
-    Expectations are unbiased. Of an integrand that is odd about the median of q nothing is left to chance; of one that
-    is even, such as a quadratic log-ratio centred on q, the variance doubles: both halves of a pair say the same.
-    The error is that of independent pairs, with S/2 - 1 degrees of freedom (NaN for a single pair).
+    Expectations are unbiased. For an integrand that is odd about the median of q they are exact. For an even one, such
+    as a quadratic log-ratio centred on q, the variance doubles: both points of a pair have the same value. The error
+    comes from independent pairs, with S/2 - 1 degrees of freedom (NaN for a single pair).
 
     Example:
         >>> import torch
@@ -30,20 +29,16 @@ class Antithetic:
         (tensor(5.), 1)
     """
 
-    def draw(self, q: Distribution, num_samples: int, *, differentiable: bool) -> Points:
-        """Return `num_samples` points of q, the two of a pair next to one another."""
-        return self.prepare(q, num_samples, differentiable=differentiable).part(0, num_samples)
-
     def prepare(self, q: Distribution, num_samples: int, *, differentiable: bool) -> Draws:
-        """Return the draws, to be had in parts."""
+        """Return the draws, the two of a pair side by side."""
         if num_samples % 2:
             raise ValueError(f"Antithetic draws pairs and needs an even num_samples, got {num_samples}; or use IID().")
         cells = cells_of(q)
-        pairs = in_blocks(cells.random, num_samples // 2, cells.device)
+        pairs = noise_in_blocks(cells.random, num_samples // 2, cells.device)
 
         def noise(start: int, stop: int) -> Tensor:
             k = pairs(start // 2, -(-stop // 2))
             both = torch.stack([k, 2**cells.bits - 1 - k], 1).flatten(0, 1)
             return both[start % 2 : start % 2 + stop - start]
 
-        return Transported(q, cells, noise, num_samples, num_samples // 2, differentiable)
+        return TransportedDraws(q, cells, noise, num_samples, num_samples // 2, differentiable)

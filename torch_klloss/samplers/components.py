@@ -1,4 +1,4 @@
-"""Points of a mixture, drawn from every component in turn."""
+"""Points of a mixture, drawn from each of its components."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch_klloss.samplers.points import Points, Sampler
 
 @dataclass(frozen=True)
 class ComponentDraw:
-    """Hold points of a mixture, as many of each of its K components.
+    """Points of a mixture, as many from each of its K components.
 
     Attributes:
-        points: n points of the first draw of every component, then of the second, …, `[n K, *batch, *event]`. Each
-            weighs its share of the draws times the probability of its component, through which a gradient flows.
+        points: the first draw from every component, then the second, …, `[n K, *batch, *event]`. The weight of each is
+            its share of the draws times the probability of its component, through which a gradient flows.
         component: the distribution of the components, `[*batch, K, *event]`.
-        drawn: what was drawn from it, `[n, *batch, K, *event]`.
+        drawn: the points of the components themselves, `[n, *batch, K, *event]`.
     """
 
     points: Points
@@ -29,7 +29,7 @@ class ComponentDraw:
 
     @property
     def num_components(self) -> int:
-        """K."""
+        """The number K of components."""
         return self.component.batch_shape[-1]
 
     def log_component(self) -> Tensor:
@@ -38,15 +38,17 @@ class ComponentDraw:
 
 
 def mixture_of(q: Distribution) -> MixtureSameFamily | None:
-    """Return the mixture that q is, or is transformed from with its event shape kept; None where there is none."""
+    """Return the mixture that q is, or is transformed from with the same event shape; None if there is none."""
     base = q
     while isinstance(base, TransformedDistribution):
         base = base.base_dist
     return base if isinstance(base, MixtureSameFamily) and len(base.event_shape) == len(q.event_shape) else None
 
 
-def draw_by_component(sampler: Sampler, q: Distribution, num_samples: int, *, differentiable: bool) -> ComponentDraw:
-    """Return `num_samples` points of every component of a mixture q; E_q[f] = Σ_k π_k E_k[f] is exact in π.
+def prepare_by_component(
+    sampler: Sampler, q: Distribution, num_samples: int, *, differentiable: bool
+) -> DrawsByComponent:
+    """Return `num_samples` draws from every component of a mixture q; E_q[f] = Σ_k π_k E_k[f] is exact in π.
 
     Args:
         sampler: draws from the components.
@@ -61,38 +63,27 @@ def draw_by_component(sampler: Sampler, q: Distribution, num_samples: int, *, di
         >>> import torch
         >>> from torch.distributions import Categorical, MixtureSameFamily, Normal
         >>> from torch_klloss.samplers import IID
-        >>> from torch_klloss.samplers.components import draw_by_component
+        >>> from torch_klloss.samplers.components import prepare_by_component
         >>> q = MixtureSameFamily(Categorical(torch.tensor([0.25, 0.75])), Normal(torch.zeros(2), 1.0))
-        >>> points = draw_by_component(IID(), q, 2, differentiable=True).points
+        >>> points = prepare_by_component(IID(), q, 2, differentiable=True).part(0, 2).points
         >>> points.x.shape, points.weights
         (torch.Size([4]), tensor([0.1250, 0.3750, 0.1250, 0.3750]))
     """
-    draws = prepare_by_component(sampler, q, num_samples, differentiable=differentiable)
-    return draws.part(0, num_samples)
-
-
-def prepare_by_component(
-    sampler: Sampler, q: Distribution, num_samples: int, *, differentiable: bool
-) -> DrawsByComponent:
-    """Return what `draw_by_component` draws, to be had in parts: `part(start, stop)` of draws from every component.
-
-    Arguments and errors are those of `draw_by_component`.
-    """
     mixture = mixture_of(q)
     if mixture is None:
-        raise ValueError(f"draw_by_component needs a MixtureSameFamily, got {type(q).__name__}.")
+        raise ValueError(f"prepare_by_component needs a MixtureSameFamily, got {type(q).__name__}.")
     component = mixture.component_distribution
     return DrawsByComponent(q, mixture, prepare(sampler, component, num_samples, differentiable=differentiable))
 
 
 @dataclass(frozen=True)
 class DrawsByComponent:
-    """Draws from every component of a mixture, whose randomness is decided.
+    """Draws from every component of a mixture, with their randomness fixed.
 
     Attributes:
         q: the mixture, or transformed from it.
         mixture: the mixture itself.
-        draws: those from the components.
+        draws: the draws from the components.
     """
 
     q: Distribution
@@ -110,7 +101,7 @@ class DrawsByComponent:
 
 
 def _possible(x: Tensor, probs: Tensor, dim: int) -> Tensor:
-    """Replace the points of components that are never drawn, and may be anywhere, by those of the likeliest one."""
+    """Return x with the points of components of probability zero replaced by points of the likeliest one."""
     best, never = (
         t.reshape(t.shape + (1,) * (x.dim() - dim - 1)) for t in (probs.argmax(-1, keepdim=True), probs == 0)
     )

@@ -1,7 +1,8 @@
-"""Draws that can be handed out in parts, the same ones each time: what a long expectation is chunked by."""
+"""Draws that are computed in parts, the same at every call, for expectations in chunks."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, cast
@@ -16,36 +17,40 @@ from torch_klloss.samplers.points import Points, Sampler
 
 
 class Draws(Protocol):
-    """S draws from q whose randomness is decided, but whose points need not have been computed."""
+    """S draws from q with their randomness fixed; the points need not have been computed."""
 
     def part(self, start: int, stop: int) -> Points:
         """Return the points of draws start … stop - 1, the same at every call.
 
-        Their weights and `num_replicates` are those of all S draws. No random stream is touched.
+        Their weights and `num_replicates` are for all S draws. No random stream is used.
         """
         ...
 
 
-class PreparedSampler(Protocol):
-    """A sampler that decides all randomness first, and computes points when they are asked for."""
+class PreparedSampler(ABC):
+    """A sampler that fixes all randomness first, and computes points on demand."""
 
+    def draw(self, q: Distribution, num_samples: int, *, differentiable: bool) -> Points:
+        """Return `num_samples` points of q, reparameterised (`rsample`) if `differentiable`."""
+        return self.prepare(q, num_samples, differentiable=differentiable).part(0, num_samples)
+
+    @abstractmethod
     def prepare(self, q: Distribution, num_samples: int, *, differentiable: bool) -> Draws:
-        """Return draws of which `part(0, num_samples)` is what `draw` would have returned."""
-        ...
+        """Return the draws, which are computed in parts."""
 
 
 def prepare(sampler: Sampler, q: Distribution, num_samples: int, *, differentiable: bool) -> Draws:
-    """Return draws from q that can be had in parts; a sampler that knows no parts computes all points now.
+    """Return draws from q that are computed in parts; a sampler without `prepare` computes all points now.
 
-    It knows none if a subclass has its own `draw`, and `prepare` is only inherited.
+    So does a subclass that overrides `draw` and only inherits `prepare`.
     """
     if hasattr(sampler, "prepare") and _is_current(type(sampler)):
         return cast(PreparedSampler, sampler).prepare(q, num_samples, differentiable=differentiable)
-    return Held(sampler.draw(q, num_samples, differentiable=differentiable))
+    return StoredDraws(sampler.draw(q, num_samples, differentiable=differentiable))
 
 
 def _is_current(kind: type) -> bool:
-    """Return whether `prepare` was written knowing what `draw` does: no subclass has overridden `draw` alone."""
+    """Return whether `prepare` agrees with `draw`: no subclass has overridden `draw` alone."""
     for cls in kind.__mro__:
         if "prepare" in cls.__dict__:
             return True
@@ -55,8 +60,8 @@ def _is_current(kind: type) -> bool:
 
 
 @dataclass(frozen=True)
-class Held:
-    """Draws whose points exist already."""
+class StoredDraws:
+    """Draws whose points have been computed."""
 
     points: Points
 
@@ -68,22 +73,21 @@ class Held:
         return Points(self.points.x[start:stop], weights, self.points.num_replicates)
 
 
-BLOCK = 64  # draws of one seed
+BLOCK = 64  # the number of draws of one seed
 
-Part = Callable[[int, int], Tensor]
+Noise = Callable[[int, int], Tensor]
 
 
-def in_blocks(make: Callable[[int], Tensor], num_draws: int, device: torch.device) -> Part:
+def noise_in_blocks(make: Callable[[int], Tensor], num_draws: int, device: torch.device) -> Noise:
     """Return a function (start, stop) of the noise of those draws, the same noise at every call.
 
-    Up to `BLOCK` draws come from the ambient random stream and are kept. More come block by block, each from a seed
-    of its own, which are drawn from the ambient stream now. Under tracing, which has no private streams, all
-    are drawn now and kept.
+    Up to `BLOCK` draws come from the global random stream and are kept. More come in blocks, each from its own seed,
+    which is drawn from the global stream now. Under tracing, which has no private streams, all are drawn now and kept.
 
     Args:
         make: returns fresh noise of n draws, `[n, …]`, from the global random stream.
         num_draws: S.
-        device: where `make` draws.
+        device: the device of the noise.
     """
     if num_draws <= BLOCK or is_traced():
         noise = make(num_draws)

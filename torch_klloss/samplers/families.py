@@ -1,4 +1,4 @@
-"""The transports of families whose `icdf` is missing, or inaccurate where a uniform number is next to 0 or 1."""
+"""Transports of families whose `icdf` is missing, or inaccurate for uniform numbers near 0 or 1."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ def _inside(x: Tensor) -> Tensor:
 
 @register_transport(HalfNormal)
 def half_normal(q: HalfNormal, u: Tensor) -> Tensor:
-    """Return quantiles of |z|; torch takes those of (1 + u) / 2, which may round to 1."""
+    """Return quantiles of |z|; torch takes the Normal's at (1 + u) / 2, which may round to 1."""
     return q.scale * (math.sqrt(2) * torch.erfinv(u))
 
 
 def _side(u: Tensor) -> Tensor:
-    return (u - 0.5).sign()  # u is the middle of a cell, which ½ is not
+    return (u - 0.5).sign()  # u is the midpoint of a cell, hence not ½
 
 
 def _cotangent(m: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def inverse_gamma(q: InverseGamma, u: Tensor) -> Tensor:
 
 @register_transport(Beta)
 def beta(q: Beta, u: Tensor) -> Tensor:
-    """Return quantiles, kept inside (0, 1) as far as the dtype tells."""
+    """Return quantiles, kept inside (0, 1) in their dtype."""
     x = logit_beta_quantile(q.concentration1, q.concentration0, u).sigmoid().to(u.dtype)
     info = torch.finfo(u.dtype)
     return x.clamp(info.tiny, 1 - info.eps / 2)
@@ -130,7 +130,7 @@ def beta(q: Beta, u: Tensor) -> Tensor:
 
 @register_transport(Dirichlet, lambda q: q.event_shape[-1] - 1)
 def dirichlet(q: Dirichlet, u: Tensor) -> Tensor:
-    """Return points by breaking a stick: of what is left the k-th takes a Beta(α_k, α_{k+1} + … + α_K) share."""
+    """Return points by breaking a stick: the k-th takes a Beta(α_k, α_{k+1} + … + α_K) share of the rest."""
     a = q.concentration
     rest = a.flip(-1).cumsum(-1).flip(-1)[..., 1:]
     y = logit_beta_quantile(a[..., :-1], rest, u)
@@ -142,7 +142,7 @@ def dirichlet(q: Dirichlet, u: Tensor) -> Tensor:
 
 @register_transport(StudentT)
 def student_t(q: StudentT, u: Tensor) -> Tensor:
-    """Return quantiles: ν / (ν + t²) is Beta(ν/2, ½), and t² is told from the nearer tail."""
+    """Return quantiles: ν / (ν + t²) is Beta(ν/2, ½), and t² is computed from the nearer tail."""
     tail = 2 * torch.minimum(u, 1 - u)
     y = logit_beta_quantile(q.df / 2, torch.full_like(q.df, 0.5), tail)
     t = q.df.sqrt() * (-y / 2).exp()
@@ -171,7 +171,7 @@ def multivariate_normal(q: MultivariateNormal, u: Tensor) -> Tensor:
 
 @register_transport(LowRankMultivariateNormal, lambda q: q.cov_factor.shape[-1] + q.event_shape[-1])
 def low_rank_multivariate_normal(q: LowRankMultivariateNormal, u: Tensor) -> Tensor:
-    """Return loc + W z + √D z'; the factors come first, the dimensions of a net that are the most even."""
+    """Return loc + W z + √D z'; the factors come first, in the most even dimensions of a net."""
     factors, own = _standard_normal(u).split([q.cov_factor.shape[-1], q.event_shape[-1]], -1)
     common = (q._unbroadcasted_cov_factor @ factors.unsqueeze(-1)).squeeze(-1)
     return q.loc + common + q._unbroadcasted_cov_diag.sqrt() * own
@@ -204,26 +204,26 @@ def exp_relaxed_categorical(q: ExpRelaxedCategorical, u: Tensor) -> Tensor:
 
 @register_transport(Bernoulli, differentiable=False)
 def bernoulli(q: Bernoulli, u: Tensor) -> Tensor:
-    """Return 1 for the share of u that the probability is; from below, where small ones are told apart."""
+    """Return 1 where u is less than the probability: near 0, where small numbers are represented best."""
     return (u < q.probs).to(q.probs.dtype)
 
 
 @register_transport(Geometric, differentiable=False)
 def geometric(q: Geometric, u: Tensor) -> Tensor:
-    """Return quantiles, how many failures come first."""
+    """Return quantiles of the number of failures before the first success."""
     return (torch.log1p(-u) / torch.log1p(-q.probs)).floor()
 
 
 @register_transport(Categorical, lambda q: 1, differentiable=False)
 def categorical(q: Categorical, u: Tensor) -> Tensor:
-    """Return quantiles: how many of the cumulative probabilities u exceeds."""
+    """Return quantiles: the number of cumulative probabilities below u."""
     below = q.probs.cumsum(-1)[..., :-1]
     return (u > below).sum(-1)
 
 
 @register_transport(MixtureSameFamily, lambda q: 1 + num_uniforms(q.component_distribution), differentiable=False)
 def mixture(q: MixtureSameFamily, u: Tensor) -> Tensor:
-    """Return a point of the component that the first uniform number picks. Its other numbers serve all components."""
+    """Return a point of the component that the first uniform number picks. All components share the other numbers."""
     picked = categorical(q.mixture_distribution, u[..., :1])
     events = len(q.event_shape)
     each = u[..., 1:].unsqueeze(-2).expand(*u.shape[:-1], q._num_component, u.shape[-1] - 1)

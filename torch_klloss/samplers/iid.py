@@ -11,15 +11,15 @@ from torch.distributions import Distribution
 from torch_klloss.distributions.simplify import diagonal_normal_of
 from torch_klloss.distributions.tensors import device_of
 from torch_klloss.numerics.tracing import is_func_transformed
-from torch_klloss.samplers.draws import Draws, Part, in_blocks
+from torch_klloss.samplers.draws import Draws, Noise, PreparedSampler, noise_in_blocks
 from torch_klloss.samplers.points import Points, evenly_weighted
 
 
 @dataclass(frozen=True)
-class IID:
-    """Draw independent samples from q, each with the weight 1/S.
+class IID(PreparedSampler):
+    """Draws independent samples from q, each with the weight 1/S.
 
-    The error of an expectation falls as S^-1/2, and is read off the spread of the draws.
+    The error of an expectation falls as S^-1/2, and is estimated from the spread of the draws.
 
     Example:
         >>> import torch
@@ -29,15 +29,10 @@ class IID:
         (torch.Size([8, 3]), tensor([1., 1., 1.]))
     """
 
-    def draw(self, q: Distribution, num_samples: int, *, differentiable: bool) -> Points:
-        """Return independent points of q, reparameterised (`rsample`) if `differentiable`."""
-        return self.prepare(q, num_samples, differentiable=differentiable).part(0, num_samples)
-
     def prepare(self, q: Distribution, num_samples: int, *, differentiable: bool) -> Draws:
-        """Return the draws, to be had in parts.
+        """Return the draws, which are computed in parts.
 
-        Under `torch.func`, where the draws of torch know no randomness="different", those of a Normal are made of noise
-        that does.
+        Under `torch.func`, draws from a Normal are made of standard noise: torch's own know no randomness="different".
         """
 
         def make(n: int) -> Tensor:
@@ -47,14 +42,14 @@ class IID:
                 return x if differentiable else x.detach()
             return q.rsample((n,)) if differentiable else q.sample((n,))
 
-        return _Independent(q, num_samples, in_blocks(make, num_samples, device_of(q)))
+        return _IndependentDraws(q, num_samples, noise_in_blocks(make, num_samples, device_of(q)))
 
 
 @dataclass(frozen=True)
-class _Independent:
+class _IndependentDraws:
     q: Distribution
     num_samples: int
-    noise: Part
+    noise: Noise
 
     def part(self, start: int, stop: int) -> Points:
         return evenly_weighted(self.q, self.noise(start, stop), self.num_samples, self.num_samples)

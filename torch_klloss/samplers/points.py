@@ -1,7 +1,7 @@
-"""Points and their weights, in one object: E_q[f] ≈ Σ wᵢ f(xᵢ).
+"""Points and their weights in one object: E_q[f] ≈ Σ wᵢ f(xᵢ).
 
-Samples from q weigh 1/S each, a grid weighs q(x) dx, an enumerated support weighs q(x). Because the points know their
-weights, nobody has to multiply by the density, and nobody can do it twice.
+The weights are 1/S for S samples from q, q(x) dx on a grid, and q(x) on an enumerated support. Points come with their
+weights, so that no caller multiplies by the density, or does so twice.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch_klloss.numerics.dimensions import sum_last
 
 @dataclass(frozen=True)
 class Points:
-    """Hold points of q with the weights of an expectation under q.
+    """Points of q, with the weights of an expectation under q.
 
     Attributes:
         x: the points, `[n, *batch, *event]`.
         weights: non-negative, summing to one over the n; `[n, *batch]`, or broadcasting to it.
-        num_replicates: how many independent randomisations the points are made of, each n / num_replicates points
-            long; n itself for independent draws, and None where nothing is random. In a part of a longer draw (see
-            samplers/draws.py) weights and replicates are those of all of it.
+        num_replicates: the number of independent randomisations that the points are made of, each of n / num_replicates
+            points; n itself for independent draws, and None if nothing is random. A part of a longer draw (see
+            samplers/draws.py) has the weights and the replicates of the whole.
 
     Example:
         >>> import torch
@@ -52,7 +52,7 @@ class Points:
     def std_error(self, f: Tensor, summed: int = 0) -> Tensor | None:
         """Return the standard error of the expectation, from the spread of the replicates' means.
 
-        None where nothing is random; NaN where a single replicate cannot tell. No gradient flows through it.
+        None if nothing is random; NaN for a single replicate. No gradient flows through it.
 
         Args:
             f: the values at the points, `[n, *batch]`.
@@ -68,8 +68,7 @@ class Points:
     def skewness(self, f: Tensor, summed: int = 0) -> Tensor | None:
         """Return the skewness of the expectation: the sample skewness of the replicates' means, over √R.
 
-        None where nothing is random; 0 where nothing spreads, or where one or two replicates cannot tell. No
-        gradient flows through it.
+        None if nothing is random; 0 if all means are equal, or for one or two replicates. No gradient flows through it.
 
         Args:
             f: the values at the points, `[n, *batch]`.
@@ -93,22 +92,22 @@ class Points:
 def skewness_of_mean(squares: Tensor, cubes: Tensor) -> Tensor:
     """Return the skewness of a mean over independent numbers, from the sums of powers of their deviations.
 
-    It is 1/√n of theirs, √n Σd³ / (Σd²)^1.5, and 0 where they do not spread.
+    It is 1/√n times their own skewness √n Σd³ / (Σd²)^1.5, and 0 if they are all equal.
     """
     return (cubes / (squares * squares.sqrt())).nan_to_num(0.0, 0.0, 0.0)
 
 
 class Sampler(Protocol):
-    """An object that hands out points of q together with their weights.
+    """An object that returns points of q together with their weights.
 
     `draw` is all that is needed. Randomness comes from torch's global streams, which the methods set by their
-    `generator`; processes that train together draw different points if each has a seed of its own, as in
-    `torch.manual_seed(seed + rank)`. Batch elements must be independent of one another, and
-    `num_replicates` has to count what is independent: a spread of dependent points is no error. A sampler that also has
-    `prepare` (samplers/draws.py) can be evaluated in chunks without holding all of its points.
+    `generator`; processes that train together draw different points if each has its own seed, as in
+    `torch.manual_seed(seed + rank)`. Batch elements must be independent of one another, and `num_replicates` has to
+    count the independent replicates: the spread of dependent points is no error. A sampler that also has `prepare`
+    (samplers/draws.py) can be evaluated in chunks without storing all of its points.
 
     Example:
-        The middles of S strata, all turned by the same random amount:
+        The same random shift of S equal strata:
 
         >>> import torch
         >>> from torch.distributions import Normal, StudentT
@@ -133,7 +132,7 @@ class Sampler(Protocol):
 
 
 def evenly_weighted(q: Distribution, x: Tensor, num_samples: int, num_replicates: int) -> Points:
-    """Return points of q that weigh 1/S each, S being `num_samples`; x may be some of them."""
+    """Return points of q with the weight 1/S each, S being `num_samples`; x may be a part of them."""
     shape = (x.shape[0],) + (1,) * len(q.batch_shape)
     dtype = x.dtype if x.is_floating_point() else dtype_of(q)
     weights = torch.full(shape, 1 / num_samples, dtype=dtype, device=x.device)

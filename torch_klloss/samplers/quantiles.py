@@ -25,12 +25,12 @@ _SIDE = 16  # panels to either side of the peak
 _DEGREE = 10  # nodes of a panel
 _DROP = 44.0  # of the log-density: beyond exp(-44) lies less than one of 2^52 cells
 _NEWTON = 3  # steps, each of which doubles the digits of a start that has two
-_BLOCK = 2**18  # nodes or points that are computed at a time: 2 MiB, which caches hold and calls are few for
+_BLOCK = 2**18  # nodes or points that are computed at a time: 2 MiB, few enough for caches, enough for few calls
 
 
 @dataclass(frozen=True)
 class Law:
-    """Hold densities on the line, `[batch]` of them.
+    """Densities on the line, `[batch]` of them.
 
     Attributes:
         parameters: the θ, `[batch]` each, of an exponential family.
@@ -75,7 +75,7 @@ def logit_beta_quantile(concentration1: Tensor, concentration0: Tensor, u: Tenso
 
 def _beta_law(a: Tensor, b: Tensor) -> Law:
     def log_sigmoids(z: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log x and log(1 - x), less what they are at the peak, z = logit x - log(a / b) away from it."""
+        """Return log x and log(1 - x) less their values at the peak, which is z = logit x - log(a / b) away."""
         ahead = _like(torch.where(a > 0, a / (a + b), a), z), _like(b / (a + b), z)
         r, rest = torch.where(z < 0, ahead[0], ahead[1]), torch.where(z < 0, ahead[1], ahead[0])
         far = -z.abs()
@@ -129,7 +129,7 @@ def _like(parameter: Tensor, y: Tensor) -> Tensor:
 
 
 def _solved(function: Callable[[Tensor], tuple[Tensor, Tensor]], y: Tensor, steps: int) -> Tensor:
-    """Return about where a concave function is zero, from a side where it is negative: no step goes too far."""
+    """Return an approximate zero of a concave function, from a side where it is negative: no step goes too far."""
     for _ in range(steps):
         value, slope = function(y)
         y = y - value / slope
@@ -179,7 +179,7 @@ def _solve(law: Law, u: Tensor, learned: bool) -> list[Tensor]:
         weighted = density * score
         mean = _tabulate(weighted, half).before[:, -1] / cdf.before[:, -1]
         table = _tabulate(weighted - density * _like(mean, density), half)
-        derivatives.append((-_Within.of(table, panel).integral(t) / at_y).T)
+        derivatives.append((-_PanelIntegral.of(table, panel).integral(t) / at_y).T)
     return [y.T, *derivatives]
 
 
@@ -201,7 +201,7 @@ def _tabulate(values: Tensor, half: Tensor) -> _Table:
 
 def _solve_panel(law: Law, cdf: _Table, panel: Tensor, target: Tensor) -> Tensor:
     """Return the t in (-1, 1) at which the integral, up to the panel and on to t within it, is the target."""
-    within = _Within.of(cdf, panel)
+    within = _PanelIntegral.of(cdf, panel)
     mass = cdf.before.diff(dim=-1).gather(-1, panel)
     log_ends = law.log_density(law.scores(law.edges)).diff(dim=-1).gather(-1, panel)
     share = ((target - within.before) / mass).clamp(0, 1)
@@ -214,14 +214,14 @@ def _solve_panel(law: Law, cdf: _Table, panel: Tensor, target: Tensor) -> Tensor
 
 
 @dataclass(frozen=True)
-class _Within:
-    """The integral up to a point of one panel, of which there is one for every draw."""
+class _PanelIntegral:
+    """The integral up to a point, in one panel for every draw."""
 
     before: Tensor
     coefficients: list[Tensor]
 
     @classmethod
-    def of(cls, table: _Table, panel: Tensor) -> _Within:
+    def of(cls, table: _Table, panel: Tensor) -> _PanelIntegral:
         return cls(table.before.gather(-1, panel), [c.gather(-1, panel) for c in table.coefficients])
 
     def integral(self, t: Tensor) -> Tensor:

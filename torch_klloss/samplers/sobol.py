@@ -1,4 +1,4 @@
-"""Randomised quasi-Monte Carlo: nets that fill the unit cube evenly, shifted at random."""
+"""Randomised quasi-Monte Carlo: Sobol nets with a random shift."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from torch.quasirandom import SobolEngine
 
 from torch_klloss.numerics.arguments import check_integer
 from torch_klloss.numerics.tracing import without_func
-from torch_klloss.samplers.draws import Draws
-from torch_klloss.samplers.points import Points
-from torch_klloss.samplers.transport import Transported, cells_of
+from torch_klloss.samplers.draws import Draws, PreparedSampler
+from torch_klloss.samplers.transport import TransportedDraws, cells_of
 
 MAX_DIMENSION = SobolEngine.MAXDIM
 _NET_BITS = SobolEngine.MAXBIT
@@ -24,14 +23,13 @@ _MAX_KEPT = 2**21  # numbers in a net that is kept, of which there are at most 1
 def sobol_net(n: int, d: int, bits: int) -> Tensor:
     """Return the first n points of a scrambled Sobol net in d dimensions, as integers below 2^bits, `[n, d]`.
 
-    The net is the same at every call: what makes it random is a digital shift on top of it. No random stream is
-    touched.
+    The net is the same at every call; a digital shift makes it random afterwards. No random stream is used.
 
-    Its first m = ⌈log₂ n⌉ binary digits put one point in each of 2^m strata of every dimension. Those after them place
-    a point within its stratum: the parity of all m, then of all but the first, of all but the second, … Each point is
-    then displaced the other way than its neighbours, and what is a polynomial of low degree cancels. The digits after
-    these are zero: the shift alone decides them. Over random ones (Owen's scrambling) this halves the variance in one
-    dimension, and brings the mean over a net nearer to a normal law, which the error of a few nets relies on.
+    The first m = ⌈log₂ n⌉ binary digits put one point in each of 2^m strata of every dimension. The next digits place
+    the point within its stratum: the parity of all m, then of all but the first, of all but the second, … Neighbours
+    are then displaced in opposite directions, and errors of polynomials of low degree cancel. The remaining digits are
+    zero: the shift alone determines them. Compared with random digits (Owen's scrambling) this halves the variance in
+    one dimension, and brings the mean over a net nearer to a normal law, which the error from a few nets relies on.
 
     Args:
         n: how many points.
@@ -49,7 +47,7 @@ def sobol_net(n: int, d: int, bits: int) -> Tensor:
     return _kept(n, d, bits) if n * d <= _MAX_KEPT else _made(n, d, bits)
 
 
-# What torch.compiler.assume_constant_result sets, and for which it would import all of the compiler.
+# Set by torch.compiler.assume_constant_result, which would import all of the compiler.
 sobol_net.__dict__["_dynamo_marked_constant"] = True
 
 
@@ -83,7 +81,7 @@ _kept = lru_cache(maxsize=16)(_made)
 
 
 @dataclass(frozen=True)
-class Sobol:
+class Sobol(PreparedSampler):
     """Draw scrambled Sobol points, shifted digitally and independently for every batch element.
 
     Each point is uniform in the unit cube, and hence each point of q a draw from q: expectations are unbiased. Together
@@ -91,10 +89,10 @@ class Sobol:
     as S^-3 up to logarithms instead of S^-1, most so at S a power of two; for one that is kinked or of many dimensions
     it falls less. The dimensions of one event share a net, of at most 21,201 dimensions.
 
-    A net tells nothing about its own error: the spread of its points is that of q, not of their mean. With R
+    A single net gives no error: its points spread as q does, and their mean does not. With R
     `replicates` the S points are R nets of S/R points, independent of one another; the error of their mean has R - 1
-    degrees of freedom, and is NaN for R = 1. Eight nets of eight points give an error that can be believed, unless a
-    tail that few of them meet carries the variance: more nets of fewer points then tell it better.
+    degrees of freedom, and is NaN for R = 1. Eight nets of eight points give a reliable error, unless the variance
+    comes from a tail that few of them reach: then more nets of fewer points are better.
 
     Args:
         replicates: R.
@@ -117,12 +115,8 @@ class Sobol:
     def __post_init__(self) -> None:
         check_integer("Sobol(replicates=...)", self.replicates)
 
-    def draw(self, q: Distribution, num_samples: int, *, differentiable: bool) -> Points:
-        """Return `num_samples` points of q, the replicates one after the other."""
-        return self.prepare(q, num_samples, differentiable=differentiable).part(0, num_samples)
-
     def prepare(self, q: Distribution, num_samples: int, *, differentiable: bool) -> Draws:
-        """Return the draws, to be had in parts."""
+        """Return the draws, the replicates one after the other."""
         n = points_each("Sobol", num_samples, self.replicates)
         cells = cells_of(q)
         net = sobol_net(n, cells.shape[-1], cells.bits).to(cells.device)
@@ -135,11 +129,11 @@ class Sobol:
             draws = torch.arange(start, stop, device=cells.device)
             return net[draws % n] ^ shifts[draws // n]
 
-        return Transported(q, cells, noise, num_samples, self.replicates, differentiable)
+        return TransportedDraws(q, cells, noise, num_samples, self.replicates, differentiable)
 
 
 def points_each(name: str, num_samples: int, replicates: int) -> int:
-    """Return how many points a replicate has.
+    """Return the number of points of a replicate.
 
     Raises:
         ValueError: if the points cannot be shared out evenly.

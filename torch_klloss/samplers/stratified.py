@@ -9,21 +9,20 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from torch_klloss.numerics.arguments import check_integer
-from torch_klloss.samplers.draws import Draws, in_blocks
-from torch_klloss.samplers.points import Points
+from torch_klloss.samplers.draws import Draws, PreparedSampler, noise_in_blocks
 from torch_klloss.samplers.sobol import points_each
-from torch_klloss.samplers.transport import Transported, cells_of
+from torch_klloss.samplers.transport import TransportedDraws, cells_of
 
 
 @dataclass(frozen=True)
-class Stratified:
-    """Draw a Latin hypercube: each of n intervals of equal probability holds one draw, in every dimension.
+class Stratified(PreparedSampler):
+    """Draws a Latin hypercube: in every dimension, each of n intervals of equal probability holds one draw.
 
-    Expectations are unbiased. The variance is that of what is left of the integrand once its best fit by a sum of
-    functions of single dimensions is taken away; in one dimension it falls as n^-3 where the integrand is smooth. It
-    works for every n and in any number of dimensions.
+    Expectations are unbiased. Only the rest of the integrand after its best fit by a sum of functions of single
+    dimensions adds variance; in one dimension it falls as n^-3 for a smooth integrand. Any n and any number of
+    dimensions will do.
 
-    The strata make the draws dependent, so that their spread says nothing about the error. With R `replicates` the
+    The strata make the draws dependent, so that their spread does not give the error. With R `replicates` the
     S points are R hypercubes of S/R, independent of one another; the error has R - 1 degrees of freedom, and is
     NaN for R = 1.
 
@@ -48,33 +47,29 @@ class Stratified:
     def __post_init__(self) -> None:
         check_integer("Stratified(replicates=...)", self.replicates)
 
-    def draw(self, q: Distribution, num_samples: int, *, differentiable: bool) -> Points:
-        """Return `num_samples` points of q, the replicates one after the other."""
-        return self.prepare(q, num_samples, differentiable=differentiable).part(0, num_samples)
-
     def prepare(self, q: Distribution, num_samples: int, *, differentiable: bool) -> Draws:
-        """Return the draws, to be had in parts."""
+        """Return the draws, the replicates one after the other."""
         n = points_each("Stratified", num_samples, self.replicates)
         cells = cells_of(q)
         d = cells.shape[-1]
-        # One permutation a dimension, turned by as many places as chance says for every batch element: each of its
-        # points is in every stratum alike, whatever the permutation.
+        # One permutation a dimension, rotated at random for every batch element, so that each point is equally likely
+        # in every stratum.
         order = torch.rand(n, d, device=cells.device).argsort(0).to(cells.dtype)
         order = order.reshape(n, *(1,) * len(q.batch_shape), d)
         turns = torch.randint(n, (self.replicates, *cells.shape), dtype=cells.dtype, device=cells.device)
-        jitter = in_blocks(cells.random, num_samples, cells.device)
+        jitter = noise_in_blocks(cells.random, num_samples, cells.device)
 
         def noise(start: int, stop: int) -> Tensor:
             draws = torch.arange(start, stop, device=cells.device)
             stratum = (order[draws % n] + turns[draws // n]) % n
             return _within(stratum, jitter(start, stop), n, cells.bits)
 
-        return Transported(q, cells, noise, num_samples, self.replicates, differentiable)
+        return TransportedDraws(q, cells, noise, num_samples, self.replicates, differentiable)
 
 
 def _within(stratum: Tensor, jitter: Tensor, n: int, bits: int) -> Tensor:
-    """Return the integers at the place jitter / 2^b of a stratum: ⌊(stratum + jitter / 2^b) 2^b / n⌋, exactly."""
+    """Return the integers at the fraction jitter / 2^b of a stratum: ⌊(stratum + jitter / 2^b) 2^b / n⌋, exactly."""
     width, rest = divmod(2**bits, n)
-    if n >= 2**15:  # whose square int32 does not hold
+    if n >= 2**15:  # its square exceeds int32
         stratum = stratum.long()
     return (stratum * width + (stratum * rest + jitter).div(n, rounding_mode="trunc")).to(jitter.dtype)

@@ -1,4 +1,4 @@
-"""From uniform numbers to points of q: which maps are known, and how they are put together."""
+"""Transports: maps from uniform numbers to points of q, and their composition."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.distributions import Distribution, Independent, TransformedDistributi
 
 from torch_klloss.distributions.checks import type_name
 from torch_klloss.distributions.tensors import dtype_and_device_of
-from torch_klloss.samplers.draws import Part
+from torch_klloss.samplers.draws import Noise
 from torch_klloss.samplers.points import Points, evenly_weighted
 
 D = TypeVar("D", bound=Distribution)
@@ -21,13 +21,13 @@ D = TypeVar("D", bound=Distribution)
 
 @dataclass(frozen=True)
 class Transport:
-    """Hold how a family is made from uniform numbers.
+    """The map from uniform numbers to points of a family.
 
     Attributes:
-        num_uniforms: d, how many of them make one event of q.
+        num_uniforms: d, the number of uniform numbers for one event of q.
         points: (q, u) -> x, from u strictly inside (0, 1), `[n, *batch, d]`, to points `[n, *batch, *event]` with a
             gradient to q. If u is uniform, x is distributed as q.
-        differentiable: whether that gradient is right; it is not where points are discrete.
+        differentiable: whether that gradient is right; it is not for discrete points.
     """
 
     num_uniforms: Callable[[Any], int]
@@ -43,11 +43,11 @@ def register_transport(
 ) -> Callable[[Callable[[D, Tensor], Tensor]], Callable[[D, Tensor], Tensor]]:
     """Return a decorator that registers the map from uniform numbers to points of a family.
 
-    A family of single numbers that has an `icdf` needs none.
+    A family of single numbers with an `icdf` needs no transport.
 
     Args:
-        family: its class; subclasses that leave the law alone inherit.
-        num_uniforms: how many uniform numbers make one event. None: one, and the map is from u `[n, *batch]`.
+        family: its class; subclasses that keep the distribution inherit.
+        num_uniforms: the number of uniform numbers for one event. None: one, and the map is from u `[n, *batch]`.
         differentiable: as in `Transport`.
 
     Example:
@@ -75,10 +75,10 @@ def register_transport(
 
 
 def num_uniforms(q: Distribution) -> int:
-    """Return how many uniform numbers make one event of q.
+    """Return the number of uniform numbers for one event of q.
 
     Raises:
-        NotImplementedError: if no way from uniform numbers to q is known.
+        NotImplementedError: if q has no transport.
     """
     return _transport_of(q).num_uniforms(q)
 
@@ -92,7 +92,7 @@ def transport(q: Distribution, u: Tensor, *, differentiable: bool) -> Tensor:
         differentiable: whether the points carry a gradient to q's parameters.
 
     Raises:
-        NotImplementedError: if no way from uniform numbers to q is known, or it has no gradient and one is asked for.
+        NotImplementedError: if q has no transport, or `differentiable` and the transport has no gradient.
 
     Example:
         >>> import torch
@@ -103,8 +103,8 @@ def transport(q: Distribution, u: Tensor, *, differentiable: bool) -> Tensor:
     """
     if differentiable and not is_differentiable(q):
         raise NotImplementedError(
-            f"{type_name(q)} is discrete in part: its points carry no gradient. Use gradient='score_function' or "
-            "'none'."
+            f"{type_name(q)} is discrete in part, so that its points carry no gradient; use gradient='score_function' "
+            "or 'none'."
         )
     with nullcontext() if differentiable else torch.no_grad():
         return _transport_of(q).points(q, u)
@@ -129,20 +129,20 @@ def _transport_of(q: Distribution) -> Transport:
     if isinstance(q, TransformedDistribution) and _keeps_the_law(type(q), TransformedDistribution):
         return _TRANSFORMED
     raise NotImplementedError(
-        f"no way from uniform numbers to {type_name(q)} is known: it has neither an icdf nor a transport. Draw with "
-        "IID(), or add one with torch_klloss.samplers.transport.register_transport."
+        f"{type_name(q)} has neither an icdf nor a transport from uniform numbers: draw with IID(), or add one with "
+        "torch_klloss.samplers.transport.register_transport."
     )
 
 
 def _keeps_the_law(subclass: type, cls: type) -> bool:
-    """Return whether a subclass draws its points as its parent does."""
+    """Return whether a subclass has its parent's sampling and density."""
     return subclass is cls or all(
         getattr(subclass, method) is getattr(cls, method) for method in ("rsample", "sample", "log_prob")
     )
 
 
 def _has_quantiles(q: Distribution) -> bool:
-    """Return whether q is single numbers with an icdf of their own."""
+    """Return whether q is a distribution of single numbers whose class defines an icdf."""
     own = type(q).icdf not in (Distribution.icdf, TransformedDistribution.icdf)
     return own and not q.event_shape
 
@@ -174,13 +174,13 @@ _TRANSFORMED = Transport(lambda q: num_uniforms(q.base_dist), _transformed_point
 
 @dataclass(frozen=True)
 class Cells:
-    """Hold what integer noise for q looks like.
+    """The cells of the unit interval from which points of q are made, as integers.
 
     Attributes:
-        bits: b; middles of 2^b cells are represented exactly, and so is their distance to 1.
-        dtype: of the integers.
+        bits: b; the midpoints of 2^b cells are represented exactly, and so are their distances to 1.
+        dtype: the dtype of the integers.
         shape: `[*batch, d]`, d uniforms for one event.
-        device: of q.
+        device: the device of q.
     """
 
     bits: int
@@ -194,10 +194,10 @@ class Cells:
 
 
 def cells_of(q: Distribution) -> Cells:
-    """Return the integer noise that a point of q takes.
+    """Return the cells for points of q.
 
     Raises:
-        NotImplementedError: if no way from uniform numbers to q is known.
+        NotImplementedError: if q has no transport.
     """
     dtype, device = dtype_and_device_of(q)
     wide = dtype == torch.float64
@@ -205,33 +205,33 @@ def cells_of(q: Distribution) -> Cells:
     return Cells(52 if wide else 23, torch.int64 if wide else torch.int32, shape, device)
 
 
-def middles(k: Tensor, bits: int) -> Tensor:
-    """Return the middles of cells of the unit interval, (k + ½) / 2^b: strictly inside, and exact."""
+def midpoints(k: Tensor, bits: int) -> Tensor:
+    """Return the midpoints of cells of the unit interval, (k + ½) / 2^b: strictly inside, and exact."""
     return (k.to(torch.float64 if bits > 23 else torch.float32) + 0.5) * 2.0**-bits
 
 
 @dataclass(frozen=True)
-class Transported:
+class TransportedDraws:
     """Draws that are quantiles of integer noise.
 
     Attributes:
         q: the distribution.
-        cells: what its noise looks like.
+        cells: the cells of its noise.
         noise: the integers of draws start … stop - 1, `[stop - start, *batch, d]`.
         num_samples: S.
-        num_replicates: how many independent randomisations they are.
+        num_replicates: the number of independent randomisations.
         differentiable: whether the points carry a gradient to q.
     """
 
     q: Distribution
     cells: Cells
-    noise: Part
+    noise: Noise
     num_samples: int
     num_replicates: int
     differentiable: bool
 
     def part(self, start: int, stop: int) -> Points:
-        """Return some of the points."""
-        u = middles(self.noise(start, stop), self.cells.bits)
+        """Return the points of draws start … stop - 1."""
+        u = midpoints(self.noise(start, stop), self.cells.bits)
         x = transport(self.q, u, differentiable=self.differentiable)
         return evenly_weighted(self.q, x, self.num_samples, self.num_replicates)

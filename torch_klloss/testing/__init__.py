@@ -1,4 +1,4 @@
-"""Property tests for a KL of your own: `check_kl(q, p)`."""
+"""Property tests for your own KL: `check_kl(q, p)`."""
 
 from torch_klloss.testing.laws import KLReport, check_kl
 

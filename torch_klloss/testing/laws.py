@@ -1,6 +1,6 @@
-"""Checks for a KL of your own: `check_kl(q, p)` in your own tests.
+"""Property tests for your own KL: `check_kl(q, p)` in your own tests.
 
-The laws that every KL obeys, held against one pair of instances. Nothing here needs a test framework.
+The laws that every KL obeys are checked for one pair of instances. Nothing here needs a test framework.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _REPLICATES = 32  # of a sampled gradient, for its error
 
 @dataclass(frozen=True)
 class KLReport:
-    """Hold what `check_kl` found to be right.
+    """The checks of `check_kl` that passed.
 
     Attributes:
         value: the KL that was checked, `[*batch]`.
-        reference: what it was compared with; its `method` says how that was found.
+        reference: the KL that it was compared with; its `method` says how it was computed.
         passed: the names of the checks that passed.
-        skipped: those that could not be made, by name, with the reason.
+        skipped: the checks that could not be made, by name, with the reason.
     """
 
     value: Tensor
@@ -53,25 +53,25 @@ def check_kl(
     """Check the KL of a pair against its definition and the laws that every KL obeys.
 
     The value and its gradient are compared with an exact sum where q's support can be enumerated, with a quadrature
-    where one certifies itself, and else with samples; then the tolerance is that of the sampled error, and a mistake
-    that is smaller cannot be seen. The KL is also to be ≥ 0, 0 at q = p, NaN for NaN parameters, of the broadcast
+    where one certifies itself, and else with samples; then the tolerance is the sampling error, and smaller mistakes
+    are not found. The KL also has to be ≥ 0, 0 at q = p, NaN for NaN parameters, of the broadcast
     batch shape and the dtype of the parameters, the same for expanded batches, and additive over `Independent`.
 
-    The gradient is taken to the leaf tensors behind q and p that require one, and where there are none to
-    the parameters named in `arg_constraints`. Build the pair in float64: in float32 the tolerances are wider.
+    The gradient is taken to the leaf tensors behind q and p that require one, and if there are none to the parameters
+    named in `arg_constraints`. Build the pair in float64: in float32 the tolerances are wider.
 
     Args:
         q: the distribution that the expectation is under.
-        p: the other one. Choose it apart from q: near q the KL and its gradient are small, and so are mistakes.
-        kl: what is checked; by default the closed form that is registered for the pair.
-        num_samples: how many draws there are where only sampling can tell.
-        seed: of the draws; the global random stream is left alone.
+        p: the other one. Choose it different from q: near q the KL and its gradient are small, and so are mistakes.
+        kl: the KL that is checked; by default the closed form that is registered for the pair.
+        num_samples: the number of draws, if the reference is sampled.
+        seed: the seed of the draws; the global random stream is not used.
 
     Returns:
-        What was checked, and what could not be.
+        The checks that were made, and those that could not be.
 
     Raises:
-        AssertionError: if a check fails: what was expected, what came, and where to look, for every one that failed.
+        AssertionError: if a check fails: the expectation, the value, and where to look, for every failed check.
         NotImplementedError: if no closed form is registered for the pair.
 
     Example:
@@ -105,16 +105,16 @@ def check_kl(
 
 
 class _SkippedError(Exception):
-    """Says why a check cannot be made."""
+    """The reason why a check cannot be made."""
 
 
 class _FailedError(Exception):
-    """Says what was expected, what came, and the way out."""
+    """The expectation, the value, and what to do about it."""
 
 
 @dataclass(frozen=True)
 class _Case:
-    """Hold the pair, and what is computed of it once."""
+    """The pair, and numbers that are computed once."""
 
     q: Distribution
     p: Distribution
@@ -137,7 +137,7 @@ class _Case:
 
     @cached_property
     def rounding(self) -> float:
-        """What a formula may lose: 100 roundings of terms as large as those of the definition."""
+        """The allowed rounding of a formula: 100 roundings of terms as large as in the definition."""
         size = 1.0
         with torch.no_grad(), private_rng(self.seed, device_of(self.q)), suppress(NotImplementedError, RuntimeError):
             x = self.q.sample((256,))  # or q cannot be drawn from
@@ -146,7 +146,7 @@ class _Case:
         return 100 * torch.finfo(self.value.dtype).eps * size
 
     def estimate(self, q: Distribution, p: Distribution, num_samples: int, seed: int) -> KLEstimate:
-        # The score function has no error of its own, as the implicit gradient of a Gamma's rsample has.
+        # The score function is exact, and the implicit gradient of a Gamma's rsample is not.
         sampled = MonteCarlo(num_samples, gradient="pathwise" if has_moving_support(q) else "score_function")
         method = FirstOf(Enumeration(), Quadrature(256), sampled)
         return method.estimate(q, p, torch.Generator(device_of(q)).manual_seed(seed))
@@ -288,7 +288,7 @@ _CHECKS: dict[str, Callable[[_Case], None]] = {
 }
 
 
-# --- what they need ---------------------------------------------------------------------------------------------------
+# --- helpers ----------------------------------------------------------------------------------------------------------
 
 
 def _cast(d: Distribution, dtype: torch.dtype) -> Distribution:
@@ -296,7 +296,7 @@ def _cast(d: Distribution, dtype: torch.dtype) -> Distribution:
 
 
 def _comparable(value: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both in one shape; a wrong shape is another check's affair."""
+    """Return both in one shape; another check is for a wrong shape."""
     try:
         return tuple(torch.broadcast_tensors(value, expected))
     except RuntimeError:
@@ -320,7 +320,7 @@ def _expect_equal(case: _Case, value: Tensor, expected: Tensor, where: str, hint
 
 
 def _suspect(case: _Case, got: float, expected: float, width: float) -> str:
-    """Return which of the well-known mistakes it looks like."""
+    """Return the well-known mistake that it looks like, or advice."""
     with torch.no_grad():
         try:
             swapped = case.estimate(case.p, case.q, case.num_samples, case.seed).value
@@ -339,7 +339,7 @@ def _suspect(case: _Case, got: float, expected: float, width: float) -> str:
 def _expected_derivatives(
     case: _Case, q: Distribution, p: Distribution, leaves: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the gradients of the reference, and the half-width of their interval: 0 where it is not sampled."""
+    """Return the gradients of the reference, and the half-width of their interval: 0 if it is not sampled."""
     if case.reference.std_error is None:
         expected = derivatives(case.estimate(q, p, 1, case.seed).value, leaves)
         return expected, [torch.zeros_like(each) for each in expected]

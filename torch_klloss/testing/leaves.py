@@ -1,4 +1,4 @@
-"""The tensors that a pair of distributions is differentiated by."""
+"""Leaf tensors by which a pair of distributions is differentiated."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from torch_klloss.numerics.graph import leaves_of
 def with_leaves(q: Distribution, p: Distribution) -> tuple[Distribution, Distribution, dict[str, Tensor]]:
     """Return the pair with the leaf tensors that it is differentiated by, by name.
 
-    They are those behind q and p that require a gradient. Where there are none, q and p come back built again, with
-    leaves for the parameters in `arg_constraints`; matrices stay as they are, for their entries are not free to move.
+    They are the leaves behind q and p that require a gradient. If there are none, q and p are built again, with leaves
+    for the parameters in `arg_constraints`. Matrices stay as they are, because their entries are constrained.
 
     Raises:
-        ValueError: if none requires a gradient, and a class cannot be built from its `arg_constraints` alone.
+        ValueError: if no leaf requires a gradient, and a class cannot be built from its `arg_constraints` alone.
     """
     leaves: dict[str, Tensor] = {}
     for which, d in (("q", q), ("p", p)):
@@ -32,7 +32,7 @@ def with_leaves(q: Distribution, p: Distribution) -> tuple[Distribution, Distrib
 
 
 def _enter_graph_leaves(leaves: dict[str, Tensor], which: str, t: Tensor, key: str, owner: Distribution) -> Tensor:
-    """Enter the leaves that t was computed from, by the name of the parameter that leads to them."""
+    """Enter the leaves that t was computed from, by the name of t."""
     for leaf in leaves_of(t):
         if not any(leaf is known for known in leaves.values()):
             leaves[_unused(f"{which}.{key}", leaves)] = leaf
@@ -40,7 +40,7 @@ def _enter_graph_leaves(leaves: dict[str, Tensor], which: str, t: Tensor, key: s
 
 
 def _learned(d: Distribution, which: str, leaves: dict[str, Tensor]) -> Distribution:
-    """Return d built again from leaves, which are entered by name."""
+    """Return d built again from new leaves, which are entered by name."""
     if type(d) is Independent:
         return Independent(_learned(d.base_dist, which, leaves), d.reinterpreted_batch_ndims)
     if type(d) is TransformedDistribution:
@@ -64,10 +64,10 @@ def _learned(d: Distribution, which: str, leaves: dict[str, Tensor]) -> Distribu
 
 
 def _given(d: Distribution) -> list[str]:
-    """Return the names of the parameters, of those that stand for one another the one that d was built from."""
+    """Return the names of the parameters; of alternatives, the one that d was built from."""
     names = list(d.arg_constraints)
     for alternatives in _ALTERNATIVES:
-        # torch computes the others on demand, and keeps them behind the first.
+        # torch computes the others on demand, and stores them after the first.
         held = [key for key in vars(d) if key in alternatives] or [key for key in names if key in alternatives]
         names = [key for key in names if key not in alternatives or key == held[0]]
     return names
@@ -77,19 +77,19 @@ _ALTERNATIVES = ({"probs", "logits"}, {"covariance_matrix", "precision_matrix", 
 
 
 def _is_free(constraint: Any) -> bool:
-    """Return whether numbers or vectors under the constraint may move in every direction, once they are normalised."""
+    """Return whether numbers or vectors under the constraint may change in every direction, up to normalisation."""
     is_vector = constraint is constraints.simplex or isinstance(constraint, constraints.independent)
     return not constraint.is_discrete and (constraint.event_dim == 0 or is_vector)
 
 
 def _unused(title: str, titles: Iterable[str]) -> str:
-    """Return the title, numbered where another part has it."""
+    """Return the title, numbered if it is taken."""
     number = sum(title in (each, each.partition(" (")[0]) for each in titles)
     return f"{title} ({number + 1})" if number else title
 
 
 def derivatives(value: Tensor, leaves: Iterable[Tensor]) -> list[Tensor]:
-    """Return the gradients of the sum, in float64; 0 where nothing leads to a leaf."""
+    """Return the gradients of the sum, in float64; 0 for a leaf that it does not depend on."""
     leaves = list(leaves)
     if not value.requires_grad:
         return [torch.zeros_like(leaf).double() for leaf in leaves]

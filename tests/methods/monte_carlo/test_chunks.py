@@ -13,7 +13,7 @@ from tests.processes import run as in_a_new_process
 from torch_klloss.methods.monte_carlo.chunks import expectation_in_chunks
 from torch_klloss.samplers import IID, Antithetic, Points, Sobol, Stratified
 from torch_klloss.samplers.components import prepare_by_component
-from torch_klloss.samplers.draws import Held, in_blocks, prepare
+from torch_klloss.samplers.draws import StoredDraws, noise_in_blocks, prepare
 
 F64 = torch.float64
 SAMPLERS = [IID(), Antithetic(), Stratified(), Stratified(8), Sobol(), Sobol(8)]
@@ -134,7 +134,7 @@ def test_a_chunk_size_that_is_no_positive_integer_is_refused(chunk_size):
 
 def test_the_draws_of_a_block_do_not_depend_on_the_others():
     torch.manual_seed(0)
-    part = in_blocks(lambda n: torch.randn(n, 3), 300, torch.device("cpu"))
+    part = noise_in_blocks(lambda n: torch.randn(n, 3), 300, torch.device("cpu"))
     assert torch.equal(part(100, 200), part(0, 300)[100:200])
     assert part(0, 300).unique().numel() == 900
 
@@ -245,7 +245,7 @@ def test_a_chunk_that_reads_other_tensors_in_the_backward_pass_is_an_error():
         return Points(x[start:stop], torch.tensor(0.25), 4), x[start:stop]
 
     value = expectation_in_chunks(evaluate, 4, 2).value
-    with pytest.raises(RuntimeError, match="expected it to read the tensors that it read"):
+    with pytest.raises(RuntimeError, match="must read the same tensors as the forward pass"):
         value.backward()
 
 
@@ -276,7 +276,7 @@ class Doubling(IID):
     """Draws in its own way, and inherits `prepare`."""
 
     def draw(self, q, num_samples, *, differentiable):
-        return Held(super().draw(q, num_samples, differentiable=differentiable)).part(0, 1)
+        return StoredDraws(super().draw(q, num_samples, differentiable=differentiable)).part(0, 1)
 
 
 class Renamed(IID):
@@ -286,7 +286,7 @@ class Renamed(IID):
 def test_a_draw_of_ones_own_is_not_passed_over_for_an_inherited_prepare():
     q = Normal(torch.zeros(2), 1.0)
     assert len(prepare(Doubling(), q, 8, differentiable=False).part(0, 8).x) == 1
-    assert not isinstance(prepare(Renamed(), q, 8, differentiable=False), Held)
+    assert not isinstance(prepare(Renamed(), q, 8, differentiable=False), StoredDraws)
 
 
 class Peak(TorchDispatchMode):

@@ -19,7 +19,7 @@ from torch_klloss.methods.monte_carlo import mixed, surrogates
 from torch_klloss.methods.monte_carlo.method import Gradient, Value
 from torch_klloss.methods.monte_carlo.mixed import MixedGradient
 from torch_klloss.samplers import IID, Points
-from torch_klloss.samplers.draws import Held
+from torch_klloss.samplers.draws import StoredDraws
 
 F64 = torch.float64
 Q_RAW = torch.tensor([0.4, -0.3], dtype=F64)  # mean and log standard deviation
@@ -82,7 +82,7 @@ class Grid(IID):
         return _laid_out(self.noise, q, num_samples, differentiable, num_replicates=num_samples)
 
     def prepare(self, q, num_samples, *, differentiable):
-        return Held(self.draw(q, num_samples, differentiable=differentiable))
+        return StoredDraws(self.draw(q, num_samples, differentiable=differentiable))
 
 
 class Coupled:

@@ -30,7 +30,7 @@ from torch.distributions import (
 
 from torch_klloss.methods import Enumeration, MixtureBound, MonteCarlo
 from torch_klloss.samplers import IID, Points
-from torch_klloss.samplers.components import draw_by_component
+from torch_klloss.samplers.components import prepare_by_component
 
 F64 = torch.float64
 NOISE = torch.linspace(-9, 9, 361, dtype=F64)
@@ -319,9 +319,9 @@ def test_batch_elements_have_noise_of_their_own():
 
 def test_a_mixture_is_drawn_from_by_its_components_with_the_weights_of_both():
     q = mixture(Q_RAW.expand(5, 6))
-    draw = draw_by_component(IID(), q, 3, differentiable=False)
+    draw = prepare_by_component(IID(), q, 3, differentiable=False).part(0, 3)
     assert draw.points.x.shape == draw.points.weights.shape == (6, 5)
     torch.testing.assert_close(draw.points.expectation(torch.ones(6, 5, dtype=F64)), torch.ones(5, dtype=F64))
     torch.testing.assert_close(draw.points.weights[:2, 0] * 3, q.mixture_distribution.probs[0])
     with pytest.raises(ValueError, match="needs a MixtureSameFamily, got Normal"):
-        draw_by_component(IID(), Normal(0.0, 1.0), 3, differentiable=False)
+        prepare_by_component(IID(), Normal(0.0, 1.0), 3, differentiable=False)

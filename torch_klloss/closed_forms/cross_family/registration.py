@@ -12,7 +12,7 @@ from torch.distributions import Distribution
 
 from torch_klloss.closed_forms.registry import _RULES, Types, register_kl
 from torch_klloss.distributions.checks import type_name
-from torch_klloss.distributions.tails import Tails, compare, declare_tails, declared_tails
+from torch_klloss.distributions.tails import Tails, declare_tails, declared_tails, is_infinite_by_tails
 from torch_klloss.distributions.tensors import dtype_of
 from torch_klloss.estimate import NotCertifiedError
 from torch_klloss.numerics.elementary import infinity
@@ -159,7 +159,7 @@ def by_moments(family_q: type[Family], family_p: type[Family]) -> Callable[..., 
 
 def _by_tails(type_q: type[Distribution], q: Distribution, type_p: type[Distribution], p: Distribution) -> Tensor:
     """Return where the supports and the declared tails make the KL inf."""
-    mask = compare(q, p, declared_tails(type_q, q), declared_tails(type_p, p))
+    mask = is_infinite_by_tails(q, p, declared_tails(type_q, q), declared_tails(type_p, p))
     if mask is None:
         raise NotImplementedError("the supports of q and p cannot be compared")
     return mask

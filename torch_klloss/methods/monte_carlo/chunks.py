@@ -1,16 +1,16 @@
-"""An expectation over many draws with the memory of a few: chunk by chunk, recomputed in the backward pass.
+"""An expectation over many draws with the memory of a few: in chunks, recomputed in the backward pass.
 
-    draws = prepare(sampler, q, S, differentiable=True)       # samplers.draws; all randomness is decided here
+    draws = prepare(sampler, q, S, differentiable=True)       # samplers.draws; all randomness is fixed here
 
-    def evaluate(start, stop):                                # draws start … stop - 1, as often as it is asked
+    def evaluate(start, stop):                                # draws start … stop - 1, at every call the same
         points = draws.part(start, stop)
         return points, q.log_prob(points.x) - p.log_prob(points.x)
 
     result = expectation_in_chunks(evaluate, S, chunk_size)   # .value, .std_error, .dof, .skewness, .num_points
 
-The points of a draw depend on nothing but its number, so that the chunk size changes no more than the order of a sum.
-A mixture is drawn from by `samplers.components.prepare_by_component`, whose parts hold their `points` as well.
-What needs a mean over all draws first (the baseline of a score function) takes two passes, the first under `no_grad`.
+The points of a draw depend on its number alone, so that the chunk size changes only the order of a sum.
+`samplers.components.prepare_by_component` draws from a mixture; its parts have `points` as well.
+The baseline of a score function, a mean over all draws, takes a pass of its own before, under `no_grad`.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ from torch_klloss.numerics.tracing import is_traced
 from torch_klloss.samplers.points import Points, skewness_of_mean
 
 Evaluate = Callable[[int, int], tuple[Points, Tensor]]
-_Part = tuple[Tensor, Tensor, int | None]
-_Chunk = Callable[[int, int], _Part]
+_ChunkSum = tuple[Tensor, Tensor, int | None]
+_Chunk = Callable[[int, int], _ChunkSum]
 _Gradients = Callable[[Tensor], list[Tensor | None]]
 
 
 @dataclass(frozen=True)
-class ChunkedExpectation:
-    """Hold an expectation with its error.
+class Expectation:
+    """An expectation with its error.
 
     Attributes:
         value: Σ wᵢ fᵢ, `[*batch]`.
-        std_error: its standard error from the spread of the replicates; None where nothing is random, NaN where a
-            single replicate cannot tell.
-        dof: degrees of freedom of the error, one fewer than replicates; None where nothing is random.
-        skewness: the skewness of the error, from that of the replicates; None where nothing is random.
-        num_points: how many points f was evaluated at, per batch element.
+        std_error: its standard error from the spread of the replicates; None if nothing is random, NaN for a single
+            replicate.
+        dof: degrees of freedom of the error, one fewer than replicates; None if nothing is random.
+        skewness: the skewness of the error, from the replicates; None if nothing is random.
+        num_points: the number of points at which f was evaluated, per batch element.
     """
 
     value: Tensor
@@ -60,24 +60,21 @@ class ChunkedExpectation:
     num_points: int
 
 
-def expectation_in_chunks(
-    evaluate: Evaluate, num_draws: int, chunk_size: int | None, summed: int = 0
-) -> ChunkedExpectation:
-    """Return Σ wᵢ fᵢ over all draws with its standard error, holding the intermediate results of one chunk at a time.
+def expectation_in_chunks(evaluate: Evaluate, num_draws: int, chunk_size: int | None, summed: int = 0) -> Expectation:
+    """Return Σ wᵢ fᵢ over all draws with its standard error, with the intermediate results of one chunk at a time.
 
-    The value and its gradients, to whatever `evaluate` reads, are those of a single chunk but for rounding: each chunk
-    is evaluated once more when the backward pass comes to it, and all of them are held then under `create_graph`. Under
-    `torch.compile` and `torch.func`, which cannot recompute, all draws are one chunk. On the CPU, half a chunk is
-    evaluated at a time: the system's allocator keeps about twice the memory that lives.
+    The value and its gradients, to whatever `evaluate` reads, agree with a single chunk's up to rounding. The backward
+    pass evaluates each chunk once more, and keeps all of them under `create_graph`. Under `torch.compile` and
+    `torch.func`, which cannot recompute, all draws are one chunk. On the CPU, half a chunk is evaluated at a time: the
+    system's allocator keeps about twice the memory in use.
 
     Args:
-        evaluate: called with the numbers of the first draw of a chunk and of the one after its last; returns their
-            points, which weigh what they do among all draws, and f there, `[n, *batch]`. The same call has
-            to return the same numbers each time: whatever is random is drawn before. Before several chunks it is
-            called for the first draw alone.
+        evaluate: (start, stop) -> the points of draws start … stop - 1, with their weights among all draws, and f
+            there, `[n, *batch]`. The same call has to return the same numbers each time: all randomness is drawn
+            before. Before several chunks it is called for the first draw alone.
         num_draws: S.
-        chunk_size: how many draws are evaluated at once, at most; None for all.
-        summed: how many of the last dimensions of the batch are summed, point by point before the error is taken.
+        chunk_size: the largest number of draws that are evaluated at once; None for all.
+        summed: how many of the last dimensions of the batch are summed, point by point, before the error is computed.
 
     Raises:
         ValueError: if `chunk_size` is not a positive integer or None.
@@ -94,38 +91,36 @@ def expectation_in_chunks(
     """
     check_chunk_size(chunk_size)
 
-    def chunk(start: int, stop: int) -> _Part:
+    def chunk(start: int, stop: int) -> _ChunkSum:
         points, f = evaluate(start, stop)
         terms = sum_last(points.weights * f, summed)
         return terms.sum(0), terms.detach(), points.num_replicates
 
     if chunk_size is None or chunk_size >= num_draws or is_traced():
         return _expectation(chunk, [(0, num_draws)], lambda total: total)
-    device = chunk(0, 1)[0].device  # what distributions compute on first use they keep: a repetition would not
+    device = chunk(0, 1)[0].device  # distributions compute and keep some tensors on first use
     step = _at_once(chunk_size, device)
     bounds = [(start, min(start + step, num_draws)) for start in range(0, num_draws, step)]
     if not torch.is_grad_enabled():
         return _expectation(chunk, bounds, lambda total: total)
     try:
-        recomputed = _Recomputed(chunk, bounds, device)
+        recomputed = _RecomputedChunks(chunk, bounds, device)
         return _expectation(recomputed.part, bounds, recomputed.joined)
     except _UnknownInputError:
         return _expectation(partial(_checkpointed, chunk), bounds, lambda total: total)
 
 
 def _at_once(chunk_size: int, device: torch.device) -> int:
-    """Return how many draws are evaluated at once, for the memory of `chunk_size` draws that were evaluated alone.
+    """Return how many draws are evaluated at once, so that all chunks need the memory of one with `chunk_size` draws.
 
     glibc before 2.38 cannot put an aligned block where one of its size has been, and its caches of small blocks keep
-    the gaps from growing together: after some chunks it holds twice what lives. Other devices reuse their blocks.
+    the gaps from merging: after some chunks it holds twice the memory in use. Other devices reuse their blocks.
     """
     return -(-chunk_size // 2) if device.type == "cpu" else chunk_size
 
 
-def _expectation(
-    chunk: _Chunk, bounds: Sequence[tuple[int, int]], joined: Callable[[Tensor], Tensor]
-) -> ChunkedExpectation:
-    """Add up the parts, and join the sum to the graph."""
+def _expectation(chunk: _Chunk, bounds: Sequence[tuple[int, int]], joined: Callable[[Tensor], Tensor]) -> Expectation:
+    """Return the sum over the chunks, joined to the graph by `joined`, with its error."""
     value: Any = None
     replicates, spread, num_points = None, None, 0
     for start, stop in bounds:
@@ -136,13 +131,13 @@ def _expectation(
             spread = _Spread(replicates, terms.shape[0] * bounds[-1][1] // stop // replicates)
         if spread is not None:
             spread.add(terms)
-        del part, terms  # which would stay while the next chunk is evaluated
+        del part, terms  # or their memory stays in use during the next chunk
     value = joined(value)
     if replicates is None:
-        return ChunkedExpectation(value, None, None, None, num_points)
+        return Expectation(value, None, None, None, num_points)
     if spread is None:  # a single replicate, which has none
-        return ChunkedExpectation(value, torch.full_like(value, torch.nan), 0, torch.zeros_like(value), num_points)
-    return ChunkedExpectation(value, spread.std_error(), replicates - 1, spread.skewness(), num_points)
+        return Expectation(value, torch.full_like(value, torch.nan), 0, torch.zeros_like(value), num_points)
+    return Expectation(value, spread.std_error(), replicates - 1, spread.skewness(), num_points)
 
 
 def _checkpointed(chunk: _Chunk, start: int, stop: int) -> Any:
@@ -150,15 +145,15 @@ def _checkpointed(chunk: _Chunk, start: int, stop: int) -> Any:
 
 
 class _UnknownInputError(Exception):
-    """A gradient flows past the tensors that operations were given: to one computed before, by a custom function."""
+    """A gradient flows to an earlier result that no operation was given, by way of a custom function."""
 
 
-class _Recomputed:
-    """Evaluate chunks one by one, and leave a single node in the graph, which evaluates them once more.
+class _RecomputedChunks:
+    """Evaluates chunks one by one, with a single node in the graph that evaluates them once more.
 
-    A checkpoint for every chunk would leave small blocks of memory behind between the large ones, hundreds of megabytes
-    for some sixty chunks. While a chunk is evaluated, what it reads is replaced by aliases, where its gradient ends.
-    A leaf that nothing but custom functions read, which no mode sees, is its own end.
+    A checkpoint for every chunk would leave small blocks of memory between the large ones, hundreds of megabytes for
+    some sixty chunks. While a chunk is evaluated, the tensors that it reads are replaced by aliases, where its gradient
+    ends. The gradient of a leaf that only custom functions read, which no mode sees, ends at the leaf itself.
     """
 
     def __init__(self, chunk: _Chunk, bounds: Sequence[tuple[int, int]], device: torch.device) -> None:
@@ -167,16 +162,17 @@ class _Recomputed:
         self._hidden: dict[int, Tensor] = {}
         self._autocast = _autocast_settings(device)
 
-    def part(self, start: int, stop: int) -> _Part:
-        """Return a chunk without its graph, having seen what it reads.
+    def part(self, start: int, stop: int) -> _ChunkSum:
+        """Return a chunk without its graph, and remember the tensors that it reads.
 
         Raises:
-            _UnknownInputError: if that cannot be told.
+            _UnknownInputError: if they cannot be determined.
         """
-        with _Aliased({}, older_than=_sequence_number()) as aliased:
+        with _AliasMode({}, older_than=_sequence_number()) as aliased:
             part, terms, replicates = self._chunk(start, stop)
         reached = aliased.reached(part)
-        if reached is None or any(leaf._backward_hooks for leaf in reached[1].values()):  # they see a gradient once
+        # The hooks of a leaf have to run once in a backward pass, and not for every chunk.
+        if reached is None or any(leaf._backward_hooks for leaf in reached[1].values()):
             raise _UnknownInputError
         self._inputs.update(reached[0])
         self._hidden.update(reached[1])
@@ -194,7 +190,7 @@ class _Recomputed:
         return cast(Tensor, _Recomputation.apply(total, self._gradients, *inputs)) if inputs else total
 
     def _gradients(self, upstream: Tensor) -> list[Tensor | None]:
-        """Return the gradients to all inputs, with a graph of their own if they are to be differentiated again."""
+        """Return the gradients to all inputs, with a graph if they are to be differentiated again."""
         totals: list[Tensor | None] = [None] * (len(self._inputs) + len(self._hidden))
         for start, stop in self._bounds:
             new = self._gradients_of(start, stop, upstream)
@@ -207,13 +203,13 @@ class _Recomputed:
             for settings in self._autocast:
                 stack.enter_context(torch.autocast(**settings))
             stack.enter_context(torch.enable_grad())
-            aliased = stack.enter_context(_Aliased(self._inputs))
+            aliased = stack.enter_context(_AliasMode(self._inputs))
             part = self._chunk(start, stop)[0]
         reached = aliased.reached(part)
         if reached is None or not reached[1].keys() <= self._hidden.keys():
             raise RuntimeError(
-                "the backward pass evaluates every chunk again, and expected it to read the tensors that it read in "
-                "the forward pass; it read others. Use chunk_size=None, or parameters that stay the same."
+                "the backward pass evaluates every chunk again and must read the same tensors as the forward pass; it "
+                "read others. Use chunk_size=None, or parameters that stay the same."
             )
         ends = [*aliased.aliases.values(), *self._hidden.values()]
         if not part.requires_grad:
@@ -222,7 +218,7 @@ class _Recomputed:
 
 
 def _autocast_settings(device: torch.device) -> list[dict[str, Any]]:
-    """Return the arguments of the `torch.autocast` that is at work: it will have ended by the backward pass."""
+    """Return the arguments of the active `torch.autocast`, which will have ended by the backward pass."""
     return [
         {
             "device_type": kind,
@@ -236,7 +232,7 @@ def _autocast_settings(device: torch.device) -> list[dict[str, Any]]:
 
 
 class _Recomputation(torch.autograd.Function):
-    """Give a number the gradients that a function returns."""
+    """The identity, with gradients that a function returns."""
 
     @staticmethod
     def forward(ctx: Any, total: Tensor, gradients: _Gradients, *inputs: Tensor) -> Tensor:
@@ -246,15 +242,15 @@ class _Recomputation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        _ = ctx.saved_tensors  # raises where they have been changed, or the graph has been freed
+        _ = ctx.saved_tensors  # raises if they were changed, or the graph freed
         return None, None, *ctx.gradients(upstream)
 
 
-class _Aliased(TorchFunctionMode):
-    """Replaces tensors that require a gradient by aliases, in whatever operations are given.
+class _AliasMode(TorchFunctionMode):
+    """Replaces tensors that require a gradient by aliases in the arguments of operations.
 
     Args:
-        inputs: what is replaced, by id.
+        inputs: the tensors that are replaced, by id.
         older_than: also replaced are all leaves, and the results of nodes with a lower sequence number.
     """
 
@@ -269,7 +265,7 @@ class _Aliased(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def reached(self, part: Tensor) -> tuple[dict[int, Tensor], dict[int, Tensor]] | None:
-        """Return what a gradient of `part` reaches: inputs through their aliases, and leaves of custom functions.
+        """Return the inputs, by way of aliases, and the leaves of custom functions that a gradient of `part` reaches.
 
         None if it reaches anything else.
         """
@@ -279,7 +275,7 @@ class _Aliased(TorchFunctionMode):
         for node in nodes_of(part, until=ends):
             if node in ends:
                 found[ends[node]] = self._inputs[ends[node]]
-            elif not hasattr(node, "variable"):  # a leaf is looked at with the nodes that read it
+            elif not hasattr(node, "variable"):  # leaves are handled with the nodes that read them
                 leaves = [parent.variable for parent, _ in node.next_functions if hasattr(parent, "variable")]
                 if node._sequence_nr() < self._older_than or (leaves and not isinstance(node, BackwardCFunction)):
                     return None
@@ -300,7 +296,7 @@ class _Aliased(TorchFunctionMode):
 
 
 def _sequence_number() -> int:
-    """Return the sequence number of a node made now: those of older nodes of this thread are lower."""
+    """Return the sequence number of a new node: older nodes of this thread have lower ones."""
     node = torch.zeros((), requires_grad=True).clone().grad_fn
     assert node is not None
     return node._sequence_nr()
@@ -313,19 +309,19 @@ def check_chunk_size(chunk_size: int | None) -> None:
 
 
 class _Spread:
-    """Spread and skewness of two or more replicates in pieces (Chan, Golub and LeVeque, 1983; Pébay, 2008)."""
+    """Spread and skewness of two or more replicates, in pieces (Chan, Golub and LeVeque, 1983; Pébay, 2008)."""
 
     _mean: Tensor
     _squares: Tensor
     _cubes: Tensor
-    _started: Tensor  # the sum of the points, `_filled` in number, of the replicate that the last piece broke off in
+    _started: Tensor  # the sum of the first `_filled` terms of a replicate that the last piece ended in
 
     def __init__(self, num_replicates: int, points_each: int) -> None:
         self._num_replicates, self._points_each = num_replicates, points_each
         self._count = self._filled = 0
 
     def add(self, terms: Tensor) -> None:
-        """Take the next weighted terms, `[n, *batch]`."""
+        """Add the next weighted terms, `[n, *batch]`."""
         num_terms = terms.shape[0]
         head = min(self._points_each - self._filled, num_terms) if self._filled else 0
         if head:

@@ -1,4 +1,4 @@
-"""The KL of a diagonal Normal q with what a quadratic says about log p integrated, and only the rest sampled."""
+"""The KL of a diagonal Normal q: a quadratic part of log p is integrated, and only the rest is sampled."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.distributions import Distribution
 from torch_klloss.distributions.simplify import diagonal_normal_of
 from torch_klloss.distributions.tensors import copy_with
 from torch_klloss.estimate import KLEstimate
-from torch_klloss.methods.monte_carlo.chunks import ChunkedExpectation, expectation_in_chunks
-from torch_klloss.methods.monte_carlo.plan import Pair, Plan, Sampled
+from torch_klloss.methods.monte_carlo.chunks import Expectation, expectation_in_chunks
+from torch_klloss.methods.monte_carlo.plan import Plan, PreparedPair
 from torch_klloss.methods.monte_carlo.surrogates import (
     Quadratic,
     ScoreRegression,
@@ -25,12 +25,12 @@ from torch_klloss.samplers import Points
 from torch_klloss.samplers.draws import Draws, prepare
 
 
-def estimate_with_surrogate(pair: Pair, plan: Plan, source: AbstractContextManager[None]) -> Sampled:
+def estimate_with_surrogate(pair: PreparedPair, plan: Plan, source: AbstractContextManager[None]) -> Expectation:
     """Return the estimate with a fitted quadratic ("control_variate") or the Taylor expansion ("taylor").
 
     Args:
-        pair: what is estimated, q being a Normal with independent coordinates.
-        plan: how.
+        pair: the pair, whose q is a Normal with independent coordinates.
+        plan: the options.
         source: the context in which draws come from the right random stream.
     """
     if plan.gradient == "none":
@@ -38,16 +38,16 @@ def estimate_with_surrogate(pair: Pair, plan: Plan, source: AbstractContextManag
     return (_with_regression if plan.value == "control_variate" else _with_taylor)(pair, plan, source)
 
 
-def _with_taylor(pair: Pair, plan: Plan, source: AbstractContextManager[None]) -> Sampled:
+def _with_taylor(pair: PreparedPair, plan: Plan, source: AbstractContextManager[None]) -> Expectation:
     with source:
         draws = prepare(plan.sampler, pair.q, plan.num_samples, differentiable=True)
     h = taylor(pair.log_p, *_moments(pair.q))
     rest = expectation_in_chunks(_rest(pair, draws, h), plan.num_samples, plan.chunk_size)
-    return Sampled(_exact(pair.q, h) + rest.value, rest.std_error, rest.dof, rest.skewness, rest.num_points + 1)
+    return replace(rest, value=_exact(pair.q, h) + rest.value, num_points=rest.num_points + 1)
 
 
-def _with_regression(pair: Pair, plan: Plan, source: AbstractContextManager[None]) -> Sampled:
-    folds = pair.q.expand(torch.Size((2, *pair.q.batch_shape)))  # as batch elements they are independent of one another
+def _with_regression(pair: PreparedPair, plan: Plan, source: AbstractContextManager[None]) -> Expectation:
+    folds = pair.q.expand(torch.Size((2, *pair.q.batch_shape)))  # batch elements, hence independent
     half = replace(plan, num_samples=plan.num_samples // 2, chunk_size=plan.chunk_size and -(-plan.chunk_size // 2))
     with source:
         draws = prepare(plan.sampler, folds, half.num_samples, differentiable=True)
@@ -64,7 +64,7 @@ def _with_regression(pair: Pair, plan: Plan, source: AbstractContextManager[None
         regression.add(points.x, score)
         h = regression.fit()
         rest = expectation_in_chunks(lambda *_: (points, h.at(points.x) - log_p), half.num_samples, None)
-    return _joined(_exact(folds, h) + rest.value, rest)
+    return _mean_of_folds(_exact(folds, h) + rest.value, rest)
 
 
 def _moments(q: Distribution) -> tuple[Tensor, Tensor, int]:
@@ -80,8 +80,8 @@ def _exact(q: Distribution, h: Quadratic) -> Tensor:
     return -q.entropy() - h.expectation(loc, scale)
 
 
-def _rest(pair: Pair, draws: Draws, h: Quadratic) -> Callable[[int, int], tuple[Points, Tensor]]:
-    """Return a function of the points of some draws, and of h - log p there."""
+def _rest(pair: PreparedPair, draws: Draws, h: Quadratic) -> Callable[[int, int], tuple[Points, Tensor]]:
+    """Return a function from (start, stop) to the points of these draws, and h - log p there."""
 
     def evaluate(start: int, stop: int) -> tuple[Points, Tensor]:
         points = draws.part(start, stop)
@@ -90,12 +90,12 @@ def _rest(pair: Pair, draws: Draws, h: Quadratic) -> Callable[[int, int], tuple[
     return evaluate
 
 
-def _joined(folds: Tensor, rest: ChunkedExpectation) -> Sampled:
+def _mean_of_folds(folds: Tensor, rest: Expectation) -> Expectation:
     """Return the mean of the two folds, with an error from the spread within them.
 
-    The difference of the folds would be none: each leans on the fit to the other, so that they err alike.
+    Their difference is no error: each fold uses the fit to the other one, so that the two are dependent.
     """
     each = KLEstimate(folds, exact=False, std_error=rest.std_error, skewness=rest.skewness)
     mean = each.combine(torch.full_like(folds, 0.5), (0,))
     dof = None if rest.dof is None else 2 * rest.dof
-    return Sampled(mean.value, mean.std_error, dof, mean.skewness, 2 * rest.num_points)
+    return Expectation(mean.value, mean.std_error, dof, mean.skewness, 2 * rest.num_points)

@@ -1,4 +1,4 @@
-"""The terms that a sampled KL averages: their value is log q - log p, and their gradient one that is named."""
+"""The terms that a sampled KL averages: log q - log p, with the gradient of each estimator."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ REPARAMETERISED = ("pathwise", "sticking_the_landing", "mixed")
 
 @dataclass(frozen=True)
 class Draw:
-    """Hold points of q that were drawn from q itself, or from its components one by one.
+    """Points of q, drawn from q itself or from its components one by one.
 
     Attributes:
         points: the points, `[n, *batch, *event]`.
-        by_component: how they were drawn from the components of a mixture; None where q was drawn from.
+        by_component: their draw from the components of a mixture; None if they were drawn from q itself.
     """
 
     points: Points
     by_component: ComponentDraw | None = None
 
     def split(self, t: Tensor) -> Tensor:
-        """Return `[n K, *batch]` as `[n, K, *batch]`, where there are K components."""
+        """Return `[n K, *batch]` as `[n, K, *batch]` for K components; t itself without components."""
         return t if self.by_component is None else t.unflatten(0, (-1, self.by_component.num_components))
 
 
@@ -39,23 +39,23 @@ def pathwise(log_q: Callable[[Tensor], Tensor], draw: Draw, log_p: Tensor) -> Te
 def sticking_the_landing(log_q: Callable[[Tensor], Tensor], draw: Draw, log_p: Tensor) -> Tensor:
     """Return the terms whose gradient runs through the points alone."""
     x = draw.points.x
-    score = log_q(x.detach())  # its value cancels; its gradient is the score, which is taken away
+    score = log_q(x.detach())  # its value cancels; its gradient is the score
     return log_q(x) - log_p - (score - score.detach())
 
 
-def without(log_q: Callable[[Tensor], Tensor], draw: Draw, log_p: Tensor) -> Tensor:
+def detached(log_q: Callable[[Tensor], Tensor], draw: Draw, log_p: Tensor) -> Tensor:
     """Return the terms without a gradient to q."""
     return log_q(draw.points.x).detach() - log_p
 
 
 def score_function(draw: Draw, log_ratio: Tensor, log_score: Tensor, num_draws: int, mean: Tensor | None) -> Tensor:
-    """Return the terms with the score-function gradient, the other draws being the baseline from two on.
+    """Return the terms with the score-function gradient; from two draws on, the other draws are the baseline.
 
     Args:
-        draw: points of q that carry no gradient, or those of its components.
-        log_ratio: log q - log p there, `[n, *batch]`, with the gradient of what is no score.
-        log_score: the logarithm of the density that they were drawn from.
-        num_draws: S, of which these may be a part.
+        draw: points of q or of its components, without a gradient.
+        log_ratio: log q - log p there, `[n, *batch]`, with every gradient but the score's.
+        log_score: the log-density that they were drawn from.
+        num_draws: S; these draws may be a part of them.
         mean: of the log-ratio over all draws, `[*batch]`, or `[K, *batch]` for K components; None if these are all.
     """
     each = draw.split(log_ratio.detach())

@@ -5,24 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
 from torch_klloss.methods.monte_carlo import gradients
-from torch_klloss.methods.monte_carlo.chunks import expectation_in_chunks
+from torch_klloss.methods.monte_carlo.chunks import Expectation, expectation_in_chunks
 from torch_klloss.methods.monte_carlo.gradients import REPARAMETERISED, Draw
-from torch_klloss.methods.monte_carlo.plan import Pair, Plan, Sampled
-from torch_klloss.methods.monte_carlo.tail_diagnostics import untrusted
+from torch_klloss.methods.monte_carlo.plan import Plan, PreparedPair
+from torch_klloss.methods.monte_carlo.tail_diagnostics import may_have_heavy_tail
 from torch_klloss.samplers import Points
 from torch_klloss.samplers.components import mixture_of, prepare_by_component
 from torch_klloss.samplers.draws import prepare
 
-NUMBERS = ("k2", "k3")  # whose gradient is that of the log-ratio
+NUMBERS = ("k2", "k3")  # their gradient is the log-ratio's
 
 
-def estimate_plain(pair: Pair, plan: Plan, source: AbstractContextManager[None]) -> Sampled:
+def estimate_plain(pair: PreparedPair, plan: Plan, source: AbstractContextManager[None]) -> Expectation:
     """Return the mean of the terms that `value` and `gradient` name.
 
     Args:
@@ -38,13 +39,13 @@ def estimate_plain(pair: Pair, plan: Plan, source: AbstractContextManager[None])
         if plan.in_chunks:
             terms.find_mean()
     result = expectation_in_chunks(terms.evaluate, plan.num_samples, plan.chunk_size, pair.peeled)
-    return Sampled(result.value, terms.trusted(result.std_error), result.dof, result.skewness, result.num_points)
+    return replace(result, std_error=terms.trusted(result.std_error))
 
 
 class _Terms:
     """Evaluate the terms of an estimate, some draws at a time."""
 
-    def __init__(self, pair: Pair, plan: Plan, draws: Callable[[int, int], Draw]) -> None:
+    def __init__(self, pair: PreparedPair, plan: Plan, draws: Callable[[int, int], Draw]) -> None:
         self.pair, self.plan, self.draws = pair, plan, draws
         self.mean: Tensor | None = None  # of log q - log p over all draws, for the baseline
         self.seen: dict[int, Tensor] = {}  # the log-ratios behind k3, by chunk
@@ -61,11 +62,11 @@ class _Terms:
         return _renumbered(points, terms, self.plan.value)
 
     def check_independent(self) -> None:
-        """Raise a NotImplementedError where draws depend on one another."""
+        """Raise a NotImplementedError if draws depend on one another."""
         if self.draws(0, 1).points.num_replicates != self.plan.num_samples:
             raise NotImplementedError(
                 f"MonteCarlo(gradient='score_function') takes the other draws as a baseline, which is unbiased for "
-                f"independent draws alone; those of {self.plan.sampler!r} know of one another. Use sampler=IID(), or "
+                f"independent draws alone; the draws of {self.plan.sampler!r} are not. Use sampler=IID(), or "
                 "gradient='pathwise' where q has rsample."
             )
 
@@ -80,13 +81,13 @@ class _Terms:
         self.mean = total / self.plan.num_samples
 
     def trusted(self, std_error: Tensor | None) -> Tensor | None:
-        """Return the standard error, NaN where it would mislead."""
+        """Return the standard error, NaN where it is unreliable."""
         if std_error is None or self.plan.value not in NUMBERS:
             return std_error
-        if self.plan.value == "k2":  # the spread knows nothing of the bias
+        if self.plan.value == "k2":  # the spread does not include the bias
             return torch.full_like(std_error, math.nan)
         log_ratio = torch.cat([self.seen[start] for start in sorted(self.seen)])
-        bad = untrusted(-log_ratio, "MonteCarlo(value='k3')", "Use value='log_ratio'.")
+        bad = may_have_heavy_tail(-log_ratio, "MonteCarlo(value='k3')", "Use value='log_ratio'.")
         bad = bad.flatten(-self.pair.peeled).any(-1) if self.pair.peeled else bad
         return torch.where(bad, math.nan, std_error)
 
@@ -109,22 +110,22 @@ class _Terms:
 _BY_GRADIENT: dict[str, Callable[[Callable[[Tensor], Tensor], Draw, Tensor], Tensor]] = {
     "pathwise": gradients.pathwise,
     "sticking_the_landing": gradients.sticking_the_landing,
-    "none": gradients.without,
+    "none": gradients.detached,
 }
 
 
 def _renumbered(points: Points, log_ratio: Tensor, value: str) -> tuple[Points, Tensor]:
-    """Return terms of which the number is k2's or k3's, and the gradient that of the log-ratio."""
+    """Return terms with the value of k2 or k3, and the gradient of the log-ratio."""
     ratio = log_ratio.detach()
     number = ratio**2 / 2 if value == "k2" else torch.expm1(-ratio) + ratio
-    # Whole terms, weights included: a gradient flows through the weights of a mixture's components as well.
+    # Weights included: a gradient flows through the weights of a mixture's components as well.
     kept = points.weights * torch.where(ratio.isfinite(), log_ratio, 0.0)
     terms = points.weights.detach() * number + kept - kept.detach()
     return Points(points.x, torch.ones_like(points.weights), points.num_replicates), terms
 
 
 def _prepare(q: Distribution, plan: Plan) -> Callable[[int, int], Draw]:
-    """Decide the randomness, and return a function of the draws start … stop - 1."""
+    """Fix the randomness, and return a function from (start, stop) to the draws start … stop - 1."""
     differentiable = plan.gradient in REPARAMETERISED
     if mixture_of(q) is None:
         draws = prepare(plan.sampler, q, plan.num_samples, differentiable=differentiable)

@@ -1,4 +1,4 @@
-"""The sampled KL: unbiased in value, and in whichever gradient is asked for."""
+"""The sampled KL, unbiased in value and gradient."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from torch.distributions import Distribution
 from torch_klloss.distributions.checks import check_common_measure, check_pair, type_name
 from torch_klloss.distributions.simplify import peel
 from torch_klloss.distributions.supports import contained, has_moving_support, is_discrete
+from torch_klloss.distributions.tails import is_infinite
 from torch_klloss.distributions.tensors import device_of, unvalidated
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.methods.base import BaseMethod
-from torch_klloss.methods.monte_carlo.chunks import check_chunk_size
+from torch_klloss.methods.monte_carlo.chunks import Expectation, check_chunk_size
 from torch_klloss.methods.monte_carlo.control_variate import estimate_with_surrogate
 from torch_klloss.methods.monte_carlo.gradients import REPARAMETERISED
 from torch_klloss.methods.monte_carlo.log_ratio import estimate_plain
@@ -29,8 +30,7 @@ from torch_klloss.methods.monte_carlo.options import (
     refuse_transforms,
     refuse_value,
 )
-from torch_klloss.methods.monte_carlo.plan import Pair, Plan, Sampled
-from torch_klloss.methods.monte_carlo.tail_diagnostics import has_infinite_variance
+from torch_klloss.methods.monte_carlo.plan import Plan, PreparedPair
 from torch_klloss.numerics.arguments import check_integer
 from torch_klloss.rng import draw_seed, private_rng
 from torch_klloss.samplers import IID, Antithetic, Sampler, Sobol, Stratified
@@ -45,7 +45,7 @@ class MonteCarlo(BaseMethod):
 
     The value is unbiased with variance Var_q[log q - log p] / S. A single value may be negative where the KL is small,
     and that is right: clamping it would bias it. Samples of q are already weighted by q; nothing is multiplied
-    by a density. `value` names other forms; ℓ = log q - log p and r = p/q:
+    by a density. `value` names the form; ℓ = log q - log p and r = p/q:
 
     - "log_ratio": the mean of ℓ. Unbiased.
     - "entropy": -H(q) - mean log p, for q with a known entropy. Unbiased; better where q is much narrower than p, many
@@ -53,7 +53,7 @@ class MonteCarlo(BaseMethod):
     - "control_variate": for a q that is a Normal with independent coordinates. ∇log p is regressed on the base noise,
       coordinate by coordinate, which gives a quadratic whose mean is known; each half of the draws is corrected by the
       fit to the other half. Unbiased in value and gradient for every differentiable log p: a mixture, a flow, an energy
-      network. Takes ∇log p at the draws and hands it on to the backward pass, so that it cannot be differentiated
+      network. It takes ∇log p at the draws ahead of the backward pass, so that it cannot be differentiated
       twice. `num_samples` must be even.
     - "taylor": the same with the second-order expansion of log p about the mean of q instead of a fit: one more
       evaluation and as many derivatives as q has coordinates. Unbiased.
@@ -64,27 +64,27 @@ class MonteCarlo(BaseMethod):
       a VAE. A Pareto tail is fitted to r: from a shape of 1/2 on, and below 25 draws, no standard error is reported,
       and above 0.7 a `HeavyTailWarning` is given.
 
-    "k2" and "k3" change the number alone: the gradient stays that of the KL.
+    "k2" and "k3" change the number alone: the gradient is still the KL's.
 
-    The gradient to p's parameters is that of -E_q[log p], unbiased, whatever `gradient` says. To q's:
+    The gradient to p's parameters, of -E_q[log p], is unbiased with every `gradient`. To q's parameters:
 
     - "pathwise": through `rsample`. Unbiased.
     - "sticking_the_landing": pathwise without the score term, whose expectation is zero. Unbiased; its variance
       vanishes as q approaches p, and is up to five times the pathwise one far from it.
     - "mixed": both, and a regression on the scores of q, weighed parameter by parameter for the least variance; the
-      coefficients come from other draws, so that it is unbiased. A `MixedGradient()` in its place remembers them from
-      step to step. Independent draws of named families only; cannot be differentiated twice.
+      coefficients come from other draws, so that it is unbiased. A `MixedGradient()` in its place keeps them from
+      step to step. For independent draws of some families; it cannot be differentiated twice.
     - "score_function": (log q - log p) ∇ log q at samples that carry no gradient, less the mean of the other draws as
       a baseline from two samples on. Unbiased, for every q; the noisiest. The draws must be independent.
     - "none": zero.
     - "auto": "pathwise" where q has `rsample`, else "score_function".
 
-    Where the support of q depends on its parameters (Uniform, Pareto) only "pathwise" is right, and the others
-    are refused; where that of a mixture's components does, none is.
+    If the support of q depends on its parameters (Uniform, Pareto), only "pathwise" is right, and the others are
+    refused. If the support of a mixture's components does, all gradients but "none" are refused.
 
     A mixture q (MixtureSameFamily, also transformed, or on the inside of an Independent that p has too) is split:
-    KL = Σ_k π_k E_k[log q - log p], with S draws from every component. Value and gradient are exact in how often a
-    component is drawn; they stay unbiased, "pathwise" needs no more than components with `rsample`, and
+    KL = Σ_k π_k E_k[log q - log p], with S draws from every component. How often a component is drawn adds no
+    noise to value and gradient; they stay unbiased, "pathwise" only needs components with `rsample`, and
     "score_function" takes the score of the component that a point was drawn from.
 
     No standard error is reported (NaN) where log q - log p is known to have an infinite variance.
@@ -93,12 +93,12 @@ class MonteCarlo(BaseMethod):
         num_samples: S, how many points are drawn for every batch element, and for every component of a mixture.
         sampler: where the points come from.
         gradient: how the gradient to q's parameters is estimated; a word, or a `MixedGradient`.
-        value: which form of the estimate.
-        chunk_size: how many draws are evaluated at once, at most, each chunk again in the backward pass; None for all.
-            The memory is that of so many draws, and the result does not change.
+        value: the form of the estimate.
+        chunk_size: the largest number of draws that are evaluated at once; None for all. Every chunk is evaluated again
+            in the backward pass. Only these draws need memory at a time, and the result does not change.
 
     Raises:
-        ValueError: for an option that is none, or a combination whose gradient would be wrong or undefined.
+        ValueError: for an unknown option, or a combination whose gradient would be wrong or undefined.
 
     References:
         *Sticking the landing: simple, lower-variance gradient estimators for variational inference* (Roeder, Wu and
@@ -136,7 +136,7 @@ class MonteCarlo(BaseMethod):
     def estimate_checked(
         self, q: Distribution, p: Distribution, batch_shape: torch.Size, generator: torch.Generator | None = None
     ) -> KLEstimate:
-        """Return the estimate, of the broadcast batch shape, with its standard error (NaN where nothing tells it).
+        """Return the estimate, of the broadcast batch shape, with its standard error (NaN where it is not known).
 
         Args:
             q: the distribution that is sampled.
@@ -147,26 +147,26 @@ class MonteCarlo(BaseMethod):
                 kept by each, `torch.Generator().manual_seed(seed + rank)`, gives them their own.
 
         Raises:
-            NotImplementedError: if q cannot be sampled in the way that `gradient` and `value` need, or that gradient
-                would be wrong for it or for the points of the sampler; or under `torch.func` and in forward mode, if
-                derivatives are taken ahead ("control_variate", "taylor", "mixed").
+            NotImplementedError: if q lacks what `gradient` and `value` need, or the gradient would be wrong for q or
+                the sampler; or under `torch.func` and in forward mode, for options that take derivatives ahead of the
+                backward pass ("control_variate", "taylor", "mixed").
             ValueError: if the shapes do not fit, or q is discrete and p continuous, or the reverse.
             TypeError: if q or p is not a distribution.
         """
         check_common_measure(q, p)
-        infinite_variance = None if self.num_samples == 1 else has_infinite_variance(q, p)
+        infinite_variance = None if self.num_samples == 1 else is_infinite(q, p, power=2)
         q, p, peeled = _peel_mixture(q, p)
         gradient = self._gradient_for(q)
-        reach = contained(q, p)
+        inside = contained(q, p)
         # Expanded before it is drawn from: batch elements do not share their noise.
         shape = check_pair(q, p) if peeled else batch_shape
         q = unvalidated(q if q.batch_shape == shape else q.expand(shape))
         source = nullcontext() if generator is None else private_rng(draw_seed(generator), device_of(q))
-        sampled = self._sample(Pair(q, p, reach, peeled), gradient, source)
+        sampled = self._sample(PreparedPair(q, p, inside, peeled), gradient, source)
         value, std_error = sampled.value, sampled.std_error
-        if reach is not None and reach is not True:
-            reach = torch.as_tensor(reach, device=value.device).expand(shape)
-            value = torch.where(reach.flatten(-peeled).all(-1) if peeled else reach, value, math.inf)
+        if inside is not None and inside is not True:
+            inside = torch.as_tensor(inside, device=value.device).expand(shape)
+            value = torch.where(inside.flatten(-peeled).all(-1) if peeled else inside, value, math.inf)
         if infinite_variance is not None and std_error is not None:
             std_error = torch.where(infinite_variance.to(std_error.device), math.nan, std_error)
         return KLEstimate(
@@ -180,9 +180,9 @@ class MonteCarlo(BaseMethod):
         )
 
     def supports(self, q: Distribution, p: Distribution) -> bool | None:
-        """Return whether q can be sampled in the way that `gradient` and `value` need.
+        """Return whether q has what `gradient` and `value` need.
 
-        None where only a draw can tell: of a sampler of one's own, whether its points are independent.
+        None where a draw is needed to decide: whether the points of a user's sampler are independent.
         """
         try:
             gradient = self._gradient_for(_peel_mixture(q, p)[0])
@@ -194,7 +194,7 @@ class MonteCarlo(BaseMethod):
     def _gradient_name(self) -> Gradient:
         return "mixed" if isinstance(self.gradient, MixedGradient) else self.gradient
 
-    def _sample(self, pair: Pair, gradient: Gradient, source: AbstractContextManager[None]) -> Sampled:
+    def _sample(self, pair: PreparedPair, gradient: Gradient, source: AbstractContextManager[None]) -> Expectation:
         plan = Plan(self.num_samples, self.sampler, gradient, self.value, self.chunk_size)
         if self.value in SURROGATES:
             return estimate_with_surrogate(pair, plan, source)
@@ -212,11 +212,11 @@ class MonteCarlo(BaseMethod):
         return None
 
     def _gradient_for(self, q: Distribution) -> Gradient:
-        """Resolve "auto", and refuse what would be wrong for q."""
+        """Return the gradient, with "auto" resolved, or raise a NotImplementedError if it would be wrong for q."""
         gradient = self._gradient_name
         mixture = mixture_of(q)
         drawn = q if mixture is None else mixture.component_distribution
-        # The rsample of a straight-through estimator is no path: its points are discrete.
+        # The points of a straight-through estimator are discrete, so that its rsample is not differentiable.
         has_path = drawn.has_rsample and not is_discrete(q)
         if gradient == "auto":
             gradient = "pathwise" if has_path else "score_function"
@@ -243,6 +243,6 @@ class MonteCarlo(BaseMethod):
 
 
 def _peel_mixture(q: Distribution, p: Distribution) -> tuple[Distribution, Distribution, int]:
-    """Strip the `Independent` that q and p share, where that brings a mixture to light."""
+    """Return the pair without the `Independent` that both have, if q is a mixture inside of it, and the dimensions."""
     inner_q, inner_p, peeled = peel(q, p)
     return (q, p, 0) if mixture_of(inner_q) is None else (inner_q, inner_p, peeled)

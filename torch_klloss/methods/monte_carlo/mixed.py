@@ -3,8 +3,8 @@
 Each coordinate of the pathwise gradient is regressed on the scores of q's parameters there, whose expectation is zero.
 Pathwise is the coefficient zero, sticking the landing the coefficient one on the parameter's own score, and the control
 variates of a regression of ∇log p on the noise of a location-scale family are combinations of its scores: the least
-squares fit is at least as good as each, up to the noise of its coefficients. These come from other draws than the
-gradient that they correct, which leaves it unbiased.
+squares fit is at least as good as each, up to the noise of its coefficients. The coefficients come from other draws
+than the gradient that they correct, which leaves it unbiased.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from torch_klloss.distributions.tensors import copy_with, tensors_of
+from torch_klloss.methods.monte_carlo.chunks import Expectation
 from torch_klloss.methods.monte_carlo.options import HELD_OUT
-from torch_klloss.methods.monte_carlo.plan import Pair, Plan, Sampled
-from torch_klloss.methods.monte_carlo.surrogates import reaches_others, with_gradient
+from torch_klloss.methods.monte_carlo.plan import Plan, PreparedPair
+from torch_klloss.methods.monte_carlo.surrogates import reaches_others, zero_with_gradient
 from torch_klloss.numerics.dimensions import sum_after, sum_last
 from torch_klloss.samplers import IID, Points, Sampler
-from torch_klloss.samplers.components import draw_by_component, mixture_of
+from torch_klloss.samplers.components import mixture_of, prepare_by_component
 
-# Families whose density is normalised whatever their stored tensors are, so that every score has the mean zero.
+# Families whose density is normalised for all values of their stored tensors, so that every score has mean zero.
 _FREE = (
     dist.Normal,
     dist.Laplace,
@@ -41,15 +42,15 @@ _FREE = (
 
 
 class MixedGradient(nn.Module):
-    """Remember the coefficients of gradient="mixed" from step to step: `MonteCarloKL(gradient=MixedGradient())`.
+    """Keeps the coefficients of gradient="mixed" from step to step: `MonteCarloKL(gradient=MixedGradient())`.
 
     A step uses the coefficients of the steps before it, which are independent of its draws: its gradient is unbiased.
-    The first one fits them on the half of its draws that it does not correct. What is remembered are moments of
-    gradient and scores, averaged over the first batch dimension, one for each parameter of q; they are part of the
-    `state_dict`. They are updated in training mode alone, and only where a gradient is taken.
+    The first step fits them on the half of its draws that it does not correct. The state consists of moments of
+    gradient and scores, averaged over the first batch dimension, one for each parameter of q; it is part of the
+    `state_dict`. It is updated in training mode alone, and only where a gradient is taken.
 
     Args:
-        decay: how much of what is remembered is kept at every step; 1/(1 - decay) steps count.
+        decay: the share of the state that is kept at every step; it averages over about 1/(1 - decay) steps.
 
     Raises:
         ValueError: if `decay` is not between 0 and 1.
@@ -73,11 +74,11 @@ class MixedGradient(nn.Module):
         self.moments: list[Tensor] = []
 
     def get_extra_state(self) -> list[Tensor]:
-        """Return what is remembered, for `state_dict`."""
+        """Return the moments, for `state_dict`."""
         return self.moments
 
     def set_extra_state(self, state: list[Tensor]) -> None:
-        """Take over what `state_dict` held."""
+        """Take the moments from a `state_dict`."""
         self.moments = list(state)
 
     def extra_repr(self) -> str:
@@ -85,11 +86,11 @@ class MixedGradient(nn.Module):
         return f"decay={self.decay}"
 
     def recall(self, shapes: list[torch.Size]) -> list[Tensor] | None:
-        """Return the moments of earlier steps; None where there are none, or q had other parameters then."""
+        """Return the moments of earlier steps; None if there are none, or q had parameters of other shapes."""
         return self.moments if [m.shape for m in self.moments] == shapes else None
 
     def update(self, moments: list[Tensor]) -> None:
-        """Take in the moments of a step."""
+        """Average the moments of a step into the state."""
         if not self.training or any(not m.isfinite().all() for m in moments):
             return
         earlier = self.recall([m.shape for m in moments])
@@ -99,11 +100,11 @@ class MixedGradient(nn.Module):
 
 
 def check_mixed(q: Distribution, sampler: Sampler) -> None:
-    """Raise a NotImplementedError where draws depend on one another, or scores are not known to have the mean zero."""
+    """Raise a NotImplementedError if draws depend on one another, or scores are not known to have mean zero."""
     if not isinstance(sampler, IID):
         raise NotImplementedError(
-            f"MonteCarlo(gradient='mixed') fits its coefficients to independent draws, which those of {sampler!r} are "
-            "not; use sampler=IID(), or gradient='pathwise' or 'sticking_the_landing'."
+            f"MonteCarlo(gradient='mixed') fits its coefficients to independent draws, and the draws of {sampler!r} "
+            "are not; use sampler=IID(), or gradient='pathwise' or 'sticking_the_landing'."
         )
     base: Any = q
     while isinstance(base, (dist.Independent, dist.TransformedDistribution, dist.MixtureSameFamily)):
@@ -119,14 +120,14 @@ def check_mixed(q: Distribution, sampler: Sampler) -> None:
 
 
 def estimate_mixed(
-    pair: Pair, plan: Plan, state: MixedGradient | None, source: AbstractContextManager[None]
-) -> Sampled:
+    pair: PreparedPair, plan: Plan, state: MixedGradient | None, source: AbstractContextManager[None]
+) -> Expectation:
     """Return the mean of log q - log p, with the mixed gradient.
 
     Args:
-        pair: what is estimated; `check_mixed` has let its q through.
-        plan: how.
-        state: the coefficients of earlier steps.
+        pair: the pair; its q has passed `check_mixed`.
+        plan: the options.
+        state: the moments of earlier steps.
         source: the context in which draws come from the right random stream.
     """
     with source:
@@ -137,10 +138,10 @@ def estimate_mixed(
     components = 1 if (mixture := mixture_of(pair.q)) is None else mixture.component_distribution.batch_shape[-1]
     std_error = points.std_error(log_ratio, pair.peeled)
     skewness = points.skewness(log_ratio, pair.peeled)
-    return Sampled(value, std_error, plan.num_samples - 1, skewness, plan.num_samples * components)
+    return Expectation(value, std_error, plan.num_samples - 1, skewness, plan.num_samples * components)
 
 
-def _sample(pair: Pair, plan: Plan, state: MixedGradient | None) -> tuple[Tensor, Tensor]:
+def _sample(pair: PreparedPair, plan: Plan, state: MixedGradient | None) -> tuple[Tensor, Tensor]:
     """Return the log-ratio at every draw, and a term of value zero through which q's parameters get their gradient.
 
     The log-ratios are `[S, *batch]`, the mean over its components for a mixture, and carry a gradient to p alone; the
@@ -161,15 +162,16 @@ def _sample(pair: Pair, plan: Plan, state: MixedGradient | None) -> tuple[Tensor
     if torch.is_grad_enabled():
         for t, grad in zip(own.values(), _corrected(grads, scores, state, carrier.dim()), strict=True):
             if t.requires_grad:
-                carrier = carrier + sum_after(with_gradient(t, grad).mean(0), carrier.dim())
+                carrier = carrier + sum_after(zero_with_gradient(t, grad).mean(0), carrier.dim())
     return log_ratio, carrier
 
 
 def _terms(q: Distribution, log_p: Callable[[Tensor], Tensor], sampler: Sampler) -> tuple[Tensor, Tensor]:
-    """Return the log-ratio at a draw of every row, and log q at the same point held fast, `[S, *batch]`."""
-    mixture = mixture_of(q) is not None
-    draw = draw_by_component(sampler, q, 1, differentiable=True).points if mixture else None
-    points = sampler.draw(q, 1, differentiable=True) if draw is None else draw
+    """Return the log-ratio at a draw of every row, and log q at the same point, which is fixed, `[S, *batch]`."""
+    if mixture_of(q) is None:
+        points = sampler.draw(q, 1, differentiable=True)
+    else:
+        points = prepare_by_component(sampler, q, 1, differentiable=True).part(0, 1).points
     x, weights = points.x, points.weights
     log_ratio = (weights * (q.log_prob(x) - log_p(x))).sum(0)
     return log_ratio, (weights.detach() * q.log_prob(x.detach())).sum(0)
@@ -180,7 +182,7 @@ def _grads(rows: Tensor, wrt: list[Tensor]) -> list[Tensor]:
 
 
 def _corrected(grads: list[Tensor], scores: list[Tensor], state: MixedGradient | None, batch_dims: int) -> list[Tensor]:
-    """Return the gradients `[S, *batch, *rest]` less their scores times coefficients from elsewhere."""
+    """Return the gradients `[S, *batch, *rest]` less their scores times coefficients from other draws."""
     controls = [torch.stack([c, *(s for s in scores if s is not c and s.shape == c.shape)], -1) for c in scores]
     pooled = batch_dims > 0
     moments = [_moments(g, c, pooled) for g, c in zip(grads, controls, strict=True)]
@@ -205,13 +207,13 @@ def _held_out(grad: Tensor, controls: Tensor, half: int, pooled: bool) -> Tensor
 def _moments(grad: Tensor, controls: Tensor, pooled: bool) -> Tensor:
     """Return Cov[c, c] and Cov[c, g] side by side, `[*rest, m, m + 1]`: over the draws and the first batch dimension.
 
-    Both are centred alike, although the mean of c is known: a gradient that is a combination of scores but for a little
-    then has the coefficients of that combination but for a little.
+    Both are centred alike, although the mean of c is known: a gradient that is nearly a combination of scores then has
+    nearly the coefficients of that combination.
     """
     together = torch.cat([controls, grad.unsqueeze(-1)], -1)
     rounding = 8 * torch.finfo(grad.dtype).eps * together.abs().amax(0)
     together = together - together.mean(0)
-    # What is constant but for rounding explains nothing.
+    # A difference within rounding explains nothing.
     together = torch.where(together.abs() <= rounding, 0.0, together)
     return (together[..., :-1].unsqueeze(-1) * together.unsqueeze(-2)).mean((0, 1) if pooled else 0)
 

@@ -1,4 +1,4 @@
-"""What `MonteCarlo` can be told, and which of it does not go together."""
+"""The options of `MonteCarlo` and their invalid combinations."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ Gradient = Literal["auto", "pathwise", "sticking_the_landing", "mixed", "score_f
 Value = Literal["log_ratio", "entropy", "control_variate", "taylor", "k2", "k3"]
 
 SURROGATES = ("control_variate", "taylor")
-HELD_OUT = 8  # draws below which half of them fit no coefficients for the other half
+HELD_OUT = 8  # the fewest draws of which one half fits coefficients for the other
 
 
 def check_options(gradient: str, value: str, num_samples: int, chunk_size: int | None, remembers: bool) -> None:
-    """Raise a ValueError for a word that is none, and for words that do not go together."""
+    """Raise a ValueError for an unknown word, or an invalid combination."""
     for option, given, known in (("gradient", gradient, get_args(Gradient)), ("value", value, get_args(Value))):
         if given not in known:
             raise ValueError(f"{option} must be one of {', '.join(map(repr, known))}, got {given!r}.")
     if value == "control_variate" and num_samples % 2:
         raise ValueError(
-            f"value='control_variate' fits on one half of the draws what it corrects on the other, and needs an even "
-            f"num_samples, got {num_samples}."
+            f"value='control_variate' fits one half of the draws and corrects the other: num_samples must be even, got "
+            f"{num_samples}."
         )
     reason = _CLASHES.get((value, gradient))
     if reason is not None:
-        raise ValueError(f"value={value!r} and gradient={gradient!r} do not go together: {reason}")
+        raise ValueError(f"value={value!r} and gradient={gradient!r} cannot be combined: {reason}")
     if gradient == "mixed" and num_samples < (2 if remembers else HELD_OUT):
         raise ValueError(
             f"gradient='mixed' needs num_samples of at least {HELD_OUT} to fit its coefficients on half of them, or "
-            f"gradient=MixedGradient(), which remembers those of earlier steps, and 2; got {num_samples}."
+            f"of 2 with gradient=MixedGradient(), which keeps them from earlier steps; got {num_samples}."
         )
     if gradient == "mixed" and chunk_size is not None:
         raise ValueError("gradient='mixed' needs the gradient of all draws at once: use chunk_size=None.")
 
 
 def refuse_value(value: str, q: Distribution) -> None:
-    """Raise a NotImplementedError where q lacks what the form of the value needs."""
+    """Raise a NotImplementedError if q lacks what the form of the value needs."""
     if value in SURROGATES and diagonal_normal_of(q) is None:
         raise NotImplementedError(
             f"MonteCarlo(value={value!r}) needs a q that is a Normal with independent coordinates, got {type_name(q)}; "
@@ -54,7 +54,7 @@ def refuse_value(value: str, q: Distribution) -> None:
 
 
 def refuse_transforms(gradient: str, value: str) -> None:
-    """Raise a NotImplementedError where derivatives are taken ahead of those that `torch.func` is taking."""
+    """Raise a NotImplementedError under `torch.func` or in forward mode if the estimator itself takes derivatives."""
     if gradient != "mixed" and value not in SURROGATES:
         return
     if is_func_transformed() or is_forward_mode():
@@ -74,9 +74,9 @@ def _has_entropy(q: Distribution) -> bool:
     return True
 
 
-_NO_SCORE = "log q is integrated exactly, which leaves no score term to take away; use gradient='pathwise'."
+_NO_SCORE = "log q is integrated exactly, so that there is no score term to remove; use gradient='pathwise'."
 _NO_PATH = "the quadratic is a function of reparameterised points; use gradient='pathwise', or value='log_ratio'."
-_OWN = "the mixed gradient comes with the mean of log q - log p; use value='log_ratio'."
+_OWN = "the mixed gradient is for the mean of log q - log p; use value='log_ratio'."
 
 # Keyed by value and gradient.
 _CLASHES: dict[tuple[str, str], str] = {

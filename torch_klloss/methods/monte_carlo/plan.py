@@ -1,10 +1,9 @@
-"""What the ways to sample a KL are given, and what they give back."""
+"""The inputs of the sampling estimators: a prepared pair, and a plan."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from torch import Tensor
 from torch.distributions import Distribution
@@ -14,29 +13,29 @@ from torch_klloss.samplers import Sampler
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Hold a pair that is ready to be sampled.
+class PreparedPair:
+    """A pair that is ready to be sampled.
 
     Attributes:
         q: of the broadcast batch shape, without validation.
         p: the other one.
-        reach: what `contained(q, p)` said.
+        contains_support: what `contained(q, p)` returned.
         peeled: how many of the last batch dimensions are summed, draw by draw.
     """
 
     q: Distribution
     p: Distribution
-    reach: bool | Tensor | None
+    contains_support: bool | Tensor | None
     peeled: int
 
     def log_p(self, x: Tensor) -> Tensor:
         """Return log p at points `[n, *batch, *event]`, -inf outside its support."""
-        return log_prob_within(self.p, x, self.reach)
+        return log_prob_within(self.p, x, self.contains_support)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Hold the settings of a `MonteCarlo`, with its gradient resolved for a pair."""
+    """The options of a `MonteCarlo`, with "auto" replaced by the gradient for a pair."""
 
     num_samples: int
     sampler: Sampler
@@ -54,13 +53,3 @@ class Plan:
         step = self.num_samples if self.chunk_size is None else self.chunk_size
         for start in range(0, self.num_samples, step):
             yield start, min(start + step, self.num_samples)
-
-
-class Sampled(NamedTuple):
-    """Hold what sampling gave: see `KLEstimate`."""
-
-    value: Tensor
-    std_error: Tensor | None
-    dof: int | None
-    skewness: Tensor | None
-    num_points: int

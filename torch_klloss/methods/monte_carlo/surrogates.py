@@ -1,4 +1,4 @@
-"""Control variates: what a quadratic says about log p is integrated, and only the rest is sampled.
+"""Control variates: a quadratic part of log p is integrated, and only the rest is sampled.
 
 q is a Normal with independent coordinates, x = μ + σ z. A quadratic h of them has a known expectation, so that
 
@@ -22,7 +22,7 @@ from torch_klloss.numerics.graph import leaves_of
 
 @dataclass(frozen=True)
 class Quadratic:
-    """Hold a quadratic Σⱼ aⱼ zⱼ + bⱼ zⱼ²/2 of z = (x - center) / scale; no gradient flows into it.
+    """The quadratic Σⱼ aⱼ zⱼ + bⱼ zⱼ²/2 of z = (x - center) / scale; no gradient flows into it.
 
     All are `[*batch, *event]`.
     """
@@ -48,10 +48,10 @@ class Quadratic:
 
 
 class ScoreRegression:
-    """Regress ∇log p on the noise, coordinate by coordinate, from draws that arrive in parts.
+    """Regresses ∇log p on the noise, coordinate by coordinate, from draws that arrive in parts.
 
-    Each of the two folds is fitted on its own draws; `fit` hands them out swapped, so that no quadratic meets the
-    points it was fitted to.
+    Each of the two folds is fitted on its own draws; `fit` returns the fits swapped, so that no quadratic is evaluated
+    at the points it was fitted to.
 
     Args:
         loc: the mean of q, `[2, *batch, *event]`: fold by fold.
@@ -66,14 +66,14 @@ class ScoreRegression:
         self.sums = [zero] * 4
 
     def add(self, x: Tensor, score: Tensor) -> None:
-        """Take in more points, with ∇log p there."""
+        """Add points, with ∇log p there."""
         z = (x.detach() - self.center) / self.scale
         u = torch.where(score.isfinite(), score, 0.0) * self.scale
         self.num_points += len(z)
         self.sums = [total + part.sum(0) for total, part in zip(self.sums, (z, z * z, u, u * z), strict=True)]
 
     def fit(self) -> Quadratic:
-        """Return the quadratic for every fold that the other one gives: intercept, and slope from four draws on."""
+        """Return for each fold the quadratic fitted to the other: intercept, and slope from four draws on."""
         mean_z, mean_zz, mean_u, mean_uz = (total / self.num_points for total in self.sums)
         slope = torch.zeros_like(mean_z)
         if self.num_points >= 4:  # with fewer, the variance of a slope is infinite
@@ -106,11 +106,11 @@ def _own_derivative(column: Tensor, center: Tensor, j: int, event_dims: int) -> 
 def with_score(log_prob: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return log p(x) and ∇log p(x) from one pass through log p and one back.
 
-    A gradient that reaches x later takes the score from here instead of passing through log p once more; only where
-    log p has parameters of its own that learn does a second pass back follow, for these.
+    The gradient to x is this score, without another pass through log p. A second pass back follows only if log p has
+    parameters of its own that require a gradient.
 
     Args:
-        log_prob: the function, row by row independent.
+        log_prob: the function; its rows are independent.
         x: points `[n, *batch, *event]`.
     """
     leaf = x.detach().requires_grad_()
@@ -120,18 +120,18 @@ def with_score(log_prob: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     if not (torch.is_grad_enabled() and reaches_others(value, [leaf])):
         value = value.detach()
     if x.requires_grad:
-        value = value + sum_after(with_gradient(x, score), value.dim())
+        value = value + sum_after(zero_with_gradient(x, score), value.dim())
     return value, score
 
 
 def reaches_others(t: Tensor, leaves: Sequence[Tensor]) -> bool:
-    """Return whether the graph of t ends in any other leaf than these."""
+    """Return whether t depends on any other leaf than these."""
     own = {id(leaf) for leaf in leaves}
     return any(id(leaf) not in own for leaf in leaves_of(t))
 
 
-class _Once(torch.autograd.Function):
-    """Hand x through, and refuse a backward pass that is to be differentiated again."""
+class _OnceDifferentiable(torch.autograd.Function):
+    """The identity, with an error if its backward pass is to be differentiated again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -148,6 +148,6 @@ class _Once(torch.autograd.Function):
         return grad
 
 
-def with_gradient(t: Tensor, gradient: Tensor) -> Tensor:
-    """Return zeros of the shape of t, with this gradient to t; where it is not finite, with none."""
-    return (_Once.apply(t) - t.detach()) * torch.where(gradient.isfinite(), gradient, 0.0)
+def zero_with_gradient(t: Tensor, gradient: Tensor) -> Tensor:
+    """Return zeros of the shape of t, with this gradient to t; it is 0 where it is not finite."""
+    return (_OnceDifferentiable.apply(t) - t.detach()) * torch.where(gradient.isfinite(), gradient, 0.0)

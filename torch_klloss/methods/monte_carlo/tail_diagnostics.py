@@ -1,4 +1,4 @@
-"""Where the spread of a sample says nothing about the error of its mean: heavy tails, known or seen."""
+"""Heavy tails, which make the spread of a sample useless as the error of its mean."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ import warnings
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent
 
-from torch_klloss.distributions.simplify import peel
-from torch_klloss.distributions.tails import Tail, compare, tails_of
 from torch_klloss.numerics.tracing import is_traced
 
 _MIN_TAIL = 5
@@ -18,16 +15,16 @@ _VARIANCE, _WARN = 0.5, 0.7
 
 
 class HeavyTailWarning(UserWarning):
-    """Warns that a ratio p(x)/q(x) was exponentiated whose tail is too heavy for the mean over its draws."""
+    """Warns that the ratios p(x)/q(x) have too heavy a tail for the mean over the draws."""
 
 
 def tail_shape(log_ratio: Tensor) -> Tensor:
     """Return the shape k of a generalised Pareto distribution fitted to the largest ratios, over the first dimension.
 
-    Moments of order 1/k and above are infinite: from k = 1/2 the variance, and the mean converges ever more slowly;
+    Moments of order 1/k and above are infinite: from k = 1/2 on the variance, and the mean converges ever more slowly;
     from 0.7 on it is of no practical use. As in Pareto-smoothed importance sampling, the largest min(S/5, 3 √S) of S
-    ratios are the tail, and the estimate is drawn towards 1/2 as ten further observations would. NaN for fewer than 25
-    draws, which have no tail to look at, and where a ratio is NaN.
+    ratios are the tail, and the estimate is shrunk towards 1/2 with the weight of ten observations. NaN for fewer than
+    25 draws, which have no tail to fit, and where a ratio is NaN.
 
     Args:
         log_ratio: the logarithms, `[S, *batch]`.
@@ -68,16 +65,16 @@ def _pareto_shape(x: Tensor) -> Tensor:
     return (k * n + 0.5 * 10) / (n + 10)
 
 
-def untrusted(log_ratio: Tensor, what: str, way_out: str) -> Tensor:
-    """Tell where the spread of exponentiated log-ratios vouches for nothing, and warn where even the mean does not.
+def may_have_heavy_tail(log_ratio: Tensor, what: str, remedy: str) -> Tensor:
+    """Return where the standard error of exponentiated log-ratios is unreliable, and warn where their mean is too.
 
     Args:
         log_ratio: the logarithms of the ratios, `[S, *batch]`.
-        what: what exponentiates them, for the warning.
-        way_out: what to do instead.
+        what: the option that exponentiates them, for the warning.
+        remedy: what to do instead, for the warning.
 
     Returns:
-        bool `[*batch]`: where the fitted shape is 1/2 or more, or cannot be told.
+        bool `[*batch]`: where the fitted shape is 1/2 or more, or not known.
     """
     shape = tail_shape(log_ratio)
     heavy = shape > _WARN
@@ -85,37 +82,8 @@ def untrusted(log_ratio: Tensor, what: str, way_out: str) -> Tensor:
         warnings.warn(
             f"{what} exponentiates ratios of densities whose largest values look like a Pareto tail of shape "
             f"{shape[heavy].max().item():.2f} (above 0.7 in {int(heavy.sum())} of {heavy.numel()} batch elements): "
-            f"their variance would be infinite, and more draws hardly help. {way_out}",
+            f"their variance would be infinite, and more draws hardly help. {remedy}",
             HeavyTailWarning,
             stacklevel=3,
         )
     return ~(shape < _VARIANCE)
-
-
-def has_infinite_variance(q: Distribution, p: Distribution) -> Tensor | None:
-    """Tell where log q - log p has an infinite variance under q, from the declared tails; None where nothing tells.
-
-    Args:
-        q: the distribution that is drawn from.
-        p: the other one; its batch shape broadcasts against q's.
-
-    Example:
-        >>> import torch
-        >>> from torch.distributions import Normal, StudentT
-        >>> from torch_klloss.methods.monte_carlo.tail_diagnostics import has_infinite_variance
-        >>> has_infinite_variance(StudentT(torch.tensor([3.0, 4.0, 5.0])), Normal(0.0, 1.0))
-        tensor([ True,  True, False])
-    """
-    q, p, peeled = peel(q, p)
-    if isinstance(q, Independent) or isinstance(p, Independent) or q.event_shape or p.event_shape:
-        return None
-    q_tails, p_tails = tails_of(q), tails_of(p)
-    if q_tails is None or p_tails is None:
-        return None
-    # A square grows twice as fast; that of log q itself always has a mean.
-    infinite = compare(q, p, q_tails, tuple(_squared(t) for t in p_tails))  # type: ignore[arg-type]
-    return infinite.flatten(-peeled).any(-1) if infinite is not None and peeled else infinite
-
-
-def _squared(tail: Tail) -> Tail:
-    return tail._replace(growth=2 * tail.growth, speed=2 * tail.speed)
