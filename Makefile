@@ -1,15 +1,21 @@
-# make demo   train the digits VAE, answer the question, prevent a collapse, say where the figures are
-# make test   the whole test suite
-# make lint   format, lint, types
-# make bench  every benchmark in full
+# make demo         train the digits VAE, answer the question, prevent a collapse, say where the figures are
+# make test         the test suite
+# make test-ci      the same with doctests, the wheel, and every benchmark, example and command in its short form
+# make test-all     the same with what is recorded computed anew, what repeats other tests, an empty environment
+# make references   record anew what tests/references takes long to compute
+# make lint         format, lint, types
+# make bench        every benchmark in full
 
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= runs
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --constraint constraints.txt
+# Workers take from each other's rest, since items take between a millisecond and a minute.
+TEST := $(RUN) -m pytest --numprocesses auto --dist worksteal
+DOCTESTS := --doctest-modules --doctest-glob '*.md' torch_klloss README.md docs
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-ci test-all references lint bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -20,7 +26,17 @@ demo: $(VENV)/.demo
 	$(OUT)/vae_collapse/annealing.png $(OUT)/vae_collapse/collapse_plain.png $(OUT)/vae_collapse/collapse_annealing.png"
 
 test: $(VENV)/.dev
-	$(RUN) -m pytest --numprocesses auto
+	$(TEST) -m "not scripts and not exhaustive"
+
+test-ci: $(VENV)/.dev
+	$(TEST) -m "not exhaustive" $(DOCTESTS) tests
+
+test-all: $(VENV)/.dev
+	REFERENCES=anew $(TEST) $(DOCTESTS) tests
+	.ci/wheel_alone $(VENV)
+
+references: $(VENV)/.dev
+	REFERENCES=record $(RUN) -m pytest $(shell grep -lrE 'errors_at|measure\(|evaluate\(' --include='test_*.py' tests/closed_forms)
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff format --check .
@@ -43,6 +59,8 @@ $(VENV)/.demo: $(VENV)/.venv pyproject.toml constraints.txt
 	$(PIP) --editable ".[examples]"
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.demo
-	$(PIP) --group dev
-	@touch $@
+# All at once, which also makes what `make demo` needs.
+$(VENV)/.dev: $(VENV)/.venv pyproject.toml constraints.txt
+	@echo "setting up $(VENV): a minute or two"
+	$(PIP) --editable ".[examples]" --group dev
+	@touch $(VENV)/.demo $@

@@ -30,7 +30,8 @@ from torch.distributions import kl_divergence as torch_kl
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.references.harness import Accuracy, Exact, Reference, combinations, differentiate, draw, measure  # noqa: E402
+from tests.references.harness import Accuracy, combinations, draw, measure  # noqa: E402
+from tests.references.reference import Exact, Reference, differentiate  # noqa: E402
 from tests.references.targets import GRADIENT, MATRIX, is_given_by_covariance, is_same_family, references, target  # noqa: E402
 from tests.references.worst_cases import DTYPES, Of, WorstCase, load, save, search  # noqa: E402
 from torch_klloss import kl_divergence  # noqa: E402

@@ -8,6 +8,8 @@ from hypothesis import settings
 from torch.distributions import Distribution
 from torch.distributions.kl import _KL_REGISTRY
 
+from tests.references import recorded
+
 torch.set_num_threads(1)  # small tensors are several times slower on two
 
 settings.register_profile("dev", max_examples=25, deadline=None)
@@ -43,3 +45,13 @@ def _global_state():
     _KL_REGISTRY.clear()
     _KL_REGISTRY.update(before[2])
     assert after == before
+
+
+def pytest_collection_modifyitems(items):
+    """Start what takes long first, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: not any(map(item.get_closest_marker, ("scripts", "long"))))
+
+
+def pytest_sessionfinish(exitstatus):
+    if recorded.MODE == "record" and exitstatus == 0:
+        recorded.save()

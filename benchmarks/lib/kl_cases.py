@@ -23,7 +23,8 @@ from torch.distributions import (
 from torch.distributions import kl_divergence as torch_kl
 from torch.nn.functional import kl_div, log_softmax
 
-from tests.references.harness import Params, Reference, draw
+from tests.references.harness import draw
+from tests.references.reference import Params, Reference
 from tests.references.targets import GRADIENT, JOINT, MATRIX, SPECIAL, is_same_family
 from tests.references.worst_cases import evaluate
 from torch_klloss import AutoKL, categorical, diagonal_normal, kl_divergence, standard_normal_like

@@ -5,7 +5,8 @@ import torch
 from torch.distributions import kl_divergence as torch_kl
 
 from tests.references.elementary import REFERENCES, raw_categorical
-from tests.references.harness import REGIMES, combinations, draw, errors_at, measure
+from tests.references.harness import combinations, draw, errors_at, measure
+from tests.references.reference import REGIMES
 from tests.references.targets import GRADIENT, target
 from tests.references.worst_cases import used_by
 from torch_klloss import categorical, kl_divergence

@@ -6,6 +6,7 @@ The instances are those of `tests/families.py`.
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch.distributions import kl_divergence as torch_kl
 from torch.distributions.kl import _KL_REGISTRY
 
 from tests.families import FAMILIES, Family, Space
-from tests.processes import run
+from tests.processes import chunks, run
 from torch_klloss import kl_divergence
 from torch_klloss.closed_forms.registry import _RULES
 
@@ -97,8 +98,12 @@ class Pair:
         return parameters, [parameters[i].requires_grad_() for i in self.free]
 
 
+def name_of(types: tuple[type[Distribution], type[Distribution]]) -> str:
+    return "‖".join(cls.__name__ for cls in types)
+
+
 PAIRS = {
-    f"{q.__name__}‖{p.__name__}": Pair.of(INSTANCES[q], INSTANCES[p]) for q, p in TYPES if {q, p} <= INSTANCES.keys()
+    name_of(types): Pair.of(*(INSTANCES[cls] for cls in types)) for types in TYPES if INSTANCES.keys() >= set(types)
 }
 every_pair = pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
 
@@ -199,16 +204,14 @@ def test_the_sweep_rejects_the_shapes_of_torch(name):
         test_batch_shapes_broadcast_to_the_kl_of_every_element(pair, (3,), (2, 1))
 
 
-COMPILE_ALL = """
+COMPILE = """
 import json, torch
 torch.set_num_threads(1)
 from tests.closed_forms.test_registered_pairs import PAIRS
 
-
 wrong = {}
-for name, pair in PAIRS.items():
-    if not pair.traced:
-        continue
+for name in %r:
+    pair = PAIRS[name]
     parameters = pair.parameters((3,), (3,))
     torch.compiler.reset()
     try:
@@ -218,7 +221,51 @@ for name, pair in PAIRS.items():
         wrong[name] = f"{type(error).__name__}: {error}"[:300]
 print(json.dumps(wrong))
 """
+NUM_CHUNKS = 6  # of which each pays about 4 s for a process of its own
 
 
-def test_every_pair_compiles_to_one_graph_in_a_fresh_process():
-    assert run(COMPILE_ALL) == {}
+@cache
+def alike() -> frozenset[str]:
+    """Return the infinite pairs whose rule others compile with the same q and with the same p.
+
+    A rule of infinite pairs is one function for many pairs, and depends on a family by what it reads of its
+    parameters: once as q and once as p shows all of that.
+    """
+    seen, skipped = set(), set()
+    for types in TYPES:
+        name, rule = name_of(types), _RULES.get(types)
+        if rule is None or not PAIRS[name].kl(*PAIRS[name].parameters((3,), (3,))).isinf().all():
+            continue
+        roles = {(rule.__code__, "q", types[0]), (rule.__code__, "p", types[1])}
+        if roles <= seen:
+            skipped.add(name)
+        seen |= roles
+    return frozenset(skipped)
+
+
+def compiled(chunk: int, repetitions: bool) -> list[str]:
+    names = [name for name, pair in PAIRS.items() if pair.traced and (name in alike()) == repetitions]
+    return chunks(names, NUM_CHUNKS)[chunk]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("chunk", range(NUM_CHUNKS))
+def test_every_pair_compiles_to_one_graph_in_a_fresh_process(chunk):
+    assert run(COMPILE % compiled(chunk, repetitions=False)) == {}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("chunk", range(NUM_CHUNKS))
+def test_a_pair_that_repeats_a_rule_of_infinite_pairs_compiles_as_well(chunk):
+    assert run(COMPILE % compiled(chunk, repetitions=True)) == {}
+
+
+def test_every_rule_of_infinite_pairs_is_compiled_with_each_of_its_families_on_either_side():
+    skipped = alike()
+    infinite = [types for types in TYPES if types in _RULES and name_of(types) in skipped]
+    kept = [types for types in TYPES if types in _RULES and name_of(types) not in skipped]
+    assert len(skipped) > 100
+    for side in (0, 1):
+        roles = [{(_RULES[types].__code__, types[side]) for types in part} for part in (infinite, kept)]
+        assert roles[0] <= roles[1]
+    assert {name_of(types) for types in infinite} == skipped

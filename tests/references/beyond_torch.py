@@ -21,9 +21,9 @@ from torch.distributions.relaxed_bernoulli import LogitRelaxedBernoulli
 
 from tests.references.elementary import bernoulli, categories, categories_gradient, logit, positive, probability, real
 from tests.references.gamma_family import concentration, drawn, gamma, gamma_gradient, rate
-from tests.references.harness import Exact, Reference, log_uniform
 from tests.references.moments import Family, Moments, gamma_ratio, half_line, spread, unit
 from tests.references.moments import drawn as one_side
+from tests.references.reference import Exact, Reference, log_uniform
 from torch_klloss.distributions.logistic import Logistic
 
 Arrays = dict[str, Any]
@@ -197,6 +197,7 @@ REFERENCES = [
         NegativeBinomial,
         alike("total_count", count, logits=logit),
         negative_binomial,
+        recorded=True,
         **_COUNTED,
     ),
     _same(
@@ -210,7 +211,13 @@ REFERENCES = [
         digits=240,
     ),
     _same(
-        "LKJCholesky", LKJCholesky, drawn(concentration=concentration), lkj, build_q=build_lkj, gradient=lkj_gradient
+        "LKJCholesky",
+        LKJCholesky,
+        drawn(concentration=concentration),
+        lkj,
+        build_q=build_lkj,
+        gradient=lkj_gradient,
+        recorded=True,
     ),
     _same(
         "Logistic",

@@ -13,7 +13,6 @@ import torch
 import torch.distributions as dist
 
 from tests.references.beyond_torch import MOMENTS
-from tests.references.harness import Exact, Reference, log_uniform
 from tests.references.moments import (
     Draw,
     Family,
@@ -29,6 +28,7 @@ from tests.references.moments import (
     unit,
     whole_line,
 )
+from tests.references.reference import Exact, Reference, log_uniform
 
 DIGITS = 40
 
@@ -424,4 +424,4 @@ def pair(type_q: type[dist.Distribution], type_p: type[dist.Distribution]) -> Re
         return q.draw(rng, regime, n), AS_P.get(type_p, p.draw)(rng, regime, n)
 
     name, kl = f"{type_q.__name__}‖{type_p.__name__}", kl_by_moments(type_q, type_p)
-    return Reference(name, type_q, type_p, draw, kl, regimes=("moderate", "wide"), digits=DIGITS)
+    return Reference(name, type_q, type_p, draw, kl, regimes=("moderate", "wide"), digits=DIGITS, recorded=True)

@@ -13,8 +13,8 @@ import torch
 import torch.distributions as dist
 
 from tests.references.composed import FAMILIES, kl_by_moments, xlogx
-from tests.references.harness import Exact, Reference, log_uniform
-from tests.references.harness import near as nearby
+from tests.references.reference import Exact, Reference, log_uniform
+from tests.references.reference import near as nearby
 
 Draw = Callable[[str, int, np.random.Generator], dict[str, Any]]
 
@@ -149,7 +149,7 @@ def pair(q: Family, p: Family, near_q: Family | None = None, near_p: Family | No
         return by_q, {key: nearby(x, rng) for key, x in matched.items()}
 
     name, kl = f"{q.type.__name__}‖{p.type.__name__}", kl_by_moments(q.type, p.type)
-    return Reference(name, q.type, p.type, draw, kl)
+    return Reference(name, q.type, p.type, draw, kl, recorded=bool({q.type, p.type} & {dist.Beta, dist.Gamma}))
 
 
 def entropy_of_bernoulli(one: Any) -> Any:

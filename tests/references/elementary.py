@@ -29,7 +29,7 @@ from torch.distributions import (
     Uniform,
 )
 
-from tests.references.harness import Exact, Reference, log_uniform, near
+from tests.references.reference import Exact, Reference, log_uniform, near
 from torch_klloss import categorical
 
 Arrays = dict[str, Any]
@@ -268,9 +268,13 @@ REFERENCES = [
     Reference("Uniform", Uniform, Uniform, _uniforms, uniform, gradient=uniform_gradient),
     Reference("Gumbel", Gumbel, Gumbel, drawn(loc=real, scale=positive), gumbel, gradient=gumbel_gradient),
     Reference("Bernoulli probs", Bernoulli, Bernoulli, drawn(probs=probability), bernoulli),
-    Reference("Bernoulli logits", Bernoulli, Bernoulli, drawn(logits=logit), bernoulli, digits=_ODDS_DIGITS),
+    Reference(
+        "Bernoulli logits", Bernoulli, Bernoulli, drawn(logits=logit), bernoulli, digits=_ODDS_DIGITS, recorded=True
+    ),
     Reference("Geometric probs", Geometric, Geometric, drawn(probs=probability), geometric),
-    Reference("Geometric logits", Geometric, Geometric, drawn(logits=logit), geometric, digits=_ODDS_DIGITS),
+    Reference(
+        "Geometric logits", Geometric, Geometric, drawn(logits=logit), geometric, digits=_ODDS_DIGITS, recorded=True
+    ),
     Reference(
         "Binomial probs",
         Binomial,
@@ -287,6 +291,7 @@ REFERENCES = [
         binomial,
         constants=frozenset({"total_count"}),
         digits=_ODDS_DIGITS,
+        recorded=True,
     ),
     _categorical("Categorical probs", probability, 5),
     _categorical("Categorical logits", logit, 5),

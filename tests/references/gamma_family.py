@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Beta, ContinuousBernoulli, Dirichlet, Gamma, VonMises, Wishart
 
-from tests.references.harness import Exact, Reference, log_uniform, near
+from tests.references.reference import Exact, Reference, log_uniform, near
 
 Arrays = dict[str, Any]
 Rng = np.random.Generator
@@ -239,9 +239,16 @@ REFERENCES = [
         drawn(concentration1=concentration, concentration0=concentration),
         beta,
         gradient=beta_gradient,
+        recorded=True,
     ),
     Reference(
-        "Dirichlet", Dirichlet, Dirichlet, drawn(concentration=concentrations), dirichlet, gradient=dirichlet_gradient
+        "Dirichlet",
+        Dirichlet,
+        Dirichlet,
+        drawn(concentration=concentrations),
+        dirichlet,
+        gradient=dirichlet_gradient,
+        recorded=True,
     ),
     _continuous_bernoulli("ContinuousBernoulli logits", drawn(logits=logit)),
     _continuous_bernoulli("ContinuousBernoulli probs", draw_probabilities, held=frozenset({"probs"})),

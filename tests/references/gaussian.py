@@ -10,7 +10,7 @@ import torch
 from torch.distributions import MultivariateNormal, Normal
 
 from tests.references.elementary import drawn, normal, positive, real
-from tests.references.harness import Exact, Reference, log_uniform, near
+from tests.references.reference import Exact, Reference, log_uniform, near
 from torch_klloss.distributions.families import LogVarNormal, StandardNormal
 
 Arrays = dict[str, Any]

@@ -2,8 +2,7 @@
 
 A `Reference` says how to draw the parameters of a pair, how to build its distributions and what the KL is in
 arbitrary precision. `measure` draws, rounds to the dtype first, evaluates the batch in one call, and compares every
-element with the reference at the rounded parameters. Every module beside this one keeps its pairs in a list
-`REFERENCES`. Nothing here knows of pytest.
+element with the reference at the rounded parameters. Nothing here knows of pytest.
 """
 
 from __future__ import annotations
@@ -21,57 +20,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from tests.references.recorded import truths
+from tests.references.reference import Params, Reference
 from torch_klloss import kl_divergence
-
-DIGITS = 60
-REGIMES = ("moderate", "wide", "near")
-
-Params = dict[str, Tensor]
-"""The parameters of a batch: each tensor is [num_draws, *event of the parameter]."""
-Exact = Mapping[str, Any]
-"""The parameters of one draw: numpy object arrays of mpf, or an mpf where the parameter is a scalar."""
-
-
-@dataclass(frozen=True)
-class Reference:
-    """Describe one pair of types: how to draw it, how to build it, what its KL is.
-
-    Args:
-        name: what the pair is called in tables.
-        type_q: the type that the rule is registered for as q.
-        type_p: the same for p.
-        draw: (regime, num_draws, rng, dtype) -> (parameters of q, parameters of p), float64 arrays whose first
-            dimension is `num_draws`; the harness rounds them to the dtype.
-        kl: the KL of one draw, from mpf parameters (arrays of them, or scalars), in mpmath.
-        build_q: makes q of its parameters, passed by keyword; the type itself by default.
-        build_p: the same for p; as q by default.
-        gradient: the derivatives of one draw, (q, p) -> (by q's parameters, by p's parameters), dicts shaped as the
-            parameters; by default the KL is differentiated numerically.
-        constants: parameters that are not differentiated, such as a number of trials.
-        held: parameters that the constructor changes and that count as it left them (the normalised `probs` of a
-            Categorical): they are read off the distribution under their names.
-        regimes: the regimes that `draw` knows.
-        digits: that `kl` is evaluated with; more than 60 where it takes differences of very unlike numbers.
-    """
-
-    name: str
-    type_q: type[Distribution]
-    type_p: type[Distribution]
-    draw: Callable[[str, int, np.random.Generator, torch.dtype], tuple[dict[str, Any], dict[str, Any]]]
-    kl: Callable[[Exact, Exact], Any]
-    build_q: Callable[..., Distribution] | None = None
-    build_p: Callable[..., Distribution] | None = None
-    gradient: Callable[[Exact, Exact], tuple[Exact, Exact]] | None = None
-    constants: frozenset[str] = frozenset()
-    held: frozenset[str] = frozenset()
-    regimes: tuple[str, ...] = REGIMES
-    digits: int = DIGITS
-
-    def build(self, q: Params, p: Params) -> tuple[Distribution, Distribution]:
-        """Return the two distributions of these parameters."""
-        make_q = self.build_q or self.type_q
-        make_p = self.build_p or (make_q if self.type_p is self.type_q else self.type_p)
-        return make_q(**q), make_p(**p)
 
 
 @dataclass(frozen=True)
@@ -179,18 +130,15 @@ def errors_at(
     if with_gradient:
         computed = torch.autograd.grad(value.sum(), leaves, allow_unused=True)
         grads = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(computed, leaves, strict=True)]
-    values, references, gradient = value.detach().tolist(), [], []
+    values, gradient = value.detach().tolist(), [0.0] * len(value)
+    known = truths(reference, q, p, with_gradient)
+    references = [truth.kl for truth in known]
     with mpmath.workdps(reference.digits):
-        for i in range(len(values)):
-            exact_q, exact_p = _exact(q, i), _exact(p, i)
-            truth = reference.kl(exact_q, exact_p)
-            references.append(truth)
-            if with_gradient:
-                true_gradient = _true_gradient(reference, exact_q, exact_p) if mpmath.isfinite(truth) else []
-                gradient.append(gradient_error([g[i] for g in grads], true_gradient, dtype))
+        if with_gradient:
+            gradient = [gradient_error([g[i] for g in grads], t.gradient, dtype) for i, t in enumerate(known)]
         ulp = [ulp_error(v, r, dtype) for v, r in zip(values, references, strict=True)]
         relative = [relative_error(v, r, dtype) for v, r in zip(values, references, strict=True)]
-    return Errors(values, references, ulp, relative, gradient or [0.0] * len(values))
+    return Errors(values, references, ulp, relative, gradient)
 
 
 def ulp_error(value: float, reference: Any, dtype: torch.dtype) -> float:
@@ -231,13 +179,13 @@ def relative_error(value: float, reference: Any, dtype: torch.dtype) -> float:
 
 
 def gradient_error(computed: list[Tensor], reference: list[Any], dtype: torch.dtype) -> float:
-    """Return the worst error of an entry, divided by the largest entry of the reference.
+    """Return the worst error of an entry, divided by the largest entry of the reference, which is one flat list.
 
     Draws without a finite reference, or with entries beyond the dtype's range, count 0; a NaN counts inf.
     """
     if not reference:
         return 0.0
-    pairs = [(c, r) for cs, rs in zip(computed, reference, strict=True) for c, r in _entries(cs, rs)]
+    pairs = list(zip((entry for t in computed for entry in t.reshape(-1).tolist()), reference, strict=True))
     largest = max(abs(r) for _, r in pairs)
     if largest > torch.finfo(dtype).max:
         return 0.0
@@ -249,35 +197,6 @@ def gradient_error(computed: list[Tensor], reference: list[Any], dtype: torch.dt
     return float(worst / largest)
 
 
-def differentiate(f: Callable[[Exact, Exact], Any], q: Exact, p: Exact, constants: frozenset[str]) -> list[Any]:
-    """Return the derivatives of f by every parameter, one array (or scalar) a parameter, by central differences.
-
-    The step is half of the working precision, which is doubled for it: half of its digits are good.
-    """
-    gradient = []
-    for side, params in enumerate((q, p)):
-        for key in params:
-            if key not in constants:
-                entries = np.asarray(params[key], dtype=object)
-                by_key = np.empty_like(entries)
-                for index in np.ndindex(entries.shape):
-                    by_key[index] = _central_difference(f, (q, p), side, key, index)
-                gradient.append(by_key)
-    return gradient
-
-
-def near(x: Any, rng: np.random.Generator, low: float = 1e-8, high: float = 1e-2) -> Any:
-    """Return x with relative changes of a size that is log-uniform between `low` and `high`, one size a draw."""
-    x = np.asarray(x, dtype=float)
-    size = log_uniform(rng, low, high, (len(x),) + (1,) * (x.ndim - 1))
-    return x * (1 + size * rng.standard_normal(x.shape))
-
-
-def log_uniform(rng: np.random.Generator, low: float, high: float, shape: Any) -> Any:
-    """Return numbers whose logarithm is uniform between those of `low` and `high`."""
-    return np.exp(rng.uniform(np.log(low), np.log(high), shape))
-
-
 def combinations(references: list[Reference]) -> Iterator[tuple[Reference, str, torch.dtype]]:
     """Yield every (reference, regime, dtype) that there is to measure."""
     for reference, dtype in itertools.product(references, (torch.float32, torch.float64)):
@@ -285,45 +204,8 @@ def combinations(references: list[Reference]) -> Iterator[tuple[Reference, str, 
             yield reference, regime, dtype
 
 
-def _central_difference(
-    f: Callable[[Exact, Exact], Any], pair: tuple[Exact, Exact], side: int, key: str, at: Any
-) -> Any:
-    def shifted(step: Any) -> Any:
-        entries = np.array(pair[side][key], dtype=object)
-        entries[at] = entries[at] + step
-        changed = {**pair[side], key: entries if entries.ndim else entries[()]}
-        return f(changed, pair[1]) if side == 0 else f(pair[0], changed)
-
-    x = np.asarray(pair[side][key], dtype=object)[at]
-    digits = mpmath.mp.dps
-    with mpmath.workdps(2 * digits):
-        step = (abs(x) or mpmath.mpf(1)) * mpmath.mpf(10) ** -(digits // 2)
-        return (shifted(step) - shifted(-step)) / (2 * step)
-
-
-def _true_gradient(reference: Reference, q: Exact, p: Exact) -> list[Any]:
-    if reference.gradient is None:
-        return differentiate(reference.kl, q, p, reference.constants)
-    by_q, by_p = reference.gradient(q, p)
-    return [by[key] for by, params in ((by_q, q), (by_p, p)) for key in params if key not in reference.constants]
-
-
-def _entries(computed: Tensor, reference: Any) -> list[tuple[float, Any]]:
-    truth = np.asarray(reference, dtype=object).reshape(-1)
-    return list(zip(computed.reshape(-1).tolist(), truth, strict=True))
-
-
 def _as_held(reference: Reference, params: Params, d: Distribution) -> Params:
     return {key: getattr(d, key) if key in reference.held else t for key, t in params.items()}
-
-
-def _exact(params: Params, i: int) -> dict[str, Any]:
-    """Return the i-th draw as mpf: each float is a binary number and converts without rounding."""
-    exact = {}
-    for key, t in params.items():
-        row = t[i].detach().double().numpy()
-        exact[key] = mpmath.mpf(row.item()) if row.ndim == 0 else np.vectorize(mpmath.mpf, otypes=[object])(row)
-    return exact
 
 
 def _row(params: Params, i: int) -> dict[str, Any]:

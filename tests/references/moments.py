@@ -8,7 +8,7 @@ from typing import Any
 import mpmath as mp
 import numpy as np
 
-from tests.references.harness import Exact, log_uniform
+from tests.references.reference import Exact, log_uniform
 
 Draw = Callable[[np.random.Generator, str, int], dict[str, Any]]
 

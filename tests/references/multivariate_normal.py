@@ -9,8 +9,8 @@ import numpy as np
 import torch
 import torch.distributions as dist
 
-from tests.references.harness import Exact, Reference, log_uniform
-from tests.references.harness import near as nearby
+from tests.references.reference import Exact, Reference, log_uniform
+from tests.references.reference import near as nearby
 
 SIZE = 3
 

@@ -14,7 +14,8 @@ from torch.distributions import Distribution, LowRankMultivariateNormal, Multiva
 
 import tests.references
 from tests.families import FAMILIES
-from tests.references.harness import Errors, Params, Reference
+from tests.references.harness import Errors
+from tests.references.reference import Params, Reference
 
 GRADIENT = {torch.float32: 1e-4, torch.float64: 1e-9}
 """The largest error of a gradient entry, divided by the largest entry."""

@@ -16,7 +16,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from tests.references.harness import Errors, Params, Reference, draw, errors_at
+from tests.references.harness import Errors, draw, errors_at
+from tests.references.reference import Params, Reference
 from tests.references.targets import GRADIENT, target
 from torch_klloss import kl_divergence
 
