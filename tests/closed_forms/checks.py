@@ -1,4 +1,4 @@
-"""What the tests of closed forms share: numbers in float64, and a look at value and gradient."""
+"""Helpers of the tests of closed forms: numbers in float64, values and gradients."""
 
 import math
 from collections.abc import Callable
