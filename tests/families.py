@@ -29,7 +29,7 @@ class Space:
     """A parameter as a function of raw numbers in [-1, 1]: `[*batch, size]` -> `[*batch, *parameter]`.
 
     Attributes:
-        size: how many raw numbers make the parameter.
+        size: the number of raw numbers.
         of: the function.
         wide: the function where no quadrature has to follow the density; `of` by default.
         constant: whether the parameter cannot be differentiated by, such as a number of trials.
@@ -133,27 +133,27 @@ interval = Line(lambda d: (0.0, 1.0))
 
 
 def _kumaraswamy_density(d: dist.Kumaraswamy, x: Tensor) -> Tensor:
-    """Return what torch's log_prob, a chain of transforms, rounds to infinity near 0 and 1."""
+    """Return the log-density; torch's, by a chain of transforms, rounds to infinity near 0 and 1."""
     a, b = d.concentration1, d.concentration0
     return a.log() + b.log() + (a - 1) * x.log() + (b - 1) * torch.log(-torch.expm1(a * x.log()))
 
 
 def _generalized_pareto_density(d: dist.GeneralizedPareto, x: Tensor) -> Tensor:
-    """Return what torch's log_prob refuses in float64, comparing with a constant of the default dtype."""
+    """Return the log-density; torch's compares with a constant of the default dtype, and refuses float64."""
     c = d.concentration
     inside = x.clamp_min(0.0)
     return torch.where(x < 0, -math.inf, -(1 + 1 / c) * torch.log1p(c * inside / d.scale) - d.scale.log())
 
 
 def _von_mises_density(d: dist.VonMises, x: Tensor) -> Tensor:
-    """Return what torch's log_prob knows to seven digits, by a polynomial for the Bessel function, on the circle."""
+    """Return the log-density; torch's has seven digits, from a polynomial for the Bessel function."""
     c = d.concentration
     on_circle = c * (torch.cos(x - d.loc) - 1) - torch.special.i0e(c).log() - math.log(2 * math.pi)
     return torch.where(x.abs() <= math.pi, on_circle, -math.inf)
 
 
 def _relaxed_logit_density(d: LogitRelaxedBernoulli, x: Tensor) -> Tensor:
-    """Return what torch's log_prob overflows in, far below."""
+    """Return the log-density; torch's overflows far below."""
     gap = d.logits - d.temperature * x
     return d.temperature.log() + logsigmoid(gap) + logsigmoid(-gap)
 
@@ -255,10 +255,10 @@ class Family:
         kl: (q, p) -> Reference, for unvalidated q and p in float64.
         spaces: the parameters.
         build: takes the parameters, and `validate_args`, by keyword; the class by default.
-        form: what tells the entry from the others of its class.
-        sweep: the spaces of the sweep that are not those of the laws, such as one where a closed form exists.
-        sweep_p: further ones of p, whose support must hold that of q.
-        digits: what limits the digits of its KL: one special function, or a difference of several; see `target`.
+        form: distinguishes the entry from others of its class.
+        sweep: spaces for the sweep alone, such as one where a closed form exists.
+        sweep_p: spaces for the sweep alone, for p, whose support must contain the support of q.
+        digits: the limit of the digits of its KL: one special function, or a difference of several; see `target`.
         dtype: float64 wherever torch can.
         defects: what torch does wrong, "sample" or "rsample", and what its constructor does not take: parameters in
             "half" precision, a "nan", or a "trace", for which it may ask for no value of a tensor.
@@ -277,12 +277,12 @@ class Family:
 
     @property
     def name(self) -> str:
-        """What the tests call it."""
+        """The name of its tests."""
         return f"{self.type.__name__}({self.form})" if self.form else self.type.__name__
 
     @property
     def size(self) -> int:
-        """How many raw numbers make one distribution."""
+        """The number of raw numbers of one distribution."""
         return sum(space.size for space in self.spaces.values())
 
     def __call__(self, raw: Tensor, **options: Any) -> Distribution:

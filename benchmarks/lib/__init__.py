@@ -1,1 +1,1 @@
-"""What single benchmarks need besides `common.py`."""
+"""Parts of single benchmarks; `common.py` has those of all."""

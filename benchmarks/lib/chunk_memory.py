@@ -58,7 +58,7 @@ def _grown(sampler: Sampler, num_samples: int, chunk_size: int | None, steps: in
 
 
 def _peak_resident() -> int:
-    """Return the kilobytes; `getrusage` would count those of the parent as well, which outlive the start of a child."""
+    """Return the kilobytes; `getrusage` would count the parent's as well, which outlive the start of a child."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0])
 

@@ -124,7 +124,7 @@ def _pushed(law: Any, t: Any) -> Any:
     if isinstance(t, dist.ExpTransform):
         return exponential_of(law)
     if isinstance(t, type(dist.SigmoidTransform().inv)) and isinstance(t.inv, dist.SigmoidTransform):
-        # The density of a logit: σ(y) (1 - σ(y)) times that of σ(y), by terms that do not round to 0.
+        # The density of a logit: σ(y) (1 - σ(y)) times the density of σ(y), by terms that do not round to 0.
         return Line(lambda y: law.log_density(1 / (1 + exp(-y))) - abs(y) - 2 * log1p(exp(-abs(y))))
     raise TypeError(f"no law is written for the transform {t}.")
 

@@ -27,7 +27,7 @@ MOMENT = "a moment diverges"
 
 @dataclass(frozen=True)
 class Truth:
-    """Hold a true KL: its kind, the value with its error where it is finite, and the reason where it is not."""
+    """A true KL: its kind, the value with its error where it is finite, and the reason where it is not."""
 
     kind: Kind
     value: float = 0.0

@@ -38,7 +38,7 @@ def kl_on_the_simplex(q: Simplex, p: Simplex) -> Truth:
 
 @dataclass(frozen=True)
 class Axis:
-    """Hold the nodes of one coordinate, their weights, and which of them the coarse rule has."""
+    """The nodes of one coordinate, their weights, and whether the coarse rule has them."""
 
     x: np.ndarray
     dx: np.ndarray

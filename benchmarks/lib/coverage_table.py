@@ -1,4 +1,4 @@
-"""The file of true KLs: what benchmarks/coverage.py compares with."""
+"""The file of true KLs that benchmarks/coverage.py compares with."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _truth(cell: Any) -> Truth:
 
 
 def parameters_of(example: Example) -> list[list[float]]:
-    """Return the numbers that q was built from, and those of p."""
+    """Return the parameters of q, and of p, as numbers."""
     return [
         [x for t in _parameters(d) for x in torch.as_tensor(t, dtype=torch.float64).flatten().tolist()]
         for d in (example.q, example.p)

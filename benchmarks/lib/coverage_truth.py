@@ -34,7 +34,7 @@ def true_kl(q: Any, p: Any) -> Truth:
     """Return KL(q‖p) in nats.
 
     Raises:
-        ValueError: if it cannot be told whether an integral diverges.
+        ValueError: if it cannot be decided whether an integral diverges.
         TypeError: if there is no way to compute the pair.
     """
     if _is_discrete(q) != _is_discrete(p):

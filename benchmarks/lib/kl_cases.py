@@ -1,4 +1,4 @@
-"""What benchmarks/closed_forms.py times: cases with their peers, their targets, and the check of their values."""
+"""Cases of benchmarks/closed_forms.py: their peers, their targets, and the check of their values."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ KL = Callable[[Distribution, Distribution], Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """Hold one question.
+    """One comparison of ours with its peers.
 
     Args:
         name: what the table calls it.
-        size: the shape of what is computed.
-        leaves: what the gradient goes to.
+        size: the shape of the batch.
+        leaves: the tensors that the gradient goes to.
         losses: scalars of the leaves, by name; "ours" is compared with each of the others.
         targets: by the name of a peer, the largest ratio that ours should have to it.
-        disagreements: tells what is wrong with our values and gradients.
+        disagreements: returns the errors of our values and gradients.
         outlives_step: whether q and p exist already, so that their part of the graph is kept.
     """
 

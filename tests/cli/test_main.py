@@ -16,7 +16,7 @@ from torch_klloss.cli import compare, entry_point, pairs
 from torch_klloss.cli.compare import compare_methods
 from torch_klloss.cli.demo import question_curves
 from torch_klloss.cli.entry_point import main
-from torch_klloss.cli.pairs import Pair, routes
+from torch_klloss.cli.pairs import RoutedPair, routes
 from torch_klloss.methods.monte_carlo.method import Gradient
 
 NUM_GRADIENTS = len(get_args(Gradient))
@@ -241,8 +241,8 @@ def test_pairs_prints_the_routes_of_a_type(capsys):
 
 
 def test_pairs_prints_the_whole_table_by_q_and_route(capsys, monkeypatch):
-    few = [Pair("Normal", "Normal", "closed form"), Pair("Normal", "Beta", "infinite")]
-    few += [Pair("Normal", "Wishart", "infinite"), Pair("Poisson", "Normal", "undefined")]
+    few = [RoutedPair("Normal", "Normal", "closed form"), RoutedPair("Normal", "Beta", "infinite")]
+    few += [RoutedPair("Normal", "Wishart", "infinite"), RoutedPair("Poisson", "Normal", "undefined")]
     monkeypatch.setattr(pairs, "routes", lambda type_name: few)
     assert main(["pairs"]) == 0
     printed = re.sub(" +", " ", capsys.readouterr().out)
@@ -259,7 +259,7 @@ def test_pairs_as_json_has_every_row(capsys):
 
 
 def test_pairs_writes_the_page(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(pairs, "routes", lambda type_name: [Pair("Normal", "Beta", "infinite")])
+    monkeypatch.setattr(pairs, "routes", lambda type_name: [RoutedPair("Normal", "Beta", "infinite")])
     assert main(["pairs", "--json", "--write-docs", str(tmp_path / "pairs.md")]) == 0
     assert "### Normal\n\n- infinite: Beta\n" in (tmp_path / "pairs.md").read_text()
     capsys.readouterr()

@@ -11,7 +11,7 @@ from torch.distributions.relaxed_bernoulli import LogitRelaxedBernoulli
 from tests.families import FAMILIES
 from torch_klloss import AutoKL
 from torch_klloss.cli.example_pairs import Example, all_examples, same_shape
-from torch_klloss.cli.pairs import ROUTES, Pair, grouped, markdown, routes, write_docs
+from torch_klloss.cli.pairs import ROUTES, RoutedPair, grouped, markdown, routes, write_docs
 from torch_klloss.distributions.families import LogVarNormal, RawCategorical, StandardNormal
 from torch_klloss.distributions.logistic import Logistic
 from torch_klloss.distributions.tensors import dtype_of
@@ -84,7 +84,7 @@ def test_a_type_selects_the_pairs_that_are_made_of_it(table):
     selected = routes(type_name="Binomial")
     assert set(selected) == {pair for pair in table if "Binomial" in (pair.q, pair.p)}
     inner = routes(type_name="Laplace")
-    assert Pair("Independent(Laplace)", "Independent(Normal)", "closed form") in inner
+    assert RoutedPair("Independent(Laplace)", "Independent(Normal)", "closed form") in inner
 
 
 def test_an_unknown_type_is_refused_with_the_known_ones():
@@ -94,11 +94,11 @@ def test_an_unknown_type_is_refused_with_the_known_ones():
 
 def test_own_examples_make_an_own_table():
     own = Example("mine", Normal(0.0, 1.0), Normal(1.0, 1.0)), Example("other", StudentT(3.0), StudentT(4.0))
-    assert routes(own)[:2] == [Pair("mine", "mine", "closed form"), Pair("mine", "other", "quadrature")]
+    assert routes(own)[:2] == [RoutedPair("mine", "mine", "closed form"), RoutedPair("mine", "other", "quadrature")]
 
 
 def test_grouping_and_markdown_keep_every_pair_once(table):
-    flat = [Pair(q, p, route) for q, by in grouped(table).items() for route, names in by.items() for p in names]
+    flat = [RoutedPair(q, p, route) for q, by in grouped(table).items() for route, names in by.items() for p in names]
     assert sorted(map(str, flat)) == sorted(map(str, table))
     page = markdown(table)
     counts = re.findall(r"^\| (.+?) \| (\d+) \|", page, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Helpers of the tests of closed forms: numbers in float64, values with gradients, and their comparison."""
+"""Helpers of the tests of closed forms: numbers in float64, values and gradients."""
 
 import math
 from collections.abc import Callable

@@ -1,10 +1,10 @@
 """Properties of every registered pair: a sweep over torch's table and the library's own.
 
-The instances are those of `tests/families.py`.
+The instances come from `tests/families.py`.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -55,7 +55,7 @@ class Side:
             found.append((space.wide or space.of)(raw.view(shape)).to(dtype))
         return found
 
-    def build(self, parameters: list[Tensor]) -> Distribution:
+    def build(self, parameters: Sequence[Tensor]) -> Distribution:
         return self.family.of(dict(zip(self.spaces, parameters, strict=True)), validate_args=False)
 
     def takes(self, what: str) -> bool:

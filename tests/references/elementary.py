@@ -1,4 +1,4 @@
-"""The elementary same-family pairs: what their KL is in mpmath, by the textbook, and where to look.
+"""Pairs of one elementary family: the KL by the textbook, in mpmath, and the draws of the parameters.
 
 The formulas are the plain ones, of logarithms and differences: 60 digits forgive what float64 would not.
 """

@@ -1,4 +1,4 @@
-"""The pairs whose KL takes lgamma, Bessel functions or the like: what it is in mpmath, by the textbook."""
+"""Pairs of one family whose KL takes lgamma, Bessel functions or the like: the KL by the textbook, in mpmath."""
 
 from __future__ import annotations
 

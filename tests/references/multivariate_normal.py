@@ -82,7 +82,7 @@ def gradient(q: Exact, p: Exact) -> tuple[Exact, Exact]:
 
 
 def pair(type_q: type[dist.Distribution], type_p: type[dist.Distribution], rank: int) -> Reference:
-    """Describe a pair; the near regime is that of equal types, whose parameters can be near."""
+    """Return the reference of a pair; only equal types, whose parameters can be near, have the near regime."""
     draws = {dist.MultivariateNormal: triangular, dist.LowRankMultivariateNormal: partial(low_rank, rank=rank)}
 
     def draw(regime: str, n: int, rng: np.random.Generator, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -101,5 +101,5 @@ def pair(type_q: type[dist.Distribution], type_p: type[dist.Distribution], rank:
 
 FULL, LOW = dist.MultivariateNormal, dist.LowRankMultivariateNormal
 REFERENCES = [pair(FULL, FULL, rank=1), pair(FULL, LOW, rank=1), pair(LOW, FULL, rank=1), pair(LOW, LOW, rank=1)]
-# A rank of half the size and more has a formula of its own.
+# From half the size on, a rank has another formula.
 HALF_RANK = replace(pair(LOW, LOW, rank=2), name="LowRankMultivariateNormal of half rank")

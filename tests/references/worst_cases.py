@@ -1,4 +1,4 @@
-"""The worst inputs that a search found for each pair: how to look for them, and the table that keeps them."""
+"""The worst inputs that a search found for each pair: the search, and the table that keeps them."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ Of = Literal["value", "gradient"]
 
 @dataclass(frozen=True)
 class WorstCase:
-    """Hold an input and how bad it is there.
+    """One input and the error there.
 
     Args:
         pair: the name of the reference.
         dtype: "float32" or "float64".
-        of: whether the error is that of the value or of the gradient.
+        of: whether it is the error of the value or of the gradient.
         used: the error divided by the one allowed.
         ulp: the error of the value there, in units in the last place.
-        gradient: the error of the gradient there; None where it was not looked at.
+        gradient: the error of the gradient there; None where it was not computed.
         q: the parameters of q, as hexadecimal floats, which lose no bit.
         p: the parameters of p.
     """
@@ -103,9 +103,9 @@ def search(
 
     Args:
         reference: the pair.
-        dtype: that of the parameters.
+        dtype: of the parameters.
         of: whether it is the error of the value that climbs, or of the gradient.
-        seconds: how long to climb.
+        seconds: the time to climb.
         seed: of the starts and of the steps.
         known: a worst input found before, which is climbed from first, and returned if nothing worse turns up.
     """

@@ -162,7 +162,7 @@ class _Reader:
         )
 
 
-# What the user would call a kind of node whose own name is no word.
+# Names for the kinds of nodes whose class name is no word.
 _KINDS = {
     "BinOp": "an operator other than a sign",
     "BoolOp": "an operator other than a sign",

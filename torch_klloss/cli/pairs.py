@@ -54,7 +54,7 @@ infinite one. `AutoKL().route(q, p)` answers for your own pair.
 
 
 @dataclass(frozen=True)
-class Pair:
+class RoutedPair:
     """A row of the table: the names of q and p, and the route of KL(q‖p)."""
 
     q: str
@@ -62,15 +62,15 @@ class Pair:
     route: Route
 
 
-def routes(examples: Iterable[Example] | None = None, type_name: str | None = None) -> list[Pair]:
+def routes(examples: Iterable[Example] | None = None, type_name: str | None = None) -> list[RoutedPair]:
     """Return the route of every ordered pair of examples that share an event shape.
 
     The routes are those of `AutoKL(fallback=[Quadrature(), MonteCarlo()])`. The global random stream does not change.
 
     Args:
-        examples: by default, one of every concrete class in `torch.distributions`, and more of those that are built
-            of others.
-        type_name: only the pairs in which q or p is of this class, or made of it.
+        examples: by default, one of every concrete class in `torch.distributions`, and several of the classes that
+            contain others.
+        type_name: only the pairs in which q or p is of this class, or contains it.
 
     Raises:
         ValueError: if no example is of the class `type_name`.
@@ -86,14 +86,14 @@ def routes(examples: Iterable[Example] | None = None, type_name: str | None = No
         known = ", ".join(sorted({type(example.q).__name__ for example in found}))
         raise ValueError(f"type must be one of {known}; got {type_name!r}.")
     return [
-        Pair(q.name, p.name, route_of_pair(q.q, p.p))
+        RoutedPair(q.name, p.name, route_of_pair(q.q, p.p))
         for q, p in same_shape(found)
         if type_name is None or q.is_of(type_name) or p.is_of(type_name)
     ]
 
 
 def route_of_pair(q: Distribution, p: Distribution) -> Route:
-    """Return the route of KL(q‖p), which is computed on the way."""
+    """Return the route of KL(q‖p); this computes the KL."""
     try:
         check_common_measure(q, p)
     except ValueError:
@@ -108,12 +108,12 @@ def route_of_pair(q: Distribution, p: Distribution) -> Route:
     return next(route for route in get_args(Route) if route in name)
 
 
-def write_docs(pairs: Sequence[Pair], path: Path) -> None:
+def write_docs(pairs: Sequence[RoutedPair], path: Path) -> None:
     """Write the table as a page of Markdown."""
     path.write_text(_PAGE + markdown(pairs), encoding="utf-8")
 
 
-def markdown(pairs: Sequence[Pair]) -> str:
+def markdown(pairs: Sequence[RoutedPair]) -> str:
     """Return the table as Markdown: a section for every q, in it a line a route with all its p."""
     lines = ["| route | pairs | how the KL is found |", "|---|---|---|"]
     lines += [f"| {route} | {sum(pair.route == route for pair in pairs)} | {how} |" for route, how in ROUTES.items()]
@@ -123,7 +123,7 @@ def markdown(pairs: Sequence[Pair]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def grouped(pairs: Sequence[Pair]) -> dict[str, dict[Route, list[str]]]:
+def grouped(pairs: Sequence[RoutedPair]) -> dict[str, dict[Route, list[str]]]:
     """Return the names of all p, by q and then by route, the routes in the order of `ROUTES`."""
     by_q: dict[str, dict[Route, list[str]]] = defaultdict(lambda: {route: [] for route in ROUTES})
     for pair in pairs:
@@ -166,7 +166,7 @@ def run(args: argparse.Namespace) -> None:
         _print_pairs(console, pairs, args.type)
 
 
-def _print_pairs(console: Console, pairs: Sequence[Pair], type_name: str | None) -> None:
+def _print_pairs(console: Console, pairs: Sequence[RoutedPair], type_name: str | None) -> None:
     from rich import box
     from rich.table import Table
 
