@@ -16,11 +16,10 @@ from torch_klloss.callbacks.gap import Gap
 from torch_klloss.callbacks.watching import AllRanks, LossWatcher, repeated, steps_taken
 from torch_klloss.distributions.tensors import device_of
 from torch_klloss.elbo.arguments import Pair
+from torch_klloss.elbo.batches import batch_of
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.losses import AutoKL, Call, KLLoss
-from torch_klloss.methods import ClosedForm, Enumeration, FirstOf, Method, MonteCarlo, NotCertifiedError
-from torch_klloss.methods.quadrature.method import Quadrature
-from torch_klloss.reduction import Batch, example_shape
+from torch_klloss.methods import ClosedForm, Enumeration, FirstOf, Method, MonteCarlo, NotCertifiedError, Quadrature
 from torch_klloss.rng import private_rng, rng_state
 
 PairFunction = Callable[[Any, Any], Mapping[str, Pair]]
@@ -109,7 +108,9 @@ class EstimatorGap(LossWatcher):
         if self._step is None or self.pairs is None:
             return
         with torch.no_grad(), _buffers_kept(pl_module), private_rng(self._seed(self.seed), pl_module.device):
-            _within_wrapper(trainer.strategy.model, pl_module, partial(self._compare_pairs, pl_module, batch))
+            _within_wrapper(
+                trainer.strategy.model, pl_module, partial(self._compare_pairs, self.pairs, pl_module, batch)
+            )
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Draw the figures."""
@@ -140,15 +141,13 @@ class EstimatorGap(LossWatcher):
         """Restore the history."""
         self.history = state_dict["history"]
 
-    def _compare_pairs(self, pl_module: Any, batch: Any) -> None:
-        if self.pairs is None:
-            return
-        for name, (q, p) in self.pairs(pl_module, batch).items():
+    def _compare_pairs(self, pairs: PairFunction, pl_module: Any, batch: Any) -> None:
+        for name, (q, p) in pairs(pl_module, batch).items():
             loss = AutoKL()
             state = rng_state(device_of(q))
             used = loss.estimate(q, p)
-            examples = example_shape(used.value.shape, loss.batch_dims)
-            call = Call(loss, q, p, Batch(examples, len(examples)), loss.reduce(used).value, loss.reduction, state)
+            examples = batch_of(used.value.shape, loss.batch_dims)
+            call = Call(loss, q, p, examples, loss.reduce(used).value, loss.reduction, state)
             self._compare(name, call, used)
 
     def _compare(self, name: str, call: Call, used: KLEstimate) -> None:

@@ -123,11 +123,11 @@ class KLAnnealing(Callback):
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Set the weight of the checkpoint, unless the validation is part of a training."""
-        self._restore(trainer, pl_module)
+        if self._weight is not None and trainer.state.fn != "fit":
+            self._targets = self._find(pl_module)
+            self._set(self._weight)
 
-    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
-        """Set the weight of the checkpoint."""
-        self._restore(trainer, pl_module)
+    on_test_start = on_validation_start
 
     def state_dict(self) -> dict[str, Any]:
         """Return the weight that was set last."""
@@ -166,11 +166,6 @@ class KLAnnealing(Callback):
             )
         if weight != self._weight or step == 0:
             self._set(weight)
-
-    def _restore(self, trainer: Any, pl_module: nn.Module) -> None:
-        if self._weight is not None and trainer.state.fn != "fit":
-            self._targets = self._find(pl_module)
-            self._set(self._weight)
 
     def _set(self, weight: float) -> None:
         self._weight = weight

@@ -10,6 +10,7 @@ from torch.distributions import Distribution
 
 from torch_klloss.distributions.simplify import simplify
 from torch_klloss.methods import ClosedForm, Enumeration, FirstOf, MonteCarlo
+from torch_klloss.numerics.dimensions import sum_after
 
 _METHOD = FirstOf(ClosedForm(), Enumeration(), MonteCarlo(16))
 
@@ -65,9 +66,7 @@ def mutual_information(q: Distribution, keep: Tensor, num_draws: int) -> Tensor:
     picked = rows[spread.round().long()]
     z = q.sample().flatten(0, dims - 1)[picked]
     z = z.reshape(z.shape[:1] + (1,) * dims + z.shape[1:]).expand(z.shape[:1] + keep.shape + z.shape[1:])
-    log_q = q.log_prob(z)
-    log_q = log_q.flatten(1 + dims).sum(-1) if log_q.dim() > 1 + dims else log_q
-    log_q = log_q.flatten(1)
+    log_q = sum_after(q.log_prob(z), 1 + dims).flatten(1)
     own = log_q.gather(1, picked.unsqueeze(1)).squeeze(1)
     return own - log_q[:, rows].logsumexp(1) + math.log(max(1, len(rows)))
 

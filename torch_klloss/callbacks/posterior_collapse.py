@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -12,7 +11,7 @@ import torch
 from torch_klloss.callbacks.figures import log_figure
 from torch_klloss.callbacks.latent import kl_per_unit, mutual_information, posterior_means
 from torch_klloss.callbacks.moments import Moments
-from torch_klloss.callbacks.watching import AllRanks, LossWatcher, publish, steps_taken, sum_over_ranks
+from torch_klloss.callbacks.watching import AllRanks, LossWatcher, steps_taken
 from torch_klloss.distributions.checks import check_pair
 from torch_klloss.distributions.tensors import device_of
 from torch_klloss.losses import Call
@@ -94,7 +93,7 @@ class PosteriorCollapse(LossWatcher):
         self.figure = figure
         self.history: dict[str, list[dict[str, Any]]] = {}
         self._warned: list[str] = []
-        self._statistics: dict[str, _Statistics] = {}
+        self._statistics: dict[str, dict[str, Moments]] = {}
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Decide whether this step is measured."""
@@ -112,12 +111,8 @@ class PosteriorCollapse(LossWatcher):
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the measurements of the epoch."""
-        if self._step is None:
-            return
-        self._last_step = steps_taken(trainer)
-        metrics = self.collect(sum_over_ranks(trainer))
-        self._close()
-        publish(trainer, self._prefixed(metrics), self._last_step)
+        if self._step is not None:
+            self._log(trainer, steps_taken(trainer))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Draw the heat maps."""
@@ -129,15 +124,15 @@ class PosteriorCollapse(LossWatcher):
         if not call.batch.elements:
             return  # no examples: nothing varies
         with private_rng(self._seed(self.seed), device_of(call.q)):
-            statistics = _Statistics.of(call, self.num_draws)
-        earlier = self._statistics.get(name)
-        self._statistics[name] = statistics if earlier is None else earlier.merged(statistics)
+            new = _statistics(call, self.num_draws)
+        old = self._statistics.get(name)
+        self._statistics[name] = new if old is None else {key: old[key] + new[key] for key in old if key in new}
 
     def collect(self, all_ranks: AllRanks) -> dict[str, float]:
         """Return the measurements, add them to the history, and warn if most units have collapsed."""
         metrics = {}
         for path, statistics in self._statistics.items():
-            row = statistics.over_ranks(all_ranks).row(self.active_above, self.collapsed_below)
+            row = self._row({key: moments.over_ranks(all_ranks) for key, moments in statistics.items()})
             self.history.setdefault(path, []).append({"step": self._last_step, **row})
             scalars = {key: value for key, value in row.items() if isinstance(value, (int, float))}
             units = {f"kl/{j}": value for j, value in enumerate(row["kl"])}
@@ -152,6 +147,19 @@ class PosteriorCollapse(LossWatcher):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the history and the warnings given."""
         self.history, self._warned = state_dict["history"], state_dict["warned"]
+
+    def _row(self, statistics: dict[str, Moments]) -> dict[str, Any]:
+        """Return plain numbers, as they go into logs and checkpoints."""
+        kl = statistics["kl"].mean
+        row: dict[str, Any] = {
+            "kl": kl.tolist(),
+            "collapsed_units": int((kl < self.collapsed_below).sum()),
+            "mutual_information": statistics["information"].mean.item(),
+        }
+        if "means" in statistics:
+            variances = statistics["means"].variance
+            row |= {"variances": variances.tolist(), "active_units": int((variances > self.active_above).sum())}
+        return row
 
     def _warn_of_collapse(self, path: str) -> None:
         last = self.history[path][-self.patience :]
@@ -174,53 +182,20 @@ class PosteriorCollapse(LossWatcher):
         self._statistics.clear()
 
 
-@dataclass(frozen=True)
-class _Statistics:
-    """Statistics of one latent: KL by unit, posterior means by unit, mutual information."""
-
-    kl: Moments
-    means: Moments | None
-    information: Moments
-
-    @classmethod
-    def of(cls, call: Call, num_draws: int) -> _Statistics:
-        """Measure one call, over the elements of its batch."""
-        shape, elements = check_pair(call.q, call.p), call.batch.elements
-        dims = len(elements)
-        q = call.q if call.q.batch_shape == shape else call.q.expand(shape)
-        kl = kl_per_unit(q, call.p, dims).flatten(0, dims - 1)
-        weights = torch.ones_like(kl[:, 0]) if call.batch.weights is None else call.batch.weights.flatten()
-        means = posterior_means(q, dims)
-        information = mutual_information(q, (weights != 0).view(elements), num_draws)
-        return cls(
-            Moments.of(kl, weights),
-            None if means is None else Moments.of(means.flatten(0, dims - 1), weights),
-            Moments.of(information.unsqueeze(-1), torch.ones_like(information)),
-        )
-
-    def merged(self, other: _Statistics) -> _Statistics:
-        """Return the statistics of both."""
-        means = None if self.means is None or other.means is None else self.means + other.means
-        return _Statistics(self.kl + other.kl, means, self.information + other.information)
-
-    def over_ranks(self, all_ranks: AllRanks) -> _Statistics:
-        """Return the statistics of all ranks."""
-        means = None if self.means is None else self.means.over_ranks(all_ranks)
-        return replace(
-            self, kl=self.kl.over_ranks(all_ranks), means=means, information=self.information.over_ranks(all_ranks)
-        )
-
-    def row(self, active_above: float, collapsed_below: float) -> dict[str, Any]:
-        """Return plain numbers, as they go into logs and checkpoints."""
-        row: dict[str, Any] = {
-            "kl": self.kl.mean.tolist(),
-            "collapsed_units": int((self.kl.mean < collapsed_below).sum()),
-            "mutual_information": self.information.mean.item(),
-        }
-        if self.means is not None:
-            row["variances"] = self.means.variance.tolist()
-            row["active_units"] = int((self.means.variance > active_above).sum())
-        return row
+def _statistics(call: Call, num_draws: int) -> dict[str, Moments]:
+    """Return the moments of a call's elements: KL and posterior mean by unit (if q has a mean), mutual information."""
+    shape, elements = check_pair(call.q, call.p), call.batch.elements
+    dims = len(elements)
+    q = call.q if call.q.batch_shape == shape else call.q.expand(shape)
+    kl = kl_per_unit(q, call.p, dims).flatten(0, dims - 1)
+    weights = torch.ones_like(kl[:, 0]) if call.batch.weights is None else call.batch.weights.flatten()
+    means = posterior_means(q, dims)
+    information = mutual_information(q, (weights != 0).view(elements), num_draws)
+    moments = {} if means is None else {"means": Moments.of(means.flatten(0, dims - 1), weights)}
+    return moments | {
+        "kl": Moments.of(kl, weights),
+        "information": Moments.of(information.unsqueeze(-1), torch.ones_like(information)),
+    }
 
 
 def _alive(row: dict[str, Any]) -> tuple[int, int]:

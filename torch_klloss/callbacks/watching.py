@@ -111,10 +111,7 @@ class LossWatcher(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the measurements of the step."""
         if self._step is not None:
-            self._last_step = self._step
-            metrics = self.collect(sum_over_ranks(trainer))
-            self._close()
-            publish(trainer, self._prefixed(metrics), self._last_step)
+            self._log(trainer, self._step)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave the losses."""
@@ -147,21 +144,21 @@ class LossWatcher(Callback):
         """Return whether there is something to log without a loss in the module."""
         return False
 
-    def _prefixed(self, metrics: dict[str, float]) -> dict[str, float]:
-        return {f"{self.prefix}/{name}": value for name, value in metrics.items()}
-
     def _open(self, step: int) -> None:
         """Begin to measure; `step` makes this measurement's draws differ from those of others."""
         self._forget()
         self._step = step
         self._start()
 
-    def _close(self) -> None:
-        """End the measurement."""
+    def _log(self, trainer: Any, step: int) -> None:
+        """End the measurement and log it."""
+        self._last_step = step
+        metrics = self.collect(partial(trainer.strategy.reduce, reduce_op="sum"))
         self._step = None
         self._forget()
         if not self._is_compiled:
             self._stop()
+        publish(trainer, {f"{self.prefix}/{name}": value for name, value in metrics.items()}, step)
 
     def _start(self) -> None:
         for loss, (_, called) in self._losses.items():
@@ -211,11 +208,6 @@ def repeated(call: Call) -> KLEstimate:
 def steps_taken(trainer: Any) -> int:
     """Return how many batches have stepped an optimiser: Lightning's own count, which checkpoints restore."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
-
-
-def sum_over_ranks(trainer: Any) -> AllRanks:
-    """Return the function that sums a tensor over the ranks."""
-    return partial(trainer.strategy.reduce, reduce_op="sum")
 
 
 def publish(trainer: Any, metrics: dict[str, float], step: int) -> None:

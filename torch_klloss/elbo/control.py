@@ -135,12 +135,7 @@ class PIControl(BetaController):
     ) -> None:
         super().__init__()
         _check_bounds(bounds, positive=False)
-        if (
-            not target >= 0
-            or not proportional >= 0
-            or not integral >= 0
-            or math.inf in (target, proportional, integral)
-        ):
+        if not all(0 <= number < math.inf for number in (target, proportional, integral)):
             raise ValueError(
                 f"PIControl needs target, proportional and integral to be finite and at least 0, got {target!r}, "
                 f"{proportional!r} and {integral!r}."

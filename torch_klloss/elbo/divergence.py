@@ -22,7 +22,7 @@ from torch_klloss.numerics.tracing import is_traced
 from torch_klloss.reduction import Batch
 from torch_klloss.rng import private_rng, rng_state
 
-LARGEST_LOGVAR = 80.0  # exp(88.8) is infinite in float32
+_LARGEST_LOGVAR = 80.0  # exp(88.8) is infinite in float32
 
 
 @dataclass(frozen=True)
@@ -134,23 +134,19 @@ def is_hooked(kl: KLLoss) -> bool:
     return any(hook not in kl._observer_hooks for hook in hooks)
 
 
-def _is_plain_normal(kl: KLLoss, mean: Tensor, logvar: Tensor) -> bool:
-    """Return whether the pair takes the closed form in float32 and needs no warning."""
-    if not is_closed_form(kl) or is_traced() or not mean.dtype == logvar.dtype == torch.float32:
-        return False
-    return mean.shape == logvar.shape and not mean.is_meta and mean.numel() > 0 and not _is_extreme(mean, logvar)
-
-
-def is_closed_form(kl: KLLoss) -> bool:
-    """Return whether the loss takes the closed form of every pair that has one."""
+def is_plain_normal(kl: KLLoss, mean: Tensor, logvar: Tensor) -> bool:
+    """Return whether the loss takes the closed form of the usual pair, in eager float32."""
     method = kl.method
-    return type(method.methods[0] if type(method) is FirstOf else method) is ClosedForm
+    if type(method.methods[0] if type(method) is FirstOf else method) is not ClosedForm or is_traced():
+        return False
+    is_float32 = mean.dtype == logvar.dtype == torch.float32
+    return is_float32 and mean.shape == logvar.shape and not mean.is_meta and mean.numel() > 0
 
 
 def _of_usual_pair(kl: KLLoss, q: Distribution, p: Distribution) -> Divergence | None:
     """Return the KL of `diagonal_normal(mean, logvar)` to the standard Normal by a single evaluation."""
     moments = moments_of(q, p)
-    if moments is None or not _is_plain_normal(kl, *moments):
+    if moments is None or not is_plain_normal(kl, *moments) or _is_extreme(*moments):
         return None
     terms: Tensor = _NormalTerms.apply(*moments)
     return Divergence(terms, terms)
@@ -205,9 +201,13 @@ def _is_extreme(mean: Tensor, logvar: Tensor) -> bool:
     """Return whether a log-variance is out of bounds or a parameter is NaN, unless torch's validation is off."""
     if not Distribution._validate_args:
         return False
-    low, high = torch.aminmax(logvar.detach())
-    within = low.item() >= -LARGEST_LOGVAR and high.item() <= LARGEST_LOGVAR
-    return not within or math.isnan(mean.detach().sum().item())
+    return is_out_of_bounds(logvar.detach()) or math.isnan(mean.detach().sum().item())
+
+
+def is_out_of_bounds(logvar: Tensor) -> bool:
+    """Return whether a log-variance is beyond ±80 or NaN."""
+    low, high = torch.aminmax(logvar)
+    return not (low.item() >= -_LARGEST_LOGVAR and high.item() <= _LARGEST_LOGVAR)
 
 
 def _warn_of_extreme_logvar(q: Distribution) -> None:

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.nn import functional
 
-from torch_klloss.elbo.divergence import LARGEST_LOGVAR, is_closed_form
+from torch_klloss.elbo.divergence import is_out_of_bounds, is_plain_normal
 from torch_klloss.elbo.likelihoods import LikelihoodName, log_bernoulli
 from torch_klloss.elbo.terms import ELBOTerms
 from torch_klloss.losses import KLLoss
-from torch_klloss.numerics.tracing import is_autocast_enabled, is_traced
+from torch_klloss.numerics.tracing import is_autocast_enabled
 
 _ENOUGH = 0.02  # nats a dimension: above it, exp(v) - 1 - v is accurate enough in float32
 _SUM = 2  # reduction="sum" in torch's own kernels
@@ -23,11 +23,9 @@ _SUM = 2  # reduction="sum" in torch's own kernels
 
 def can_fuse(kl: KLLoss, recon: Tensor, x: Tensor, mean: Tensor, logvar: Tensor) -> bool:
     """Return whether the fused kernel applies: eager float32 tensors, and a loss that takes the closed form."""
-    if not recon.dtype == x.dtype == mean.dtype == logvar.dtype == torch.float32 or mean.shape != logvar.shape:
+    if not recon.dtype == x.dtype == torch.float32 or x.requires_grad or is_autocast_enabled():
         return False
-    is_filled = mean.dim() > kl.batch_dims and mean.numel() > 0 and not mean.is_meta
-    is_eager = not (x.requires_grad or is_autocast_enabled() or is_traced())
-    return is_filled and is_eager and is_closed_form(kl)
+    return mean.dim() > kl.batch_dims and is_plain_normal(kl, mean, logvar)
 
 
 def plain_elbo(
@@ -79,7 +77,7 @@ class _PlainELBO(torch.autograd.Function):
         ctx.growth = torch.expm1(logvar)
         each = _sum((ctx.growth - logvar).addcmul_(mean, mean), batch_dims)
         smallest = each.amin().item()  # NaN where a parameter is
-        if Distribution._validate_args and (math.isnan(smallest) or _is_extreme(logvar)):
+        if Distribution._validate_args and (math.isnan(smallest) or is_out_of_bounds(logvar)):
             raise _ExtremePosteriorError
         if not smallest > 2 * count * _ENOUGH:
             wide = logvar.double()
@@ -107,11 +105,6 @@ class _PlainELBO(torch.autograd.Function):
         by_mean = mean * to_kl if needs_mean else None
         by_logvar = growth * (0.5 * to_kl) if needs_logvar else None
         return by_recon, None, by_mean, by_logvar, *(None,) * 3
-
-
-def _is_extreme(logvar: Tensor) -> bool:
-    low, high = torch.aminmax(logvar)
-    return not (low.item() >= -LARGEST_LOGVAR and high.item() <= LARGEST_LOGVAR)
 
 
 def _sum(terms: Tensor, batch_dims: int) -> Tensor:
@@ -152,10 +145,6 @@ def _probs_gradient(grad: Tensor | float, recon: Tensor, x: Tensor) -> Tensor:
     return gradient
 
 
-def _gaussian_gradient(grad: Tensor | float, recon: Tensor, x: Tensor) -> Tensor:
-    return (recon - x) * grad
-
-
 # Keyed by the name of the likelihood.
 _SUMMED_NLL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "bernoulli": lambda recon, x: -log_bernoulli(recon, x).sum(),
@@ -165,5 +154,5 @@ _SUMMED_NLL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 _NLL_GRADIENT: dict[str, Callable[[Tensor | float, Tensor, Tensor], Tensor]] = {
     "bernoulli": _probs_gradient,
     "bernoulli_logits": _logits_gradient,
-    "gaussian": _gaussian_gradient,
+    "gaussian": lambda grad, recon, x: (recon - x) * grad,
 }

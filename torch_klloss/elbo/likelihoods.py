@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NoReturn, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from torch_klloss.distributions.tensors import HALF, dtype_of, in_full_precision
 from torch_klloss.numerics.tracing import is_traced
 
 LikelihoodName = Literal["bernoulli", "bernoulli_logits", "gaussian"]
-_LIKELIHOODS = get_args(LikelihoodName)
 
 
 def full_precision(t: Tensor) -> Tensor:
@@ -26,7 +25,7 @@ def full_precision(t: Tensor) -> Tensor:
 
 def check_likelihood(likelihood: str) -> None:
     """Raise a ValueError for an unknown likelihood."""
-    if likelihood not in _LIKELIHOODS:
+    if likelihood not in get_args(LikelihoodName):
         raise ValueError(f"likelihood must be 'bernoulli', 'bernoulli_logits' or 'gaussian', got {likelihood!r}.")
 
 
@@ -92,7 +91,8 @@ def check_values(recon: Tensor, x: Tensor, likelihood: LikelihoodName) -> None:
     if not _can_check(x):
         return
     if likelihood == "gaussian":
-        _check_finite(x)
+        if not math.isfinite(x.detach().abs().amax().item()):
+            raise ValueError("x must be finite under a Gaussian likelihood, got NaN or infinity; mask missing values.")
         return
     _check_unit_interval(x, "x", "scale it (x / 255 for 8-bit pixels), or use likelihood='gaussian'")
     if likelihood == "bernoulli":
@@ -105,11 +105,6 @@ def _check_unit_interval(t: Tensor, which: str, advice: str) -> None:
         raise ValueError(
             f"{which} must lie in [0, 1] under a Bernoulli likelihood, got values from {low:g} to {high:g}: {advice}."
         )
-
-
-def _check_finite(x: Tensor) -> None:
-    if not math.isfinite(x.detach().abs().amax().item()):
-        raise ValueError("x must be finite under a Gaussian likelihood, got NaN or an infinity; mask missing values.")
 
 
 def _can_check(t: Tensor) -> bool:
@@ -133,13 +128,9 @@ def check_support(p_x: Distribution, x: Tensor) -> None:
     # A number is its own square at 0 and 1 alone: one pass, where comparing with both takes three.
     is_binary = innermost is constraints.boolean
     if not (torch.equal(x * x, x) if is_binary else bool(support.check(x).all())):
-        _refuse(p_x, x)
-
-
-def _refuse(p_x: Distribution, x: Tensor) -> NoReturn:
-    wide = x.detach().double()
-    raise ValueError(
-        f"x must lie in the support of the likelihood {type_name(p_x)}, {support_of(p_x)}, got values from "
-        f"{wide.min().item():g} to {wide.max().item():g}, where log p(x) is -inf or not defined. Scale or binarise x, "
-        "or choose a likelihood that covers it; from_tensors takes any x in [0, 1] for a Bernoulli."
-    )
+        wide = x.detach().double()
+        raise ValueError(
+            f"x must lie in the support of the likelihood {type_name(p_x)}, {support}, got values from "
+            f"{wide.min().item():g} to {wide.max().item():g}, where log p(x) is -inf or not defined. Scale or binarise "
+            "x, or choose a likelihood that covers it; from_tensors takes any x in [0, 1] for a Bernoulli."
+        )

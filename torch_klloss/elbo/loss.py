@@ -344,10 +344,9 @@ class ELBOLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the settings, for `repr`."""
-        beta = self.beta if self.schedule is None else self.schedule
-        settings: dict[str, object] = {"reduction": self.reduction} | (
-            {} if self.controller is not None else {"beta": beta}
-        )
+        settings: dict[str, object] = {"reduction": self.reduction}
+        if self.controller is None:
+            settings["beta"] = self.beta if self.schedule is None else self.schedule
         if self.free_nats.nats > 0:
             settings["free_nats"] = self.free_nats
         settings |= {k: v for k in ("capacity", "balance") if (v := getattr(self, k)) is not None}
@@ -358,11 +357,9 @@ def _at_step(which: str, value: float | Schedule, step: float | None) -> float:
     if not isinstance(value, Schedule):
         return value
     if step is None:
-        raise ValueError(f"{which} is a schedule, {value!r}: pass step=…" + _OR_CALLBACK.get(which, "."))
+        instead = ", or let the KLAnnealing callback set ELBOLoss.beta" if which == "beta" else ""
+        raise ValueError(f"{which} is a schedule, {value!r}: pass step=…{instead}.")
     return _checked_weight(which, value(step))
-
-
-_OR_CALLBACK = {"beta": ", or let the KLAnnealing callback set ELBOLoss.beta."}
 
 
 def _checked_weight(which: str, value: float) -> float:
