@@ -44,10 +44,10 @@ _OVERRIDES: dict[type[Distribution], Bounds] = {VonMises: Bounds(-math.pi, math.
 
 
 def support_of(d: Distribution) -> constraints.Constraint | None:
-    """Return d's support, or None if the class does not declare one."""
+    """Return d's support, or None if the class does not declare one or it cannot be read."""
     try:
         support: Any = d.support
-    except NotImplementedError:
+    except Exception:  # other people's classes compute it, and fail in ways of their own
         return None
     return support if isinstance(support, constraints.Constraint) else None
 

@@ -86,7 +86,7 @@ def decompose_kl(
     base_q, base_p = _factorised(q, p, num_samples, chunk_size)
     base_q = unvalidated(base_q)
     with nullcontext() if generator is None else private_rng(draw_seed(generator), device_of(q)):
-        z = base_q.sample((num_samples,))  # [num_samples, N, latent]
+        z = base_q.sample(torch.Size((num_samples,)))  # [num_samples, N, latent]
     log_conditional = base_q.log_prob(z)
     log_prior = log_prob_within(base_p, z, None)
     log_aggregate, log_marginals = _aggregate(base_q, z, chunk_size)

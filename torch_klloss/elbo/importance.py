@@ -116,7 +116,8 @@ class IWAELoss(nn.Module):
         gradient = self._gradient_for(q)
         q = unvalidated(q if q.batch_shape == batch_shape else q.expand(batch_shape))
         with nullcontext() if generator is None else private_rng(draw_seed(generator), device_of(q)):
-            z = q.sample((self.num_samples,)) if gradient == "none" else q.rsample((self.num_samples,))
+            shape = torch.Size((self.num_samples,))
+            z = q.sample(shape) if gradient == "none" else q.rsample(shape)
         q_at_z = _detached(q) if gradient != "pathwise" else q
         log_ratio = log_prob_within(p, z, contained(q, p)) - q_at_z.log_prob(z)
         log_likelihood = -self._negative_log_prob(likelihood(z), x, len(batch.elements))

@@ -72,7 +72,7 @@ def _keeps_density(d: Distribution, parent: type[Distribution]) -> bool:
         return False
     try:
         with torch.no_grad(), private_rng(0, device_of(d)):
-            x = d.sample((4,))
+            x = d.sample(torch.Size((4,)))
             own, inherited = d.log_prob(x), parent.log_prob(d, x)
     except (NotImplementedError, RuntimeError):  # cannot be drawn from, or not under vmap: nothing is known
         return False

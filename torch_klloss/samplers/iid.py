@@ -40,7 +40,8 @@ class IID(PreparedSampler):
                 loc, scale = normal.loc, normal.scale
                 x = loc + scale * torch.randn(n, *loc.shape, dtype=loc.dtype, device=loc.device)
                 return x if differentiable else x.detach()
-            return q.rsample((n,)) if differentiable else q.sample((n,))
+            shape = torch.Size((n,))  # not a tuple: other libraries ask it for its numel()
+            return q.rsample(shape) if differentiable else q.sample(shape)
 
         return _IndependentDraws(q, num_samples, noise_in_blocks(make, num_samples, device_of(q)))
 

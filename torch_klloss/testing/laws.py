@@ -140,7 +140,7 @@ class _Case:
         """The allowed rounding of a formula: 100 roundings of terms as large as in the definition."""
         size = 1.0
         with torch.no_grad(), private_rng(self.seed, device_of(self.q)), suppress(NotImplementedError, RuntimeError):
-            x = self.q.sample((256,))  # or q cannot be drawn from
+            x = self.q.sample(torch.Size((256,)))  # or q cannot be drawn from
             log_p = log_prob_within(self.p, x, None)
             size += (unvalidated(self.q).log_prob(x).abs() + log_p.nan_to_num(0.0, 0.0, 0.0).abs()).mean().item()
         return 100 * torch.finfo(self.value.dtype).eps * size
