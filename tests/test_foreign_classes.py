@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from torch.distributions import Independent, Normal
+from torch.distributions import Distribution, Independent, Normal, constraints, register_kl
+from torch.distributions.kl import _KL_REGISTRY
 
-from torch_klloss import AutoKL
+from torch_klloss import AnalyticKL, AutoKL, MonteCarloKL, has_closed_form, kl_divergence
 from torch_klloss.elbo import IWAELoss, decompose_kl
 from torch_klloss.methods import ClosedForm, Enumeration, MonteCarlo, Quadrature
 from torch_klloss.samplers import IID, Antithetic, Sobol, Stratified
@@ -75,3 +76,45 @@ def test_a_support_that_cannot_be_read_is_an_unknown_one(method, swap):
         return
     assert method.estimate(q, p).value.isfinite().all()
     assert AutoKL(fallback=[Quadrature(), MonteCarlo(8)])(q, p).isfinite()
+
+
+class Unexpanded(Distribution):
+    """A Normal of scale one that has no expand, as third parties write them."""
+
+    arg_constraints, support, has_rsample = {}, constraints.real, True
+
+    def __init__(self, loc):
+        self.loc = loc
+        super().__init__(loc.shape, validate_args=False)
+
+    def log_prob(self, x):
+        return -0.5 * (x - self.loc) ** 2
+
+    def rsample(self, sample_shape=torch.Size()):  # noqa: B008
+        return self.loc + torch.randn(*sample_shape, *self.loc.shape)
+
+
+@pytest.fixture
+def unexpanded_rule():
+    """Register a rule with torch for the time of a test."""
+    register_kl(Unexpanded, Unexpanded)(lambda q, p: 0.5 * (q.loc - p.loc) ** 2)
+    yield
+    del _KL_REGISTRY[Unexpanded, Unexpanded]
+
+
+@pytest.mark.parametrize(("of_q", "of_p"), [((16,), ()), ((), (16,)), ((4, 1), (3,)), ((2,), (2,))])
+def test_a_rule_of_torch_is_found_for_a_class_without_expand(unexpanded_rule, of_q, of_p):
+    q, p = Unexpanded(torch.ones(of_q)), Unexpanded(torch.zeros(of_p))
+    shape = torch.broadcast_shapes(of_q, of_p)
+    assert has_closed_form(q, p)
+    assert AutoKL().route(q, p) == "closed_form"
+    assert torch.equal(kl_divergence(q, p), torch.full(shape, 0.5))
+    assert AnalyticKL(batch_dims=2)(q, p) == 0.5
+
+
+def test_a_class_without_expand_is_sampled_at_its_own_shape_and_refused_by_name_at_another():
+    assert MonteCarloKL(8)(Unexpanded(torch.ones(16)), Normal(0.0, 1.0)).isfinite()
+    with pytest.raises(NotImplementedError, match=r"Unexpanded has no expand, .* from its batch shape \(\) to \(16,\)"):
+        MonteCarloKL(8)(Unexpanded(torch.tensor(1.0)), Normal(torch.zeros(16), 1.0))
+    with pytest.raises(NotImplementedError, match="Unexpanded has no expand"):
+        AutoKL()(Unexpanded(torch.tensor(1.0)), Normal(torch.zeros(3), 1.0), mask=torch.tensor([1, 0, 1]))

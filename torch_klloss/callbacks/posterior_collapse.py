@@ -13,7 +13,7 @@ from torch_klloss.callbacks.latent import kl_per_unit, mutual_information, poste
 from torch_klloss.callbacks.moments import Moments
 from torch_klloss.callbacks.watching import AllRanks, LossWatcher, steps_taken
 from torch_klloss.distributions.checks import check_pair
-from torch_klloss.distributions.tensors import device_of
+from torch_klloss.distributions.tensors import device_of, expand_to
 from torch_klloss.losses import Call
 from torch_klloss.rng import private_rng
 
@@ -186,7 +186,7 @@ def _statistics(call: Call, num_draws: int) -> dict[str, Moments]:
     """Return the moments of a call's elements: KL and posterior mean by unit (if q has a mean), mutual information."""
     shape, elements = check_pair(call.q, call.p), call.batch.elements
     dims = len(elements)
-    q = call.q if call.q.batch_shape == shape else call.q.expand(shape)
+    q = expand_to(call.q, shape)
     kl = kl_per_unit(q, call.p, dims).flatten(0, dims - 1)
     weights = torch.ones_like(kl[:, 0]) if call.batch.weights is None else call.batch.weights.flatten()
     means = posterior_means(q, dims)

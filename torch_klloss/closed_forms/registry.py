@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
@@ -282,7 +283,8 @@ def _call_torch(rule: Rule, q: Distribution, p: Distribution) -> Tensor:
     """Return the KL by a rule of torch's, on the terms that it needs."""
     if q.batch_shape != p.batch_shape:  # it may write through a boolean mask of one side's shape
         shape = torch.broadcast_shapes(q.batch_shape, p.batch_shape)
-        q, p = q.expand(shape), p.expand(shape)
+        with suppress(NotImplementedError):  # other people's classes need no expand, and their rules do without
+            q, p = q.expand(shape), p.expand(shape)
     if torch.is_grad_enabled():
         return rule(q, p)
     with torch.enable_grad():  # the one for exponential families differentiates on its way

@@ -143,6 +143,23 @@ def unvalidated(d: Distribution) -> Distribution:
     return copy_with(d, attributes=lambda _: {"_validate_args": False})
 
 
+def expand_to(d: Distribution, batch_shape: torch.Size) -> Distribution:
+    """Return d with the batch shape; d itself if it has that shape.
+
+    Raises:
+        NotImplementedError: if d's class has no `expand`.
+    """
+    if d.batch_shape == batch_shape:
+        return d
+    try:
+        return d.expand(batch_shape)
+    except NotImplementedError:
+        raise NotImplementedError(
+            f"{type(d).__name__} has no expand, which is needed to go from its batch shape {tuple(d.batch_shape)} to "
+            f"{tuple(batch_shape)}: define expand(batch_shape), or build it with that batch shape."
+        ) from None
+
+
 def replace_examples(d: Distribution, keep: Tensor, batch_shape: torch.Size) -> Distribution:
     """Return d with the parameters of every example that `keep` drops replaced by the parameters of a kept one.
 
@@ -200,7 +217,7 @@ def flattened(d: Distribution, batch_shape: torch.Size) -> Distribution:
         NotSelectableError: if d has a part with unknown batch dimensions, such as a network.
     """
     try:
-        d = d if d.batch_shape == batch_shape else d.expand(batch_shape)
+        d = expand_to(d, batch_shape)
     except NotImplementedError:
         raise NotSelectableError from None
     dims, count = len(batch_shape), batch_shape.numel()

@@ -13,7 +13,7 @@ from torch.distributions import Distribution
 
 from torch_klloss.distributions.checks import check_pair, type_name
 from torch_klloss.distributions.supports import contained, has_moving_support, is_discrete, log_prob_within
-from torch_klloss.distributions.tensors import copy_with, device_of, in_full_precision, unvalidated
+from torch_klloss.distributions.tensors import copy_with, device_of, expand_to, in_full_precision, unvalidated
 from torch_klloss.elbo.batches import batch_of
 from torch_klloss.elbo.likelihoods import negative_log_prob
 from torch_klloss.numerics.arguments import check_integer
@@ -114,7 +114,7 @@ class IWAELoss(nn.Module):
             )
         q, p = in_full_precision(q), in_full_precision(p)
         gradient = self._gradient_for(q)
-        q = unvalidated(q if q.batch_shape == batch_shape else q.expand(batch_shape))
+        q = unvalidated(expand_to(q, batch_shape))
         with nullcontext() if generator is None else private_rng(draw_seed(generator), device_of(q)):
             shape = torch.Size((self.num_samples,))
             z = q.sample(shape) if gradient == "none" else q.rsample(shape)

@@ -14,7 +14,7 @@ from torch_klloss.distributions.checks import check_common_measure, check_pair, 
 from torch_klloss.distributions.simplify import peel
 from torch_klloss.distributions.supports import contained, has_moving_support, is_discrete
 from torch_klloss.distributions.tails import is_infinite
-from torch_klloss.distributions.tensors import device_of, unvalidated
+from torch_klloss.distributions.tensors import device_of, expand_to, unvalidated
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.methods.base import BaseMethod
 from torch_klloss.methods.monte_carlo.chunks import Expectation, check_chunk_size
@@ -160,7 +160,7 @@ class MonteCarlo(BaseMethod):
         inside = contained(q, p)
         # Expanded before it is drawn from: batch elements do not share their noise.
         shape = check_pair(q, p) if peeled else batch_shape
-        q = unvalidated(q if q.batch_shape == shape else q.expand(shape))
+        q = unvalidated(expand_to(q, shape))
         source = nullcontext() if generator is None else private_rng(draw_seed(generator), device_of(q))
         sampled = self._sample(PreparedPair(q, p, inside, peeled), gradient, source)
         value, std_error = sampled.value, sampled.std_error
