@@ -172,7 +172,7 @@ def test_what_has_no_path_or_a_moving_support_is_refused():
 
 def test_too_few_draws_and_chunks_are_refused():
     with pytest.raises(
-        ValueError, match=r"num_samples of at least 8 .* or of 2 with gradient=MixedGradient\(\).* got 7"
+        ValueError, match=r"at least 8 .* or of 2 with gradient=MixedGradient\(\).* got 7"
     ):
         MonteCarlo(7, gradient="mixed")
     with pytest.raises(ValueError, match="got 1"):
