@@ -171,9 +171,7 @@ def test_what_has_no_path_or_a_moving_support_is_refused():
 
 
 def test_too_few_draws_and_chunks_are_refused():
-    with pytest.raises(
-        ValueError, match=r"at least 8 .* or of 2 with gradient=MixedGradient\(\).* got 7"
-    ):
+    with pytest.raises(ValueError, match=r"at least 8 .* or of 2 with gradient=MixedGradient\(\).* got 7"):
         MonteCarlo(7, gradient="mixed")
     with pytest.raises(ValueError, match="got 1"):
         MonteCarlo(1, gradient=MixedGradient())
