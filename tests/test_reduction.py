@@ -10,7 +10,7 @@ from hypothesis import given
 from torch import Tensor
 
 from torch_klloss import KLEstimate
-from torch_klloss.reduction import check_reduction, example_shape, expand_mask, reduce, reduce_estimate
+from torch_klloss.reduction import check_reduction, expand_mask, reduce, reduce_estimate
 
 
 def by_loop(value: Tensor, reduction: str, batch_dims: int, mask: Tensor | None) -> Tensor:
@@ -52,7 +52,7 @@ def test_the_reduction_is_the_loop(problem):
         with pytest.raises(ValueError, match="divides by the sum of the mask, which is zero"):
             reduce(value, reduction, batch_dims, expand_mask(mask, value.shape[:batch_dims]))
         return
-    expanded = None if mask is None else expand_mask(mask, example_shape(value.shape, batch_dims))
+    expanded = None if mask is None else expand_mask(mask, value.shape[:batch_dims])
     expected = by_loop(value, reduction, batch_dims, mask)
     atol = value.numel() * 30 * torch.finfo(torch.float64).eps
     torch.testing.assert_close(reduce(value, reduction, batch_dims, expanded), expected, rtol=1e-14, atol=atol)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,11 +19,8 @@ class NoRouteError(NotImplementedError):
 
     Args:
         write: a function that returns the text.
-        about: the arguments of `write`.
+        *about: the arguments of `write`.
     """
-
-    def __init__(self, write: Callable[..., str], *about: object) -> None:
-        super().__init__(write, *about)
 
     def __str__(self) -> str:
         write, *about = self.args

@@ -189,15 +189,13 @@ class _Samples(NamedTuple):
 
     def warn_of_tails(self, value: str, weighted: bool) -> None:
         """Warn where a weight or ratio has a heavy tail."""
-        exponents = []
         if weighted:
+            exponent = torch.where(self.kept, self.log_weight, -torch.inf)
             remedy = "Draw the samples from q, or from something closer to q."
-            exponents.append((self.log_weight, "kl_from_log_probs(log_behavior=...)", remedy))
+            may_have_heavy_tail(exponent, "kl_from_log_probs(log_behavior=...)", remedy)
         if value == "k3":
-            exponent = self.log_p - self.log_q + self.log_weight
-            exponents.append((exponent, "kl_from_log_probs(value='k3')", "Use value='k1'."))
-        for exponent, option, remedy in exponents:
-            may_have_heavy_tail(torch.where(self.kept, exponent, -torch.inf), option, remedy)
+            exponent = torch.where(self.kept, self.log_p - self.log_q + self.log_weight, -torch.inf)
+            may_have_heavy_tail(exponent, "kl_from_log_probs(value='k3')", "Use value='k1'.")
 
 
 def _zero(t: Tensor) -> Tensor:

@@ -21,17 +21,8 @@ from torch_klloss.methods.base import as_method
 from torch_klloss.methods.first_of import Refuse, WarnFirst
 from torch_klloss.methods.monte_carlo.method import Gradient, Value
 from torch_klloss.methods.monte_carlo.mixed import MixedGradient
-from torch_klloss.numerics.tracing import is_autocast_enabled
-from torch_klloss.reduction import (
-    Batch,
-    ReductionName,
-    check_reduction,
-    example_shape,
-    expand_mask,
-    is_zero,
-    reduce,
-    reduce_estimate,
-)
+from torch_klloss.numerics.tracing import without_autocast
+from torch_klloss.reduction import Batch, ReductionName, check_reduction, expand_mask, is_zero, reduce, reduce_estimate
 from torch_klloss.rng import RngState, rng_state
 from torch_klloss.samplers import IID, Sampler
 
@@ -153,7 +144,7 @@ class KLLoss(nn.Module):
         if mask is None:
             return q, p, None
         batch_shape = check_pair(q, p)
-        mask = expand_mask(mask, example_shape(batch_shape, self.batch_dims))
+        mask = expand_mask(mask, batch_shape[: self.batch_dims])
         keep = mask != 0
         return replace_examples(q, keep, batch_shape), replace_examples(p, keep, batch_shape), mask
 
@@ -161,9 +152,7 @@ class KLLoss(nn.Module):
         """Return the unreduced `KLEstimate`, of the broadcast batch shape, without mask and reduction."""
         batch_shape, method = check_pair(q, p), as_method(self.method)
         q, p = in_full_precision(q), in_full_precision(p)
-        if not is_autocast_enabled():
-            return method.estimate_checked(q, p, batch_shape, generator)
-        with torch.autocast(device_of(q).type, enabled=False):
+        with without_autocast(device_of(q)):
             return method.estimate_checked(q, p, batch_shape, generator)
 
     def reduce(self, estimate: KLEstimate, mask: Tensor | None = None) -> KLEstimate:
@@ -184,7 +173,7 @@ class KLLoss(nn.Module):
             True
         """
         if mask is not None:
-            mask = expand_mask(mask, example_shape(estimate.value.shape, self.batch_dims))
+            mask = expand_mask(mask, estimate.value.shape[: self.batch_dims])
         return reduce_estimate(estimate, self.reduction, self.batch_dims, mask)
 
     def route(self, q: Distribution, p: Distribution) -> str:
@@ -258,7 +247,7 @@ class KLLoss(nn.Module):
     def _after_call(self, module: nn.Module, args: Any, kwargs: Any, value: Tensor) -> None:
         if self.observers:
             q, p, mask = self.drop_masked(*_arguments(*args, **kwargs)[:3])
-            examples = example_shape(check_pair(q, p), self.batch_dims)
+            examples = check_pair(q, p)[: self.batch_dims]
             self.tell(q, p, Batch(examples, len(examples), mask), value, self.reduction, self._random_states.pop())
 
     def __getstate__(self) -> dict[str, Any]:
@@ -401,8 +390,7 @@ class AutoKL(KLLoss):
     ) -> None:
         if on_fallback not in get_args(OnFallback):
             raise ValueError(f"on_fallback must be 'allow', 'warn' or 'error', got {on_fallback!r}.")
-        if fallback is None:
-            fallback = MonteCarlo(1)
+        fallback = MonteCarlo(1) if fallback is None else fallback
         fallbacks = tuple(fallback) if isinstance(fallback, Sequence) else (fallback,)
         if on_fallback == "warn":
             fallbacks = (WarnFirst(FirstOf(*fallbacks)),)

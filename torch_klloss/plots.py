@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # The palette of Okabe and Ito, which colour-blind readers can tell apart.
 BLUE, VERMILION, GREEN, INK = "#0072B2", "#D55E00", "#007A5A", "#222222"
+DASHED = (0, (4, 2))
 BAND: dict[str, Any] = {"color": BLUE, "alpha": 0.22, "linewidth": 0}
 
 SampledCurve = Literal["value", "reference"]
@@ -83,7 +84,7 @@ def gap_figure(
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     figure.suptitle(title)
     line: dict[str, Any] = {"linewidth": 1.4, "marker": "o" if len(steps) <= 50 else None, "markersize": 3}
-    top.plot(steps, used, color=VERMILION, linestyle=(0, (4, 2)), label=f"in training: {value_label}", zorder=3, **line)
+    top.plot(steps, used, color=VERMILION, linestyle=DASHED, label=f"in training: {value_label}", zorder=3, **line)
     top.plot(steps, again, color=BLUE, label=f"estimated again: {reference_label}", **line)
     bottom.plot(steps, used - again, color=BLUE, label="gap: in training − estimated again", **line)
     bottom.axhline(0, color=INK, linewidth=1)
@@ -133,7 +134,8 @@ def collapse_figure(
     values = np.asarray(kl, dtype=float)
     order = np.argsort(-values[-1], kind="stable")
     figure = new_figure(9, 4.2 if active is None else 5.4)
-    panels = figure.subplots(1 if active is None else 2, 1, sharex=True, squeeze=False, height_ratios=_heights(active))
+    heights = [1] if active is None else [5, 2]
+    panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)
     top = panels[0, 0]
     edges = _edges(np.asarray(steps, dtype=float))
     rows, brightest = np.arange(values.shape[1] + 1) - 0.5, max(0.1, np.nanmax(values, initial=0))
@@ -143,8 +145,8 @@ def collapse_figure(
     top.invert_yaxis()
     figure.suptitle(title)
     if active is not None:
-        line: dict[str, Any] = {"marker": "o" if len(steps) <= 50 else None, "markersize": 3}
-        panels[1, 0].plot(steps, active, color=BLUE, linewidth=1.6, **line)
+        marker = "o" if len(steps) <= 50 else None
+        panels[1, 0].plot(steps, active, color=BLUE, linewidth=1.6, marker=marker, markersize=3)
         most = max(values.shape[1], *active)
         ticks = np.unique(np.linspace(0, most, 5).round())
         panels[1, 0].set(ylabel="active units", ylim=(-0.05 * most, 1.05 * most), yticks=ticks)
@@ -152,10 +154,6 @@ def collapse_figure(
     panels[-1, 0].set_xlabel("training step")
     figure.colorbar(mesh, ax=top, label="KL in nats", pad=0.01)
     return figure
-
-
-def _heights(active: Sequence[int] | None) -> list[int]:
-    return [1] if active is None else [5, 2]
 
 
 def _edges(centres: np.ndarray) -> np.ndarray:
@@ -202,14 +200,8 @@ def annealing_figure(
     top.plot(steps, weights, color=INK, linewidth=1.6)
     top.set(ylabel="weight β", ylim=(0, 1.08 * max(*weights, 1e-12)))
     bottom.plot(steps, kl, color=BLUE, linewidth=1.6, label="KL(q‖p)")
-    bottom.plot(
-        steps,
-        reconstruction,
-        color=VERMILION,
-        linewidth=1.6,
-        linestyle=(0, (4, 2)),
-        label="reconstruction, −log p(x|z)",
-    )
+    label = "reconstruction, −log p(x|z)"
+    bottom.plot(steps, reconstruction, color=VERMILION, linewidth=1.6, linestyle=DASHED, label=label)
     bottom.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderaxespad=0)
     bottom.set(xlabel="training step", ylabel="nats per example")
     bottom.set_ylim(bottom=0)

@@ -23,11 +23,6 @@ def check_reduction(reduction: str, batch_dims: int) -> None:
     check_integer("batch_dims", batch_dims, at_least=0)
 
 
-def example_shape(batch_shape: torch.Size, batch_dims: int) -> torch.Size:
-    """Return the shape of the examples: the first `batch_dims` dimensions, or all if there are fewer."""
-    return batch_shape[:batch_dims]
-
-
 def expand_mask(mask: Tensor, examples: torch.Size) -> Tensor:
     """Return the mask in the shape of the examples.
 

@@ -124,7 +124,6 @@ class _Rise(Schedule):
             raise ValueError(f"delay must be at least 0, got {self.delay!r}.")
 
     def __call__(self, step: float) -> float:
-        """Return the weight at a step >= 0."""
         _check_step(step)
         fraction = (step - self.delay) / self.steps
         if fraction <= 0:
@@ -135,7 +134,6 @@ class _Rise(Schedule):
 
     @property
     def total_steps(self) -> float:
-        """The step at which the warm-up ends: the weight is `stop` from there on."""
         return self.delay + self.steps
 
     @abstractmethod

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from torch_klloss.auditing import AuditReport, audit
 from torch_klloss.auditing.experiment.signatures import SignatureName
-from torch_klloss.cli.console import InputError, json_safe, parse_count, parse_seed
+from torch_klloss.cli.console import InputError, json_safe, parse_count, parse_seed, writing
 from torch_klloss.cli.loading import LoadError, loaded
 
 
@@ -58,7 +58,11 @@ def run(args: argparse.Namespace) -> int:
     if (args.target is None) == (args.write_docs is None):
         raise InputError("audit takes a loss, FILE.py:FUNCTION, or --write-docs FILE, and not both")
     if args.write_docs is not None:
-        return _write_mistakes(args.write_docs)
+        from torch_klloss.cli.mistakes_page import write_docs
+
+        with writing(args.write_docs):
+            write_docs(args.write_docs)
+        return 0
     print(f"imports and runs {args.target.rpartition(':')[0] or args.target}", file=sys.stderr)
     try:
         with loaded(args.target) as fn:
@@ -91,18 +95,7 @@ def _save_points(report: AuditReport, path: Path) -> None:
         print("no figure: no value could be compared with the KL", file=sys.stderr)
         return
     try:
-        report.figure().savefig(path)
+        with writing(path):
+            report.figure().savefig(path)
     except (ImportError, ValueError) as error:  # no matplotlib, or no format of that suffix
         raise InputError(f"cannot draw {path}: {error}") from error
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
-
-
-def _write_mistakes(path: Path) -> int:
-    from torch_klloss.cli.mistakes_page import write_docs
-
-    try:
-        write_docs(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
-    return 0

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,16 +25,20 @@ def parse_count(text: str, at_least: int = 1) -> int:
     return int(text)
 
 
-def parse_num_samples(text: str) -> int:
-    """Return a number of samples of at least two: a single one has no standard error."""
-    return parse_count(text, at_least=2)
-
-
 def parse_seed(text: str) -> int:
     """Return the seed that an option gives."""
     if not text.isdecimal() or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"must be an integer from 0 to 2**63 - 1, got {text!r}")
     return int(text)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise an InputError if the block cannot write to the path."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
 
 
 def json_safe(value: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Normal
 
-from torch_klloss.cli.console import InputError, new_console, parse_num_samples, parse_seed, print_table
+from torch_klloss.cli.console import new_console, parse_count, parse_seed, print_table, writing
 from torch_klloss.closed_forms import kl_divergence
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.methods import MonteCarlo
@@ -141,7 +142,7 @@ def add_command(commands: Any) -> None:
     about = "The question that the library began with: a figure, a table, and the answer."
     parser = commands.add_parser("demo", help=about, description=about)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where question.png goes")
-    samples = {"type": parse_num_samples, "default": 100, "metavar": "N"}
+    samples = {"type": partial(parse_count, at_least=2), "default": 100, "metavar": "N"}
     parser.add_argument("--num-samples", **samples, help="samples for each mean of q, at least 2 (100)")
     parser.add_argument("--seed", type=parse_seed, default=0, metavar="S", help="of the samples (0)")
     parser.set_defaults(run=run)
@@ -153,11 +154,9 @@ def run(args: argparse.Namespace) -> None:
     curves = question_curves(num_samples=args.num_samples, seed=args.seed)
     path = args.out / "question.png"
     figure = question_figure(curves)
-    try:
+    with writing(path):
         args.out.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
     _print_question(console, curves)
     console.print(f"Figure: {path}", soft_wrap=True)
 

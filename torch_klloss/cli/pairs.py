@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch.distributions import Distribution
 
-from torch_klloss.cli.console import InputError, new_console
+from torch_klloss.cli.console import InputError, new_console, writing
 from torch_klloss.cli.example_pairs import Example, all_examples, same_shape
 from torch_klloss.distributions.checks import check_common_measure
 from torch_klloss.distributions.supports import contained
@@ -151,10 +151,8 @@ def run(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise InputError(str(error)) from error
     if args.write_docs is not None:
-        try:
+        with writing(args.write_docs):
             write_docs(pairs, args.write_docs)
-        except OSError as error:
-            raise InputError(f"cannot write {args.write_docs}: {error.strerror}") from error
     if console is None:
         report = {
             "fallback": "quadrature, else monte_carlo",

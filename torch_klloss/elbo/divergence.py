@@ -89,10 +89,11 @@ def divergence(
 def _divergence(
     kl: KLLoss, q: Distribution, p: Distribution, batch: Batch, generator: torch.Generator | None, must_split: bool
 ) -> Divergence:
-    fast = _of_usual_pair(kl, q, p)
-    if fast is not None:
+    moments = moments_of(q, p)
+    if moments is not None and is_plain_normal(kl, *moments) and not _is_extreme(*moments):
+        terms: Tensor = _NormalTerms.apply(*moments)
         call_hooks(kl, q, p, batch)
-        return fast
+        return Divergence(terms, terms)
     _warn_of_extreme_logvar(q)
     value = _values(kl, q, p, batch, generator)
     split = _split(kl, q, p, len(batch.elements), generator, is_report=not must_split)
@@ -141,15 +142,6 @@ def is_plain_normal(kl: KLLoss, mean: Tensor, logvar: Tensor) -> bool:
         return False
     is_float32 = mean.dtype == logvar.dtype == torch.float32
     return is_float32 and mean.shape == logvar.shape and not mean.is_meta and mean.numel() > 0
-
-
-def _of_usual_pair(kl: KLLoss, q: Distribution, p: Distribution) -> Divergence | None:
-    """Return the KL of `diagonal_normal(mean, logvar)` to the standard Normal by a single evaluation."""
-    moments = moments_of(q, p)
-    if moments is None or not is_plain_normal(kl, *moments) or _is_extreme(*moments):
-        return None
-    terms: Tensor = _NormalTerms.apply(*moments)
-    return Divergence(terms, terms)
 
 
 def moments_of(q: Distribution, p: Distribution) -> tuple[Tensor, Tensor] | None:

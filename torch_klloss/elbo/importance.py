@@ -118,7 +118,7 @@ class IWAELoss(nn.Module):
         with nullcontext() if generator is None else private_rng(draw_seed(generator), device_of(q)):
             shape = torch.Size((self.num_samples,))
             z = q.sample(shape) if gradient == "none" else q.rsample(shape)
-        q_at_z = _detached(q) if gradient != "pathwise" else q
+        q_at_z = q if gradient == "pathwise" else copy_with(q, lambda t, *_: t.detach())
         log_ratio = log_prob_within(p, z, contained(q, p)) - q_at_z.log_prob(z)
         log_likelihood = -self._negative_log_prob(likelihood(z), x, len(batch.elements))
         kept_dims = 1 + len(batch.elements)
@@ -165,8 +165,3 @@ def _square_weights(z: Tensor, log_weight: Tensor) -> None:
     weights = log_weight.detach().softmax(0)
     weights = weights.reshape(weights.shape + (1,) * (z.dim() - weights.dim()))
     z.register_hook(lambda grad: weights * grad)
-
-
-def _detached(d: Distribution) -> Distribution:
-    detached: Distribution = copy_with(d, lambda t, *_: t.detach())
-    return detached

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +32,7 @@ from torch_klloss.elbo.likelihoods import (
 from torch_klloss.elbo.terms import ELBOTerms
 from torch_klloss.elbo.weighting import FreeNats, FreeNatsPer, balanced
 from torch_klloss.losses import AutoKL, KLLoss
-from torch_klloss.numerics.tracing import is_autocast_enabled
+from torch_klloss.numerics.tracing import without_autocast
 from torch_klloss.reduction import Batch
 from torch_klloss.rng import rng_state
 from torch_klloss.schedules import Schedule
@@ -169,7 +168,7 @@ class ELBOLoss(nn.Module):
             if terms is not None:
                 return terms
         pairs = pairs_of(q, p)
-        with _without_autocast(x):
+        with without_autocast(x.device):
             batch = batch_of(check_pair(*pairs[0]), self.kl.batch_dims, mask, lengths)
             check_shape(p_x, x, batch.elements)
             if batch.weights is not None:
@@ -221,7 +220,7 @@ class ELBOLoss(nn.Module):
             terms = self._plain_terms(recon, x, mean, logvar, likelihood, step)
             if terms is not None:
                 return terms
-        with _without_autocast(x):
+        with without_autocast(x.device):
             recon, x, mean, logvar = (full_precision(t) for t in (recon, x, mean, logvar))
             check_moments(mean, logvar)
             kl = self.kl
@@ -368,9 +367,3 @@ def _checked_weight(which: str, value: float) -> float:
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{which} must be finite and at least 0, got {value!r}.")
     return float(value)
-
-
-def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    if not is_autocast_enabled():
-        return nullcontext()
-    return torch.autocast(x.device.type, enabled=False)

@@ -67,14 +67,10 @@ class FreeNats:
 
     def floor_averages(self, kl_per_level: Sequence[Tensor], averages: Sequence[Tensor | None]) -> Tensor:
         """Return the sum of the batch means of the levels, dimensions or groups, each raised to λ."""
-        floored = [group.clamp(min=self.nats).sum() for group in self._groups(kl_per_level, averages)]
-        return torch.stack(floored).sum()
-
-    def _groups(self, kl_per_level: Sequence[Tensor], averages: Sequence[Tensor | None]) -> Sequence[Tensor]:
-        """Return the batch means that are raised one by one, level by level."""
-        if not self.must_split:
-            return kl_per_level
-        return [self._grouped(means.flatten()) for means in averages if means is not None]
+        groups = kl_per_level
+        if self.must_split:
+            groups = [self._grouped(means.flatten()) for means in averages if means is not None]
+        return torch.stack([group.clamp(min=self.nats).sum() for group in groups]).sum()
 
     def _grouped(self, means: Tensor) -> Tensor:
         if self.groups is None:
@@ -110,16 +106,12 @@ def _learns(d: Distribution) -> bool:
 
 
 def _with_scaled_gradient(d: Distribution, factor: float) -> Distribution:
-    return copy_with(d, lambda t, *_: scale_gradient(t, factor) if t.requires_grad else t)
-
-
-def scale_gradient(t: Tensor, factor: float) -> Tensor:
-    """Return t, with its gradient multiplied by `factor`."""
-    scaled: Tensor = _ScaleGradient.apply(t, factor)
-    return scaled
+    return copy_with(d, lambda t, *_: _ScaleGradient.apply(t, factor) if t.requires_grad else t)
 
 
 class _ScaleGradient(torch.autograd.Function):
+    """Return t, with its gradient multiplied by `factor`."""
+
     generate_vmap_rule = True
 
     @staticmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -30,6 +30,11 @@ def is_forward_mode() -> bool:
 def is_autocast_enabled() -> bool:
     """Return whether autocast is enabled for any device."""
     return torch._C._is_any_autocast_enabled()
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which autocast is off for the device."""
+    return torch.autocast(device.type, enabled=False) if is_autocast_enabled() else nullcontext()
 
 
 def without_func() -> AbstractContextManager[None]:
