@@ -11,16 +11,8 @@ from torch_klloss.auditing.explanation.mistakes import (
     terms,
 )
 
-CATALOGUE = (
-    *samples.MISTAKES,
-    *reductions.MISTAKES,
-    *spreads.MISTAKES,
-    *directions.MISTAKES,
-    *terms.MISTAKES,
-    *entropies.MISTAKES,
-    *classes.MISTAKES,
-    *gradients.MISTAKES,
-)
+_NATURES = (samples, reductions, spreads, directions, terms, entropies, classes, gradients)
+CATALOGUE = tuple(mistake for nature in _NATURES for mistake in nature.MISTAKES)
 """Every mistake that the audit knows; the question's own comes first."""
 
 __all__ = ["CATALOGUE"]

@@ -1,87 +1,85 @@
 """Mistakes with samples of q: a mean of the wrong quantity. The question that the library began with comes first."""
 
 import math
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from torch_klloss.auditing.explanation.mistake import Mistake
 
 _OWN_DRAWS = frozenset({"mean_logvar", "mean_std", "mean_logstd", "mean_var"})
 _SINGLE_DIMENSIONS = _OWN_DRAWS | {"distributions", "samples"}
 
+
+def _integrand(id: str, what: str, fix: str, wrong: str, integrand: Callable[[Tensor, Tensor], Tensor]) -> Mistake:
+    return Mistake(id, what, fix, "log_probs", wrong, sampled={"integrand": integrand})
+
+
 MISTAKES = (
-    Mistake(
-        id="weighted-twice",
-        what="it weights samples of q by q(x) again, although drawing them from q is that weighting",
-        fix="Take the plain mean of log q(x) - log p(x) over samples of q; a weight q(x) dx belongs to the points of a "
+    _integrand(
+        "weighted-twice",
+        "it weights samples of q by q(x) again, although drawing them from q is that weighting",
+        "Take the plain mean of log q(x) - log p(x) over samples of q; a weight q(x) dx belongs to the points of a "
         "grid.",
-        signature="log_probs",
-        wrong="(log_q.exp() * (log_q - log_p)).mean()",
-        sampled={"integrand": lambda log_q, log_p: log_q.exp() * (log_q - log_p)},
+        "(log_q.exp() * (log_q - log_p)).mean()",
+        lambda log_q, log_p: log_q.exp() * (log_q - log_p),
     ),
-    Mistake(
-        id="weighted-by-p",
-        what="it weights samples of q by p(x)",
-        fix="Take the plain mean of log q(x) - log p(x) over samples of q.",
-        signature="log_probs",
-        wrong="(log_p.exp() * (log_q - log_p)).mean()",
-        sampled={"integrand": lambda log_q, log_p: log_p.exp() * (log_q - log_p)},
+    _integrand(
+        "weighted-by-p",
+        "it weights samples of q by p(x)",
+        "Take the plain mean of log q(x) - log p(x) over samples of q.",
+        "(log_p.exp() * (log_q - log_p)).mean()",
+        lambda log_q, log_p: log_p.exp() * (log_q - log_p),
     ),
-    Mistake(
-        id="absolute-value",
-        what="it takes the absolute value of the log-ratio, which is biased: single log-ratios may be negative",
-        fix="Keep the sign: the mean is the KL only with the negative log-ratios in it.",
-        signature="log_probs",
-        wrong="(log_q - log_p).abs().mean()",
-        sampled={"integrand": lambda log_q, log_p: (log_q - log_p).abs()},
+    _integrand(
+        "absolute-value",
+        "it takes the absolute value of the log-ratio, which is biased: single log-ratios may be negative",
+        "Keep the sign: the mean is the KL only with the negative log-ratios in it.",
+        "(log_q - log_p).abs().mean()",
+        lambda log_q, log_p: (log_q - log_p).abs(),
     ),
-    Mistake(
-        id="clamped",
-        what="it clamps the log-ratio at zero, which is biased: single log-ratios may be negative",
-        fix="Do not clamp single estimates; for a non-negative one take r - 1 - log r with r = p(x)/q(x).",
-        signature="log_probs",
-        wrong="(log_q - log_p).clamp(min=0).mean()",
-        sampled={"integrand": lambda log_q, log_p: (log_q - log_p).clamp(min=0)},
+    _integrand(
+        "clamped",
+        "it clamps the log-ratio at zero, which is biased: single log-ratios may be negative",
+        "Do not clamp single estimates; for a non-negative one take r - 1 - log r with r = p(x)/q(x).",
+        "(log_q - log_p).clamp(min=0).mean()",
+        lambda log_q, log_p: (log_q - log_p).clamp(min=0),
     ),
-    Mistake(
-        id="half-squared-log-ratio",
-        what="it takes half the square of the log-ratio (k2), which is near the KL only where q is near p",
-        fix="Take the plain mean of log q(x) - log p(x).",
-        signature="log_probs",
-        wrong="(0.5 * (log_q - log_p) ** 2).mean()",
-        sampled={"integrand": lambda log_q, log_p: 0.5 * (log_q - log_p).square()},
+    _integrand(
+        "half-squared-log-ratio",
+        "it takes half the square of the log-ratio (k2), which is near the KL only where q is near p",
+        "Take the plain mean of log q(x) - log p(x).",
+        "(0.5 * (log_q - log_p) ** 2).mean()",
+        lambda log_q, log_p: 0.5 * (log_q - log_p).square(),
     ),
-    Mistake(
-        id="squared-log-ratio",
-        what="it takes the square of the log-ratio",
-        fix="Take the plain mean of log q(x) - log p(x).",
-        signature="log_probs",
-        wrong="((log_q - log_p) ** 2).mean()",
-        sampled={"integrand": lambda log_q, log_p: (log_q - log_p).square()},
+    _integrand(
+        "squared-log-ratio",
+        "it takes the square of the log-ratio",
+        "Take the plain mean of log q(x) - log p(x).",
+        "((log_q - log_p) ** 2).mean()",
+        lambda log_q, log_p: (log_q - log_p).square(),
     ),
-    Mistake(
-        id="k3-upside-down",
-        what="it has the ratio in k3 = r - 1 - log r upside down: r is p(x)/q(x) at samples of q, not q(x)/p(x)",
-        fix="Write log_r = log_p - log_q; (log_r.exp() - 1 - log_r).mean().",
-        signature="log_probs",
-        wrong="((log_q - log_p).exp() - 1 - (log_q - log_p)).mean()",
-        sampled={"integrand": lambda log_q, log_p: (log_q - log_p).exp() - 1 - (log_q - log_p)},
+    _integrand(
+        "k3-upside-down",
+        "it has the ratio in k3 = r - 1 - log r upside down: r is p(x)/q(x) at samples of q, not q(x)/p(x)",
+        "Write log_r = log_p - log_q; (log_r.exp() - 1 - log_r).mean().",
+        "((log_q - log_p).exp() - 1 - (log_q - log_p)).mean()",
+        lambda log_q, log_p: (log_q - log_p).exp() - 1 - (log_q - log_p),
     ),
-    Mistake(
-        id="no-logarithm",
-        what="it takes the difference of the densities and not of their logarithms",
-        fix="Leave out the exp: the KL is the mean of log q(x) - log p(x).",
-        signature="log_probs",
-        wrong="(log_q.exp() - log_p.exp()).mean()",
-        sampled={"integrand": lambda log_q, log_p: log_q.exp() - log_p.exp()},
+    _integrand(
+        "no-logarithm",
+        "it takes the difference of the densities and not of their logarithms",
+        "Leave out the exp: the KL is the mean of log q(x) - log p(x).",
+        "(log_q.exp() - log_p.exp()).mean()",
+        lambda log_q, log_p: log_q.exp() - log_p.exp(),
     ),
-    Mistake(
-        id="ratio-of-densities",
-        what="it takes the ratio of the densities and not its logarithm",
-        fix="Take the logarithm of the ratio: the KL is the mean of log q(x) - log p(x).",
-        signature="log_probs",
-        wrong="(log_p - log_q).exp().mean()",
-        sampled={"integrand": lambda log_q, log_p: (log_p - log_q).exp()},
+    _integrand(
+        "ratio-of-densities",
+        "it takes the ratio of the densities and not its logarithm",
+        "Take the logarithm of the ratio: the KL is the mean of log q(x) - log p(x).",
+        "(log_p - log_q).exp().mean()",
+        lambda log_q, log_p: (log_p - log_q).exp(),
     ),
     Mistake(
         id="joint-q-against-single-p",
@@ -145,12 +143,11 @@ MISTAKES = (
         sampled={"draws": lambda n, eps: n.q_mean + (0.5 * n.q_logvar).exp() * torch.special.ndtr(eps)},
         only=_OWN_DRAWS,
     ),
-    Mistake(
-        id="entropy-added",
-        what="it adds q's entropy where it should subtract it",
-        fix="The KL is the mean of log q(x) - log p(x), with a plus before log q(x).",
-        signature="log_probs",
-        wrong="(-log_q - log_p).mean()",
-        sampled={"integrand": lambda log_q, log_p: -log_q - log_p},
+    _integrand(
+        "entropy-added",
+        "it adds q's entropy where it should subtract it",
+        "The KL is the mean of log q(x) - log p(x), with a plus before log q(x).",
+        "(-log_q - log_p).mean()",
+        lambda log_q, log_p: -log_q - log_p,
     ),
 )
