@@ -18,10 +18,10 @@ from torch_klloss.numerics.moments import tilt_divergence, tilt_log_norm, tilt_m
 from torch_klloss.numerics.rounded import (
     EPS,
     Rounded,
-    apply,
     atan,
     cos,
     digamma,
+    elementwise,
     exp,
     expm1,
     lgamma,
@@ -224,8 +224,8 @@ class _ContinuousBernoulli(
         return square(self._of_size(lambda t: tilt_std(t)[0])) + square(self.mean())
 
     def log_laplace(self, b: Rounded) -> Rounded:
-        tilted = apply(lambda s: tilt_log_norm(magnitude(s)), self.logits - 1 / b, lambda s: torch.full_like(s, 0.5))
-        return tilted - self._of_size(tilt_log_norm) - 0.5 / b
+        log_norm = elementwise(lambda s: tilt_log_norm(magnitude(s)), lambda s: torch.full_like(s, 0.5))
+        return log_norm(self.logits - 1 / b) - self._of_size(tilt_log_norm) - 0.5 / b
 
     def cross_entropy(self, q: Any) -> Rounded:
         """It is log of the norm, less the log-odds times the distance of E[x] from ½."""
@@ -233,7 +233,7 @@ class _ContinuousBernoulli(
 
     def _of_size(self, f: Any) -> Rounded:
         """Return f of the magnitude of the log-odds, which is exact."""
-        return apply(lambda s: f(magnitude(s)), self.logits, torch.zeros_like)
+        return elementwise(lambda s: f(magnitude(s)), torch.zeros_like)(self.logits)
 
 
 class _VonMises(

@@ -10,7 +10,7 @@ import torch.distributions as dist
 
 from torch_klloss.closed_forms.cross_family.registration import Family
 from torch_klloss.numerics.constants import EULER, HALF_LOG_2PI
-from torch_klloss.numerics.rounded import Rounded, apply, digamma, exp, lgamma, log, log1p, square, where
+from torch_klloss.numerics.rounded import Rounded, digamma, elementwise, exp, lgamma, log, log1p, square, where
 from torch_klloss.numerics.rounded_special import entire_exponential_integral
 
 
@@ -71,7 +71,7 @@ class _Gumbel(
         z = (m - self.loc) / self.scale
         far = z.value < -5
         near = where(far, 0 * z, z)
-        above = apply(lambda t: entire_exponential_integral(torch.exp(-t)), near, torch.ones_like)
+        above = elementwise(lambda t: entire_exponential_integral(torch.exp(-t)), torch.ones_like)(near)
         return self.scale * where(far, EULER - z, near - EULER + 2 * above)
 
     def cross_entropy(self, q: Any) -> Rounded:
