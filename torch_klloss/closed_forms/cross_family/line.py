@@ -14,7 +14,7 @@ from torch_klloss.numerics.rounded import Rounded, digamma, elementwise, exp, lg
 from torch_klloss.numerics.rounded_special import entire_exponential_integral
 
 
-class _Normal(Family, of=dist.Normal, parameters=("loc", "scale"), placeholders=(0.0, 1.0), needs=("mean", "variance")):
+class _Normal(Family, of=dist.Normal, placeholders=(0.0, 1.0), needs=("mean", "variance")):
     """The entropy is ½ log(2πe σ²)."""
 
     loc: Rounded
@@ -26,7 +26,7 @@ class _Normal(Family, of=dist.Normal, parameters=("loc", "scale"), placeholders=
         return HALF_LOG_2PI + log(self.scale) + 0.5 * squares
 
 
-class _Laplace(Family, of=dist.Laplace, parameters=("loc", "scale"), placeholders=(0.0, 1.0), needs=("deviation",)):
+class _Laplace(Family, of=dist.Laplace, placeholders=(0.0, 1.0), needs=("deviation",)):
     """The entropy is 1 + log(2b)."""
 
     loc: Rounded
@@ -49,9 +49,7 @@ class _Laplace(Family, of=dist.Laplace, parameters=("loc", "scale"), placeholder
         return math.log(2) + log(self.scale) + q.deviation(self.loc) / self.scale
 
 
-class _Gumbel(
-    Family, of=dist.Gumbel, parameters=("loc", "scale"), placeholders=(0.0, 4.0), needs=("mean", "log_laplace")
-):
+class _Gumbel(Family, of=dist.Gumbel, placeholders=(0.0, 4.0), needs=("mean", "log_laplace")):
     """The mean is μ + γβ, the variance (πβ)²/6, the entropy log β + 1 + γ."""
 
     loc: Rounded
@@ -80,13 +78,7 @@ class _Gumbel(
         return log(self.scale) + (q.mean() - self.loc) / self.scale + scaled
 
 
-class _StudentT(
-    Family,
-    of=dist.StudentT,
-    parameters=("df", "loc", "scale"),
-    placeholders=(4.0, 0.0, 1.0),
-    needs=("log_square",),
-):
+class _StudentT(Family, of=dist.StudentT, placeholders=(4.0, 0.0, 1.0), needs=("log_square",)):
     """The variance is σ²ν/(ν - 2), for ν > 2."""
 
     df: Rounded
@@ -114,7 +106,7 @@ class _StudentT(
         return log_beta + log(self.scale) + 0.5 * log(self.df)
 
 
-class _Cauchy(Family, of=dist.Cauchy, parameters=("loc", "scale"), placeholders=(0.0, 1.0), needs=("log_square",)):
+class _Cauchy(Family, of=dist.Cauchy, placeholders=(0.0, 1.0), needs=("log_square",)):
     """The entropy is log(4πγ); of the moments here it has none but logarithms."""
 
     loc: Rounded
