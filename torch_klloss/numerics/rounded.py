@@ -34,7 +34,6 @@ class Rounded:
     Example:
         >>> import torch
         >>> from torch_klloss.numerics.rounded import Rounded
-        >>> from torch_klloss.numerics.rounded import Rounded
         >>> x = Rounded(torch.tensor(1e8, dtype=torch.float64))
         >>> nearly_nothing = (x + 1e-8) - x
         >>> bool(nearly_nothing.error >= (nearly_nothing.value - 1e-8).abs())
@@ -108,77 +107,54 @@ def _times(error: Tensor | float, size: Tensor) -> Tensor | float:
     return 0.0 if isinstance(error, float) and error == 0 else error * size
 
 
-def apply(f: Callable[[Tensor], Tensor], x: Rounded, slope: Callable[[Tensor], Tensor], floor: float = 0.0) -> Rounded:
-    """Return f(x), for a function of the library.
+def elementwise(
+    f: Callable[[Tensor], Tensor], slope: Callable[[Tensor], Tensor], floor: float = 0.0
+) -> Callable[[Rounded], Rounded]:
+    """Return a function of the library as a function of `Rounded` numbers.
 
     Args:
         f: the function, which loses `_LIBRARY` of its value, and of `floor`.
-        x: the argument.
-        slope: the derivative of f, for the error that x brings.
+        slope: the derivative of f, for the error that the argument brings.
         floor: a size that the error is relative to even where f is smaller, as beside a root.
     """
-    value = f(x.value)
 
-    def error() -> Tensor:
-        inherited = _times(x.error, _size(slope(x.value.detach()))) if isinstance(x.error, Tensor) else 0.0
-        return inherited + _LIBRARY * _size(value).clamp_min(floor)
+    def of_rounded(x: Rounded) -> Rounded:
+        value = f(x.value)
 
-    return _bounded(value, error)
+        def error() -> Tensor:
+            inherited = _times(x.error, _size(slope(x.value.detach()))) if isinstance(x.error, Tensor) else 0.0
+            return inherited + _LIBRARY * _size(value).clamp_min(floor)
 
+        return _bounded(value, error)
 
-def exp(x: Rounded) -> Rounded:
-    """Return the exponential."""
-    return apply(torch.exp, x, torch.exp)
-
-
-def expm1(x: Rounded) -> Rounded:
-    """Return exp(x) - 1."""
-    return apply(torch.expm1, x, torch.exp)
+    return of_rounded
 
 
-def log(x: Rounded) -> Rounded:
-    """Return the logarithm."""
-    return apply(torch.log, x, torch.reciprocal)
+def _digamma(x: Tensor) -> Tensor:
+    return x.log() - 0.5 / x + stirling_slope(x)
 
 
-def log1p(x: Rounded) -> Rounded:
-    """Return log(1 + x), kept away from x = -1."""
-    return apply(lambda t: torch.log1p(t.clamp_min(ABOVE_MINUS_ONE)), x, lambda t: 1 / (1 + t))
+def _trigamma(x: Tensor) -> Tensor:
+    return binet_trigamma(x) + 1 / x
+
+
+exp = elementwise(torch.exp, torch.exp)
+expm1 = elementwise(torch.expm1, torch.exp)
+log = elementwise(torch.log, torch.reciprocal)
+log1p = elementwise(lambda t: torch.log1p(t.clamp_min(ABOVE_MINUS_ONE)), lambda t: 1 / (1 + t))
+"""log(1 + x), kept away from x = -1."""
+erf = elementwise(torch.erf, lambda t: 2 / math.sqrt(math.pi) * torch.exp(-t * t))
+atan = elementwise(torch.atan, lambda t: 1 / (1 + t * t))
+cos = elementwise(torch.cos, torch.sin)
+lgamma = elementwise(torch.lgamma, torch.digamma, floor=1.0)
+digamma = elementwise(_digamma, _trigamma, floor=1.0)
+"""ψ(x) for x > 0, with a derivative that has all its digits, unlike torch's."""
+trigamma = elementwise(_trigamma, lambda t: _trigamma(t) * (1 + 2 / t))
 
 
 def square(x: Rounded) -> Rounded:
     """Return x²."""
     return x * x
-
-
-def erf(x: Rounded) -> Rounded:
-    """Return the error function."""
-    return apply(torch.erf, x, lambda t: 2 / math.sqrt(math.pi) * torch.exp(-t * t))
-
-
-def atan(x: Rounded) -> Rounded:
-    """Return the arc tangent."""
-    return apply(torch.atan, x, lambda t: 1 / (1 + t * t))
-
-
-def cos(x: Rounded) -> Rounded:
-    """Return the cosine."""
-    return apply(torch.cos, x, torch.sin)
-
-
-def lgamma(x: Rounded) -> Rounded:
-    """Return log Γ(x) for x > 0."""
-    return apply(torch.lgamma, x, torch.digamma, floor=1.0)
-
-
-def digamma(x: Rounded) -> Rounded:
-    """Return ψ(x) for x > 0, with a derivative that has all its digits, unlike torch's."""
-    return apply(_digamma, x, _trigamma, floor=1.0)
-
-
-def trigamma(x: Rounded) -> Rounded:
-    """Return ψ'(x) for x > 0."""
-    return apply(_trigamma, x, lambda t: _trigamma(t) * (1 + 2 / t))
 
 
 def where(mask: Tensor, a: Rounded, b: Rounded) -> Rounded:
@@ -190,11 +166,3 @@ def where(mask: Tensor, a: Rounded, b: Rounded) -> Rounded:
 def positive(x: Rounded) -> Rounded:
     """Return max(x, 0)."""
     return Rounded(torch.where(x.value > 0, x.value, 0 * x.value), x.error)
-
-
-def _digamma(x: Tensor) -> Tensor:
-    return x.log() - 0.5 / x + stirling_slope(x)
-
-
-def _trigamma(x: Tensor) -> Tensor:
-    return binet_trigamma(x) + 1 / x

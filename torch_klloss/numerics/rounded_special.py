@@ -11,21 +11,27 @@ from torch_klloss.numerics.constants import EULER, HALF_LOG_2PI
 from torch_klloss.numerics.custom_gradient import custom_gradient
 from torch_klloss.numerics.elementary import horner
 from torch_klloss.numerics.moments import stirling, stirling_slope
-from torch_klloss.numerics.rounded import EPS, Rounded, apply, log, log1p, where
+from torch_klloss.numerics.rounded import EPS, Rounded, elementwise, log, log1p, where
 from torch_klloss.numerics.special import gauss_legendre
 
 _FAR = 40.0  # from here on the exponential integral E1 is below rounding
 _GAUSS = gauss_legendre(32)
 
 
-def stirling_rest(x: Rounded) -> Rounded:
-    """Return Stirling's remainder lgamma(x) - (x - ½) log x + x - ½ log 2π."""
-    return apply(stirling, x, stirling_slope)
-
-
-def stirling_rest_slope(x: Rounded) -> Rounded:
-    """Return the derivative of Stirling's remainder, ψ(x) - log x + 1/(2x)."""
-    return apply(stirling_slope, x, lambda t: 1 / t**2)
+stirling_rest = elementwise(stirling, stirling_slope)
+"""Stirling's remainder lgamma(x) - (x - ½) log x + x - ½ log 2π."""
+stirling_rest_slope = elementwise(stirling_slope, lambda t: 1 / t**2)
+"""The derivative of Stirling's remainder, ψ(x) - log x + 1/(2x)."""
+log_sine = elementwise(lambda t: torch.sin(t).log(), lambda t: 1 / torch.tan(t), floor=1.0)
+"""log sin(x) for 0 < x < π."""
+log_erfcx = elementwise(
+    lambda t: torch.special.erfcx(t).log(),
+    lambda t: 2 * t - 2 / math.sqrt(math.pi) / torch.special.erfcx(t),
+    floor=1.0,
+)
+"""log(exp(x²) erfc(x)) for x > 0; its derivative, of the order 1/x, loses x² of its digits."""
+log_i0e = elementwise(lambda t: torch.special.i0e(t).log(), torch.ones_like, floor=1.0)
+"""log(exp(-x) I0(x)) for x > 0."""
 
 
 def log_gamma_rest(a: Rounded) -> Rounded:
@@ -46,22 +52,6 @@ def log_ratio_of_gammas(a: Rounded, k: Rounded) -> Rounded:
     return (a - 0.5) * growth + k * (log(total) - 1) + stirling_rest(total) - stirling_rest(a)
 
 
-def log_sine(x: Rounded) -> Rounded:
-    """Return log sin(x) for 0 < x < π."""
-    return apply(lambda t: torch.sin(t).log(), x, lambda t: 1 / torch.tan(t), floor=1.0)
-
-
-def log_erfcx(x: Rounded) -> Rounded:
-    """Return log(exp(x²) erfc(x)) for x > 0; its derivative, of the order 1/x, loses x² of its digits."""
-    slope = 2 / math.sqrt(math.pi)
-    return apply(lambda t: torch.special.erfcx(t).log(), x, lambda t: 2 * t - slope / torch.special.erfcx(t), floor=1.0)
-
-
-def log1p_over(x: Rounded) -> Rounded:
-    """Return log(1 + x)/x for x > -1."""
-    return apply(_log1p_over, x, lambda t: 1 / (1 + t))
-
-
 def _log1p_over_slope(x: Tensor) -> Tensor:
     near = x.abs() < 1e-2
     safe = torch.where(near, 1.0, x)
@@ -73,6 +63,10 @@ def _log1p_over_slope(x: Tensor) -> Tensor:
 def _log1p_over(x: Tensor) -> Tensor:
     safe = torch.where(x == 0, 1.0, x)
     return torch.where(x == 0, 1.0 - x / 2, torch.log1p(safe) / safe)
+
+
+log1p_over = elementwise(_log1p_over, lambda t: 1 / (1 + t))
+"""log(1 + x)/x for x > -1."""
 
 
 def _slope(w: Tensor) -> Tensor:
@@ -95,11 +89,6 @@ def entire_exponential_integral(w: Tensor) -> Tensor:
     return torch.where(w < _FAR, total, w.clamp_min(1.0).log() + EULER)
 
 
-def sinc(x: Rounded) -> Rounded:
-    """Return sin(x)/x."""
-    return apply(_sinc, x, torch.ones_like)
-
-
 def _sinc_slope(x: Tensor) -> Tensor:
     near = x.abs() < 0.5
     safe = torch.where(near, 1.0, x)
@@ -112,9 +101,8 @@ def _sinc(x: Tensor) -> Tensor:
     return torch.sinc(x / math.pi)
 
 
-def log_i0e(x: Rounded) -> Rounded:
-    """Return log(exp(-x) I0(x)) for x > 0."""
-    return apply(lambda t: torch.special.i0e(t).log(), x, torch.ones_like, floor=1.0)
+sinc = elementwise(_sinc, torch.ones_like)
+"""sin(x)/x."""
 
 
 def kumaraswamy_log1m(a: Rounded, b: Rounded) -> Rounded:

@@ -401,12 +401,21 @@ def test_every_element_is_what_it_is_alone_whatever_the_chunk(monkeypatch):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
-def test_the_derivative_can_be_differentiated():
-    loc, scale = f64(0.3).requires_grad_(), f64(1.3).requires_grad_()
+@pytest.mark.parametrize("shapes", [((), ()), ((2,), ()), ((2, 1), (2,))])
+def test_the_derivative_can_be_differentiated(shapes):
+    loc, scale = (
+        torch.full(s, x, dtype=torch.float64).requires_grad_() for s, x in zip(shapes, (0.3, 1.3), strict=True)
+    )
 
     def value(loc, scale):
         return Quadrature().estimate(Normal(loc, scale), StudentT(f64(4.0))).value
 
+    q = Normal(loc, scale)
+    for parameters in ((loc, scale), (q.loc, q.scale)):
+        plain = torch.autograd.grad(value(*parameters).sum(), parameters)
+        recorded = torch.autograd.grad(value(*parameters).sum(), parameters, create_graph=True)
+        torch.testing.assert_close(recorded, plain, rtol=1e-12, atol=1e-14)
+        assert all(each.requires_grad and each.all() for each in recorded)
     assert torch.autograd.gradcheck(value, (loc, scale))
     assert torch.autograd.gradgradcheck(value, (loc, scale))
 

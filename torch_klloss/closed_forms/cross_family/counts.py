@@ -15,10 +15,14 @@ from torch_klloss.distributions.given import as_given
 from torch_klloss.distributions.tensors import dtype_of
 from torch_klloss.numerics.elementary import infinity
 from torch_klloss.numerics.moments import generalised_kl
+from torch_klloss.numerics.rounded import Rounded
 
 
-class _Bernoulli(Family, of=dist.Bernoulli, parameters=("one", "zero"), placeholders=(0.5, 0.5)):
+class _Bernoulli(Family, of=dist.Bernoulli, placeholders=(0.5, 0.5)):
     """The parameters are the probabilities of 1 and of 0, both to all digits where the logits were given."""
+
+    one: Rounded
+    zero: Rounded
 
     @classmethod
     def parameters_of(cls, d: Any) -> tuple[Tensor, ...]:
@@ -27,8 +31,10 @@ class _Bernoulli(Family, of=dist.Bernoulli, parameters=("one", "zero"), placehol
         return (param, 1 - param) if is_probs else (param.sigmoid(), (-param).sigmoid())
 
 
-class _Poisson(Family, of=dist.Poisson, parameters=("rate",), placeholders=(1.0,)):
+class _Poisson(Family, of=dist.Poisson, placeholders=(1.0,)):
     """It takes part in written formulas alone."""
+
+    rate: Rounded
 
 
 @cross_family(dist.Bernoulli, dist.Poisson, infinite=nowhere)

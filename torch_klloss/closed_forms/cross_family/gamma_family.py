@@ -13,7 +13,7 @@ from torch_klloss.numerics.rounded import Rounded, digamma, exp, expm1, lgamma, 
 from torch_klloss.numerics.rounded_special import gamma_entropy, log_gamma_rest, log_ratio_of_gammas
 
 
-class _Exponential(Family, of=dist.Exponential, parameters=("rate",), placeholders=(1.0,), needs=("mean",)):
+class _Exponential(Family, of=dist.Exponential, placeholders=(1.0,), needs=("mean",)):
     """An Exponential is the Gamma of shape 1."""
 
     rate: Rounded
@@ -44,9 +44,7 @@ class _Exponential(Family, of=dist.Exponential, parameters=("rate",), placeholde
         return self.rate * q.mean() - log(self.rate)
 
 
-class _Gamma(
-    Family, of=dist.Gamma, parameters=("concentration", "rate"), placeholders=(2.0, 2.0), needs=("mean", "log")
-):
+class _Gamma(Family, of=dist.Gamma, placeholders=(2.0, 2.0), needs=("mean", "log")):
     """E[x^k] = Γ(α + k)/Γ(α)/β^k, and log x has the mean ψ(α) - log β and the variance ψ'(α)."""
 
     concentration: Rounded
@@ -76,13 +74,7 @@ class _Gamma(
         return log_gamma_rest(a) + q.log() + a * (rate * q.mean() - 1 - (q.log() + log(rate)))
 
 
-class _InverseGamma(
-    Family,
-    of=dist.InverseGamma,
-    parameters=("concentration", "rate"),
-    placeholders=(8.0, 2.0),
-    needs=("log", "reciprocal"),
-):
+class _InverseGamma(Family, of=dist.InverseGamma, placeholders=(8.0, 2.0), needs=("log", "reciprocal")):
     """The moments follow from 1/x, a Gamma."""
 
     concentration: Rounded
@@ -118,9 +110,7 @@ class _InverseGamma(
         return log_gamma_rest(a) + q.log() + a * (rate * q.reciprocal() - 1 + (q.log() - log(rate)))
 
 
-class _Weibull(
-    Family, of=dist.Weibull, parameters=("scale", "concentration"), placeholders=(1.0, 1.5), needs=("log", "log_power")
-):
+class _Weibull(Family, of=dist.Weibull, placeholders=(1.0, 1.5), needs=("log", "log_power")):
     """E[x^j] = λ^j Γ(1 + j/k), and log x has the mean log λ - γ/k and the variance π²/(6k²)."""
 
     scale: Rounded
@@ -158,9 +148,7 @@ class _Weibull(
         return k * (log_scale - q.log()) + q.log() - log(k) + exp(q.log_power(k) - k * log_scale)
 
 
-class _FisherSnedecor(
-    Family, of=dist.FisherSnedecor, parameters=("df1", "df2"), placeholders=(4.0, 12.0), needs=("log", "log_affine")
-):
+class _FisherSnedecor(Family, of=dist.FisherSnedecor, placeholders=(4.0, 12.0), needs=("log", "log_affine")):
     """b/a times a ratio of Gammas of the shapes a = ½ df1 and b = ½ df2."""
 
     df1: Rounded

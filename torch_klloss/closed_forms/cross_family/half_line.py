@@ -17,9 +17,7 @@ ROOT_2 = math.sqrt(2)
 ROOT_2_OVER_PI = math.sqrt(2 / math.pi)
 
 
-class _LogNormal(
-    Family, of=dist.LogNormal, parameters=("loc", "scale"), placeholders=(0.0, 1.0), needs=("log", "log_variance")
-):
+class _LogNormal(Family, of=dist.LogNormal, placeholders=(0.0, 1.0), needs=("log", "log_variance")):
     """The logarithm is Normal, and E[x^k] = exp(kμ + ½ k²σ²)."""
 
     loc: Rounded
@@ -63,7 +61,7 @@ class _LogNormal(
         return HALF_LOG_2PI + log(self.scale) + q.log() + 0.5 * squares
 
 
-class _HalfNormal(Family, of=dist.HalfNormal, parameters=("scale",), placeholders=(1.0,), needs=("second",)):
+class _HalfNormal(Family, of=dist.HalfNormal, placeholders=(1.0,), needs=("second",)):
     """The absolute value of a Normal around 0."""
 
     scale: Rounded
@@ -101,7 +99,7 @@ class _HalfNormal(Family, of=dist.HalfNormal, parameters=("scale",), placeholder
         return 0.5 * math.log(math.pi / 2) + log(self.scale) + 0.5 * (q.second() / square(self.scale))
 
 
-class _HalfCauchy(Family, of=dist.HalfCauchy, parameters=("scale",), placeholders=(1.0,), needs=("log_square",)):
+class _HalfCauchy(Family, of=dist.HalfCauchy, placeholders=(1.0,), needs=("log_square",)):
     """E[x^k] = γ^k/cos(½πk) for |k| < 1; log x has the mean log γ and the variance ¼π²."""
 
     scale: Rounded
@@ -124,7 +122,7 @@ class _HalfCauchy(Family, of=dist.HalfCauchy, parameters=("scale",), placeholder
         return math.log(math.pi / 2) - log(self.scale) + q.log_square(0 * self.scale, self.scale)
 
 
-class _Pareto(Family, of=dist.Pareto, parameters=("scale", "alpha"), placeholders=(0.125, 8.0), needs=("log",)):
+class _Pareto(Family, of=dist.Pareto, placeholders=(0.125, 8.0), needs=("log",)):
     """E[x^k] = s^k α/(α - k), and log x has the mean log s + 1/α and the variance 1/α²."""
 
     scale: Rounded
@@ -163,12 +161,7 @@ class _Pareto(Family, of=dist.Pareto, parameters=("scale", "alpha"), placeholder
         return q.log() - log(self.alpha) + self.alpha * (q.log() - log(self.scale))
 
 
-class _GeneralizedPareto(
-    Family,
-    of=dist.GeneralizedPareto,
-    parameters=("loc", "scale", "concentration"),
-    placeholders=(0.0, 1.0, -0.5),
-):
+class _GeneralizedPareto(Family, of=dist.GeneralizedPareto, placeholders=(0.0, 1.0, -0.5)):
     """The mean is μ + σ/(1 - c), the variance (σ/(1 - c))²/(1 - 2c); c = 0 is an Exponential, c = -1 a Uniform."""
 
     loc: Rounded

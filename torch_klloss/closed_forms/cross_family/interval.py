@@ -18,10 +18,10 @@ from torch_klloss.numerics.moments import tilt_divergence, tilt_log_norm, tilt_m
 from torch_klloss.numerics.rounded import (
     EPS,
     Rounded,
-    apply,
     atan,
     cos,
     digamma,
+    elementwise,
     exp,
     expm1,
     lgamma,
@@ -41,7 +41,7 @@ from torch_klloss.numerics.rounded_special import (
 )
 
 
-class _Uniform(Family, of=dist.Uniform, parameters=("low", "high"), placeholders=(0.25, 0.75), needs=()):
+class _Uniform(Family, of=dist.Uniform, placeholders=(0.25, 0.75), needs=()):
     """Every moment is a difference of an antiderivative."""
 
     low: Rounded
@@ -106,13 +106,7 @@ class _Uniform(Family, of=dist.Uniform, parameters=("low", "high"), placeholders
         return Rounded(ratio, 4 * EPS * ratio.detach().abs())
 
 
-class _Beta(
-    Family,
-    of=dist.Beta,
-    parameters=("concentration1", "concentration0"),
-    placeholders=(2.0, 2.0),
-    needs=("log", "log1m"),
-):
+class _Beta(Family, of=dist.Beta, placeholders=(2.0, 2.0), needs=("log", "log1m")):
     """E[x^k] = Γ(a + k)/Γ(a) Γ(S)/Γ(S + k) with S = a + b; log x has the mean ψ(a) - ψ(S)."""
 
     concentration1: Rounded
@@ -156,9 +150,7 @@ class _Beta(
         return self.concentration1, self.concentration0, self.concentration1 + self.concentration0
 
 
-class _Kumaraswamy(
-    Family, of=dist.Kumaraswamy, parameters=("concentration1", "concentration0"), placeholders=(2.0, 2.0)
-):
+class _Kumaraswamy(Family, of=dist.Kumaraswamy, placeholders=(2.0, 2.0)):
     """x^a is a Beta(1, b): E[x^k] = b B(1 + k/a, b), and log x has the mean -(ψ(b + 1) + γ)/a."""
 
     concentration1: Rounded
@@ -202,9 +194,7 @@ class _Kumaraswamy(
         return digamma(self.concentration0 + 1) + EULER
 
 
-class _ContinuousBernoulli(
-    Family, of=dist.ContinuousBernoulli, parameters=("logits",), placeholders=(1.0,), needs=("mean",)
-):
+class _ContinuousBernoulli(Family, of=dist.ContinuousBernoulli, placeholders=(1.0,), needs=("mean",)):
     """The Uniform on [0, 1], tilted by exp(x log-odds)."""
 
     logits: Rounded
@@ -224,8 +214,8 @@ class _ContinuousBernoulli(
         return square(self._of_size(lambda t: tilt_std(t)[0])) + square(self.mean())
 
     def log_laplace(self, b: Rounded) -> Rounded:
-        tilted = apply(lambda s: tilt_log_norm(magnitude(s)), self.logits - 1 / b, lambda s: torch.full_like(s, 0.5))
-        return tilted - self._of_size(tilt_log_norm) - 0.5 / b
+        log_norm = elementwise(lambda s: tilt_log_norm(magnitude(s)), lambda s: torch.full_like(s, 0.5))
+        return log_norm(self.logits - 1 / b) - self._of_size(tilt_log_norm) - 0.5 / b
 
     def cross_entropy(self, q: Any) -> Rounded:
         """It is log of the norm, less the log-odds times the distance of E[x] from ½."""
@@ -233,12 +223,10 @@ class _ContinuousBernoulli(
 
     def _of_size(self, f: Any) -> Rounded:
         """Return f of the magnitude of the log-odds, which is exact."""
-        return apply(lambda s: f(magnitude(s)), self.logits, torch.zeros_like)
+        return elementwise(lambda s: f(magnitude(s)), torch.zeros_like)(self.logits)
 
 
-class _VonMises(
-    Family, of=dist.VonMises, parameters=("loc", "concentration"), placeholders=(0.0, 1.0), needs=("cosine",)
-):
+class _VonMises(Family, of=dist.VonMises, placeholders=(0.0, 1.0), needs=("cosine",)):
     """The density is exp(κ cos(x - μ))/(2π I0(κ)) on (-π, π)."""
 
     loc: Rounded

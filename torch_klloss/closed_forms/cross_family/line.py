@@ -10,11 +10,11 @@ import torch.distributions as dist
 
 from torch_klloss.closed_forms.cross_family.registration import Family
 from torch_klloss.numerics.constants import EULER, HALF_LOG_2PI
-from torch_klloss.numerics.rounded import Rounded, apply, digamma, exp, lgamma, log, log1p, square, where
+from torch_klloss.numerics.rounded import Rounded, digamma, elementwise, exp, lgamma, log, log1p, square, where
 from torch_klloss.numerics.rounded_special import entire_exponential_integral
 
 
-class _Normal(Family, of=dist.Normal, parameters=("loc", "scale"), placeholders=(0.0, 1.0), needs=("mean", "variance")):
+class _Normal(Family, of=dist.Normal, placeholders=(0.0, 1.0), needs=("mean", "variance")):
     """The entropy is ½ log(2πe σ²)."""
 
     loc: Rounded
@@ -26,7 +26,7 @@ class _Normal(Family, of=dist.Normal, parameters=("loc", "scale"), placeholders=
         return HALF_LOG_2PI + log(self.scale) + 0.5 * squares
 
 
-class _Laplace(Family, of=dist.Laplace, parameters=("loc", "scale"), placeholders=(0.0, 1.0), needs=("deviation",)):
+class _Laplace(Family, of=dist.Laplace, placeholders=(0.0, 1.0), needs=("deviation",)):
     """The entropy is 1 + log(2b)."""
 
     loc: Rounded
@@ -49,9 +49,7 @@ class _Laplace(Family, of=dist.Laplace, parameters=("loc", "scale"), placeholder
         return math.log(2) + log(self.scale) + q.deviation(self.loc) / self.scale
 
 
-class _Gumbel(
-    Family, of=dist.Gumbel, parameters=("loc", "scale"), placeholders=(0.0, 4.0), needs=("mean", "log_laplace")
-):
+class _Gumbel(Family, of=dist.Gumbel, placeholders=(0.0, 4.0), needs=("mean", "log_laplace")):
     """The mean is μ + γβ, the variance (πβ)²/6, the entropy log β + 1 + γ."""
 
     loc: Rounded
@@ -71,7 +69,7 @@ class _Gumbel(
         z = (m - self.loc) / self.scale
         far = z.value < -5
         near = where(far, 0 * z, z)
-        above = apply(lambda t: entire_exponential_integral(torch.exp(-t)), near, torch.ones_like)
+        above = elementwise(lambda t: entire_exponential_integral(torch.exp(-t)), torch.ones_like)(near)
         return self.scale * where(far, EULER - z, near - EULER + 2 * above)
 
     def cross_entropy(self, q: Any) -> Rounded:
@@ -80,13 +78,7 @@ class _Gumbel(
         return log(self.scale) + (q.mean() - self.loc) / self.scale + scaled
 
 
-class _StudentT(
-    Family,
-    of=dist.StudentT,
-    parameters=("df", "loc", "scale"),
-    placeholders=(4.0, 0.0, 1.0),
-    needs=("log_square",),
-):
+class _StudentT(Family, of=dist.StudentT, placeholders=(4.0, 0.0, 1.0), needs=("log_square",)):
     """The variance is σ²ν/(ν - 2), for ν > 2."""
 
     df: Rounded
@@ -114,7 +106,7 @@ class _StudentT(
         return log_beta + log(self.scale) + 0.5 * log(self.df)
 
 
-class _Cauchy(Family, of=dist.Cauchy, parameters=("loc", "scale"), placeholders=(0.0, 1.0), needs=("log_square",)):
+class _Cauchy(Family, of=dist.Cauchy, placeholders=(0.0, 1.0), needs=("log_square",)):
     """The entropy is log(4πγ); of the moments here it has none but logarithms."""
 
     loc: Rounded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import get_annotations
 from itertools import permutations
 from typing import Any, ClassVar, TypeVar
 
@@ -12,7 +13,7 @@ from torch.distributions import Distribution
 
 from torch_klloss.closed_forms.registry import _RULES, Types, register_kl
 from torch_klloss.distributions.checks import type_name
-from torch_klloss.distributions.tails import Tails, declare_tails, declared_tails, is_infinite_by_tails
+from torch_klloss.distributions.tails import declared_tails, is_infinite_by_tails
 from torch_klloss.distributions.tensors import dtype_of
 from torch_klloss.estimate import NotCertifiedError
 from torch_klloss.numerics.elementary import infinity
@@ -32,8 +33,8 @@ FORMULAS: dict[Types, Formula] = {}
 class Family:
     """Declaration of one family of distributions, by a subclass: its parameters, its moments and its cross-entropy.
 
-    An instance holds the parameters as attributes, `Rounded` and in float64. As q the family provides its `entropy` and
-    the moments that it has methods for; a method may assume that the moment is finite:
+    The parameters are the attributes that it annotates, `Rounded` and in float64. As q the family provides its
+    `entropy` and the moments that it has methods for; a method may assume that the moment is finite:
 
     - mean, second, variance: of x; second is E[x²]
     - log_power(k), reciprocal: log E[x^k] and E[1/x], of q on the positive numbers
@@ -50,29 +51,19 @@ class Family:
 
     Args:
         of: the type of distribution.
-        parameters: the names of its parameters.
         placeholders: parameters that replace those of an infinite KL, with light tails, and mass on [¼, ¾] if anywhere.
         needs: the moments that the cross-entropy takes; None where the family cannot be p.
-        tails: how its densities fall, as `declare_tails` takes it, unless that is declared already.
     """
 
-    of: ClassVar[type[Distribution]]
     parameters: ClassVar[tuple[str, ...]]
     placeholders: ClassVar[tuple[float, ...]]
     needs: ClassVar[tuple[str, ...] | None]
 
     def __init_subclass__(
-        cls,
-        of: type[Distribution],
-        parameters: tuple[str, ...],
-        placeholders: tuple[float, ...],
-        needs: tuple[str, ...] | None = None,
-        tails: Callable[[Any], Tails] | None = None,
+        cls, of: type[Distribution], placeholders: tuple[float, ...], needs: tuple[str, ...] | None = None
     ) -> None:
-        cls.of, cls.parameters, cls.placeholders, cls.needs = of, parameters, placeholders, needs
+        cls.parameters, cls.placeholders, cls.needs = tuple(get_annotations(cls)), placeholders, needs
         FAMILIES[of] = cls
-        if tails is not None:
-            declare_tails(of, tails)
 
     def __init__(self, *values: Tensor) -> None:
         for key, value in zip(self.parameters, values, strict=True):
