@@ -129,11 +129,8 @@ def _audit(fn: Callable[..., Any], name: str, bindings: list[Binding], settings:
 def _right_if_independent(judgement: Judgement, settings: Settings) -> bool:
     """Return whether a loss with a mean over the latents is right for q and p wrapped in `Independent`."""
     subject = judgement.subject
-    if (
-        subject.signature.name != "distributions"
-        or not judgement.fits
-        or "mean-over-latent" not in judgement.fits[0].ids
-    ):
+    mistakes = judgement.fits[0].ids if judgement.fits else frozenset()
+    if subject.signature.name != "distributions" or "mean-over-latent" not in mistakes:
         return False
     binding = replace(subject.binding, signature=SIGNATURES["independent"])
     try:

@@ -6,13 +6,14 @@ They give remarks to the user, and do not decide whether a loss is right.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_klloss.auditing.experiment.calling import CallError, Reply, call_once
+from torch_klloss.auditing.experiment.calling import CallError, Reply, quiet, reply_to, seeded
 from torch_klloss.auditing.experiment.observation import Subject, describe
 from torch_klloss.auditing.experiment.probes import Categoricals, Layout, Normals
 from torch_klloss.auditing.experiment.signatures import Leaves, ProbedPair
@@ -32,9 +33,10 @@ def remarks(subject: Subject, fit: Fit, seed: int, *, stochastic: bool) -> list[
     return found
 
 
-def _reply(subject: Subject, leaves: Leaves, dtype: torch.dtype, seed: int) -> Reply:
-    live = {name: leaf.to(dtype, copy=True).requires_grad_(subject.gradient) for name, leaf in leaves.items()}
-    return call_once(subject.fn, subject.binding, live, seed)
+def _reply(subject: Subject, leaves: Leaves, seed: int) -> Reply:
+    live = {name: leaf.clone().requires_grad_(subject.gradient) for name, leaf in leaves.items()}
+    with quiet(), seeded(seed):
+        return reply_to(subject.fn, subject.binding, live, watched=False)
 
 
 def _kl_like(value: Tensor, subject: Subject, leaves: Leaves, fit: Fit) -> Tensor:
@@ -52,7 +54,7 @@ def _kl_like(value: Tensor, subject: Subject, leaves: Leaves, fit: Fit) -> Tenso
     raise CallError("its shape changes")
 
 
-def _normals(subject: Subject, shape: tuple[int, ...], mean: float, logvar: float) -> Leaves:
+def _leaves(subject: Subject, shape: tuple[int, ...], mean: float, logvar: float) -> Leaves:
     """Return the leaves of a q near or far from p = N(0, 1), or of two categorical distributions alike."""
     size = torch.Size(shape).numel()
     signs = torch.where(torch.arange(size) % 2 == 0, 1.0, -1.0).double()
@@ -65,41 +67,32 @@ def _normals(subject: Subject, shape: tuple[int, ...], mean: float, logvar: floa
     return {name: leaf.reshape(shape) for name, leaf in subject.signature.leaves(drawn).items()}
 
 
-def _shape(subject: Subject) -> tuple[int, ...]:
-    return subject.layout.shapes[1] if subject.rank > 1 else subject.layout.shapes[1][1:]
+def _float32_leaves(subject: Subject, mean: float, logvar: float) -> Leaves:
+    shape = subject.layout.shapes[1] if subject.rank > 1 else subject.layout.shapes[1][1:]
+    return {name: leaf.float() for name, leaf in _leaves(subject, shape, mean, logvar).items()}
 
 
 def _dtypes(subject: Subject, seed: int) -> Iterator[str]:
-    leaves = {name: parts[0] if subject.rank > 1 else parts[0][0] for name, parts in subject.split.items()}
-    for dtype in (torch.float32, torch.bfloat16):
-        live = {name: leaf.to(dtype, copy=True) for name, leaf in leaves.items()}
-        returned: list[torch.dtype] = []
-        try:
-            call_once(_watch(subject.fn, returned), subject.binding, live, seed)
-        except CallError as error:
-            if dtype is torch.float32:
-                yield f"in float32 {error}."
-            continue
-        if returned and returned[0] is not dtype and dtype is torch.float32:
-            yield f"it returns {returned[0]} for {dtype} parameters."
+    returned: list[Any] = []
 
+    def watched(*arguments: Any) -> Any:
+        returned.append(subject.fn(*arguments))
+        return returned[0]
 
-def _watch(fn: Callable[..., object], returned: list[torch.dtype]) -> Callable[..., object]:
-    def watched(*arguments: object) -> object:
-        value = fn(*arguments)
-        if isinstance(value, Tensor):
-            returned.append(value.dtype)
-        return value
-
-    return watched
+    single = replace(subject, fn=watched, dtype=torch.float32, gradient=False)
+    try:
+        _reply(single, single.leaves_of(0), seed)
+    except CallError as error:
+        yield f"in float32 {error}."
+        return
+    if isinstance(returned[0], Tensor) and returned[0].dtype is not torch.float32:
+        yield f"it returns {returned[0].dtype} for torch.float32 parameters."
 
 
 def _near_equality(subject: Subject, fit: Fit, seed: int) -> Iterator[str]:
-    shape = _shape(subject)
-    leaves = _normals(subject, shape, _NEAR, _NEAR)
-    leaves = {name: leaf.float() for name, leaf in leaves.items()}
+    leaves = _float32_leaves(subject, _NEAR, _NEAR)
     try:
-        reply = _reply(subject, leaves, torch.float32, seed)
+        reply = _reply(subject, leaves, seed)
         kl = _kl_like(reply.value, subject, leaves, fit)
     except CallError:
         return
@@ -117,23 +110,19 @@ def _near_equality(subject: Subject, fit: Fit, seed: int) -> Iterator[str]:
 
 
 def _extremes(subject: Subject, fit: Fit, seed: int) -> Iterator[str]:
-    shape = _shape(subject)
+    cases = {f"log-variances of {logvar:+.0f}": (0.5, logvar) for logvar in (-2 * _FAR, 2 * _FAR)}
     if subject.signature.categorical:
-        cases = {"scores 200 apart": _normals(subject, shape, 100.0, 0.0)}
-    else:
-        cases = {
-            f"log-variances of {logvar:+.0f}": _normals(subject, shape, 0.5, logvar) for logvar in (-2 * _FAR, 2 * _FAR)
-        }
-    for name, leaves in cases.items():
-        single = {key: leaf.float() for key, leaf in leaves.items()}
-        if not all(bool(leaf.isfinite().all()) for leaf in single.values()):
+        cases = {"scores 200 apart": (100.0, 0.0)}
+    for name, parameters in cases.items():
+        leaves = _float32_leaves(subject, *parameters)
+        if not all(bool(leaf.isfinite().all()) for leaf in leaves.values()):
             continue
         try:
-            reply = _reply(subject, single, torch.float32, seed)
+            reply = _reply(subject, leaves, seed)
         except CallError as error:
             yield f"at {name} {error}."
             continue
-        kl = _kl_like(reply.value, subject, single, fit)
+        kl = _kl_like(reply.value, subject, leaves, fit)
         if not math.isfinite(float(kl.sum())):
             continue
         if not bool(reply.value.isfinite().all()):
@@ -150,9 +139,9 @@ def _shapes(subject: Subject, fit: Fit, seed: int, *, stochastic: bool) -> Itera
     if subject.signature.categorical:
         del cases["a single latent dimension"]
     for name, shape in cases.items():
-        leaves = {key: leaf.reshape(shape) for key, leaf in _normals(subject, shape, 0.5, 0.4).items()}
+        leaves = _leaves(subject, shape, 0.5, 0.4)
         try:
-            reply = _reply(subject, leaves, torch.float64, seed)
+            reply = _reply(subject, leaves, seed)
             if stochastic or subject.signature.given_samples or fit.ids:
                 continue
             kl = _kl_like(reply.value, subject, leaves, fit)

@@ -6,7 +6,7 @@ difference, and with a multiple of the KL's. The results for the parameters of q
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,23 +32,15 @@ class GradientFinding:
     Attributes:
         summary: in words.
         mistakes: of the gradient alone; empty where it is the KL's, or follows from a wrong value.
-        kinds: the kind of gradient that each parameter gets.
     """
 
     summary: str
-    mistakes: tuple[Mistake, ...]
-    kinds: Mapping[str, str]
+    mistakes: tuple[Mistake, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Test:
-    """The test of the observed gradients against expected ones.
-
-    Attributes:
-        subject: the loss and its probes.
-        observation: what the loss returned.
-        false_alarm: the probability to reject a right gradient of one leaf.
-    """
+    """The test of observed gradients, where `false_alarm` is the probability to reject a right one of one leaf."""
 
     subject: Subject
     observation: Observation
@@ -132,20 +124,22 @@ def judge_gradient(subject: Subject, observation: Observation, fit: Fit | None, 
         fit: the explanation of its values; None where nothing explains them.
         false_alarm: the probability to call a right gradient wrong.
     """
-    scaled = _reduction_only(fit, subject, observation)
+    core = right_core(subject)  # the fit with the KL for its core, as if the factor alone were wrong
+    scaled = Fit(core, (), 0, 0, 1.0, False, 0.0, 0.0) if fit is None else replace(fit, candidate=core)
     right = _gradients_of(scaled, subject, observation)
     test = _Test(subject, observation, false_alarm / len(subject.leaves))
     kinds = {name: test.kind(name, right[name], scaled) for name in subject.leaves}
     if fit is not None and fit.scale == 0:
-        return GradientFinding("zero, as the value is.", (), kinds)
-    if fit is None or fit.candidate.hypothesis.mistakes:
-        if fit is not None and _is_a_formula(fit, subject):
-            own = _gradients_of(fit, subject, observation)
-            for name, kind in kinds.items():  # none is the value's own where it does not depend on the parameter
-                if (not own[name].any()) if kind == "none" else test.accepts(name, own[name]):
-                    kinds[name] = "the value's"
-        return _of_a_wrong_value(kinds)
-    return _summarise(kinds, scaled, subject)
+        return GradientFinding("zero, as the value is.")
+    is_wrong_value = fit is None or bool(fit.candidate.hypothesis.mistakes)
+    if is_wrong_value and fit is not None and _is_a_formula(fit, subject):
+        own = _gradients_of(fit, subject, observation)
+        for name, kind in kinds.items():  # none is the value's own where it does not depend on the parameter
+            if (not own[name].any()) if kind == "none" else test.accepts(name, own[name]):
+                kinds[name] = "the value's"
+    if set(kinds.values()) == {"none"}:
+        return GradientFinding("none: no gradient flows to any argument.", (_BY_KIND["q", "none"],))
+    return _of_a_wrong_value(set(kinds.values())) if is_wrong_value else _summarise(kinds, scaled, subject)
 
 
 def may_be_zero(subject: Subject, observation: Observation, false_alarm: float) -> bool:
@@ -159,28 +153,13 @@ def _is_a_formula(fit: Fit, subject: Subject) -> bool:
     return all(mistake.parts(form) is not None for mistake in fit.candidate.hypothesis.mistakes)
 
 
-def _of_a_wrong_value(kinds: dict[str, str]) -> GradientFinding:
-    """Return the finding about a loss with a wrong value: a mistake of its own only where no gradient flows."""
-    every = set(kinds.values())
-    if every == {"none"}:
-        return _no_gradient(kinds)
-    if every <= {"the value's", "none"}:
-        return GradientFinding("the gradient of what it returns, not the KL's.", (), kinds)
-    if every <= {"right", "none"}:
-        return GradientFinding("the KL's, although the value is not.", (), kinds)
-    return GradientFinding("not the KL's.", (), kinds)
-
-
-def _no_gradient(kinds: dict[str, str]) -> GradientFinding:
-    return GradientFinding("none: no gradient flows to any argument.", (_BY_KIND["q", "none"],), kinds)
-
-
-def _reduction_only(fit: Fit | None, subject: Subject, observation: Observation) -> Fit:
-    """Return the fit with the KL for its core, as if the factor alone were wrong."""
-    core = right_core(subject)
-    if fit is None:
-        return Fit(core, (), 0, 0, 1.0, False, 0.0, 0.0)
-    return replace(fit, candidate=core)
+def _of_a_wrong_value(kinds: set[str]) -> GradientFinding:
+    """Return the finding about a loss with a wrong value, whose gradient is no mistake of its own."""
+    if kinds <= {"the value's", "none"}:
+        return GradientFinding("the gradient of what it returns, not the KL's.")
+    if kinds <= {"right", "none"}:
+        return GradientFinding("the KL's, although the value is not.")
+    return GradientFinding("not the KL's.")
 
 
 def _gradients_of(fit: Fit, subject: Subject, observation: Observation, *, other: bool = False) -> dict[str, Tensor]:
@@ -193,12 +172,8 @@ def _gradients_of(fit: Fit, subject: Subject, observation: Observation, *, other
     counts = torch.bincount(observation.probe_of_value).tolist()
     weights = torch.cat([weights_like(part.detach()) for part in predicted.split(counts)])
     unused = sum(0 * leaf.sum() for leaf in leaves.values())  # the value may not depend on any leaf
-    total = (predicted * weights).sum() + unused
-    found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-    return {
-        name: observation.along(name, torch.zeros_like(leaf) if grad is None else grad, live.layout)
-        for (name, leaf), grad in zip(leaves.items(), found, strict=True)
-    }
+    found = torch.autograd.grad((predicted * weights).sum() + unused, list(leaves.values()))
+    return {name: observation.along(name, grad, live.layout) for name, grad in zip(leaves, found, strict=True)}
 
 
 def directions_of(subject: Subject) -> Directions:
@@ -223,15 +198,13 @@ def _summarise(kinds: dict[str, str], scaled: Fit, subject: Subject) -> Gradient
     for name, kind in kinds.items():
         groups.setdefault(name.split(".")[0] if "." in name else "q", set()).add(kind)
     times = _times(scaled, subject)
-    if all(kind == "right" for kind in kinds.values()):
-        return GradientFinding(f"the KL's{times}.", (), kinds)
-    every = {kind for found in groups.values() for kind in found}
-    if every == {"none"}:
-        return _no_gradient(kinds)
+    every = set(kinds.values())
+    if every == {"right"}:
+        return GradientFinding(f"the KL's{times}.")
     if every <= {"right", "none"} and all(len(found) == 1 for found in groups.values()):
         alive = next(group for group, found in groups.items() if found == {"right"})
         fixed = next(group for group, found in groups.items() if found == {"none"})
-        return GradientFinding(f"the KL's{times} to {alive}; {fixed} is fixed and gets none.", (), kinds)
+        return GradientFinding(f"the KL's{times} to {alive}; {fixed} is fixed and gets none.")
     mistakes: list[Mistake] = []
     words = []
     for group, found in groups.items():
@@ -243,7 +216,7 @@ def _summarise(kinds: dict[str, str], scaled: Fit, subject: Subject) -> Gradient
         if mistake is not None and mistake not in mistakes and not explained:
             mistakes.append(mistake)
         words.append(f"{group} gets {_WORDS.get(kind, kind)}")
-    return GradientFinding("; ".join(words) + ".", tuple(mistakes), kinds)
+    return GradientFinding("; ".join(words) + ".", tuple(mistakes))
 
 
 _WORDS = {

@@ -98,8 +98,8 @@ def _first_that_runs(fn: Callable[..., Any], binding: Binding, settings: Setting
             layout, leaves = binding.signature.draw(seed, rank=rank)
             subject = Subject(fn, binding, layout, leaves, rank, dtype, settings.gradient)
             try:
-                subject.reply(0, seed)
-                subject.reply(len(layout.shapes) - 1, seed)
+                subject.replies(0, seed)
+                subject.replies(len(layout.shapes) - 1, seed)
             except CallError as error:
                 first = first or error
                 continue
@@ -116,7 +116,7 @@ def _draws_its_own(subject: Subject, seed: int) -> bool:
     if subject.signature.given_samples:
         subject = _fixed_arguments(subject, seed)
     for probe in (0, 1, len(subject.layout.shapes) - 1):  # the last has log-variances above zero, and logs without NaN
-        replies = subject.reply(probe, seed), subject.reply(probe, seed + 1)
+        replies = *subject.replies(probe, seed), *subject.replies(probe, seed + 1)
         if all(reply.drew for reply in replies) and torch.equal(replies[0].stream, replies[1].stream):
             raise CallError("it seeds torch's global random stream, so that every call draws the same noise")
         one, other = (reply.value for reply in replies)
@@ -158,7 +158,7 @@ def _judge_means(subject: Subject, seed: int, budget: int) -> Judgement:
         return _with_gradient(subject, observation, fits, True)
     if not noisy:
         fits = explain(subject, observation)
-    if not subject.signature.categorical and (noisy or _is_loose(fits)):
+    if not subject.signature.categorical and (noisy or not fits or "constant-factor" in fits[0].ids):
         narrower = _of_width(subject, seed, "narrower")  # here q(x)/p(x) has the moments, not p(x)/q(x)
         means = _many(narrower, seed, budget)
         right, still_noisy = _right_means(narrower, means) if noisy else ([], False)
@@ -177,11 +177,6 @@ def _many(subject: Subject, seed: int, budget: int) -> Observation:
     """Return the means over as many calls as the budget allows, in groups of equal size."""
     num_calls = GROUPS * max(1, round(budget / (GROUPS * len(subject.layout.shapes))))
     return observe(subject, seed, num_calls, directions_of(subject))
-
-
-def _is_loose(fits: list[Fit]) -> bool:
-    """Return whether nothing explains the means, or a constant without a name alone does."""
-    return not fits or "constant-factor" in fits[0].ids
 
 
 def _right_means(subject: Subject, observation: Observation) -> tuple[list[Fit], bool]:
@@ -220,9 +215,7 @@ def _judge_on_samples(subject: Subject, observation: Observation, seed: int, bud
     exact = [*unbiased_on_samples(subject, observation), right_core(subject)]
     fits = best_fits(exact, subject.layout, observation, only_right=True)
     if fits and (not subject.gradient or matches_on_samples(subject, observation, fits[0], seed)):
-        gradient = (
-            GradientFinding("the KL's, where the samples are reparameterised.", (), {}) if subject.gradient else None
-        )
+        gradient = GradientFinding("the KL's, where the samples are reparameterised.") if subject.gradient else None
         return Judgement(subject, observation, fits, True, gradient)
     right = bool(fits)
     if not fits:

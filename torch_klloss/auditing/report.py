@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch_klloss.auditing.figure import ProbePoint, audit_figure
@@ -93,9 +92,8 @@ class AuditReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain numbers, strings, lists and dictionaries, for JSON."""
-        plain: dict[str, Any] = _plain(asdict(self))
-        plain["ok"] = self.ok
-        return plain
+        found: dict[str, Any] = plain(self)
+        return found
 
     def figure(self) -> Figure:
         """Draw what the loss returned against the KL, one point a probe, and its explanation as a line.
@@ -116,9 +114,9 @@ def sentence(words: str) -> str:
     return f"{words if words[:2] in ('q ', 'p ') else words[:1].upper() + words[1:]}."
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(part) for key, part in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(part) for part in value]
-    return value
+def plain(value: Any) -> Any:
+    """Return a report, or a part of one, as plain numbers, strings, lists and dictionaries."""
+    if is_dataclass(value):
+        entries = {part.name: plain(getattr(value, part.name)) for part in fields(value)}
+        return {**entries, "ok": value.ok} if isinstance(value, AuditReport) else entries
+    return [plain(part) for part in value] if isinstance(value, tuple) else value

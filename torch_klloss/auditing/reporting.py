@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from torch_klloss.auditing.edge_cases import remarks
-from torch_klloss.auditing.experiment.observation import WrongShapeError, describe
+from torch_klloss.auditing.experiment.observation import Observation, WrongShapeError, describe
 from torch_klloss.auditing.experiment.parameters import Binding
 from torch_klloss.auditing.explanation.candidates import right_core
 from torch_klloss.auditing.explanation.fit import convention
+from torch_klloss.auditing.explanation.mistake import Mistake
 from torch_klloss.auditing.figure import ProbePoint
 from torch_klloss.auditing.judge import FALSE_ALARM, Judgement, pooled_ratio
 from torch_klloss.auditing.report import AuditReport, Finding, Verdict
@@ -20,9 +23,11 @@ def report_of(name: str, judgement: Judgement, seed: int) -> AuditReport:
     subject, observation, fits = judgement.subject, judgement.observation, judgement.fits
     findings = [] if judgement.right else _value_findings(judgement)
     gradient = judgement.gradient
-    of_gradient = [Finding(m.id, m.what, "", m.fix) for m in gradient.mistakes] if gradient is not None else []
+    of_gradient = _named(gradient.mistakes) if gradient is not None else []
     if observation.changed:
-        findings.append(_changes_inputs(observation.changed))
+        what = f"it changes {' and '.join(observation.changed)}"
+        fix = "Work on copies: leave out the trailing underscores, +=, *=, index assignments and torch.set_…."
+        findings.append(Finding("changes-its-inputs", what, "", fix))
     notes = _about_call(judgement)
     if fits:
         notes += remarks(subject, fits[0], seed, stochastic=observation.stochastic)
@@ -82,30 +87,31 @@ def _points(judgement: Judgement) -> tuple[ProbePoint, ...]:
 
 def _value_findings(judgement: Judgement) -> list[Finding]:
     observation = judgement.observation
-    finite = observation.value.isfinite()
     if not judgement.fits:
-        return [_unexplained(judgement, finite)]
+        return [_unexplained(judgement)]
     best, *others = judgement.fits
+    if not best.mistakes:
+        return [_not_finite(judgement)]
     evidence = _evidence(judgement)
-    if not bool(finite.all()):
-        evidence += f"; {int((~finite).sum())} of {len(finite)} values are not finite"
-    found = []
-    for index, mistake in enumerate(best.mistakes):
-        named = tuple(" and ".join(sorted(fit.ids)) for fit in others) if index == 0 else ()
-        found.append(
-            Finding(
-                mistake.id, mistake.what, evidence if index == 0 else "", _fix(judgement, mistake.fix, index), named
-            )
-        )
-    if not found:
-        found.append(_not_finite(judgement, finite))
-    return found
+    if not bool(observation.value.isfinite().all()):
+        evidence += f"; {_share_not_finite(observation)}"
+    first, *rest = best.mistakes
+    alternatives = tuple(" and ".join(sorted(fit.ids)) for fit in others)
+    return [Finding(first.id, first.what, evidence, _fix(judgement, first.fix), alternatives), *_named(rest)]
 
 
-def _fix(judgement: Judgement, fix: str, index: int) -> str:
-    if index:
-        return fix
+def _named(mistakes: Iterable[Mistake]) -> list[Finding]:
+    """Return the findings of mistakes that need no evidence."""
+    return [Finding(mistake.id, mistake.what, "", mistake.fix) for mistake in mistakes]
+
+
+def _fix(judgement: Judgement, fix: str) -> str:
     return f"{fix} In these arguments: {judgement.subject.binding.right}"
+
+
+def _share_not_finite(observation: Observation) -> str:
+    finite = observation.value.isfinite()
+    return f"{int((~finite).sum())} of {len(finite)} values are not finite"
 
 
 def _evidence(judgement: Judgement) -> str:
@@ -133,9 +139,9 @@ def _as_fraction(ratio: float, shape: tuple[int, ...]) -> str:
     return ""
 
 
-def _unexplained(judgement: Judgement, finite: Tensor) -> Finding:
-    if not bool(finite.any()):
-        return _not_finite(judgement, finite)
+def _unexplained(judgement: Judgement) -> Finding:
+    if not bool(judgement.observation.value.isfinite().any()):
+        return _not_finite(judgement)
     kl, got = _true(judgement), _per_probe(judgement, judgement.observation.value)
     keep = got.isfinite()
     design = torch.stack([kl[keep], torch.ones_like(kl[keep])], dim=1)
@@ -146,38 +152,27 @@ def _unexplained(judgement: Judgement, finite: Tensor) -> Finding:
             "affine",
             f"it is {slope:.4g} times the KL {'plus' if offset >= 0 else 'minus'} {abs(offset):.4g}",
             _evidence(judgement),
-            _fix(judgement, "Leave out the constant and the factor.", 0),
+            _fix(judgement, "Leave out the constant and the factor."),
         )
     correlation = float(torch.corrcoef(torch.stack([kl[keep], got[keep]]))[0, 1]) if keep.sum() > 1 else 0.0
     return Finding(
         "unknown",
         "it is not the KL, nor what any mistake of the catalogue, or two of them together, would return",
         f"{_evidence(judgement)}; correlation with the KL over the probes {correlation:.3f}",
-        _fix(judgement, "Compare it with a right loss term by term.", 0),
+        _fix(judgement, "Compare it with a right loss term by term."),
     )
 
 
-def _not_finite(judgement: Judgement, finite: Tensor) -> Finding:
-    values = judgement.observation.value
-    word = "NaN" if bool(values.isnan().any()) else "inf"
+def _not_finite(judgement: Judgement) -> Finding:
+    word = "NaN" if bool(judgement.observation.value.isnan().any()) else "inf"
     return Finding(
         "not-a-number",
         f"it returns {word} for ordinary parameters",
-        f"{int((~finite).sum())} of {len(finite)} values are not finite",
+        _share_not_finite(judgement.observation),
         _fix(
             judgement,
             "Look for the logarithm or root of a negative number, or log-probabilities taken for probabilities.",
-            0,
         ),
-    )
-
-
-def _changes_inputs(changed: tuple[str, ...]) -> Finding:
-    return Finding(
-        "changes-its-inputs",
-        f"it changes {' and '.join(changed)}",
-        "",
-        "Work on copies: leave out the trailing underscores, +=, *=, index assignments and torch.set_….",
     )
 
 

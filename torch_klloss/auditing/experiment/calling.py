@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch_klloss.auditing.experiment.parameters import Binding
 from torch_klloss.auditing.experiment.signatures import Leaves
 from torch_klloss.rng import private_rng
 
+F = TypeVar("F", bound=Callable[..., Any])
 _CPU = torch.device("cpu")
 
 
@@ -48,18 +49,8 @@ class Reply:
     stream: Tensor
 
 
-def call_once(fn: Callable[..., Any], binding: Binding, leaves: Leaves, seed: int) -> Reply:
-    """Call the loss with its own random stream, and take its gradient.
-
-    Raises:
-        CallError: if it raises, or returns what cannot be a KL.
-    """
-    with quiet(), seeded(seed):
-        return reply_to(fn, binding, leaves, watched=True)
-
-
 def reply_to(fn: Callable[..., Any], binding: Binding, leaves: Leaves, *, watched: bool) -> Reply:
-    """Call the loss with the present random stream; record its side effects where `watched`.
+    """Call the loss with the present random stream, and take its gradient; record its side effects where `watched`.
 
     Raises:
         CallError: if it raises, or returns what cannot be a KL.
@@ -67,7 +58,7 @@ def reply_to(fn: Callable[..., Any], binding: Binding, leaves: Leaves, *, watche
     arguments = binding.arguments({name: leaf.clone() for name, leaf in leaves.items()})  # as outputs of a network are
     before = [_snapshot(argument) for argument in arguments] if watched else []
     stream = torch.get_rng_state() if watched else None
-    state = _global_state()
+    state = [get() for _, get, _ in _GLOBAL_STATE]
     try:
         value = fn(*arguments)
     except (Exception, SystemExit) as error:
@@ -83,26 +74,24 @@ def reply_to(fn: Callable[..., Any], binding: Binding, leaves: Leaves, *, watche
     pairs = zip(binding.names, before, after, strict=False)
     changed = (*(name for name, old, new in pairs if not _same(old, new)), *disturbed)
     gradients = _gradients(value, leaves)
-    detached = tuple(_detached(argument) for argument in arguments) if watched else ()
+    given = arguments if watched else ()
+    detached = tuple(argument.detach().double() if isinstance(argument, Tensor) else argument for argument in given)
     return Reply(value.detach().double().cpu(), gradients, detached, changed, drew, after_stream)
 
 
-_GlobalState = tuple[torch.dtype, bool, int]
+_GLOBAL_STATE: tuple[tuple[str, Callable[[], Any], Callable[[Any], Any]], ...] = (
+    ("torch's default dtype", torch.get_default_dtype, torch.set_default_dtype),
+    ("whether torch records gradients", torch.is_grad_enabled, torch.set_grad_enabled),
+    ("torch's number of threads", torch.get_num_threads, torch.set_num_threads),
+)
 
 
-def _global_state() -> _GlobalState:
-    return torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()
-
-
-def _restore(state: _GlobalState) -> list[str]:
+def _restore(state: list[Any]) -> list[str]:
     """Restore torch's global state, and return what the loss had changed."""
-    words = ("torch's default dtype", "whether torch records gradients", "torch's number of threads")
-    disturbed = [word for word, old, new in zip(words, state, _global_state(), strict=True) if old != new]
-    if disturbed:
-        torch.set_default_dtype(state[0])
-        torch.set_grad_enabled(state[1])
-        torch.set_num_threads(state[2])
-    return disturbed
+    disturbed = [(word, put, old) for (word, get, put), old in zip(_GLOBAL_STATE, state, strict=True) if get() != old]
+    for _, put, old in disturbed:
+        put(old)
+    return [word for word, *_ in disturbed]
 
 
 def weights_like(value: Tensor) -> Tensor:
@@ -131,15 +120,12 @@ def _check(value: Any) -> None:
     if not isinstance(value, Tensor):
         logged = "; for a number that is logged and not trained with: audit(…, gradient=False)"
         hint = "" if isinstance(value, tuple | dict) else logged
-        raise CallError(f"it returns {_article(type(value).__name__)}, not a Tensor{hint}")
+        kind = type(value).__name__
+        raise CallError(f"it returns {'an' if kind[:1].lower() in 'aeiou' else 'a'} {kind}, not a Tensor{hint}")
     if value.is_complex():
         raise CallError(f"it returns a complex tensor ({value.dtype}); a KL is real")
     if not value.is_floating_point():
         raise CallError(f"it returns a tensor of integers or booleans ({value.dtype}); a KL is a floating-point number")
-
-
-def _article(noun: str) -> str:
-    return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
 
 
 def first_line(error: BaseException) -> str:
@@ -169,10 +155,6 @@ def _same(old: dict[str, Tensor], new: dict[str, Tensor]) -> bool:
     )
 
 
-def _detached(argument: Any) -> Any:
-    return argument.detach().double() if isinstance(argument, Tensor) else argument
-
-
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed torch, `random` and NumPy for the block, and restore their states afterwards."""
@@ -198,8 +180,8 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def isolated(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a copy of a loss, whose calls may change its state; the loss itself where it cannot be copied."""
+def isolated(fn: F) -> F:
+    """Return a copy of a loss or module, whose calls may change its state; itself where it cannot be copied."""
     with contextlib.suppress(Exception):
         return copy.deepcopy(fn)
     return fn

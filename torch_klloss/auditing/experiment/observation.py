@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torch_klloss.auditing.experiment.calling import CallError, Reply, quiet, reply_to, seeded
 from torch_klloss.auditing.experiment.parameters import Binding
-from torch_klloss.auditing.experiment.probes import Layout
+from torch_klloss.auditing.experiment.probes import Layout, Shape
 from torch_klloss.auditing.experiment.signatures import SIGNATURES, Leaves, ProbedPair, Signature
 from torch_klloss.numerics.special import student_t_quantile
 
@@ -69,15 +69,7 @@ class Subject:
             leaves[name] = part.detach().to(self.dtype, copy=True).requires_grad_(self.gradient)
         return leaves
 
-    def reply(self, probe: int, seed: int) -> Reply:
-        """Call the loss for one probe.
-
-        Raises:
-            CallError: if it raises, or returns what cannot be a KL.
-        """
-        return self.replies(probe, seed, 1)[0]
-
-    def replies(self, probe: int, seed: int, num_calls: int) -> list[Reply]:
+    def replies(self, probe: int, seed: int, num_calls: int = 1) -> list[Reply]:
         """Call the loss `num_calls` times for one probe, from one random stream.
 
         Raises:
@@ -103,13 +95,13 @@ class Observation:
         value: `[num_observed]`, the mean over the calls.
         std_error: of `value`; zero for a deterministic loss.
         sum_error: the standard error of the sum of a probe's values, which may share their noise, `[num_probes]`.
+        probe_of_value: the probe of each value, `[num_observed]`.
+        num_calls: for each probe.
         gradients: by leaf, the mean over the calls, `[num_elements]`; None where no gradient flows. With `directions`
             the components along them, whose means are nearly Normal sooner, `[num_probes · num_directions]`.
         gradient_errors: the standard errors of the gradients.
         directions: by leaf and probe, `[num_directions, size]`; None where every element is kept.
-        probe_of_value: the probe of each value, `[num_observed]`.
         arguments: the arguments of every probe's first call.
-        num_calls: for each probe.
         changed: the arguments and the global state that the loss changed.
         drew: whether the loss drew from torch's global stream.
     """
@@ -118,14 +110,14 @@ class Observation:
     value: Tensor
     std_error: Tensor
     sum_error: Tensor
-    gradients: dict[str, Tensor | None]
-    gradient_errors: dict[str, Tensor]
-    directions: Directions | None
     probe_of_value: Tensor
-    arguments: tuple[tuple[Any, ...], ...]
     num_calls: int
-    changed: tuple[str, ...]
-    drew: bool
+    gradients: dict[str, Tensor | None] = field(default_factory=dict)
+    gradient_errors: dict[str, Tensor] = field(default_factory=dict)
+    directions: Directions | None = None
+    arguments: tuple[tuple[Any, ...], ...] = ()
+    changed: tuple[str, ...] = ()
+    drew: bool = False
 
     @property
     def stochastic(self) -> bool:
@@ -212,8 +204,10 @@ def arrangement_of(shapes: list[torch.Size], subject: Subject) -> Arrangement:
     Raises:
         WrongShapeError: if the shapes are none of these.
     """
-    for arrangement, fits in _FITS.items():
-        if all(fits(tuple(shape), probe, subject) for shape, probe in zip(shapes, subject.layout.shapes, strict=True)):
+    for arrangement, shape_in in SHAPE_IN.items():
+        is_joint = subject.signature.name == "log_probs" and arrangement in ("element", "latent")
+        pairs = zip(shapes, subject.layout.shapes, strict=True)
+        if not is_joint and all(are_alike(shape, shape_in(probe)) for shape, probe in pairs):
             return arrangement
     got, probe = tuple(shapes[0]), subject.layout.shapes[0]
     raise WrongShapeError(
@@ -231,17 +225,15 @@ def describe(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(size for size in shape if size != 1)
+def are_alike(one: Sequence[int], other: Sequence[int]) -> bool:
+    """Return whether two shapes are equal up to dimensions of size one."""
+    return [size for size in one if size != 1] == [size for size in other if size != 1]
 
 
-def _joint(subject: Subject) -> bool:
-    return subject.signature.name == "log_probs"
-
-
-_FITS: dict[Arrangement, Callable[[tuple[int, ...], tuple[int, ...], Subject], bool]] = {
-    "total": lambda shape, probe, subject: not _without_ones(shape),
-    "example": lambda shape, probe, subject: subject.rank > 1 and _without_ones(shape) == _without_ones(probe[:1]),
-    "element": lambda shape, probe, subject: not _joint(subject) and _without_ones(shape) == _without_ones(probe),
-    "latent": lambda shape, probe, subject: not _joint(subject) and _without_ones(shape) == _without_ones(probe[1:]),
+SHAPE_IN: Mapping[Arrangement, Callable[[Shape], Shape]] = {
+    "total": lambda probe: (),
+    "example": lambda probe: probe[:1],
+    "element": lambda probe: probe,
+    "latent": lambda probe: probe[1:],
 }
+"""The shape of a probe's values, by arrangement; the first that fits is the loss's."""

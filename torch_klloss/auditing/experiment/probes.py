@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -22,7 +22,7 @@ Width = Literal["any", "wider", "narrower"]
 # Batch and latent sizes differ, so that a factor of one is not taken for a factor of the other.
 _SIZES = ((16, 8), (5, 3), (7, 12), (3, 2), (12, 5), (6, 4), (9, 7), (4, 10))
 _FEW_DIMS = ((40, 2), (27, 3), (22, 4), (52, 2), (18, 5), (34, 3), (29, 2), (16, 4), (24, 5), (13, 3))
-_LATENT = {2: {8: (2, 4), 12: (3, 4), 10: (5, 2), 4: (2, 2), 5: (5, 1), 3: (3, 1), 7: (7, 1), 2: (2, 1)}}
+_LATENT = {8: (2, 4), 12: (3, 4), 10: (5, 2), 4: (2, 2), 5: (5, 1), 3: (3, 1), 7: (7, 1), 2: (2, 1)}
 
 
 @dataclass(frozen=True)
@@ -116,37 +116,28 @@ class Categoricals:
     @cached_property
     def log_q(self) -> Tensor:
         """The log-probabilities of q."""
-        return self.layout.row_wise(lambda part: part.log_softmax(-1), self.q_logits)
+        return self._log_probs(self.q_logits)
 
     @cached_property
     def log_p(self) -> Tensor:
         """The log-probabilities of p."""
-        return self.layout.row_wise(lambda part: part.log_softmax(-1), self.p_logits)
+        return self._log_probs(self.p_logits)
 
     @cached_property
     def swapped(self) -> Categoricals:
         """The pair (p, q)."""
-        return Categoricals(self.p_logits, self.q_logits, self.layout)
+        return replace(self, q_logits=self.p_logits, p_logits=self.q_logits)
+
+    def _log_probs(self, logits: Tensor) -> Tensor:
+        return self.layout.row_wise(lambda part: part.log_softmax(-1), logits)
 
 
 @dataclass(frozen=True)
 class Bernoullis(Categoricals):
     """The Bernoulli q and p of every element, by their raw scores; log-probabilities are of both outcomes, `[2, …]`."""
 
-    @cached_property
-    def log_q(self) -> Tensor:
-        """The log-probabilities of q's outcomes."""
-        return torch.stack([logsigmoid(self.q_logits), logsigmoid(-self.q_logits)])
-
-    @cached_property
-    def log_p(self) -> Tensor:
-        """The log-probabilities of p's outcomes."""
-        return torch.stack([logsigmoid(self.p_logits), logsigmoid(-self.p_logits)])
-
-    @cached_property
-    def swapped(self) -> Bernoullis:
-        """The pair (p, q)."""
-        return Bernoullis(self.p_logits, self.q_logits, self.layout)
+    def _log_probs(self, logits: Tensor) -> Tensor:
+        return torch.stack([logsigmoid(logits), logsigmoid(-logits)])
 
 
 def log_density(x: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
@@ -160,7 +151,7 @@ def shapes_of_rank(rank: int, *, few_dims: bool = False) -> tuple[Shape, ...]:
     if rank == 1:
         return tuple((1, latent) for _, latent in sizes)
     ones = (1,) * max(rank - 3, 0)
-    return tuple((batch, *((latent,) if rank == 2 else (*ones, *_LATENT[2][latent]))) for batch, latent in sizes)
+    return tuple((batch, *((latent,) if rank == 2 else (*ones, *_LATENT[latent]))) for batch, latent in sizes)
 
 
 def draw_normals(shapes: Sequence[Shape], seed: int, *, width: Width, standard: bool) -> tuple[Layout, Normals]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.distributions import Bernoulli, Categorical, Independent, MultivariateNormal, Normal
+from torch.distributions import Bernoulli, Categorical, Distribution, Independent, MultivariateNormal, Normal
 
 from torch_klloss.auditing.experiment.probes import (
     Bernoullis,
@@ -143,12 +143,12 @@ def _logits_leaves(pair: Categoricals) -> Leaves:
     return {"q.logits": pair.q_logits, "p.logits": pair.p_logits}
 
 
-def _logits_pair(leaves: Leaves, layout: Layout) -> Categoricals:
-    return Categoricals(leaves["q.logits"], leaves["p.logits"], layout)
+def _logits_pair(leaves: Leaves, layout: Layout, family: type[Categoricals] = Categoricals) -> Categoricals:
+    return family(leaves["q.logits"], leaves["p.logits"], layout)
 
 
-def _categoricals(leaves: Leaves) -> tuple[Categorical, Categorical]:
-    return Categorical(logits=leaves["q.logits"]), Categorical(logits=leaves["p.logits"])
+def _with_logits(leaves: Leaves, family: Callable[..., Distribution]) -> tuple[Distribution, Distribution]:
+    return family(logits=leaves["q.logits"]), family(logits=leaves["p.logits"])
 
 
 def _multivariate_normals(leaves: Leaves) -> tuple[MultivariateNormal, MultivariateNormal]:
@@ -157,14 +157,6 @@ def _multivariate_normals(leaves: Leaves) -> tuple[MultivariateNormal, Multivari
         for name in ("q", "p")
     )
     return q, p
-
-
-def _bernoullis(leaves: Leaves) -> tuple[Bernoulli, Bernoulli]:
-    return Bernoulli(logits=leaves["q.logits"]), Bernoulli(logits=leaves["p.logits"])
-
-
-def _bernoulli_pair(leaves: Leaves, layout: Layout) -> Bernoullis:
-    return Bernoullis(leaves["q.logits"], leaves["p.logits"], layout)
 
 
 def _log_probs_at_samples(leaves: Leaves, *, fixed: bool = False) -> tuple[Tensor, Tensor]:
@@ -231,9 +223,20 @@ _SIGNATURES = (
         _multivariate_normals,
         ranks=(2,),
     ),
-    _of_logits("categorical", ("q", "p"), "two `Categorical`s over [batch]", _categoricals, ranks=(2,)),
     _of_logits(
-        "bernoulli", ("q", "p"), "two `Bernoulli`s over [batch, latent]", _bernoullis, pair=_bernoulli_pair, ranks=(2,)
+        "categorical",
+        ("q", "p"),
+        "two `Categorical`s over [batch]",
+        partial(_with_logits, family=Categorical),
+        ranks=(2,),
+    ),
+    _of_logits(
+        "bernoulli",
+        ("q", "p"),
+        "two `Bernoulli`s over [batch, latent]",
+        partial(_with_logits, family=Bernoulli),
+        pair=partial(_logits_pair, family=Bernoullis),
+        ranks=(2,),
     ),
     _MEAN_LOGVAR,
     _against_standard("std", "(0.5 * (mean**2 + std**2 - 1) - std.log()).sum(-1).mean()"),

@@ -94,12 +94,7 @@ def _predictions(
 ) -> tuple[Candidate, ...]:
     """Return the predictions that depend on the probes alone; kept, because every audit of a signature asks for them.
 
-    Args:
-        signature: the name.
-        layout: of the probes.
-        leaves: by name, the bytes of float64 values.
-        sampled: whether the means of estimates from samples are predicted too.
-        at_most: how many mistakes are made together.
+    `leaves` are the bytes of float64 values by name; with `sampled` the means of estimates are predicted too.
     """
     values = {name: torch.frombuffer(bytearray(data), dtype=torch.float64).clone() for name, data in leaves}
     subject = without_loss(signature, layout, values)

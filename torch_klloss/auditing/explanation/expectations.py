@@ -29,7 +29,7 @@ from torch import Tensor
 from torch_klloss.auditing.experiment.observation import Subject
 from torch_klloss.auditing.experiment.probes import Categoricals, Layout, Normals, log_density
 from torch_klloss.auditing.experiment.signatures import LOG_VARIANCE, ProbedPair
-from torch_klloss.auditing.explanation.mistake import Parts, keep
+from torch_klloss.auditing.explanation.mistake import Parts
 
 FACTORS = frozenset({"latent", "batch", "scale", "repeated"})
 FORWARD = ((1.0, False),)
@@ -58,7 +58,7 @@ def misread(subject: Subject, parts: Parts) -> ProbedPair:
     pair: Any = subject.pair
     if "spread" in parts and subject.signature.spread is not None:
         pair = replace(pair, q_logvar=LOG_VARIANCE[parts["spread"]](subject.leaves[subject.signature.spread]))
-    believed: ProbedPair = keep(parts, "pair", lambda given: given)(pair)
+    believed: ProbedPair = parts.get("pair", lambda given: given)(pair)
     return believed
 
 
@@ -67,7 +67,7 @@ def analytic(pair: Normals, layout: Layout, parts: Parts) -> Core:
     elements = torch.zeros_like(pair.q_mean)
     for weight, is_swapped in parts.get("direction", FORWARD):
         n = pair.swapped if is_swapped else pair
-        terms = (keep(parts, name, term)(n) for name, term in TERMS.items())
+        terms = (parts.get(name, term)(n) for name, term in TERMS.items())
         elements = elements + weight * sum(terms)
     return Core(layout.examples(elements), elements)
 
@@ -100,7 +100,7 @@ class _Densities:
             log_q = self.joint_q[..., layout.example_of_element]
         if "log p level" in parts:
             log_p = self.joint_p[..., layout.example_of_element]
-        integrand = keep(parts, "integrand", log_ratio)
+        integrand = parts.get("integrand", log_ratio)
         elements = integrand(log_q, log_p)
         cores = [Core(layout.examples(elements), elements)]
         if "integrand" in parts and not any(name in parts for name in ("log q level", "log p level")):
@@ -124,7 +124,7 @@ def at_points(x: Tensor, pair: Normals, layout: Layout, parts: Parts) -> list[Co
 
 def at_log_probs(log_q: Tensor, log_p: Tensor, parts: Parts) -> list[Core]:
     """Return the integrand at given log-densities, `[num_examples]`."""
-    return [Core(keep(parts, "integrand", log_ratio)(log_q, log_p))]
+    return [Core(parts.get("integrand", log_ratio)(log_q, log_p))]
 
 
 class Expectations:
@@ -157,7 +157,7 @@ class Expectations:
         return self._densities[key]
 
     def _at_draws(self, pair: Normals, parts: Parts) -> _Densities:
-        x = keep(parts, "draws", lambda n, eps: n.q_mean + (0.5 * n.q_logvar).exp() * eps)(pair, self._eps)
+        x = parts.get("draws", lambda n, eps: n.q_mean + (0.5 * n.q_logvar).exp() * eps)(pair, self._eps)
         return _densities_at(x, pair, self._subject.layout, parts)
 
 
@@ -193,14 +193,10 @@ def categorical(pair: Categoricals, layout: Layout, parts: Parts) -> Core:
     elements = torch.zeros_like(pair.q_logits)
     for share, is_swapped in parts.get("direction", FORWARD):
         c = pair.swapped if is_swapped else pair
-        weight = keep(parts, "weight", lambda c: c.log_q.exp())(c)
-        log_q, log_p = keep(parts, "log q", lambda c: c.log_q)(c), keep(parts, "log p", lambda c: c.log_p)(c)
-        terms = keep(parts, "summand", _product)(weight, log_q, log_p)
+        weight = parts.get("weight", lambda c: c.log_q.exp())(c)
+        log_q, log_p = parts.get("log q", lambda c: c.log_q)(c), parts.get("log p", lambda c: c.log_p)(c)
+        terms = parts.get("summand", lambda weight, log_q, log_p: weight * (log_q - log_p))(weight, log_q, log_p)
         if terms.dim() > 1:  # a Bernoulli's two outcomes
-            terms = keep(parts, "outcomes", lambda both: both.sum(0))(terms)
+            terms = parts.get("outcomes", lambda both: both.sum(0))(terms)
         elements = elements + share * terms
     return Core(layout.examples(elements), elements)
-
-
-def _product(weight: Tensor, log_q: Tensor, log_p: Tensor) -> Tensor:
-    return weight * (log_q - log_p)

@@ -29,7 +29,7 @@ _NEAR_BEST = 12.0  # in χ²: an equally simple hypothesis that is no worse cann
 _WELL_KNOWN = 0.1  # the largest standard error of a prediction, relative to it
 _FAR_FROM_ZERO = 0.05  # the largest error, relative to the KL, at which 0 and "small" can be told apart
 _MOST = {False: 4.0, True: 2.5}  # the largest cost of an explanation: of exact values, of means
-_UNNAMED = 1.5  # the cost of a constant without a name
+_UNNAMED = 0.5  # how much more a constant without a name costs than a mistake
 
 
 @dataclass(frozen=True)
@@ -185,11 +185,8 @@ def best_fits(
             for candidate in candidates
             if (prediction := arranged(candidate.core, layout, observation.arrangement, repeated)) is not None
         ]
-        if not kept:
-            continue
-        predictions = torch.stack([prediction.detach() for _, prediction in kept])
-        errors = torch.stack([_error(candidate, layout, observation.arrangement) for candidate, _ in kept])
-        found += _fits([c for c, _ in kept], predictions, errors, layout, observation, repeated, only_right, accept)
+        if kept:
+            found += _fits(kept, layout, observation, repeated, only_right, accept)
     return _simplest(found, observation.stochastic)
 
 
@@ -205,9 +202,7 @@ def _error(candidate: Candidate, layout: Layout, arrangement: Arrangement) -> Te
 
 
 def _fits(
-    candidates: list[Candidate],
-    predictions: Tensor,
-    errors: Tensor,
+    kept: list[tuple[Candidate, Tensor]],
     layout: Layout,
     observation: Observation,
     repeated: bool,
@@ -222,25 +217,24 @@ def _fits(
     finite = observation.value.isfinite()
     if not bool(finite.any()):
         return []
+    predictions = torch.stack([prediction.detach() for _, prediction in kept])
+    errors = torch.stack([_error(candidate, layout, observation.arrangement) for candidate, _ in kept])
     kl = predictions[0, finite].abs().median()
     for batch, latent in itertools.product(batches, (0,) if only_right else (-1, 0, 1)):
         powers = _powers(layout, observation.arrangement, batch, latent)
         P = predictions * powers
+        of_powers = [_FACTOR_MISTAKES["latent", latent]] if latent else []
+        if repeated:
+            of_powers.append(_FACTOR_MISTAKES["repeated", True])
+        if batch not in ((0, 1) if repeated else legitimate):
+            of_powers.append(_FACTOR_MISTAKES["batch", -1 if batch < 0 else 1])
         for index, scale, named, chi2 in _scales(P, errors * powers, observation, finite, kl, only_right, accept):
-            mistakes = list(candidates[index].hypothesis.mistakes)
-            cost = float(len(mistakes) + len(named) if named is not None else len(mistakes) + _UNNAMED)
-            mistakes += named if named is not None else [constant_factor(scale)]
-            if latent:
-                mistakes.append(_FACTOR_MISTAKES["latent", latent])
-                cost += 1
-            if repeated:
-                mistakes.append(_FACTOR_MISTAKES["repeated", True])
-                cost += 1
-            if batch not in (legitimate if not repeated else (0, 1)):
-                mistakes.append(_FACTOR_MISTAKES["batch", -1 if batch < 0 else 1])
-                cost += 1
+            of_scale = named if named is not None else (constant_factor(scale),)
+            candidate = kept[index][0]
+            mistakes = (*candidate.hypothesis.mistakes, *of_scale, *of_powers)
+            cost = len(mistakes) + (0.0 if named is not None else _UNNAMED)
             if mistakes or only_right:
-                found.append(Fit(candidates[index], tuple(mistakes), batch, latent, scale, repeated, chi2, cost))
+                found.append(Fit(candidate, mistakes, batch, latent, scale, repeated, chi2, cost))
     return found
 
 

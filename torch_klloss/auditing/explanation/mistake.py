@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,9 +90,3 @@ def _joined(earlier: Hypothesis, one: Hypothesis) -> Hypothesis | None:
     if earlier.parts.keys() & one.parts.keys():
         return None
     return Hypothesis((*earlier.mistakes, *one.mistakes), {**earlier.parts, **one.parts})
-
-
-def keep(parts: Parts, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the replaced part of that name, or else the right one."""
-    found: Callable[..., Any] = parts.get(name, default)
-    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Categorical
 
 from torch_klloss.auditing.experiment.calling import first_line
-from torch_klloss.auditing.experiment.observation import Arrangement, Observation
+from torch_klloss.auditing.experiment.observation import SHAPE_IN, Arrangement, Observation, are_alike
 from torch_klloss.auditing.experiment.probes import Layout
 from torch_klloss.auditing.explanation.fit import TOLERANCE, Fit, best_fits, convention
 from torch_klloss.auditing.training_step.pairs import Pair
@@ -92,23 +92,16 @@ def _has_steps(evidence: Evidence) -> bool:
 
 def _arrangement(values: Sequence[Tensor], layout: Layout, example_dims: int) -> Arrangement | None:
     """Return whether a value is one of the batch, of an example, of an element or of a latent dimension."""
-    arrangements: list[tuple[Arrangement, Callable[[tuple[int, ...]], tuple[int, ...]]]] = [
-        ("total", lambda shape: ()),
-        ("example", lambda shape: shape[:1]),
-        ("element", lambda shape: shape),
-        ("latent", lambda shape: shape[1:]),
-    ]
-    for arrangement, of in arrangements[1 if example_dims > 1 and values[0].numel() > 1 else 0 :]:
+    for arrangement, shape_in in SHAPE_IN.items():
+        if arrangement == "total" and example_dims > 1 and values[0].numel() > 1:
+            continue
         if all(
-            math.prod(value.shape) == math.prod(of(shape)) and (example_dims > 1 or _alike(value.shape, of(shape)))
+            are_alike(value.shape, shape_in(shape))
+            or (example_dims > 1 and value.numel() == math.prod(shape_in(shape)))
             for value, shape in zip(values, layout.shapes, strict=True)
         ):
             return arrangement
     return None
-
-
-def _alike(one: Sequence[int], other: Sequence[int]) -> bool:
-    return [size for size in one if size != 1] == [size for size in other if size != 1]
 
 
 def _observation(values: Sequence[Tensor], arrangement: Arrangement, rounding: float) -> Observation:
@@ -120,14 +113,8 @@ def _observation(values: Sequence[Tensor], arrangement: Arrangement, rounding: f
         value=value,
         std_error=value.abs() * (rounding / 6 if noisy else 0.0),
         sum_error=torch.zeros(len(flat)),
-        gradients={},
-        gradient_errors={},
-        directions=None,
         probe_of_value=torch.arange(len(flat)).repeat_interleave(torch.tensor([len(part) for part in flat])),
-        arguments=(),
         num_calls=2 if noisy else 1,  # rounding is treated as the error of a mean
-        changed=(),
-        drew=False,
     )
 
 
@@ -149,7 +136,7 @@ def _is_slight(evidence: Evidence, reference: Reference, arrangement: Arrangemen
 def _of_no_shape(evidence: Evidence, reference: Reference) -> Comparison:
     value, size = evidence.values[0], int(reference.layout.batch[0])
     shape, kl = tuple(value.shape), float(reference.kl[0])
-    if _alike(shape, (size, size)) and size > 1:
+    if are_alike(shape, (size, size)) and size > 1:
         words = f"its shape is {shape}: [batch] against [batch, 1] broadcasts to [batch, batch]"
         return Comparison("wrong", words, got=float(value.mean()), expected=kl, mistakes=("wrong-shape",))
     return Comparison("cannot tell", f"no reduction of this KL has its shape {shape}", expected=kl)

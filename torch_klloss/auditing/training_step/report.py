@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch_klloss.auditing.report import AuditReport
+from torch_klloss.auditing.report import AuditReport, plain
 
 ModuleVerdict = Literal["right", "wrong", "cannot tell"]
 
@@ -78,10 +78,4 @@ class ModuleReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain numbers, strings, lists and dictionaries, for JSON."""
-        findings = []
-        for finding in self.findings:
-            plain = {f.name: getattr(finding, f.name) for f in fields(finding)}
-            plain["mistakes"] = list(finding.mistakes)
-            plain["audit"] = None if finding.audit is None else finding.audit.to_dict()
-            findings.append(plain)
-        return {"name": self.name, "ok": self.ok, "reason": self.reason, "findings": findings}
+        return {"name": self.name, "ok": self.ok, "reason": self.reason, "findings": plain(self.findings)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from torch_klloss.auditing.experiment.calling import described, seeded
+from torch_klloss.auditing.experiment.calling import described, isolated, seeded
 from torch_klloss.auditing.training_step.names import TEMPERATURE_WORDS, WEIGHT_WORDS, words_of
 from torch_klloss.auditing.training_step.pairs import Pair, pairs_of
 from torch_klloss.auditing.training_step.record import FunctionRecord, NamedValue, Number, is_same, location
@@ -161,15 +160,9 @@ _TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_ho
 @contextlib.contextmanager
 def private_copy(module: nn.Module) -> Iterator[nn.Module]:
     """Yield a copy; the module itself, restored afterwards, where it cannot be copied, as with tensors of a graph."""
-    try:
-        own = copy.deepcopy(module)
-    except Exception:
-        own = None
-    if own is not None:
+    own = isolated(module)
+    with _restored(module) if own is module else contextlib.nullcontext():
         yield own
-        return
-    with _restored(module):
-        yield module
 
 
 @contextlib.contextmanager
