@@ -1,6 +1,5 @@
 # make demo         train the digits VAE, answer the question, prevent a collapse, say where the figures are
-# make test         the test suite
-# make test-ci      the same with doctests, the wheel, and every benchmark, example and command in its short form
+# make test         the test suite; LANE=ci adds doctests, the wheel, and every benchmark, example and command in short
 # make test-all     the same with what is recorded computed anew, what repeats other tests, an empty environment
 # make references   record anew what tests/references takes long to compute
 # make lint         format, lint, types
@@ -15,7 +14,11 @@ PIP := $(RUN) -m pip install --quiet --constraint constraints.txt
 TEST := $(RUN) -m pytest --numprocesses auto --dist worksteal
 DOCTESTS := --doctest-modules --doctest-glob '*.md' torch_klloss README.md docs
 
-.PHONY: demo test test-ci test-all references lint bench clean
+LANE ?= quick
+SELECT_quick := -m "not scripts and not exhaustive"
+SELECT_ci := -m "not exhaustive" $(DOCTESTS) tests
+
+.PHONY: demo test test-all references lint bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -26,10 +29,7 @@ demo: $(VENV)/.demo
 	$(OUT)/vae_collapse/annealing.png $(OUT)/vae_collapse/collapse_plain.png $(OUT)/vae_collapse/collapse_annealing.png"
 
 test: $(VENV)/.dev
-	$(TEST) -m "not scripts and not exhaustive"
-
-test-ci: $(VENV)/.dev
-	$(TEST) -m "not exhaustive" $(DOCTESTS) tests
+	$(TEST) $(SELECT_$(LANE))
 
 test-all: $(VENV)/.dev
 	REFERENCES=anew $(TEST) $(DOCTESTS) tests
