@@ -52,7 +52,8 @@ def _infinite(q: Distribution, p: Distribution) -> Tensor:
 
 
 def _parameters(d: Distribution) -> tuple[Tensor, ...]:
-    return next(FAMILIES[cls] for cls in type(d).__mro__ if cls in FAMILIES).parameters_of(d)
+    families = [FAMILIES[cls] for cls in type(d).__mro__ if cls in FAMILIES]
+    return families[0].parameters_of(d)
 
 
 for _types_q, _types_p in INFINITE:

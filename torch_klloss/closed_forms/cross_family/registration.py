@@ -75,7 +75,7 @@ class Family:
     @classmethod
     def parameters_of(cls, d: Any) -> tuple[Tensor, ...]:
         """Return the parameters of an instance, in float64."""
-        return tuple(getattr(d, key).double() for key in cls.parameters)
+        return tuple([getattr(d, key).double() for key in cls.parameters])
 
     @classmethod
     def provides(cls, *moments: str) -> bool:
