@@ -115,8 +115,7 @@ class KLEstimate:
         """
         if num_dims == 0:
             return self
-        dims = tuple(range(-num_dims, 0))
-        return self.combine(torch.ones_like(self.value), dims)
+        return self.combine(torch.ones_like(self.value), tuple(range(-num_dims, 0)))
 
     def combine(self, weights: Tensor, dims: tuple[int, ...]) -> KLEstimate:
         """Return the weighted sum over `dims`; elements of weight zero add nothing, even if NaN."""

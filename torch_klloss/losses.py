@@ -292,8 +292,7 @@ class MonteCarloKL(KLLoss):
             steps is then part of the `state_dict`.
         value: "log_ratio", "entropy", "control_variate", "taylor", "k2" (biased) or "k3".
         chunk_size: how many draws are evaluated at once; None for all.
-        reduction: as in `KLLoss`.
-        batch_dims: as in `KLLoss`.
+        reduction, batch_dims: as in `KLLoss`.
 
     Example:
         >>> import torch
@@ -331,8 +330,7 @@ class QuadratureKL(KLLoss):
     Args:
         num_nodes: how many nodes the first rule has.
         rtol: the relative error that is certified.
-        reduction: as in `KLLoss`.
-        batch_dims: as in `KLLoss`.
+        reduction, batch_dims: as in `KLLoss`.
 
     Example:
         >>> import torch
@@ -363,8 +361,7 @@ class AutoKL(KLLoss):
     Args:
         fallback: a method, or a sequence of methods that are tried in turn; by default `MonteCarlo(1)`.
         on_fallback: "allow", "warn" (a warning names the pair and the route) or "error" (a `NotImplementedError`).
-        reduction: as in `KLLoss`.
-        batch_dims: as in `KLLoss`.
+        reduction, batch_dims: as in `KLLoss`.
 
     Raises:
         ValueError: if `on_fallback` is unknown.

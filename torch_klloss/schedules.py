@@ -169,10 +169,7 @@ class Sigmoid(_Rise):
     """A logistic curve from `start` to `stop`, scaled to meet both ends exactly.
 
     Args:
-        start: the first weight.
-        stop: the last weight.
-        steps: how many steps the rise takes.
-        delay: how many steps the weight stays at `start` before the rise.
+        start, stop, steps, delay: as in `Linear`.
         sharpness: the range of the curve's argument: near 0 a straight line, towards infinity a step.
 
     References:
@@ -204,10 +201,7 @@ class Cosine(_Rise):
     """Half a period of a cosine from `start` to `stop`, flat at both ends.
 
     Args:
-        start: the first weight.
-        stop: the last weight.
-        steps: how many steps the rise takes.
-        delay: how many steps the weight stays at `start` before the rise.
+        start, stop, steps, delay: as in `Linear`.
 
     References:
         *SGDR: stochastic gradient descent with warm restarts* (Loshchilov and Hutter, 2017), for the shape.

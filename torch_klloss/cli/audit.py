@@ -58,10 +58,10 @@ def run(args: argparse.Namespace) -> int:
     if (args.target is None) == (args.write_docs is None):
         raise InputError("audit takes a loss, FILE.py:FUNCTION, or --write-docs FILE, and not both")
     if args.write_docs is not None:
-        from torch_klloss.cli.mistakes_page import write_docs
+        from torch_klloss.cli.mistakes_page import markdown
 
         with writing(args.write_docs):
-            write_docs(args.write_docs)
+            args.write_docs.write_text(markdown(), encoding="utf-8")
         return 0
     print(f"imports and runs {args.target.rpartition(':')[0] or args.target}", file=sys.stderr)
     try:

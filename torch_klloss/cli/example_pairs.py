@@ -84,19 +84,20 @@ def _scalars() -> Iterator[_Both]:
         q, p = (make(*map(_tensor, each)) for each in parameters)
         yield q, p
     one, affine = _tensor(1.0), dist.AffineTransform
-    logistic = dist.Uniform(0 * one, one), [dist.SigmoidTransform().inv]
-    yield _transformed(*logistic, affine(0.2, 0.7)), _transformed(*logistic, affine(-0.3, 1.1))
+    uniform, logit = dist.Uniform(0 * one, one), dist.SigmoidTransform().inv
+    shifts = affine(0.2, 0.7), affine(-0.3, 1.1)
+    yield _each(lambda i: dist.TransformedDistribution(uniform, [logit, shifts[i]]))
     yield (
-        _transformed(dist.Normal(0.1 * one, one), [], affine(0.3, 1.4)),
-        _transformed(dist.Normal(-0.2 * one, one), [], affine(0.1, -1.7)),
+        dist.TransformedDistribution(dist.Normal(0.1 * one, one), affine(0.3, 1.4)),
+        dist.TransformedDistribution(dist.Normal(-0.2 * one, one), affine(0.1, -1.7)),
     )
     yield (
-        _transformed(dist.Gamma(2.5 * one, one), [], affine(1.5, 0.8)),
-        _transformed(dist.Gamma(1.8 * one, one), [], affine(1.2, 1.1)),
+        dist.TransformedDistribution(dist.Gamma(2.5 * one, one), affine(1.5, 0.8)),
+        dist.TransformedDistribution(dist.Gamma(1.8 * one, one), affine(1.2, 1.1)),
     )
     yield (
-        _transformed(dist.Laplace(0.2 * one, 0.3 * one), [], dist.ExpTransform()),
-        _transformed(dist.Laplace(-0.1 * one, 0.4 * one), [], dist.ExpTransform()),
+        dist.TransformedDistribution(dist.Laplace(0.2 * one, 0.3 * one), dist.ExpTransform()),
+        dist.TransformedDistribution(dist.Laplace(-0.1 * one, 0.4 * one), dist.ExpTransform()),
     )
     yield (
         _mixture([0.4, 0.6], dist.Normal(_tensor([-1.0, 1.2]), _tensor([0.5, 0.8]))),
@@ -166,10 +167,6 @@ def _matrices() -> Iterator[_Both]:
 
 def _each(make: Callable[[int], Distribution]) -> _Both:
     return make(0), make(1)
-
-
-def _transformed(base: Distribution, transforms: list[dist.Transform], last: dist.Transform) -> Distribution:
-    return dist.TransformedDistribution(base, [*transforms, last])
 
 
 def _mixture(weights: list[float], components: Distribution) -> Distribution:

@@ -119,12 +119,10 @@ class _Reader:
         except Exception as error:  # whatever a constructor raises, it is about the arguments that the user wrote
             raise ValueError(f"{self.source(node)}: {_reason(error)}") from error
 
-    def _constant(self, node: ast.Constant) -> float | bool | None:
-        value: Any = node.value
-        if value is not None and type(value) not in (bool, int, float):
+    def _constant(self, node: ast.Constant) -> Any:
+        if node.value is not None and type(node.value) not in (bool, int, float):
             self._refuse(node)
-        constant: float | bool | None = value
-        return constant
+        return node.value
 
     def _name(self, node: ast.Name) -> float:
         if node.id in _CALLABLE:

@@ -7,7 +7,6 @@ import math
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -218,13 +217,8 @@ def _call(loss: Callable[..., Any], signature: Signature, leaves: Leaves, refere
     return value.item(), along / sum(float(wanted.square().sum()) for wanted in reference.values())
 
 
-def write_docs(path: Path) -> None:
-    """Write the page as Markdown."""
-    path.write_text(markdown(), encoding="utf-8")
-
-
 def markdown() -> str:
-    """Return the page: how to use the audit, a table of all mistakes, and a section for each file of them."""
+    """Return the page in Markdown: how to use the audit, a table of all mistakes, a section for each file of them."""
     signatures = [("`signature`", "takes", "which are"), ("---", "---", "---")]
     signatures += [(f'`"{s.name}"`', f"`{', '.join(s.roles)}`", s.about) for s in SIGNATURES.values()]
     table = [("mistake", "what the loss does"), ("---", "---")]
@@ -257,7 +251,7 @@ def _entry(mistake: Mistake) -> str:
         f"### {mistake.id}",
         _filled(f"{sentence(mistake.what)} {_EXPLAINED.get(mistake.id, '')}"),
         f"```python\n# wrong, as {mistake.signature}\n{mistake.wrong}\n# right\n{right}\n```",
-        f"{_figures(measurement(mistake), gradient=mistake.gradient is not None)}",
+        _figures(measurement(mistake), gradient=mistake.gradient is not None),
         _filled(mistake.fix),
     ]
     return "".join(f"\n{line}\n" for line in lines)

@@ -48,11 +48,6 @@ def sum_levels(terms: Sequence[Tensor]) -> Tensor:
     return terms[0] if len(terms) == 1 else torch.stack(list(terms)).sum(0)
 
 
-def num_element_dims(mask: Tensor | None, lengths: Tensor | None) -> int:
-    """Return the number of dimensions of a mask, or of the mask that the lengths give."""
-    return max(0 if mask is None else mask.dim(), 0 if lengths is None else lengths.dim() + 1)
-
-
 def check_moments(mean: Tensor, logvar: Tensor) -> None:
     """Raise a ValueError if mean and logvar differ in shape."""
     if mean.shape != logvar.shape:

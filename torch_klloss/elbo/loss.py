@@ -13,7 +13,7 @@ from torch.distributions import Distribution
 from torch_klloss.distributions.checks import check_pair
 from torch_klloss.distributions.families import diagonal_normal, standard_normal_like
 from torch_klloss.distributions.tensors import replace_examples
-from torch_klloss.elbo.arguments import Latents, check_moments, num_element_dims, pairs_of, same_shape, sum_levels
+from torch_klloss.elbo.arguments import Latents, check_moments, pairs_of, same_shape, sum_levels
 from torch_klloss.elbo.batches import batch_of
 from torch_klloss.elbo.control import BetaController
 from torch_klloss.elbo.divergence import Divergence, call_hooks, divergence, is_hooked, moments_of
@@ -224,7 +224,8 @@ class ELBOLoss(nn.Module):
             recon, x, mean, logvar = (full_precision(t) for t in (recon, x, mean, logvar))
             check_moments(mean, logvar)
             kl = self.kl
-            element_dims = max(kl.batch_dims, num_element_dims(mask, lengths))
+            mask_dims = 0 if mask is None else mask.dim()
+            element_dims = max(kl.batch_dims, mask_dims, 0 if lengths is None else lengths.dim() + 1)
             batch = batch_of(mean.shape[:element_dims], kl.batch_dims, mask, lengths)
             recon, x = same_shape(recon, x, batch.elements)
             recon, x, mean, logvar = (batch.take(t) for t in (recon, x, mean, logvar))

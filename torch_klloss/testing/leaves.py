@@ -93,6 +93,5 @@ def derivatives(value: Tensor, leaves: Iterable[Tensor]) -> list[Tensor]:
     leaves = list(leaves)
     if not value.requires_grad:
         return [torch.zeros_like(leaf).double() for leaf in leaves]
-    found = torch.autograd.grad(value.sum(), leaves, allow_unused=True, retain_graph=True)
-    pairs = zip(found, leaves, strict=True)
-    return [(torch.zeros_like(leaf) if grad is None else grad).detach().double() for grad, leaf in pairs]
+    found = torch.autograd.grad(value.sum(), leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
+    return [grad.detach().double() for grad in found]
