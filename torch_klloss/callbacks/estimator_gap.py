@@ -13,19 +13,17 @@ from torch import nn
 
 from torch_klloss.callbacks.figures import log_figure
 from torch_klloss.callbacks.gap import Gap
-from torch_klloss.callbacks.watching import AllRanks, LossWatcher, repeated, steps_taken
+from torch_klloss.callbacks.watching import EXACT, AllRanks, LossWatcher, repeated, steps_taken
 from torch_klloss.distributions.tensors import device_of
 from torch_klloss.elbo.arguments import Pair
 from torch_klloss.elbo.batches import batch_of
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.losses import AutoKL, Call, KLLoss
-from torch_klloss.methods import ClosedForm, Enumeration, FirstOf, Method, MonteCarlo, NotCertifiedError, Quadrature
+from torch_klloss.methods import FirstOf, Method, MonteCarlo, NotCertifiedError, Quadrature
 from torch_klloss.rng import private_rng, rng_state
 
 PairFunction = Callable[[Any, Any], Mapping[str, Pair]]
 Column = Literal["sampled", "exact", "quadrature"]
-
-_EXACT = FirstOf(ClosedForm(), Enumeration())
 
 
 class EstimatorGap(LossWatcher):
@@ -98,7 +96,7 @@ class EstimatorGap(LossWatcher):
         self.figure = figure
         self.history: dict[str, list[dict[str, float]]] = {}
         self._sampled = MonteCarlo(num_samples)
-        self._methods: dict[str, Method] = {"sampled": self._sampled, "exact": _EXACT, "quadrature": Quadrature()}
+        self._methods: dict[str, Method] = {"sampled": self._sampled, "exact": EXACT, "quadrature": Quadrature()}
         self._gaps: dict[str, Gap] = {}
         self._warned: set[str] = set()
 
@@ -153,7 +151,7 @@ class EstimatorGap(LossWatcher):
     def _compare(self, name: str, call: Call, used: KLEstimate) -> None:
         """Estimate the KL by another method and keep the gap, unless no other method takes the pair."""
         try:
-            other = self._sampled if used.std_error is None else FirstOf(_EXACT, self._sampled)
+            other = self._sampled if used.std_error is None else FirstOf(EXACT, self._sampled)
             reference = _estimate(other, call)
         except (NotImplementedError, NotCertifiedError) as error:
             warnings.warn(f"EstimatorGap logs no gap for {name!r}: {error}", UserWarning, stacklevel=2)
@@ -171,9 +169,6 @@ class EstimatorGap(LossWatcher):
                 warnings.warn(f"EstimatorGap logs NaN as {name}: {error}", UserWarning, stacklevel=2)
             nan = torch.full_like(used.value, torch.nan)
             return KLEstimate(nan, exact=False, std_error=nan if word == "sampled" else None, method=word)
-
-    def _has_other_source(self) -> bool:
-        return self.pairs is not None
 
     def _forget(self) -> None:
         super()._forget()

@@ -5,13 +5,10 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from torch_klloss.callbacks.watching import AllRanks, LossWatcher, repeated
+from torch_klloss.callbacks.watching import EXACT, AllRanks, LossWatcher, repeated
 from torch_klloss.distributions.checks import type_name
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.losses import Call
-from torch_klloss.methods import ClosedForm, Enumeration, FirstOf
-
-_EXACT = FirstOf(ClosedForm(), Enumeration())
 
 
 class KLRoute(LossWatcher):
@@ -77,12 +74,12 @@ class KLRoute(LossWatcher):
 
     def _warn_of_sampling(self, name: str, call: Call, used: KLEstimate) -> None:
         sampled = used.std_error is not None
-        if name in self._warned or not sampled or not _EXACT.supports(call.q, call.p):
+        if name in self._warned or not sampled or not EXACT.supports(call.q, call.p):
             return
         self._warned.add(name)
         warnings.warn(
             f"{name!r} samples KL({type_name(call.q)}‖{type_name(call.p)}) in training ({used.method}), although "
-            f"{_EXACT.route(call.q, call.p)} is exact: AutoKL() takes it, without the noise in value and gradient.",
+            f"{EXACT.route(call.q, call.p)} is exact: AutoKL() takes it, without the noise in value and gradient.",
             UserWarning,
             stacklevel=2,
         )

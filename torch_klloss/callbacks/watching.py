@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch_klloss.distributions.tensors import device_of
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.losses import Call, KLLoss
+from torch_klloss.methods import ClosedForm, Enumeration, FirstOf
 from torch_klloss.rng import replayed_rng
 
 
@@ -42,6 +43,8 @@ Callback: Any = type("Callback", _callback_bases(), {"__doc__": "Base of the cal
 
 AllRanks = Callable[[Tensor], Tensor]  # sums a tensor over the ranks
 
+EXACT = FirstOf(ClosedForm(), Enumeration())
+
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # names of the module in a wrapper
 
 
@@ -61,6 +64,7 @@ class LossWatcher(Callback):
     """
 
     advice = "Keep the loss as an attribute of the module (self.kl = AutoKL())."
+    pairs: Any = None  # in a subclass, a function that gives pairs to measure beside the losses
 
     def __init__(self, every_n_steps: int, prefix: str) -> None:
         super().__init__()
@@ -94,7 +98,7 @@ class LossWatcher(Callback):
         self._is_compiled = any(_is_compiled(module) for module in pl_module.modules())
         if self._is_compiled:
             self._start()
-        if not self._losses and not self._has_other_source():
+        if not self._losses and self.pairs is None:
             warnings.warn(
                 f"{type(self).__name__} found no KLLoss in {type(pl_module).__name__} and will log nothing. "
                 f"{self.advice}",
@@ -139,10 +143,6 @@ class LossWatcher(Callback):
         for word in words:
             mixed = (mixed * 1_000_003 + word + 1) % (2**63 - 1)
         return mixed
-
-    def _has_other_source(self) -> bool:
-        """Return whether there is something to log without a loss in the module."""
-        return False
 
     def _open(self, step: int) -> None:
         """Begin to measure; `step` makes this measurement's draws differ from those of others."""

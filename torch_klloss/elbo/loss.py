@@ -315,7 +315,7 @@ class ELBOLoss(nn.Module):
         if self.free_nats.uses_averages:
             return self.free_nats.floor_averages(kl_per_level, averages)
         per_example = sum_levels([batch.per_example(level.value) for level in levels])
-        return batch.reduce(self.free_nats.floor_each(per_example), self.reduction)
+        return batch.reduce(per_example.clamp(min=self.free_nats.nats), self.reduction)
 
     def _weight(self, reconstruction: Tensor, kl: Tensor, step: float | None) -> float | Tensor:
         if self.controller is not None:

@@ -61,10 +61,6 @@ class FreeNats:
         """Whether the mean over the batch comes before the maximum."""
         return self.nats > 0 and self.per != "example"
 
-    def floor_each(self, per_example: Tensor) -> Tensor:
-        """Return the KL of every example, raised to λ."""
-        return per_example.clamp(min=self.nats) if self.nats > 0 else per_example
-
     def floor_averages(self, kl_per_level: Sequence[Tensor], averages: Sequence[Tensor | None]) -> Tensor:
         """Return the sum of the batch means of the levels, dimensions or groups, each raised to λ."""
         groups = kl_per_level
