@@ -174,7 +174,7 @@ def _value(case: _Case) -> None:
     try:
         value, expected = torch.broadcast_tensors(case.value.detach().double(), case.reference.value.double())
     except RuntimeError:
-        raise _SkippedError("the shape is wrong") from None  # which is another check's affair
+        raise _SkippedError("the shape is wrong") from None  # another check is for a wrong shape
     low, high = (end.double() for end in case.reference.interval(_LEVEL))
     is_right = (value >= low - case.rounding) & (value <= high + case.rounding) | (value == expected)
     if not is_right.all():
