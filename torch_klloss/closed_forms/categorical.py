@@ -191,11 +191,10 @@ def _recorded(formula: Formula, partials: Partials) -> Callable[[Tensor, Tensor]
     return kl
 
 
-def _of_given(given: Given) -> tuple[Formula, Partials]:
-    return (
-        (_probs_kl, _probs_partials) if all(given) else (partial(_logits_kl, given), partial(_logits_partials, given))
-    )
-
-
-_FORMULAS = {given: _of_given(given) for given in GIVEN}
+_FORMULAS: dict[Given, tuple[Formula, Partials]] = {
+    given: (_probs_kl, _probs_partials)
+    if all(given)
+    else (partial(_logits_kl, given), partial(_logits_partials, given))
+    for given in GIVEN
+}
 _RECORDED = {given: _recorded(*formulas) for given, formulas in _FORMULAS.items()}
