@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -137,30 +138,26 @@ def _kl_of(r: _Ratios, series: bool) -> Tensor:
     return torch.where(r.is_small, torch.log1p(small_terms) - torch.log1p(-small_far), terms + far)
 
 
-def _missed(a: Tensor, b: Tensor) -> Tensor:
-    return (b == -torch.inf) & (a > -torch.inf)
-
-
-def _log_weights_kl(a: Tensor, b: Tensor, series: bool) -> Tensor:
-    """Return KL(softmax(a)‖softmax(b)) in float64, with the last dimension kept."""
-    missed = _missed(a, b)
+def _logits_kl(given: Given, q_param: Tensor, p_param: Tensor, series: bool) -> Tensor:
+    """Return the KL of a pair in which q or p is given by its logits, in float64, with the last dimension kept."""
+    a, b = _log_weights(q_param, given.q_is_probs), _log_weights(p_param, given.p_is_probs)
+    missed = (b == -torch.inf) & (a > -torch.inf)
     value = _kl_of(_ratios(a, torch.where(missed, a, b), series), series)
     return torch.where(missed.any(-1, keepdim=True), torch.inf, value)
 
 
-def _log_weights_partials(
-    a: Tensor, b: Tensor, kl: Tensor, series: bool, *, q_is_probs: bool, p_is_probs: bool
-) -> tuple[Tensor, Tensor]:
-    """Return the derivatives of the KL by a and by b; by exp(a) and exp(b) of those that are `probs`."""
-    missed = _missed(a, b)
+def _logits_partials(given: Given, q_param: Tensor, p_param: Tensor, kl: Tensor, series: bool) -> tuple[Tensor, Tensor]:
+    """Return the derivatives of `_logits_kl` by the parameters."""
+    a, b = _log_weights(q_param, given.q_is_probs), _log_weights(p_param, given.p_is_probs)
+    missed = (b == -torch.inf) & (a > -torch.inf)
     r = _ratios(a, torch.where(missed, a, b), series)
     z = r.ratio - torch.where(r.is_small, r.mean + kl, r.log_norm)
     deviation, lacks = r.mean - r.ratio, r.q == 0
-    if q_is_probs:
+    if given.q_is_probs:
         by_a = torch.where(lacks & ~(r.p == 0), -_BOUND, deviation) / a.exp().sum(-1, keepdim=True)
     else:
         by_a = r.q * deviation
-    if p_is_probs:
+    if given.p_is_probs:
         by_b = torch.where(lacks, 1.0, -torch.expm1(-z)) / b.exp().sum(-1, keepdim=True)
     else:
         by_b = torch.where((z < 1) & ~lacks, r.q * torch.expm1(z.clamp(max=1)), r.p - r.q)
@@ -176,19 +173,6 @@ def _log_weights(param: Tensor, is_probs: bool) -> Tensor:
     if not is_probs:
         return param
     return torch.where(param == 0, -torch.inf, torch.where(param == 0, 1.0, param).log())
-
-
-def _with_logits(q_is_probs: bool, p_is_probs: bool) -> tuple[Formula, Partials]:
-    """Return the formula for a pair in which q or p is given by its logits, and its derivatives."""
-
-    def kl(q_param: Tensor, p_param: Tensor, series: bool) -> Tensor:
-        return _log_weights_kl(_log_weights(q_param, q_is_probs), _log_weights(p_param, p_is_probs), series)
-
-    def partials(q_param: Tensor, p_param: Tensor, kl: Tensor, series: bool) -> tuple[Tensor, Tensor]:
-        a, b = _log_weights(q_param, q_is_probs), _log_weights(p_param, p_is_probs)
-        return _log_weights_partials(a, b, kl, series, q_is_probs=q_is_probs, p_is_probs=p_is_probs)
-
-    return kl, partials
 
 
 def _recorded(formula: Formula, partials: Partials) -> Callable[[Tensor, Tensor], Tensor]:
@@ -207,9 +191,10 @@ def _recorded(formula: Formula, partials: Partials) -> Callable[[Tensor, Tensor]
     return kl
 
 
-def _of_given(given: Given) -> tuple[Formula, Partials]:
-    return (_probs_kl, _probs_partials) if all(given) else _with_logits(*given)
-
-
-_FORMULAS = {given: _of_given(given) for given in GIVEN}
+_FORMULAS: dict[Given, tuple[Formula, Partials]] = {
+    given: (_probs_kl, _probs_partials)
+    if all(given)
+    else (partial(_logits_kl, given), partial(_logits_partials, given))
+    for given in GIVEN
+}
 _RECORDED = {given: _recorded(*formulas) for given, formulas in _FORMULAS.items()}

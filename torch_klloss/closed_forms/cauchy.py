@@ -33,19 +33,15 @@ def _half_cauchy_half_cauchy(q: HalfCauchy, p: HalfCauchy) -> Tensor:
 def _partials(
     needs: Sequence[bool], q_loc: Tensor, q_scale: Tensor, p_loc: Tensor, p_scale: Tensor
 ) -> Sequence[Tensor | None]:
-    by_q_loc = by_q_scale = by_p_loc = by_p_scale = None
     q_scale, p_scale = q_scale.double(), p_scale.double()
     total = q_scale + p_scale
     x = (q_scale - p_scale) / total
     r = (q_loc.double() - p_loc.double()) / total
     square = r * r
-    if needs[0] or needs[2]:
-        by_q_loc = 2 * r / (total * (1 + square))
-        by_p_loc = -by_q_loc if needs[2] else None
-    if needs[1]:
-        by_q_scale = (x - square) / (q_scale * (1 + square))
-    if needs[3]:
-        by_p_scale = -(x + square) / (p_scale * (1 + square))
+    by_q_loc = 2 * r / (total * (1 + square)) if needs[0] or needs[2] else None
+    by_p_loc = -by_q_loc if by_q_loc is not None and needs[2] else None
+    by_q_scale = (x - square) / (q_scale * (1 + square)) if needs[1] else None
+    by_p_scale = -(x + square) / (p_scale * (1 + square)) if needs[3] else None
     return by_q_loc, by_q_scale, by_p_loc, by_p_scale
 
 

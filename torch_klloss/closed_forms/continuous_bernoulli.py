@@ -84,11 +84,7 @@ def _kl_of_probs(q: Tensor, p: Tensor) -> Tensor:
     return _divergence(*_halves_of_probs(q, p)).to(common_dtype(q, p))
 
 
-def _partials_of_logits(needs: Sequence[bool], q: Tensor, p: Tensor) -> Sequence[Tensor | None]:
-    return _partials_by_logits(needs, *_halves_of_logits(q, p))
-
-
-@custom_gradient(_partials_of_logits)
+@custom_gradient(lambda needs, q, p: _partials_by_logits(needs, *_halves_of_logits(q, p)))
 def _kl_of_logits(q: Tensor, p: Tensor) -> Tensor:
     return _divergence(*_halves_of_logits(q, p)).to(common_dtype(q, p))
 

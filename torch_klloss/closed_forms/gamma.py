@@ -32,16 +32,13 @@ def _partials(
 ) -> Sequence[Tensor | None]:
     gap, scaled_q, scaled_p = _means(q_shape, q_rate, p_shape, p_rate)
     q_shape, q_rate, p_shape, p_rate = q_shape.double(), q_rate.double(), p_shape.double(), p_rate.double()
-    by_q_shape = by_q_rate = by_p_shape = by_p_rate = None
-    if needs[0]:
-        by_q_shape = (q_shape - p_shape) * binet_trigamma(q_shape) + gap / q_rate / q_shape
-    if needs[1]:
-        by_q_rate = -gap / q_rate / q_rate
+    by_q_shape = (q_shape - p_shape) * binet_trigamma(q_shape) + gap / q_rate / q_shape if needs[0] else None
+    by_q_rate = -gap / q_rate / q_rate if needs[1] else None
+    by_p_shape = None
     if needs[2]:
         digammas = binet_digamma_difference(p_shape - q_shape, p_shape, q_shape)
         by_p_shape = digammas - log_ratio(scaled_q, scaled_p, gap)
-    if needs[3]:
-        by_p_rate = gap / q_rate / p_rate
+    by_p_rate = gap / q_rate / p_rate if needs[3] else None
     return by_q_shape, by_q_rate, by_p_shape, by_p_rate
 
 

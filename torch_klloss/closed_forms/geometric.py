@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid
 from torch_klloss.closed_forms.bernoulli import BOUND, HUGE, LARGEST, TRIAL, log_odds, shift_between
 from torch_klloss.closed_forms.registry import register_kl
 from torch_klloss.distributions.given import GIVEN, Given, both_as_given
-from torch_klloss.numerics.custom_gradient import Value, custom_gradient
+from torch_klloss.numerics.custom_gradient import custom_gradient
 from torch_klloss.numerics.elementary import (
     ABOVE_MINUS_ONE,
     common_dtype,
@@ -95,8 +95,4 @@ def _log_failures(given: Given, q: Tensor, p: Tensor) -> Tensor:
     return ratio
 
 
-def _differentiable(given: Given) -> Value:
-    return custom_gradient(partial(_partials, given))(partial(_kl, given))
-
-
-_KL = {given: _differentiable(given) for given in GIVEN}
+_KL = {given: custom_gradient(partial(_partials, given))(partial(_kl, given)) for given in GIVEN}

@@ -37,15 +37,14 @@ def _gumbel_gumbel(q: Gumbel, p: Gumbel) -> Tensor:
 def _partials(
     needs: Sequence[bool], q_loc: Tensor, q_scale: Tensor, p_loc: Tensor, p_scale: Tensor
 ) -> Sequence[Tensor | None]:
-    by_q_loc = by_q_scale = by_p_loc = by_p_scale = None
+    by_q_scale = by_p_scale = None
     q_scale, p_scale = q_scale.double(), p_scale.double()
     r, x = q_scale / p_scale, (q_scale - p_scale) / p_scale
     m = (q_loc.double() - p_loc.double()) / p_scale
     log_gamma, _ = log_gamma_and_bregman(r, x)
     excess = torch.expm1((log_gamma - m).clamp(max=709.0))  # inf would make NaN of products with 0
-    if needs[0] or needs[2]:
-        by_p_loc = excess / p_scale
-        by_q_loc = -by_p_loc if needs[0] else None
+    by_p_loc = excess / p_scale if needs[0] or needs[2] else None
+    by_q_loc = -by_p_loc if by_p_loc is not None and needs[0] else None
     if needs[1] or needs[3]:
         digamma, by_second = digamma_and_bregman_slope(r, x)
         by_q_scale = (by_second + excess * digamma) / p_scale if needs[1] else None

@@ -27,18 +27,14 @@ def _laplace_laplace(q: Laplace, p: Laplace) -> Tensor:
 def _partials(
     needs: Sequence[bool], q_loc: Tensor, q_scale: Tensor, p_loc: Tensor, p_scale: Tensor
 ) -> Sequence[Tensor | None]:
-    by_q_loc = by_q_scale = by_p_loc = by_p_scale = None
     q_scale, p_scale = q_scale.double(), p_scale.double()
     rising, t = _distance(q_loc, q_scale, p_loc)
     decay = torch.expm1(-t)
     x = (q_scale - p_scale) / p_scale
-    if needs[0] or needs[2]:
-        by_q_loc = torch.where(rising, -decay, decay) / p_scale
-        by_p_loc = -by_q_loc if needs[2] else None
-    if needs[1]:
-        by_q_scale = x / q_scale + (decay + t * torch.exp(-t)) / p_scale
-    if needs[3]:
-        by_p_scale = -(x + q_scale / p_scale * (decay + t)) / p_scale
+    by_q_loc = torch.where(rising, -decay, decay) / p_scale if needs[0] or needs[2] else None
+    by_p_loc = -by_q_loc if by_q_loc is not None and needs[2] else None
+    by_q_scale = x / q_scale + (decay + t * torch.exp(-t)) / p_scale if needs[1] else None
+    by_p_scale = -(x + q_scale / p_scale * (decay + t)) / p_scale if needs[3] else None
     return by_q_loc, by_q_scale, by_p_loc, by_p_scale
 
 

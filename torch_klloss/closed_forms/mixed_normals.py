@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, LowRankMultivariateNormal, MultivariateNormal, Normal
 
 from torch_klloss.closed_forms.registry import has_closed_form, kl_divergence, register_kl
-from torch_klloss.closed_forms.structural import by_structure, simplified
+from torch_klloss.closed_forms.structural import simplified
 from torch_klloss.distributions.families import LogVarNormal
 from torch_klloss.distributions.pushforward import is_a
 from torch_klloss.distributions.tensors import dtype_of
+from torch_klloss.numerics.dimensions import sum_last
 from torch_klloss.numerics.elementary import isd
 
 
@@ -49,7 +50,7 @@ def _diagonal_mvn(q: Independent, p: MultivariateNormal) -> Tensor:
     identity = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
     M = torch.linalg.solve_triangular(L, identity, upper=False)
     below = (scale.square() * M.tril(-1).square().sum(-2)).sum(-1)
-    distance = _product(M, base.loc.double() - p.loc.double()).square().sum(-1)
+    distance = (M @ (base.loc.double() - p.loc.double()).unsqueeze(-1)).squeeze(-1).square().sum(-1)
     return (_of_scales(scale, diagonal) + (below + distance) / 2).to(dtype_of(q, p))
 
 
@@ -85,15 +86,19 @@ def _diagonal_low_rank(q: Any, p: Any) -> Tensor:
         return _otherwise(q, p)
     scale = _scale(base)
     is_nan = scale.isnan()  # no matrix with a NaN has a Cholesky factor
-    diagonal = _as_low_rank(base.loc.double(), torch.where(is_nan, 1.0, scale).square())
+    loc, variance = base.loc.double(), torch.where(is_nan, 1.0, scale).square()
+    diagonal = LowRankMultivariateNormal(loc, variance.new_zeros(loc.shape[-1], 1), variance, validate_args=False)
     value = kl_divergence(*(diagonal if isinstance(d, Independent) else d for d in (q, p)))
     return torch.where(is_nan.any(-1), torch.nan, value).to(dtype_of(q, p))
 
 
 def _otherwise(q: Distribution, p: Distribution) -> Tensor:
     """Return the KL of a pair whose independent side is not made of Normals."""
-    value = by_structure(q, p)
-    return _by_marginals(q, p) if value is None else value
+    simple = simplified(q, p)
+    if simple is None:
+        return _by_marginals(q, p)
+    simple_q, simple_p, peeled = simple
+    return sum_last(kl_divergence(simple_q, simple_p), peeled)
 
 
 def _between(q: Distribution, p: Distribution) -> tuple[Normal, Distribution]:
@@ -139,11 +144,6 @@ def _by_marginals(q: Distribution, p: Distribution) -> Tensor:
     return torch.where(apart.isinf(), apart, apart + kl_divergence(joint, p))
 
 
-def _as_low_rank(loc: Tensor, variance: Tensor) -> LowRankMultivariateNormal:
-    no_factor = variance.new_zeros(loc.shape[-1], 1)
-    return LowRankMultivariateNormal(loc, no_factor, variance, validate_args=False)
-
-
 def _scale(d: Normal) -> Tensor:
     """Return the standard deviations in float64, from the log-variance where d was built from one."""
     return (0.5 * d.logvar.double()).exp() if isinstance(d, LogVarNormal) else d.scale.double()
@@ -152,7 +152,3 @@ def _scale(d: Normal) -> Tensor:
 def _of_scales(q: Tensor, p: Tensor) -> Tensor:
     """Return the KL of independent Normals of equal means."""
     return (isd(q, p) + ((q - p) / p).square() / 2).sum(-1)
-
-
-def _product(M: Tensor, x: Tensor) -> Tensor:
-    return (M @ x.unsqueeze(-1)).squeeze(-1)

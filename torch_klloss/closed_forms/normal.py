@@ -27,16 +27,12 @@ def _normal_normal(q: Normal, p: Normal) -> Tensor:
 def _partials(
     needs: Sequence[bool], q_loc: Tensor, q_scale: Tensor, p_loc: Tensor, p_scale: Tensor
 ) -> Sequence[Tensor | None]:
-    by_q_loc = by_q_scale = by_p_loc = by_p_scale = None
     distance = (q_loc - p_loc) / p_scale
     x = (q_scale - p_scale) / p_scale
-    if needs[0] or needs[2]:
-        by_q_loc = distance / p_scale
-        by_p_loc = -by_q_loc if needs[2] else None
-    if needs[1]:
-        by_q_scale = x / p_scale + x / q_scale
-    if needs[3]:
-        by_p_scale = -(x * (2 + x) + distance * distance) / p_scale
+    by_q_loc = distance / p_scale if needs[0] or needs[2] else None
+    by_p_loc = -by_q_loc if by_q_loc is not None and needs[2] else None
+    by_q_scale = x / p_scale + x / q_scale if needs[1] else None
+    by_p_scale = -(x * (2 + x) + distance * distance) / p_scale if needs[3] else None
     return by_q_loc, by_q_scale, by_p_loc, by_p_scale
 
 

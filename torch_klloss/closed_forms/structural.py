@@ -7,7 +7,6 @@ from torch.distributions import Distribution, Independent, InverseGamma, LogNorm
 
 from torch_klloss.closed_forms.registry import has_closed_form, kl_divergence, register_kl, structural
 from torch_klloss.distributions.simplify import simplify
-from torch_klloss.numerics.dimensions import sum_last
 
 
 @register_kl(InverseGamma, InverseGamma)
@@ -30,13 +29,3 @@ def simplified(q: Distribution, p: Distribution) -> tuple[Distribution, Distribu
     if (simple_q is q and simple_p is p) or not has_closed_form(simple_q, simple_p):
         return None
     return simple_q, simple_p, peeled
-
-
-def by_structure(q: Distribution, p: Distribution) -> Tensor | None:
-    """Return the KL of the simplified pair; None where `simplified` finds none."""
-    simple = simplified(q, p)
-    if simple is None:
-        return None
-    simple_q, simple_p, peeled = simple
-    value = kl_divergence(simple_q, simple_p)
-    return sum_last(value, peeled)

@@ -26,11 +26,8 @@ def _partials(
     needs: Sequence[bool], q_low: Tensor, q_high: Tensor, p_low: Tensor, p_high: Tensor
 ) -> Sequence[Tensor | None]:
     outside = (q_low < p_low) | (q_high > p_high)
-    by_q = by_p = None
-    if needs[0] or needs[1]:
-        by_q = torch.where(outside, 0.0, 1 / (q_high.double() - q_low.double()))
-    if needs[2] or needs[3]:
-        by_p = torch.where(outside, 0.0, 1 / (p_high.double() - p_low.double()))
+    by_q = torch.where(outside, 0.0, 1 / (q_high.double() - q_low.double())) if needs[0] or needs[1] else None
+    by_p = torch.where(outside, 0.0, 1 / (p_high.double() - p_low.double())) if needs[2] or needs[3] else None
     signed = (by_q, None if by_q is None else -by_q, None if by_p is None else -by_p, by_p)
     return tuple(d if need else None for d, need in zip(signed, needs, strict=True))
 

@@ -41,14 +41,10 @@ def _partials(
     half_sine, sine = _sines(q_loc.double(), p_loc.double())
     q_kappa, p_kappa = torch.broadcast_tensors(q_kappa.double(), p_kappa.double())
     versine, resultant = 2 * half_sine.square(), _resultant(q_kappa)
-    by_q_loc = by_q_kappa = by_p_loc = by_p_kappa = None
-    if needs[0] or needs[2]:
-        by_q_loc = p_kappa * resultant * sine
-        by_p_loc = -by_q_loc if needs[2] else None
-    if needs[1]:
-        by_q_kappa = _in_chunks(_variance, q_kappa) * (q_kappa - p_kappa + p_kappa * versine)
-    if needs[3]:
-        by_p_kappa = _in_chunks(_resultant_difference, p_kappa, q_kappa) + resultant * versine
+    by_q_loc = p_kappa * resultant * sine if needs[0] or needs[2] else None
+    by_p_loc = -by_q_loc if by_q_loc is not None and needs[2] else None
+    by_q_kappa = _in_chunks(_variance, q_kappa) * (q_kappa - p_kappa + p_kappa * versine) if needs[1] else None
+    by_p_kappa = _in_chunks(_resultant_difference, p_kappa, q_kappa) + resultant * versine if needs[3] else None
     return by_q_loc, by_q_kappa, by_p_loc, by_p_kappa
 
 

@@ -39,14 +39,12 @@ def _partials(
     needs: Sequence[bool], q_scale: Tensor, q_shape: Tensor, p_scale: Tensor, p_shape: Tensor
 ) -> Sequence[Tensor | None]:
     q_scale, q_shape, p_scale, p_shape = (t.double() for t in (q_scale, q_shape, p_scale, p_shape))
-    by_q_scale = by_q_shape = by_p_scale = by_p_shape = None
+    by_q_shape = by_p_shape = None
     r, x, log_scales = _ratios(q_scale, q_shape, p_scale, p_shape)
     log_gamma, _ = log_gamma_and_bregman(r, x)
     excess = torch.expm1((log_gamma + p_shape * log_scales).clamp(max=_LARGEST))
-    if needs[0]:
-        by_q_scale = excess * p_shape / q_scale
-    if needs[2]:
-        by_p_scale = -excess * p_shape / p_scale
+    by_q_scale = excess * p_shape / q_scale if needs[0] else None
+    by_p_scale = -excess * p_shape / p_scale if needs[2] else None
     if needs[1] or needs[3]:
         digamma, by_second = digamma_and_bregman_slope(r, x)
         by_r = by_second + excess * digamma

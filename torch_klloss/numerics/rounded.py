@@ -70,14 +70,12 @@ class Rounded:
         value = a.value / b.value
         return _bounded(value, lambda: (a.error + _times(b.error, _size(value))) / b.size + EPS * _size(value))
 
-    def __radd__(self, other: float | Tensor) -> Rounded:
-        return self + other
+    __radd__ = __add__
 
     def __rsub__(self, other: float | Tensor) -> Rounded:
         return -self + other
 
-    def __rmul__(self, other: float | Tensor) -> Rounded:
-        return self * other
+    __rmul__ = __mul__
 
     def __rtruediv__(self, other: float | Tensor) -> Rounded:
         return as_rounded(other, self.value) / self

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NoReturn
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -89,7 +89,10 @@ class Enumeration(BaseMethod):
         elif self.max_terms and is_countable(inner_q):
             value, bound, num_points = sum_over_counts(inner_q, inner_p, self.max_terms)
         else:
-            self._refuse(q)
+            raise NotImplementedError(
+                f"Enumeration needs a q with a finite support of at most {self.max_support} points or known counts, "
+                f"got {type_name(q)}; use MonteCarloKL or AutoKL."
+            )
         return KLEstimate(
             sum_last(value, peeled).to(dtype).expand(batch_shape),
             exact=bound is None,
@@ -104,12 +107,6 @@ class Enumeration(BaseMethod):
         if support_points(inner_q, self.max_support) is not None:
             return True
         return None if self.max_terms and is_countable(inner_q) else False
-
-    def _refuse(self, q: Distribution) -> NoReturn:
-        raise NotImplementedError(
-            f"Enumeration needs a q with a finite support of at most {self.max_support} points or known counts, got "
-            f"{type_name(q)}; use MonteCarloKL or AutoKL."
-        )
 
 
 def _finite_sum(q: Distribution, p: Distribution, points: Tensor) -> Tensor:

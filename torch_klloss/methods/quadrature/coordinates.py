@@ -179,7 +179,8 @@ def coordinate(lower: Tensor, upper: Tensor, centre: Tensor, scale: Tensor) -> C
         centre: the centre of the mass, detached.
         scale: the width of the mass, detached.
     """
-    first, last = _finite_ends(lower, upper)
+    # 0 and 1 stand for infinite ends, which belong to integrals with another coordinate.
+    first, last = torch.where(lower.isfinite(), lower, 0.0), torch.where(upper.isfinite(), upper, 1.0)
     kinds: dict[tuple[bool, bool], Callable[[], Coordinate]] = {
         (True, True): lambda: Shifted(Interval(first, last), *_logit_normal(first, last, centre, scale)),
         (True, False): lambda: Shifted(HalfLine(first, 1), *_log_normal(centre - lower.detach(), scale)),
@@ -192,11 +193,6 @@ def coordinate(lower: Tensor, upper: Tensor, centre: Tensor, scale: Tensor) -> C
     for kind in present[1:]:
         chosen = Mixed(masks[kind], kinds[kind](), chosen)
     return chosen
-
-
-def _finite_ends(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the ends, with 0 and 1 for infinite ones, which belong to integrals with another coordinate."""
-    return torch.where(lower.isfinite(), lower, 0.0), torch.where(upper.isfinite(), upper, 1.0)
 
 
 def _log_normal(mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -117,8 +117,8 @@ def _property_or_nan(d: Distribution, name: str, shape: torch.Size) -> Tensor:
 def panels_of(f: Integrand, coordinate: Coordinate, scan: Scan, num_nodes: int) -> Panels:
     """Return about num_nodes / ORDER panels whose edges include every kink of q and p and every peak of p."""
     points = split_points(f, coordinate)
-    if peaks := peaks_of(f.p):
-        points = torch.cat([points, _in_v(f, coordinate, [f.per_integral(each) for each in peaks])])
+    if isinstance(f.p, (Cauchy, StudentT)):  # smooth, but with a peak that a scan may miss
+        points = torch.cat([points, _in_v(f, coordinate, [f.per_integral(f.p.loc)])])
     edges = scan.edges(max(1, num_nodes // ORDER - len(points)))
     if len(points):
         inside = torch.where(points.isnan(), edges[0], points).clamp(edges[0], edges[-1])
@@ -174,11 +174,6 @@ def _component_kinks(d: MixtureSameFamily) -> list[Tensor]:
     ends = () if bounds is None else (bounds.lower, bounds.upper)
     points = kinks_of(components) + [end for end in ends if isinstance(end, Tensor)]
     return [each for point in points for each in point.expand(components.batch_shape).unbind(-1)]
-
-
-def peaks_of(d: Distribution) -> list[Tensor]:
-    """Return the points `[*batch]` where the log-density of d is smooth, but has a peak that a scan may miss."""
-    return [d.loc] if isinstance(d, (Cauchy, StudentT)) else []
 
 
 def components_of(d: Distribution) -> list[tuple[Tensor, Tensor]]:

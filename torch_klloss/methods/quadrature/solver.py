@@ -26,7 +26,8 @@ def solve(f: Integrand, index: Tensor, num_nodes: int, rtol: float) -> Iterator[
     state, scan = start(f, index, num_nodes)
     while True:
         certificate = certify(state)
-        is_coarse = _is_coarse(certificate, rtol)
+        is_open = ~certificate.is_settled & (state.status == FINITE)
+        is_coarse = is_open & (certificate.errors["panels"] > _tolerance(certificate, rtol))
         if not is_coarse.any() or state.evaluations > _BUDGET * num_nodes:
             yield certificate
             return
@@ -38,12 +39,6 @@ def solve(f: Integrand, index: Tensor, num_nodes: int, rtol: float) -> Iterator[
             state = halve(certify(state), state.rule, rtol)
         else:
             state = with_panels(state, scan, num_nodes)
-
-
-def _is_coarse(certificate: Certificate, rtol: float) -> Tensor:
-    """Return where finer panels are needed."""
-    is_open = ~certificate.is_settled & (certificate.state.status == FINITE)
-    return is_open & (certificate.errors["panels"] > _tolerance(certificate, rtol))
 
 
 def _tolerance(certificate: Certificate, rtol: float) -> Tensor:
