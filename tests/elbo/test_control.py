@@ -115,6 +115,36 @@ def test_a_trained_model_ends_where_the_controller_wants_it(controller, term, go
     assert sum(history[-200:]) / 200 == pytest.approx(goal, rel=0.1)
 
 
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("when", [0, 3])
+@pytest.mark.parametrize("build", [lambda: GECO(tolerance=10.0), lambda: PIControl(target=10.0)])
+def test_a_step_that_is_not_finite_is_skipped_with_a_warning(build, when, bad):
+    skipping, undisturbed = build(), build()
+    for step in range(8):
+        good = torch.tensor(12.0 - step)
+        if step == when:
+            with pytest.warns(RuntimeWarning, match=r"NaN or infinite; it leaves β as it was"):
+                assert skipping(torch.tensor(bad), torch.tensor(bad)) == skipping.beta
+        assert skipping(good, good) == undisturbed(good, good)
+    assert all(map(torch.equal, skipping.state_dict().values(), undisturbed.state_dict().values()))
+
+
+COMPILED = """
+import json, math, torch
+from torch_klloss.elbo import GECO, PIControl
+same = []
+for control in (GECO(tolerance=10.0), PIControl(target=10.0)):
+    before = control.beta.clone()
+    torch.compile(control, backend="eager", fullgraph=True)(torch.tensor(math.nan), torch.tensor(math.nan))
+    same.append(bool(control.beta == before))
+print(json.dumps(same))
+"""
+
+
+def test_a_compiled_controller_skips_such_a_step_too():
+    assert run(COMPILED) == [True, True]
+
+
 def test_setting_beta_of_a_controlled_loss_is_an_error():
     with pytest.raises(ValueError, match="beta is driven by GECO"):
         ELBOLoss(beta=GECO(tolerance=1.0)).beta = 0.5

@@ -2,15 +2,19 @@
 
 A controller is an `nn.Module` called once a step with the reconstruction and the KL, both in nats per example, without
 gradient; it returns the weight of that step. In training mode it then updates its state, in evaluation mode not.
-Under `torch.distributed` it takes the means over all ranks, so that every rank has the same weight.
+Under `torch.distributed` it takes the means over all ranks, so that every rank has the same weight. A step whose mean
+is NaN or infinite leaves the state as it was, with a warning: a single bad batch would otherwise decide every later β.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from torch import Tensor, distributed, nn
+
+from torch_klloss.numerics.tracing import is_traced
 
 
 class BetaController(nn.Module):
@@ -88,10 +92,13 @@ class GECO(BetaController):
         beta = self.beta
         if self.training:
             now = _mean_over_ranks(reconstruction).to(self.excess) - self.tolerance
+            is_finite = _checked_finite(now, "GECO", "reconstruction")
             average = self.momentum * self.excess + (1 - self.momentum) * now
-            self.excess = torch.where(self.excess.isnan(), now, average)
+            excess = torch.where(self.excess.isnan(), now, average)
             low, high = (math.log(end) for end in self.bounds)
-            self.log_beta = (self.log_beta - self.rate * self.excess).clamp(low, high)
+            log_beta = (self.log_beta - self.rate * excess).clamp(low, high)
+            self.excess = torch.where(is_finite, excess, self.excess)
+            self.log_beta = torch.where(is_finite, log_beta, self.log_beta)
         return beta
 
     def extra_repr(self) -> str:
@@ -155,10 +162,13 @@ class PIControl(BetaController):
         """Return the weight of this step, which its own KL has changed already."""
         if self.training:
             error = self.target - _mean_over_ranks(kl).to(self.last)
+            is_finite = _checked_finite(error, "PIControl", "KL")
             low, high = self.bounds
             outward = ((self.last > high) & (error < 0)) | ((self.last < low) & (error > 0))
-            self.error_sum = torch.where(outward, self.error_sum, self.error_sum - self.integral * error)
-            self.last = self.proportional * torch.sigmoid(-error) + self.error_sum + low
+            error_sum = torch.where(outward, self.error_sum, self.error_sum - self.integral * error)
+            self.error_sum = torch.where(is_finite, error_sum, self.error_sum)
+            last = self.proportional * torch.sigmoid(-error) + self.error_sum + low
+            self.last = torch.where(is_finite, last, self.last)
         return self.beta
 
     def extra_repr(self) -> str:
@@ -172,6 +182,19 @@ def _check_bounds(bounds: tuple[float, float], *, positive: bool) -> None:
     if not (0 <= low <= high < math.inf) or (positive and low == 0):
         least = "above 0" if positive else "at least 0"
         raise ValueError(f"bounds must be finite, in order and {least}, got {bounds!r}.")
+
+
+def _checked_finite(measured: Tensor, controller: str, what: str) -> Tensor:
+    """Return whether a measured number is finite; warn of one that is not, unless asking would wait for a device."""
+    is_finite = measured.isfinite()
+    if measured.is_cpu and not is_traced() and not is_finite:
+        warnings.warn(
+            f"{controller} was given a {what} that is NaN or infinite; it leaves β as it was. Look for the batch that "
+            "overflows.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return is_finite
 
 
 def _mean_over_ranks(value: Tensor) -> Tensor:
