@@ -8,7 +8,7 @@ import torch
 
 from tests.references import beyond_torch, cross, elementary, gamma_family, recorded
 from tests.references.harness import draw
-from tests.references.recorded import Truth, agree, kept, save, source_hash, table, truths
+from tests.references.recorded import Truth, agree, kept, records, save, source_hash, table, truths
 
 MODULES = (beyond_torch, cross, elementary, gamma_family)
 REFERENCES = {reference.name: reference for module in MODULES for reference in module.REFERENCES if reference.recorded}
@@ -50,7 +50,7 @@ def test_a_truth_comes_back_from_the_table_with_its_digits(tmp_path, dtype, with
     computed = truths(BETA, q, p, with_gradient)
     group = BETA.name, str(dtype).removeprefix("torch."), with_gradient
     save({group: dict(enumerate_keys(computed))}, tmp_path / "table.json")
-    again = table(tmp_path / "table.json")[group]
+    again = records(group, tmp_path / "table.json")
     with mpmath.workdps(BETA.digits):
         assert all(agree(again[key], truth, dtype) for key, truth in enumerate_keys(computed))
         exact = [BETA.kl(*({k: mpmath.mpf(t[i].item()) for k, t in side.items()} for side in (q, p))) for i in range(4)]

@@ -47,8 +47,8 @@ class Truth(NamedTuple):
     gradient: list[Any]
 
 
-Table = dict[Group, dict[bytes, Truth]]
-_written: Table = {}
+Records = dict[Group, dict[bytes, Truth]]
+_written: Records = {}
 
 
 def truths(reference: Reference, q: Params, p: Params, with_gradient: bool) -> list[Truth]:
@@ -69,7 +69,7 @@ def truths(reference: Reference, q: Params, p: Params, with_gradient: bool) -> l
 
 def kept(reference: Reference, q: Params, p: Params, with_gradient: bool) -> list[Truth | None]:
     """Return what the table has for every draw of a batch."""
-    known = table().get(_group(reference, q, with_gradient), {})
+    known = records(_group(reference, q, with_gradient))
     return [known.get(key) for key in _keys(q, p)]
 
 
@@ -99,16 +99,22 @@ def source_hash(sources: Mapping[str, str] | None = None) -> str:
 
 
 @cache
-def table(path: Path = TABLE) -> Table:
-    """Return the table; empty if another source computed it."""
+def table(path: Path = TABLE) -> dict[Group, dict[str, Any]]:
+    """Return the rows of the table by their group; none if another source computed them."""
     content = json.loads(path.read_text())
-    if content["source"] != source_hash():
-        return {}
+    rows = content["rows"] if content["source"] == source_hash() else []
+    return {(row["pair"], row["dtype"], row["gradient"] is not None): row for row in rows}
+
+
+@cache
+def records(group: Group, path: Path = TABLE) -> dict[bytes, Truth]:
+    """Return what the table has of a pair and a dtype, by the keys of the draws."""
+    row = table(path).get(group)
     with mpmath.workprec(120):
-        return {(row["pair"], row["dtype"], row["gradient"] is not None): _read(row) for row in content["rows"]}
+        return {} if row is None else _read(row)
 
 
-def save(truths_of: Table | None = None, path: Path = TABLE) -> None:
+def save(truths_of: Records | None = None, path: Path = TABLE) -> None:
     """Write the table, by default of what this process recorded, one pair and dtype a line."""
     groups = sorted((_written if truths_of is None else truths_of).items())
     rows = ",\n".join(json.dumps(_row(*group), ensure_ascii=False) for group in groups)
