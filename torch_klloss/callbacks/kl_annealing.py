@@ -129,6 +129,11 @@ class KLAnnealing(Callback):
 
     on_test_start = on_validation_start
 
+    @property
+    def state_key(self) -> str:
+        """The key of the state in a checkpoint: callbacks of one class differ by the attribute or their prefix."""
+        return f"{type(self).__qualname__}(attribute={self.attribute!r}, prefix={self.prefix!r})"
+
     def state_dict(self) -> dict[str, Any]:
         """Return the weight that was set last."""
         return {"weight": self._weight}

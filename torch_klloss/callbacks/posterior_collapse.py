@@ -140,6 +140,11 @@ class PosteriorCollapse(LossWatcher):
             self._warn_of_collapse(path)
         return metrics
 
+    @property
+    def state_key(self) -> str:
+        """The key of the state in a checkpoint: callbacks of one class differ by their stage or their prefix."""
+        return f"{type(self).__qualname__}(stage={self.stage!r}, prefix={self.prefix!r})"
+
     def state_dict(self) -> dict[str, Any]:
         """Return the history, and the losses that a warning was given for."""
         return {"history": self.history, "warned": self._warned}

@@ -79,6 +79,11 @@ class LossWatcher(Callback):
         self._rank = 0
         self._calls: Counter[str] = Counter()
 
+    @property
+    def state_key(self) -> str:
+        """The key of the state in a checkpoint: callbacks of one class differ by their prefix."""
+        return f"{type(self).__qualname__}(prefix={self.prefix!r})"
+
     def measure(self, name: str, call: Call) -> None:
         """Take what is needed from a call; training's random stream must stay where it is.
 
