@@ -258,14 +258,18 @@ def test_the_figure_is_written(capsys, file, tmp_path):
     assert (tmp_path / "points.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def test_a_figure_that_cannot_be_written_is_status_2_after_the_report(capsys, file, tmp_path, monkeypatch):
+def test_a_figure_that_cannot_be_written_is_status_2_after_the_report(capsys, file, tmp_path):
     for path, reason in (("none/points.png", "cannot write"), ("points.nonsense", "cannot draw")):
         assert main(["audit", f"{file}:wrong", "--figure", f"{tmp_path}/{path}"]) == 2
         printed = capsys.readouterr()
         assert printed.out.startswith("wrong(mu, logvar): WRONG VALUE")
         assert f"error: {reason} {tmp_path}/{path}: " in printed.err
+
+
+@pytest.mark.parametrize(("loss", "status"), [("right", 0), ("wrong", 1)])
+def test_without_matplotlib_the_status_is_the_verdict_s(capsys, file, tmp_path, monkeypatch, loss, status):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert main(["audit", f"{file}:right", "--figure", f"{tmp_path}/points.png"]) == 2
+    assert main(["audit", f"{file}:{loss}", "--figure", f"{tmp_path}/points.png"]) == status
     assert 'pip install "torch_klloss[plot]"' in capsys.readouterr().err
 
 

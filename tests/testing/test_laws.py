@@ -9,6 +9,7 @@ from torch.distributions import (
     Binomial,
     Categorical,
     Dirichlet,
+    Distribution,
     Exponential,
     Gamma,
     Independent,
@@ -18,6 +19,7 @@ from torch.distributions import (
     Normal,
     Poisson,
     Uniform,
+    constraints,
 )
 from torch.distributions import kl_divergence as torch_kl
 
@@ -153,6 +155,31 @@ def test_an_infinite_kl_is_right_where_p_lacks_the_support_and_only_there():
 def test_a_pair_without_a_closed_form_says_how_to_register_one():
     with pytest.raises(NotImplementedError, match="@register_kl"):
         check_kl(Binomial(3, d(0.5)), Poisson(d(1.0)))
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_a_side_without_parameters_is_not_asked_for_nan(swap):
+    class Standard(Distribution):
+        arg_constraints, support, loc, scale = {}, constraints.real, 0.0, 1.0
+
+        def __init__(self):
+            super().__init__(torch.Size([4]), validate_args=False)
+
+        def log_prob(self, x):
+            return -0.5 * x**2 - 0.9189385332046727
+
+        def sample(self, sample_shape=torch.Size()):  # noqa: B008
+            return torch.randn(*sample_shape, 4)
+
+    def kl(q, p):
+        ratio = torch.as_tensor(q.scale / p.scale).expand(torch.broadcast_shapes(q.batch_shape, p.batch_shape))
+        return 0.5 * (ratio**2 + ((q.loc - p.loc) / p.scale) ** 2 - 1) - ratio.log()
+
+    pair = Normal(torch.ones(4).double(), torch.full((4,), 0.7).double()), Standard()
+    report = check_kl(*(pair[::-1] if swap else pair), kl=kl)
+    assert report.skipped["NaN"] == f"{'q' if swap else 'p'} has no parameter to make NaN"
+    with pytest.raises(AssertionError, match="NaN: expected NaN for NaN parameters of"):  # the other side's are
+        check_kl(*(pair[::-1] if swap else pair), kl=lambda q, p: torch.nan_to_num(kl(q, p), 0.0))
 
 
 def test_a_class_without_expand_is_checked_as_far_as_it_goes(monkeypatch):

@@ -97,5 +97,7 @@ def _save_points(report: AuditReport, path: Path) -> None:
     try:
         with writing(path):
             report.figure().savefig(path)
-    except (ImportError, ValueError) as error:  # no matplotlib, or no format of that suffix
+    except ImportError as error:  # no matplotlib, which changes no verdict
+        print(f"no figure: {error}", file=sys.stderr)
+    except ValueError as error:  # no format of that suffix
         raise InputError(f"cannot draw {path}: {error}") from error

@@ -17,7 +17,7 @@ from torch.distributions import Distribution, Independent
 from torch_klloss.closed_forms import kl_divergence
 from torch_klloss.distributions.checks import check_pair, type_name
 from torch_klloss.distributions.supports import has_moving_support, log_prob_within
-from torch_klloss.distributions.tensors import copy_with, device_of, unvalidated
+from torch_klloss.distributions.tensors import copy_with, device_of, tensors_of, unvalidated
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.methods import Enumeration, FirstOf, MonteCarlo, Quadrature
 from torch_klloss.numerics.special import student_t_quantile
@@ -235,8 +235,10 @@ def _gradient(case: _Case) -> None:
 
 
 def _nan(case: _Case) -> None:
-    for which in ("q", "p"):
-        pair = {"q": unvalidated(case.q), "p": unvalidated(case.p)}
+    sides = {"q": case.q, "p": case.p}
+    fixed = [side for side, d in sides.items() if not any(t.is_floating_point() for t in tensors_of(d))]
+    for which in (side for side in sides if side not in fixed):
+        pair = {side: unvalidated(d) for side, d in sides.items()}
         pair[which] = copy_with(
             pair[which], lambda t, *_: torch.full_like(t, torch.nan) if t.is_floating_point() else t
         )
@@ -252,6 +254,8 @@ def _nan(case: _Case) -> None:
                 f"expected NaN for NaN parameters of {which}, got {value.flatten()[0].item():.6g}; "
                 "a comparison with NaN is false: choose the branch of torch.where so that it is kept."
             )
+    if fixed:
+        raise _SkippedError(f"{' and '.join(fixed)} {'has' if len(fixed) == 1 else 'have'} no parameter to make NaN")
 
 
 def _broadcasting(case: _Case) -> None:

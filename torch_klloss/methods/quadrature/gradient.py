@@ -127,7 +127,13 @@ class _LazyGradient(torch.autograd.Function):
             part = ctx.f.select(index, leaves)
             with torch.enable_grad():
                 outputs, weights = _outputs_and_grads(part, certificate, grad[index])
-            found = torch.autograd.grad(outputs, [leaf for _, leaf in leaves], weights, allow_unused=True)
+            live = [k for k, output in enumerate(outputs) if output.requires_grad]  # not of a side without parameters
+            found = torch.autograd.grad(
+                [outputs[k] for k in live],
+                [leaf for _, leaf in leaves],
+                [weights[k] for k in live],
+                allow_unused=True,
+            )
             for total, each in zip(totals, found, strict=True):
                 if each is not None:
                     total[index] = each
