@@ -87,7 +87,6 @@ class KLAnnealing(Callback):
                 f"KLAnnealing found no ELBOLoss in {type(pl_module).__name__} and sets nothing. Keep the loss as an "
                 "attribute of the module (self.loss = ELBOLoss()), or name an attribute: KLAnnealing(schedule, "
                 "attribute='beta').",
-                UserWarning,
                 stacklevel=2,
             )
 
@@ -106,7 +105,6 @@ class KLAnnealing(Callback):
                 f"The warm-up of {self.schedule!r} takes {warm_up:g} {self.interval}s, but the Trainer plans "
                 f"{planned:g}: the weight ends at {reached:.3g} instead of {meant:.3g}. Shorten the schedule or train "
                 "longer.",
-                UserWarning,
                 stacklevel=2,
             )
 

@@ -80,7 +80,6 @@ class KLRoute(LossWatcher):
         warnings.warn(
             f"{name!r} samples KL({type_name(call.q)}‖{type_name(call.p)}) in training ({used.method}), although "
             f"{EXACT.route(call.q, call.p)} is exact: AutoKL() takes it, without the noise in value and gradient.",
-            UserWarning,
             stacklevel=2,
         )
 

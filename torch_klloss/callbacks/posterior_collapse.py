@@ -178,7 +178,6 @@ class PosteriorCollapse(LossWatcher):
                 f"{count} of the {total} latent units of {path!r} are in use after step {last[-1]['step']}: the "
                 "posterior collapses. Let β rise from 0 (KLAnnealing), grant free nats (ELBOLoss(free_nats=...)), or "
                 "take a smaller β or a weaker decoder.",
-                UserWarning,
                 stacklevel=2,
             )
 

@@ -107,7 +107,6 @@ class LossWatcher(Callback):
             warnings.warn(
                 f"{type(self).__name__} found no KLLoss in {type(pl_module).__name__} and will log nothing. "
                 f"{self.advice}",
-                UserWarning,
                 stacklevel=2,
             )
 

@@ -217,9 +217,8 @@ def find_rule(q: Distribution, p: Distribution) -> Match | None:
     Specific means near in the method resolution order, of q first and then of p, which is torch's order; where p
     first would lead elsewhere, the match is ambiguous and a `RuntimeWarning` says so, as torch's does.
     """
-    q_types, p_types = type(q).__mro__, type(p).__mro__
-    for type_q in q_types:
-        for type_p in p_types:
+    for type_q in type(q).__mro__:
+        for type_p in type(p).__mro__:
             types = (type_q, type_p)
             if types in _RULES or types in _TORCH_RULES:
                 if types != (type(q), type(p)):

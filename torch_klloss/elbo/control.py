@@ -165,8 +165,7 @@ class PIControl(BetaController):
             is_finite = _checked_finite(error, "PIControl", "KL")
             low, high = self.bounds
             outward = ((self.last > high) & (error < 0)) | ((self.last < low) & (error > 0))
-            error_sum = torch.where(outward, self.error_sum, self.error_sum - self.integral * error)
-            self.error_sum = torch.where(is_finite, error_sum, self.error_sum)
+            self.error_sum = torch.where(is_finite & ~outward, self.error_sum - self.integral * error, self.error_sum)
             last = self.proportional * torch.sigmoid(-error) + self.error_sum + low
             self.last = torch.where(is_finite, last, self.last)
         return self.beta

@@ -210,6 +210,5 @@ def _warn_of_extreme_logvar(q: Distribution) -> None:
         warnings.warn(
             "logvar should stay within ±80, got values beyond: a variance of exp(±80) means that training diverges, or "
             "that something other than the logarithm of a variance was passed. Lower the learning rate, or clamp it.",
-            UserWarning,
             stacklevel=2,
         )

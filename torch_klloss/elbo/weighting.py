@@ -91,7 +91,6 @@ def balanced(q: Distribution, p: Distribution, prior_share: float) -> tuple[Dist
         warnings.warn(
             "balance needs a prior that learns, but no parameter of p requires a gradient: the KL's gradient to q is "
             f"only multiplied by {1 - prior_share:g}. Leave balance=None for a fixed prior.",
-            UserWarning,
             stacklevel=2,
         )
     return _with_scaled_gradient(q, 1 - prior_share), _with_scaled_gradient(p, prior_share)

@@ -93,25 +93,18 @@ class _UserMethod(BaseMethod):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """The method's own name, or its type's."""
         return str(getattr(self.method, "name", type(self.method).__name__))
 
     def estimate_checked(
         self, q: Distribution, p: Distribution, batch_shape: torch.Size, generator: torch.Generator | None = None
     ) -> KLEstimate:
-        """Return the method's own estimate."""
-        estimate: KLEstimate = self.method.estimate(q, p, generator)
-        return estimate
+        return self.method.estimate(q, p, generator)
 
     def supports(self, q: Distribution, p: Distribution) -> bool | None:
-        """Return what the method says itself; None where it does not say."""
-        answer: bool | None = self.method.supports(q, p) if hasattr(self.method, "supports") else None
-        return answer
+        return self.method.supports(q, p) if hasattr(self.method, "supports") else None
 
     def route(self, q: Distribution, p: Distribution) -> str | None:
-        """Return what the method says itself, or its name."""
-        route: str | None = self.method.route(q, p) if hasattr(self.method, "route") else super().route(q, p)
-        return route
+        return self.method.route(q, p) if hasattr(self.method, "route") else super().route(q, p)
 
 
 def as_method(method: Any) -> BaseMethod:

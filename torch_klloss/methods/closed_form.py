@@ -83,7 +83,6 @@ def _keeps_density(d: Distribution, parent: type[Distribution]) -> bool:
     warnings.warn(
         f"{cls.__name__} overrides log_prob, and its density is not that of {parent.__name__}: it does not inherit "
         f"the closed form of {parent.__name__}. Give it one of its own with @register_kl, or let AutoKL sample.",
-        UserWarning,
         stacklevel=2,
     )
     return False

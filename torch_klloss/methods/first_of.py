@@ -14,6 +14,7 @@ from torch_klloss.estimate import KLEstimate
 from torch_klloss.methods.base import BaseMethod, Method, NotCertifiedError, as_method
 
 
+@dataclass(init=False, repr=False, unsafe_hash=True)
 class FirstOf(BaseMethod):
     """Ask the methods in turn and return what the first one that takes the pair returns.
 
@@ -34,6 +35,7 @@ class FirstOf(BaseMethod):
         'monte_carlo'
     """
 
+    methods: tuple[Method, ...]
     name: ClassVar[str] = "first_of"
 
     def __init__(self, *methods: Method) -> None:
@@ -84,12 +86,6 @@ class FirstOf(BaseMethod):
     def __repr__(self) -> str:
         return f"FirstOf({', '.join(map(repr, self.methods))})"
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, FirstOf) and self.methods == other.methods
-
-    def __hash__(self) -> int:
-        return hash(self.methods)
-
 
 @dataclass(frozen=True)
 class WarnFirst(BaseMethod):
@@ -105,7 +101,6 @@ class WarnFirst(BaseMethod):
         route = self.method.route(q, p)
         warnings.warn(
             f"KL({type_name(q)}‖{type_name(p)}) has no exact route: AutoKL falls back on {route}.",
-            UserWarning,
             stacklevel=2,
         )
         return self.method.estimate_checked(q, p, batch_shape, generator)

@@ -126,14 +126,9 @@ class _LazyGradient(torch.autograd.Function):
             leaves: list[tuple[Tensor, Tensor]] = []
             part = ctx.f.select(index, leaves)
             with torch.enable_grad():
-                outputs, weights = _outputs_and_grads(part, certificate, grad[index])
-            live = [k for k, output in enumerate(outputs) if output.requires_grad]  # not of a side without parameters
-            found = torch.autograd.grad(
-                [outputs[k] for k in live],
-                [leaf for _, leaf in leaves],
-                [weights[k] for k in live],
-                allow_unused=True,
-            )
+                pairs = zip(*_outputs_and_grads(part, certificate, grad[index]), strict=True)
+            outputs, weights = zip(*((o, w) for o, w in pairs if o.requires_grad), strict=True)  # p may have no leaf
+            found = torch.autograd.grad(outputs, [leaf for _, leaf in leaves], weights, allow_unused=True)
             for total, each in zip(totals, found, strict=True):
                 if each is not None:
                     total[index] = each
