@@ -59,7 +59,15 @@ def is_figure(path: Path) -> bool:
 
 def test_make_demo_says_where_its_figures_are(tmp_path):
     environment = Path(sys.prefix)
-    command = ["make", "demo", f"OUT={tmp_path}", f"VENV={environment}", "--assume-old", environment / ".demo"]
+    command = [
+        "make",
+        "--no-print-directory",
+        "demo",
+        f"OUT={tmp_path}",
+        f"VENV={environment}",
+        "--assume-old",
+        environment / ".demo",
+    ]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stdout + process.stderr
     last = process.stdout.splitlines()[-1]
