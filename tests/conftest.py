@@ -37,6 +37,7 @@ def _global_state():
     def state():
         return torch.get_default_dtype(), Distribution._validate_args, dict(_KL_REGISTRY)
 
+    Distribution.set_default_validate_args(True)  # Dynamo turns it off for good, also in a doctest that compiles
     before = state()
     yield
     after = state()

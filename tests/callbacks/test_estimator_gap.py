@@ -304,7 +304,7 @@ def test_what_was_logged_is_kept_and_comes_back_with_the_checkpoint(tmp_path):
     assert [row["step"] for row in rows] == [0, 2, 4]
     assert rows[-1]["value"] == pytest.approx(logged(trainer)["value"])
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]["EstimatorGap"]
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"][callback.state_key]
     again = EstimatorGap()
     again.load_state_dict(state)
     assert again.history == callback.history
