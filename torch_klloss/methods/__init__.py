@@ -1,4 +1,4 @@
-"""How a KL is computed, one file or folder a method. A method turns (q, p) into a `KLEstimate`."""
+"""Methods, which turn (q, p) into a `KLEstimate`: one file or folder each."""
 
 from torch_klloss.methods.base import Method, NotCertifiedError
 from torch_klloss.methods.closed_form import ClosedForm

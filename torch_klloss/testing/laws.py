@@ -77,7 +77,7 @@ def check_kl(
     Example:
         >>> import torch
         >>> from torch.distributions import Exponential, kl_divergence
-        >>> from torch_klloss.testing.laws import check_kl
+        >>> from torch_klloss.testing import check_kl
         >>> q, p = Exponential(torch.tensor(2.0).double()), Exponential(torch.tensor(0.5).double())
         >>> check_kl(q, p).reference.method
         'quadrature'
