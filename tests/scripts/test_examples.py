@@ -138,6 +138,7 @@ def test_a_latent_without_reparametrisation_tells_more_than_none(tmp_path, examp
     assert len(list(tmp_path.glob("*.png"))) == 1
 
 
+@pytest.mark.scripts
 def test_one_process_and_two_log_the_same_and_a_difference_is_seen(tmp_path):
     command = [sys.executable, ddp_digits.__file__, "--epochs", "1", "--out", str(tmp_path)]
     process = subprocess.run(command, capture_output=True, text=True, check=False)

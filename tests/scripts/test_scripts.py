@@ -104,10 +104,6 @@ def test_an_example_prints_what_it_learnt(main, capsys, name):
     assert capsys.readouterr().out
 
 
-def test_two_processes_log_what_one_logs(tmp_path):
-    assert "are the same" in output("examples/ddp_digits.py", "--epochs", 1, "--out", tmp_path)
-
-
 def test_the_vae_trains_from_yaml(main, tmp_path):
     save_dir = ("--trainer.logger.init_args.save_dir", tmp_path)
     config = ("--config", EXAMPLES / "vae_cli.yaml")
