@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -127,6 +128,8 @@ class KLLoss(nn.Module):
                 an empty batch, or a mask that sums to zero (NaN under compile and vmap).
             NotImplementedError: if the method has no route for the pair.
         """
+        if self.observers and not self._random_states:  # called past the hooks
+            return self._observed(partial(KLLoss.forward, self), q, p, mask, generator)
         q, p, mask = self.drop_masked(q, p, mask)
         if mask is not None and is_zero((mask != 0).sum()):
             value = _no_gradient(q, p).expand(mask.shape)
@@ -150,6 +153,8 @@ class KLLoss(nn.Module):
 
     def estimate(self, q: Distribution, p: Distribution, generator: torch.Generator | None = None) -> KLEstimate:
         """Return the unreduced `KLEstimate`, of the broadcast batch shape, without mask and reduction."""
+        if self.observers and not self._random_states:  # not part of a call
+            return self._observed(lambda q, p, mask, generator: self.estimate(q, p, generator), q, p, None, generator)
         batch_shape, method = check_pair(q, p), as_method(self.method)
         q, p = in_full_precision(q), in_full_precision(p)
         with without_autocast(device_of(q)):
@@ -195,10 +200,10 @@ class KLLoss(nn.Module):
         return route
 
     def add_observer(self, observer: Observer, called: nn.Module | None = None) -> None:
-        """Tell an observer of every call from now on, and of every KL that an `ELBOLoss` computes with this loss.
+        """Tell an observer of every KL that this loss computes from now on, in an `ELBOLoss` as well.
 
-        A call is told after its forward hooks were run, with what they and a subclass's `forward` made of the value.
-        Copies and pickles of the loss have no observers.
+        A call is told after its forward hooks were run, with what they and a subclass's `forward` made of the value; an
+        `estimate` is told reduced. What an observer computes with the loss is told to nobody. Copies and pickles of the loss have no observers.
 
         Args:
             observer: the observer.
@@ -210,7 +215,7 @@ class KLLoss(nn.Module):
             self._observer_hooks = before, after
             self._handles = (
                 called.register_forward_pre_hook(before, with_kwargs=True),
-                called.register_forward_hook(after, with_kwargs=True),
+                called.register_forward_hook(after, with_kwargs=True, always_call=True),
             )
         self.observers.append(observer)
 
@@ -226,9 +231,10 @@ class KLLoss(nn.Module):
         self, q: Distribution, p: Distribution, batch: Batch, value: Tensor, reduction: str, random_state: RngState
     ) -> None:
         """Tell the observers of one KL; the arguments are the attributes of a `Call`."""
-        call = Call(self, q, p, batch, value.detach(), reduction, random_state)
-        for observer in self.observers:
-            observer.observe(call)
+        call, observers = Call(self, q, p, batch, value.detach(), reduction, random_state), self.observers
+        with self.unobserved():
+            for observer in observers:
+                observer.observe(call)
 
     @contextmanager
     def unobserved(self) -> Iterator[None]:
@@ -244,11 +250,26 @@ class KLLoss(nn.Module):
             q, _, _, generator = _arguments(*args, **kwargs)
             self._random_states.append(rng_state(device_of(q), generator))
 
-    def _after_call(self, module: nn.Module, args: Any, kwargs: Any, value: Tensor) -> None:
+    def _after_call(self, module: nn.Module, args: Any, kwargs: Any, value: Tensor | None) -> None:
         if self.observers:
-            q, p, mask = self.drop_masked(*_arguments(*args, **kwargs)[:3])
-            examples = check_pair(q, p)[: self.batch_dims]
-            self.tell(q, p, Batch(examples, len(examples), mask), value, self.reduction, self._random_states.pop())
+            random_state = self._random_states.pop()
+            if value is not None:  # else the call has raised
+                self._tell_reduced(*_arguments(*args, **kwargs)[:3], value, random_state)
+
+    @torch.compiler.disable
+    def _observed(self, compute: Callable[..., Any], q: Any, p: Any, mask: Any, generator: Any) -> Any:
+        """Compute a value or an estimate that no hook sees, and tell the observers."""
+        random_state = rng_state(device_of(q), generator)
+        with self.unobserved():
+            found = compute(q, p, mask, generator)
+        value = self.reduce(found).value if isinstance(found, KLEstimate) else found
+        self._tell_reduced(q, p, mask, value, random_state)
+        return found
+
+    def _tell_reduced(self, q: Any, p: Any, mask: Tensor | None, value: Tensor, random_state: RngState) -> None:
+        q, p, mask = self.drop_masked(q, p, mask)
+        examples = check_pair(q, p)[: self.batch_dims]
+        self.tell(q, p, Batch(examples, len(examples), mask), value, self.reduction, random_state)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles get: all but the observers, and the hooks that tell them."""

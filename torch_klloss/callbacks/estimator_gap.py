@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -13,7 +12,7 @@ from torch import nn
 
 from torch_klloss.callbacks.figures import log_figure
 from torch_klloss.callbacks.gap import Gap
-from torch_klloss.callbacks.watching import EXACT, AllRanks, LossWatcher, repeated, steps_taken
+from torch_klloss.callbacks.watching import EXACT, AllRanks, LossWatcher, repeated
 from torch_klloss.distributions.tensors import device_of
 from torch_klloss.elbo.arguments import Pair
 from torch_klloss.elbo.batches import batch_of
@@ -112,8 +111,9 @@ class EstimatorGap(LossWatcher):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Draw the figures."""
+        super().on_train_end(trainer, pl_module)
         for path, rows in self.history.items() if self.figure else ():
-            log_figure(trainer, f"{self.prefix}/{path}/gap", partial(_draw, path, rows), steps_taken(trainer))
+            log_figure(trainer, f"{self.prefix}/{path}/gap", partial(_draw, path, rows), self.steps_taken(trainer))
 
     def measure(self, name: str, call: Call) -> None:
         """Repeat the draws of the call, for their errors, and compare them with the other estimate."""
@@ -133,11 +133,16 @@ class EstimatorGap(LossWatcher):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the history."""
-        return {"history": self.history}
+        return super().state_dict() | {"history": self.history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the history."""
+        super().load_state_dict(state_dict)
         self.history = state_dict["history"]
+
+    def reset(self) -> None:
+        """Begin a new history."""
+        self.history, self._warned = {}, set()
 
     def _compare_pairs(self, pairs: PairFunction, pl_module: Any, batch: Any) -> None:
         for name, (q, p) in pairs(pl_module, batch).items():
@@ -154,7 +159,7 @@ class EstimatorGap(LossWatcher):
             other = self._sampled if used.std_error is None else FirstOf(EXACT, self._sampled)
             reference = _estimate(other, call)
         except (NotImplementedError, NotCertifiedError) as error:
-            warnings.warn(f"EstimatorGap logs no gap for {name!r}: {error}", UserWarning, stacklevel=2)
+            self.warn(f"EstimatorGap logs no gap for {name!r}: {error}")
             return
         others = {str(word): self._column(f"{name}/{word}", word, call, used) for word in self.side_by_side}
         self._gaps[name] = Gap.of(call, used, reference, others)
@@ -166,7 +171,7 @@ class EstimatorGap(LossWatcher):
         except (NotImplementedError, NotCertifiedError) as error:
             if name not in self._warned:
                 self._warned.add(name)
-                warnings.warn(f"EstimatorGap logs NaN as {name}: {error}", UserWarning, stacklevel=2)
+                self.warn(f"EstimatorGap logs NaN as {name}: {error}")
             nan = torch.full_like(used.value, torch.nan)
             return KLEstimate(nan, exact=False, std_error=nan if word == "sampled" else None, method=word)
 

@@ -3,21 +3,43 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from torch_klloss.callbacks.watching import Callback, publish, steps_taken
+from torch_klloss.callbacks.watching import StepCounter, publish
 from torch_klloss.elbo import ELBOLoss
 from torch_klloss.schedules import Schedule
 
 TimeUnit = Literal["step", "epoch"]
 
+BATCHES_OF_A_PACE = 10  # that stepped, after which the pace of manual optimisation is taken
 
-class KLAnnealing(Callback):
+
+@dataclass(frozen=True)
+class Pace:
+    """How many batches, and steps of all optimisers together, make one step of training."""
+
+    batches: float = 1.0
+    optimizer_steps: float = 1.0
+
+    def planned(self, trainer: Any, interval: TimeUnit) -> float:
+        """Return how many steps, or epochs, the Trainer plans; infinity if it does not know."""
+        batches, epochs = trainer.num_training_batches, trainer.max_epochs
+        epochs = math.inf if epochs in (None, -1) else max(epochs, 1)
+        if math.isfinite(batches):
+            batches = math.ceil(batches / trainer.accumulate_grad_batches)
+        most = math.inf if trainer.max_steps == -1 else trainer.max_steps / self.optimizer_steps
+        steps = min(epochs * batches / self.batches, most)
+        if interval == "epoch":
+            steps = min(epochs, steps * self.batches / batches) if math.isfinite(batches) else math.inf
+        return math.ceil(steps) if math.isfinite(steps) else math.inf
+
+
+class KLAnnealing(StepCounter):
     """Set the weight of the KL before every training batch, by a schedule.
 
     Sets the `beta` of every `ELBOLoss` in the LightningModule, or the one attribute that you name. The step is counted
@@ -77,17 +99,19 @@ class KLAnnealing(Callback):
         self._targets: list[tuple[Any, str]] = []
         self._weight: float | None = None
         self._last_step = -1
+        self._num_batches = 0  # of this fit
+        self._first_steps = (0, 0)  # steps and optimiser steps before this fit
+        self._is_told = False  # whether the length of the warm-up has been compared with that of training
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Find the attributes to set, and warn if there are none."""
         self._last_step = -1
         self._targets = self._find(pl_module)
         if not self._targets:
-            warnings.warn(
+            self.warn(
                 f"KLAnnealing found no ELBOLoss in {type(pl_module).__name__} and sets nothing. Keep the loss as an "
                 "attribute of the module (self.loss = ELBOLoss()), or name an attribute: KLAnnealing(schedule, "
-                "attribute='beta').",
-                stacklevel=2,
+                "attribute='beta')."
             )
 
     def on_sanity_check_start(self, trainer: Any, pl_module: Any) -> None:
@@ -97,27 +121,31 @@ class KLAnnealing(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Set the weight of the first or resumed step, and warn if training is shorter than the warm-up."""
         self._set_weight(trainer)
-        planned = _planned(trainer, self.interval)
-        warm_up = getattr(self.schedule, "total_steps", 0)
-        if self._targets and warm_up > planned:
-            reached, meant = self.schedule(max(0, planned - 1)), self.schedule(warm_up)
-            warnings.warn(
-                f"The warm-up of {self.schedule!r} takes {warm_up:g} {self.interval}s, but the Trainer plans "
-                f"{planned:g}: the weight ends at {reached:.3g} instead of {meant:.3g}. Shorten the schedule or train "
-                "longer.",
-                stacklevel=2,
-            )
+        self._num_batches, self._first_steps = 0, (self._num_steps, trainer.global_step)
+        self._is_told = not self._targets or bool(trainer.fast_dev_run)
+        if pl_module.automatic_optimization:
+            self._warn_of_warm_up(trainer, Pace())
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Set the weight of the batch."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._set_weight(trainer)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the weight of the batch."""
-        step = steps_taken(trainer)
+        step = self.steps_taken(trainer)
         if self._targets and step % self.every_n_steps == 0 and step != self._last_step:
             self._last_step = step
             publish(trainer, {f"{self.prefix}/beta": self._weight or 0.0}, step)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._num_batches += 1
+        if not self._is_told and self._num_steps - self._first_steps[0] == BATCHES_OF_A_PACE:
+            self._warn_of_warm_up(trainer, self._pace(trainer))
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Warn if a short training under manual optimisation has not reached the end of the warm-up."""
+        if not self._is_told and self._num_steps > self._first_steps[0]:
+            self._warn_of_warm_up(trainer, self._pace(trainer))
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Set the weight of the checkpoint, unless the validation is part of a training."""
@@ -134,10 +162,11 @@ class KLAnnealing(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the weight that was set last."""
-        return {"weight": self._weight}
+        return super().state_dict() | {"weight": self._weight}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the weight that was set last."""
+        super().load_state_dict(state_dict)
         self._weight = state_dict["weight"]
 
     def _find(self, pl_module: nn.Module) -> list[tuple[Any, str]]:
@@ -156,11 +185,28 @@ class KLAnnealing(Callback):
             )
         return [(owner, name)]
 
+    def _pace(self, trainer: Any) -> Pace:
+        """Return the pace of this fit so far, under manual optimisation."""
+        steps, optimizer_steps = self._num_steps - self._first_steps[0], trainer.global_step - self._first_steps[1]
+        return Pace(batches=self._num_batches / steps, optimizer_steps=optimizer_steps / steps)
+
+    def _warn_of_warm_up(self, trainer: Any, pace: Pace) -> None:
+        """Warn if the Trainer plans fewer steps, or epochs, than the warm-up takes."""
+        planned, warm_up = pace.planned(trainer, self.interval), getattr(self.schedule, "total_steps", 0)
+        if not self._is_told and warm_up > planned:
+            reached, meant = self.schedule(max(0, planned - 1)), self.schedule(warm_up)
+            self.warn(
+                f"The warm-up of {self.schedule!r} takes {warm_up:g} {self.interval}s, but the Trainer plans "
+                f"{planned:g}: the weight ends at {reached:.3g} instead of {meant:.3g}. Shorten the schedule or train "
+                "longer."
+            )
+        self._is_told = True
+
     def _set_weight(self, trainer: Any) -> None:
         """Set the weight of the current step."""
         if not self._targets:
             return
-        step = trainer.current_epoch if self.interval == "epoch" else steps_taken(trainer)
+        step = trainer.current_epoch if self.interval == "epoch" else self.steps_taken(trainer)
         weight = float(self.schedule(step))
         if not 0 <= weight < math.inf:
             raise ValueError(
@@ -181,11 +227,3 @@ class KLAnnealing(Callback):
                 setattr(owner, name, weight)
 
 
-def _planned(trainer: Any, interval: TimeUnit) -> float:
-    """Return how many steps, or epochs, the Trainer plans; infinity if it does not know."""
-    steps = trainer.estimated_stepping_batches
-    if not 0 <= steps < math.inf:
-        return math.inf
-    if interval == "step":
-        return steps
-    return math.ceil(steps / math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches))

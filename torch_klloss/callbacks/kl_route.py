@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from torch_klloss.callbacks.watching import EXACT, AllRanks, LossWatcher, repeated
@@ -66,21 +65,25 @@ class KLRoute(LossWatcher):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the last routes."""
-        return {"routes": self.routes}
+        return super().state_dict() | {"routes": self.routes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the last routes, so that only changes are printed."""
+        super().load_state_dict(state_dict)
         self.routes = state_dict["routes"]
+
+    def reset(self) -> None:
+        """Forget the routes and the warnings of an earlier training."""
+        self.routes, self._warned = {}, set()
 
     def _warn_of_sampling(self, name: str, call: Call, used: KLEstimate) -> None:
         sampled = used.std_error is not None
         if name in self._warned or not sampled or not EXACT.supports(call.q, call.p):
             return
         self._warned.add(name)
-        warnings.warn(
+        self.warn(
             f"{name!r} samples KL({type_name(call.q)}‖{type_name(call.p)}) in training ({used.method}), although "
-            f"{EXACT.route(call.q, call.p)} is exact: AutoKL() takes it, without the noise in value and gradient.",
-            stacklevel=2,
+            f"{EXACT.route(call.q, call.p)} is exact: AutoKL() takes it, without the noise in value and gradient."
         )
 
     def _forget(self) -> None:

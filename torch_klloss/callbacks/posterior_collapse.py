@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -11,7 +10,7 @@ import torch
 from torch_klloss.callbacks.figures import log_figure
 from torch_klloss.callbacks.latent import kl_per_unit, mutual_information, posterior_means
 from torch_klloss.callbacks.moments import Moments
-from torch_klloss.callbacks.watching import AllRanks, LossWatcher, steps_taken
+from torch_klloss.callbacks.watching import AllRanks, LossWatcher
 from torch_klloss.distributions.checks import check_pair
 from torch_klloss.distributions.tensors import device_of, expand_to
 from torch_klloss.losses import Call
@@ -95,10 +94,15 @@ class PosteriorCollapse(LossWatcher):
         self._warned: list[str] = []
         self._statistics: dict[str, dict[str, Moments]] = {}
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Decide whether this step is measured."""
-        if self.stage == "train":
-            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+    @property
+    def measures_training(self) -> bool:
+        """Whether training steps are measured."""
+        return self.stage == "train"
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Find the losses, if the validation is no part of a training."""
+        if self.stage == "validation" and trainer.state.fn != "fit":
+            self._find_losses(pl_module)
 
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -106,18 +110,19 @@ class PosteriorCollapse(LossWatcher):
         """Measure the batch, if `stage` is "validation"."""
         if self.stage == "validation" and not trainer.sanity_checking:
             earlier = dict(self._statistics)
-            self._open(1_000_003 * steps_taken(trainer) + batch_idx)
+            self._open(1_000_003 * self.steps_taken(trainer) + batch_idx)
             self._statistics = earlier
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the measurements of the epoch."""
         if self._step is not None:
-            self._log(trainer, steps_taken(trainer))
+            self._log(trainer, self.steps_taken(trainer))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Draw the heat maps."""
+        super().on_train_end(trainer, pl_module)
         for path, rows in self.history.items() if self.figure else ():
-            log_figure(trainer, f"{self.prefix}/{path}/units", partial(_draw, path, rows), steps_taken(trainer))
+            log_figure(trainer, f"{self.prefix}/{path}/units", partial(_draw, path, rows), self.steps_taken(trainer))
 
     def measure(self, name: str, call: Call) -> None:
         """Add the statistics of a call's latent."""
@@ -147,11 +152,16 @@ class PosteriorCollapse(LossWatcher):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the history, and the losses that a warning was given for."""
-        return {"history": self.history, "warned": self._warned}
+        return super().state_dict() | {"history": self.history, "warned": self._warned}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the history and the warnings given."""
+        super().load_state_dict(state_dict)
         self.history, self._warned = state_dict["history"], state_dict["warned"]
+
+    def reset(self) -> None:
+        """Begin a new history."""
+        self.history, self._warned = {}, []
 
     def _row(self, statistics: dict[str, Moments]) -> dict[str, Any]:
         """Return plain numbers, as they go into logs and checkpoints."""
@@ -174,11 +184,10 @@ class PosteriorCollapse(LossWatcher):
         if all(2 * count < total for count, total in alive):
             self._warned.append(path)
             count, total = alive[-1]
-            warnings.warn(
+            self.warn(
                 f"{count} of the {total} latent units of {path!r} are in use after step {last[-1]['step']}: the "
                 "posterior collapses. Let β rise from 0 (KLAnnealing), grant free nats (ELBOLoss(free_nats=...)), or "
-                "take a smaller β or a weaker decoder.",
-                stacklevel=2,
+                "take a smaller β or a weaker decoder."
             )
 
     def _forget(self) -> None:

@@ -48,8 +48,62 @@ EXACT = FirstOf(ClosedForm(), Enumeration())
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # names of the module in a wrapper
 
 
-class LossWatcher(Callback):
+class StepCounter(Callback):
+    """Base of the callbacks that count training steps: batches in which an optimiser stepped.
+
+    So accumulated gradients count once, and so do several optimisers in one batch. The count goes on in a resumed run
+    and in a second `fit` of the same Trainer; a new Trainer begins anew.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._num_steps = 0  # under manual optimisation, where Lightning counts every batch
+        self._num_optimizer_steps = 0  # before the current batch
+        self._rank = 0
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Begin anew, unless the Trainer goes on; a checkpoint is restored after this."""
+        self._rank = trainer.global_rank
+        if stage == "fit" and trainer.global_step == 0:
+            self._num_steps = 0
+            self.reset()
+
+    def reset(self) -> None:
+        """Forget what belongs to an earlier training."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Note how far the optimisers are."""
+        self._num_optimizer_steps = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Count the batch if an optimiser stepped in it."""
+        self._num_steps += trainer.global_step > self._num_optimizer_steps
+
+    def steps_taken(self, trainer: Any) -> int:
+        """Return how many batches before the current one have stepped an optimiser."""
+        if trainer.lightning_module.automatic_optimization:
+            return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+        return self._num_steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of steps."""
+        return {"steps": self._num_steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the number of steps."""
+        self._num_steps = state_dict.get("steps", 0)
+
+    def warn(self, message: str) -> None:
+        """Warn, on the first rank alone."""
+        if self._rank == 0:
+            warnings.warn(message, UserWarning, stacklevel=3)
+
+
+class LossWatcher(StepCounter):
     """Base of the callbacks that measure losses: an observer of every `KLLoss` on the first and every n-th step.
+
+    A step in which no loss computes a KL is made up for by the next one that has a KL; if none ever has, a warning says
+    so at the end of training.
 
     Subclasses define what they take from a call (`measure`, run under `no_grad`) and what is logged at the end of the
     step (`collect`). On all other steps the losses have no observer. Only if a part of the module is compiled it stays:
@@ -64,6 +118,7 @@ class LossWatcher(Callback):
     """
 
     advice = "Keep the loss as an attribute of the module (self.kl = AutoKL())."
+    measures_training = True
     pairs: Any = None  # in a subclass, a function that gives pairs to measure beside the losses
 
     def __init__(self, every_n_steps: int, prefix: str) -> None:
@@ -76,7 +131,8 @@ class LossWatcher(Callback):
         self._is_compiled = False
         self._step: int | None = None  # the step that is being measured, None on all others
         self._last_step = -1
-        self._rank = 0
+        self._is_due = False  # a measured step had no KL
+        self._has_measured = False
         self._calls: Counter[str] = Counter()
 
     @property
@@ -97,29 +153,31 @@ class LossWatcher(Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Find every `KLLoss`, or warn that there is none."""
-        self._stop()
-        self._last_step, self._rank = -1, trainer.global_rank
-        self._losses = losses_of(pl_module)
-        self._is_compiled = any(_is_compiled(module) for module in pl_module.modules())
-        if self._is_compiled:
-            self._start()
-        if not self._losses and self.pairs is None:
-            warnings.warn(
-                f"{type(self).__name__} found no KLLoss in {type(pl_module).__name__} and will log nothing. "
-                f"{self.advice}",
-                stacklevel=2,
-            )
+        self._last_step, self._is_due, self._has_measured = -1, False, False
+        self._find_losses(pl_module)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Decide whether this step is measured."""
-        step = steps_taken(trainer)
-        if step % self.every_n_steps == 0 and step != self._last_step:
-            self._open(step)
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self.measures_training:
+            step = self.steps_taken(trainer)
+            if self._is_due or (step % self.every_n_steps == 0 and step != self._last_step):
+                self._open(step)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the measurements of the step."""
         if self._step is not None:
             self._log(trainer, self._step)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Warn if no KL was seen."""
+        if self._is_due and not self._has_measured:
+            names = ", ".join(repr(path) for path, _ in self._losses.values())
+            self.warn(
+                f"{type(self).__name__} has logged nothing: no training step that it looked at computed a KL with "
+                f"{names}. Call the loss, or its estimate, in training_step."
+            )
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave the losses."""
@@ -134,6 +192,7 @@ class LossWatcher(Callback):
         """Measure a call, if the step is one of those that are measured."""
         if self._step is None:
             return
+        self._has_measured = True
         path, _ = self._losses[call.loss]
         name = f"{path}.{self._calls[path]}" if path in self._calls else path
         self._calls[path] += 1
@@ -157,12 +216,25 @@ class LossWatcher(Callback):
     def _log(self, trainer: Any, step: int) -> None:
         """End the measurement and log it."""
         self._last_step = step
+        self._is_due = not self._calls and self.pairs is None and bool(self._losses)
         metrics = self.collect(partial(trainer.strategy.reduce, reduce_op="sum"))
         self._step = None
         self._forget()
         if not self._is_compiled:
             self._stop()
         publish(trainer, {f"{self.prefix}/{name}": value for name, value in metrics.items()}, step)
+
+    def _find_losses(self, pl_module: Any) -> None:
+        self._stop()
+        self._losses = losses_of(pl_module)
+        self._is_compiled = any(_is_compiled(module) for module in pl_module.modules())
+        if self._is_compiled:
+            self._start()
+        if not self._losses and self.pairs is None:
+            self.warn(
+                f"{type(self).__name__} found no KLLoss in {type(pl_module).__name__} and will log nothing. "
+                f"{self.advice}"
+            )
 
     def _start(self) -> None:
         for loss, (_, called) in self._losses.items():
@@ -207,11 +279,6 @@ def repeated(call: Call) -> KLEstimate:
     """Return the estimate of a call, from the same draws; the random streams stay where they are."""
     with replayed_rng(call.random_state, device_of(call.q)) as generator:
         return call.loss.estimate(call.q, call.p, generator=generator)
-
-
-def steps_taken(trainer: Any) -> int:
-    """Return how many batches have stepped an optimiser: Lightning's own count, which checkpoints restore."""
-    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
 def publish(trainer: Any, metrics: dict[str, float], step: int) -> None:
