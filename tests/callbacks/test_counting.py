@@ -155,7 +155,10 @@ def test_every_use_of_a_loss_is_seen_and_training_stays_as_it_is(use, pair):
         return Normal(mean, (0.5 * logvar).exp()), StudentT(4.0, torch.zeros(3), 1.0)
 
     weights, rows = [], []
-    for callbacks in ([], [EstimatorGap(every_n_steps=1, figure=False), KLRoute(1), PosteriorCollapse(1, figure=False)]):
+    for callbacks in (
+        [],
+        [EstimatorGap(every_n_steps=1, figure=False), KLRoute(1), PosteriorCollapse(1, figure=False)],
+    ):
         loss = AutoKL() if pair == "closed form" else MonteCarloKL(2)
         module = make_module(loss=loss, pair=None if pair == "closed form" else student)
         type(module).training_step = lambda self, batch, i: USES[use](self.kl, *self.pair(batch[0]))

@@ -225,5 +225,3 @@ class KLAnnealing(StepCounter):
                     current.fill_(weight)
             else:
                 setattr(owner, name, weight)
-
-
