@@ -203,7 +203,8 @@ class KLLoss(nn.Module):
         """Tell an observer of every KL that this loss computes from now on, in an `ELBOLoss` as well.
 
         A call is told after its forward hooks were run, with what they and a subclass's `forward` made of the value; an
-        `estimate` is told reduced. What an observer computes with the loss is told to nobody. Copies and pickles of the loss have no observers.
+        `estimate` is told reduced. What an observer computes with the loss is told to nobody. Copies and pickles of the
+        loss have no observers.
 
         Args:
             observer: the observer.

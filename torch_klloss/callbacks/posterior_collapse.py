@@ -84,6 +84,7 @@ class PosteriorCollapse(LossWatcher):
             if value < 1:
                 raise ValueError(f"{word} must be at least 1, got {value}.")
         self.stage = stage
+        self.measures_training = stage == "train"
         self.active_above = active_above
         self.collapsed_below = collapsed_below
         self.patience = patience
@@ -93,11 +94,6 @@ class PosteriorCollapse(LossWatcher):
         self.history: dict[str, list[dict[str, Any]]] = {}
         self._warned: list[str] = []
         self._statistics: dict[str, dict[str, Moments]] = {}
-
-    @property
-    def measures_training(self) -> bool:
-        """Whether training steps are measured."""
-        return self.stage == "train"
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Find the losses, if the validation is no part of a training."""
