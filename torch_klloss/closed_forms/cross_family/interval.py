@@ -13,7 +13,7 @@ from torch_klloss.closed_forms.continuous_bernoulli import logits_of
 from torch_klloss.closed_forms.cross_family.registration import Family
 from torch_klloss.distributions.given import as_given
 from torch_klloss.numerics.constants import EULER
-from torch_klloss.numerics.elementary import TINY, log_ratio, magnitude
+from torch_klloss.numerics.elementary import TINY, at_least, log_ratio, magnitude
 from torch_klloss.numerics.moments import tilt_divergence, tilt_log_norm, tilt_mean, tilt_std, uniform_log_drop
 from torch_klloss.numerics.rounded import (
     EPS,
@@ -101,7 +101,7 @@ class _Uniform(Family, of=dist.Uniform, placeholders=(0.25, 0.75), needs=()):
         return log(self.high - self.low)
 
     def _log_ratio(self) -> Rounded:
-        low, high = self.low.value.clamp_min(TINY), self.high.value
+        low, high = at_least(self.low.value, TINY), self.high.value
         ratio = log_ratio(high, low, high - low)
         return Rounded(ratio, 4 * EPS * ratio.detach().abs())
 
