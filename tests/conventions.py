@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import TorchFunctionMode
 
 CLAMPS = {"clamp": ("min", "max"), "clip": ("min", "max"), "clamp_min": ("min",), "clamp_max": ("max",)}
 RAMPS = {"relu"}  # with a corner at 0
@@ -31,7 +31,7 @@ class Ties(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        name = (resolve_name(func) or "").rsplit(".", 1)[-1]
+        name = getattr(func, "__name__", "")
         replaced = self._replacement(name, args, kwargs)
         if replaced is None or "out" in kwargs or not torch.is_grad_enabled():
             return func(*args, **kwargs)
