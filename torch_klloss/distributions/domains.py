@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Uniform, constraints
 
-from torch_klloss.numerics.tracing import is_traced
+from torch_klloss.numerics.tracing import constant_in_graphs, is_traced
 
-# What the relaxed families do not declare.
-_UNDECLARED = {"temperature": constraints.positive}
+# What the relaxed families do not declare, and a Wishart not as a class.
+_UNDECLARED = {"temperature": constraints.positive, "scale_tril": constraints.lower_cholesky}
+_KNOWN: dict[type[Distribution], tuple[_Domain, ...]] = {}
 
 
 class _Domain(NamedTuple):
@@ -27,9 +27,10 @@ class _Domain(NamedTuple):
 
 
 def where_outside(q: Distribution, p: Distribution) -> Tensor | None:
-    """Return where q or p has a parameter outside of its domain, of a shape that broadcasts to the batch; None: nowhere.
+    """Return where q or p has a parameter outside of its domain; None for nowhere.
 
-    A scale of 0 counts as inside, and so does NaN. What its constructor has validated is not looked at.
+    The mask has a shape that broadcasts to the batch. A scale of 0 counts as inside, and so does NaN. What the
+    constructor has validated is not looked at again.
     """
     of_q, of_p = _where_outside(q), _where_outside(p)
     return of_p if of_q is None else of_q if of_p is None else of_q | of_p
@@ -41,40 +42,37 @@ def nan_outside(value: Tensor, q: Distribution, p: Distribution) -> Tensor:
     return value if outside is None else torch.where(outside.to(value.device), math.nan, value)
 
 
-def domains_of(d: Distribution) -> tuple[_Domain, ...]:
-    """Return the domains of the parameters of d that have one; parameters of its parts are not among them."""
-    declared = d.arg_constraints if isinstance(type(d).arg_constraints, property) else None
-    return _domains_of_class(type(d)) if declared is None else _domains(declared)
+@constant_in_graphs
+def domains_of(cls: type[Distribution]) -> tuple[_Domain, ...]:
+    """Return the domains that a class declares for its parameters, or its parents for theirs."""
+    if cls not in _KNOWN:
+        declared: dict[str, Any] = dict(_UNDECLARED)
+        for parent in reversed(cls.__mro__):  # Chi2 holds the parameters of a Gamma
+            own = parent.__dict__.get("arg_constraints")
+            declared |= own if isinstance(own, dict) else {}
+        found = (_domain(name, constraint) for name, constraint in declared.items())
+        _KNOWN[cls] = tuple(domain for domain in found if domain is not None)
+    return _KNOWN[cls]
 
 
-@cache
-def _domains_of_class(cls: type[Distribution]) -> tuple[_Domain, ...]:
-    declared: dict[str, Any] = dict(_UNDECLARED)
-    for parent in reversed(cls.__mro__):  # Chi2 holds the parameters of a Gamma
-        own = parent.__dict__.get("arg_constraints")
-        declared |= own if isinstance(own, dict) else {}
-    return _domains(declared)
-
-
-def _domains(declared: dict[str, Any]) -> tuple[_Domain, ...]:
-    found = []
-    for name, constraint in declared.items():
-        event_dims = 0 if constraints.is_dependent(constraint) else constraint.event_dim
-        while hasattr(constraint, "base_constraint"):
-            constraint = constraint.base_constraint
-        low, high = (getattr(constraint, bound, None) for bound in ("lower_bound", "upper_bound"))
-        is_matrix = constraint is constraints.lower_cholesky
-        if constraint is constraints.simplex:
-            low, high = 0.0, 1.0
-        low, high = (0.0 if is_matrix else -math.inf) if low is None else low, math.inf if high is None else high
-        if not isinstance(low, Tensor) and not isinstance(high, Tensor) and (low, high) != (-math.inf, math.inf):
-            found.append(_Domain(name, low, high, event_dims, is_matrix))
-    return tuple(found)
+def _domain(name: str, constraint: Any) -> _Domain | None:
+    """Return the interval that a constraint keeps a parameter in; None where it keeps it in none."""
+    if constraints.is_dependent(constraint):
+        return None
+    event_dims: int = constraint.event_dim
+    while hasattr(constraint, "base_constraint"):
+        constraint = constraint.base_constraint
+    if constraint is constraints.lower_cholesky:
+        return _Domain(name, 0.0, math.inf, event_dims, is_matrix=True)
+    if constraint is constraints.simplex:
+        return _Domain(name, 0.0, 1.0, event_dims, is_matrix=False)
+    low, high = getattr(constraint, "lower_bound", -math.inf), getattr(constraint, "upper_bound", math.inf)
+    return None if low == -high == -math.inf else _Domain(name, float(low), float(high), event_dims, is_matrix=False)
 
 
 def _where_outside(d: Distribution) -> Tensor | None:
     held = d.__dict__
-    own = [domain for domain in domains_of(d) if isinstance(held.get(domain.name), Tensor)]
+    own = [domain for domain in domains_of(type(d)) if isinstance(held.get(domain.name), Tensor)]
     if own or isinstance(d, Uniform):
         return None if d._validate_args else _any_of([_beyond(held[each.name], each) for each in own] + [_reversed(d)])
     parts = [part for part in held.values() if isinstance(part, Distribution)]
