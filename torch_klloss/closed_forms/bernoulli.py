@@ -110,7 +110,7 @@ def _log_odds_kl(given: Given, q_param: Tensor, p_param: Tensor, series: bool) -
     reach = 1.0 if series else _LARGEST_SHIFT  # of t, beyond which its rounding would show in exp(t)
     L = torch.log1p(m * torch.expm1(t.clamp(max=reach)))
     if may_fall_to(-t, -reach):
-        L = torch.where(t > reach, torch.log1p(-m) - logsigmoid(-rare * p), L)
+        L = torch.where(t < reach, L, torch.log1p(-m) - logsigmoid(-rare * p))
     if series:
         value = gkl_of_log_ratio(1 - m, torch.sigmoid(-rare * p), -L)
         value = value + gkl_of_log_ratio(m, torch.sigmoid(rare * p), t - L)

@@ -15,7 +15,7 @@ from torch.distributions import ContinuousBernoulli
 from torch_klloss.closed_forms.registry import register_kl
 from torch_klloss.distributions.given import both_as_given
 from torch_klloss.numerics.custom_gradient import custom_gradient
-from torch_klloss.numerics.elementary import common_dtype, e2, horner, isd_from_gap, log_ratio
+from torch_klloss.numerics.elementary import at_least, at_most, common_dtype, e2, horner, isd_from_gap, log_ratio
 
 _SMALL = 0.5
 # L(t) = F(t²): the coefficients of F from t² on, 4^k B_2k / (2k (2k)!); good to 1e-17 for |t| ≤ ½.
@@ -144,14 +144,14 @@ def _exp_difference(gap: Tensor, p: Tensor, q: Tensor) -> Tensor:
 
 def _log_excess(t: Tensor) -> Tensor:
     """Return L(t) - t for t ≥ 0."""
-    small, large = t.clamp_max(_SMALL), t.clamp_min(_SMALL)
+    small, large = at_most(t, _SMALL), at_least(t, _SMALL)
     series = small.square() * horner(small.square(), _F) - small
     return torch.where(t < _SMALL, series, torch.log(-torch.expm1(-2 * large) / (2 * large)))
 
 
 def _slope_deficit(t: Tensor) -> Tensor:
     """Return 1 - L'(t) for t ≥ 0."""
-    small, large = t.clamp_max(_SMALL), t.clamp_min(_SMALL)
+    small, large = at_most(t, _SMALL), at_least(t, _SMALL)
     series = 1 - 2 * small * horner(small.square(), _SLOPE_OF_F)
     closed = large.reciprocal() + 2 * torch.exp(-2 * large) / torch.expm1(-2 * large)
     return torch.where(t < _SMALL, series, closed)
@@ -184,7 +184,7 @@ def _near_slope_difference(gap: Tensor, p: Tensor, q: Tensor) -> Tensor:
 
 def _curvature(t: Tensor) -> Tensor:
     """Return L''(t) for t ≥ 0: 1/t² - 1/sinh(t)²."""
-    small, large = t.clamp_max(_SMALL), t.clamp_min(_SMALL)
+    small, large = at_most(t, _SMALL), at_least(t, _SMALL)
     series = horner(small.square(), tuple(2 * (2 * k - 1) * c for k, c in enumerate(_SLOPE_OF_F, 1)))
     closed = large.reciprocal().square() - 4 * torch.exp(-2 * large) / torch.expm1(-2 * large).square()
     return torch.where(t < _SMALL, series, closed)

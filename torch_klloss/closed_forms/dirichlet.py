@@ -11,7 +11,7 @@ from torch.distributions import Dirichlet
 
 from torch_klloss.closed_forms.registry import register_kl
 from torch_klloss.numerics.custom_gradient import custom_gradient
-from torch_klloss.numerics.elementary import common_dtype, isd_from_gap, log_ratio
+from torch_klloss.numerics.elementary import at_least, common_dtype, isd_from_gap, log_ratio
 from torch_klloss.numerics.lgamma import SHIFT, binet_digamma_difference, binet_trigamma, bregman, stirling_bregman
 
 
@@ -53,7 +53,7 @@ def _partials(needs: Sequence[bool], q: Tensor, p: Tensor) -> Sequence[Tensor | 
 def _kl(q: Tensor, p: Tensor) -> Tensor:
     rest, top = _split(*(t.double().movedim(-1, 0) for t in torch.broadcast_tensors(q, p)))
     value = bregman(rest.p, rest.q).sum(0) + _means_and_top(rest, top)
-    return value.clamp_min(0).unsqueeze(-1).to(common_dtype(q, p))
+    return at_least(value, 0.0).unsqueeze(-1).to(common_dtype(q, p))
 
 
 class _Pair(NamedTuple):

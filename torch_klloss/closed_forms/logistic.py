@@ -12,7 +12,7 @@ from torch_klloss.closed_forms.registry import register_kl
 from torch_klloss.distributions.given import Given, both_as_given
 from torch_klloss.distributions.logistic import Logistic
 from torch_klloss.numerics.custom_gradient import custom_gradient
-from torch_klloss.numerics.elementary import common_dtype, log_ratio
+from torch_klloss.numerics.elementary import at_least, at_most, common_dtype, log_ratio, within
 
 _LEVELS = tuple(range(25, 3, -2))  # of the continued fraction of coth, good to 1e-17 for t ≤ 2
 _NEAR = 2.0
@@ -63,7 +63,7 @@ def _kl(d: Tensor, excess: Tensor) -> Tensor:
 def _shift_kl(d: Tensor) -> Tensor:
     t = d / 2
     near = t.clamp(-_NEAR, _NEAR)
-    far = t.abs().clamp_min(_NEAR)
+    far = at_least(t.abs(), _NEAR)
     return 2 * torch.where(t.abs() < _NEAR, near * near * _fraction(near), far / torch.tanh(far) - 1)
 
 
@@ -72,8 +72,8 @@ def _slope(d: Tensor) -> Tensor:
     t = d / 2
     near = t.clamp(-_NEAR, _NEAR)
     square, c = near * near, _fraction(near)
-    far = torch.where(t < 0, t.clamp_max(-_NEAR), t.clamp_min(_NEAR))
-    slope = 1 / torch.tanh(far) - far / torch.sinh(far.clamp(-350, 350)).square()
+    far = torch.where(t < 0, at_most(t, -_NEAR), at_least(t, _NEAR))
+    slope = 1 / torch.tanh(far) - far / torch.sinh(within(far, -350.0, 350.0)).square()
     return torch.where(t.abs() < _NEAR, near * (1 - (1 + square * c) * c), slope)
 
 
@@ -83,7 +83,7 @@ def _by_scale(d: Tensor) -> Tensor:
     near = t.clamp(-_NEAR, _NEAR)
     square = near * near
     c = _fraction(near)
-    far = t.abs().clamp(_NEAR, 350)
+    far = within(t.abs(), _NEAR, 350.0)
     return torch.where(t.abs() < _NEAR, square * (2 * c + square * c * c - 1), (far / torch.sinh(far)).square() - 1)
 
 
@@ -108,4 +108,4 @@ def _gap_of_log_odds(q_param: Tensor, p_param: Tensor, given: Given) -> tuple[Te
 
 def _inside(probs: Tensor) -> Tensor:
     eps = torch.finfo(probs.dtype).eps
-    return probs.clamp(eps, 1 - eps)
+    return within(probs, eps, 1 - eps)

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from torch_klloss.closed_forms.registry import register_kl
 from torch_klloss.distributions.tensors import dtype_of
-from torch_klloss.numerics.elementary import isd, x_minus_log1p
+from torch_klloss.numerics.elementary import at_least, isd, x_minus_log1p
 from torch_klloss.numerics.tracing import is_traced
 
 _AnyNormal = MultivariateNormal | LowRankMultivariateNormal
@@ -143,7 +143,7 @@ def _low_rank_low_rank(q: LowRankMultivariateNormal, p: LowRankMultivariateNorma
     distance = _solve_one_plus(V, L, ((q.loc.double() - p.loc.double()) / D_p.sqrt()).unsqueeze(-1))
     is_low = 2 * V.shape[-1] < V.shape[-2]
     spread = _low_rank_spread(V, B, L, D_q, D_p) if is_low else _full_rank_spread(V, B, D_q, D_p)
-    return ((spread + _square(distance)) / 2).clamp_min(0.0).to(dtype_of(q, p))
+    return at_least((spread + _square(distance)) / 2, 0.0).to(dtype_of(q, p))
 
 
 def _whitened_factors(q_factor: Tensor, p_factor: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:

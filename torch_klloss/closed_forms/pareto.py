@@ -10,7 +10,7 @@ from torch.distributions import Pareto
 
 from torch_klloss.closed_forms.registry import register_kl
 from torch_klloss.numerics.custom_gradient import custom_gradient
-from torch_klloss.numerics.elementary import common_dtype, isd
+from torch_klloss.numerics.elementary import at_least, common_dtype, isd
 
 
 @register_kl(Pareto, Pareto)
@@ -32,7 +32,7 @@ def _partials(
         p_alpha / q_scale if needs[0] else None,
         -x / q_alpha if needs[1] else None,
         -p_alpha / p_scale if needs[2] else None,
-        torch.log1p(((q_scale - p_scale) / p_scale).clamp_min(0)) + x / p_alpha if needs[3] else None,
+        torch.log1p(at_least((q_scale - p_scale) / p_scale, 0.0)) + x / p_alpha if needs[3] else None,
     )
     return tuple(None if d is None else torch.where(outside, 0.0, d) for d in partials)
 
@@ -40,5 +40,5 @@ def _partials(
 @custom_gradient(_partials)
 def _kl(q_scale: Tensor, q_alpha: Tensor, p_scale: Tensor, p_alpha: Tensor) -> Tensor:
     gap = q_scale.double() - p_scale.double()
-    value = p_alpha.double() * torch.log1p((gap / p_scale.double()).clamp_min(0)) + isd(p_alpha, q_alpha)
-    return (value + torch.where(gap < 0, torch.inf, 0.0)).to(common_dtype(q_scale, q_alpha, p_scale, p_alpha))
+    value = p_alpha.double() * torch.log1p(at_least(gap / p_scale.double(), 0.0)) + isd(p_alpha, q_alpha)
+    return torch.where(gap < 0, torch.inf, value).to(common_dtype(q_scale, q_alpha, p_scale, p_alpha))

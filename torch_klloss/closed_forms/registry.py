@@ -16,6 +16,7 @@ from torch.distributions import Distribution
 from torch.distributions.kl import _KL_REGISTRY as _TORCH_RULES
 
 from torch_klloss.distributions.checks import check_common_measure, check_pair, type_name
+from torch_klloss.distributions.domains import nan_outside
 from torch_klloss.distributions.simplify import peel, simplify
 from torch_klloss.distributions.tensors import HALF, dtype_of, in_full_precision
 from torch_klloss.estimate import NoRouteError, NotCertifiedError
@@ -236,7 +237,7 @@ def evaluate(resolution: Resolution, batch_shape: torch.Size) -> Tensor:
             value = summed(q, p, num_summed)
         else:
             value = match.rule(q, p) if match.is_ours else _call_torch(match.rule, q, p)
-            value = sum_last(value, num_summed)
+            value = sum_last(nan_outside(value, q, p), num_summed)
     except NotImplementedError as error:
         refuse(q, p, because=str(error))
     return value if value.shape == batch_shape else value.expand(batch_shape)

@@ -10,7 +10,7 @@ from torch.distributions import Uniform
 
 from torch_klloss.closed_forms.registry import register_kl
 from torch_klloss.numerics.custom_gradient import custom_gradient
-from torch_klloss.numerics.elementary import common_dtype
+from torch_klloss.numerics.elementary import at_least, common_dtype
 
 
 @register_kl(Uniform, Uniform)
@@ -36,6 +36,6 @@ def _partials(
 def _kl(q_low: Tensor, q_high: Tensor, p_low: Tensor, p_high: Tensor) -> Tensor:
     low, high = q_low.double(), q_high.double()
     below, above = low - p_low.double(), p_high.double() - high
-    gaps = below.clamp_min(0) + above.clamp_min(0)
-    value = torch.log1p(gaps / (high - low)) + torch.where((below < 0) | (above < 0), torch.inf, 0.0)
+    gaps = at_least(below, 0.0) + at_least(above, 0.0)
+    value = torch.where((below < 0) | (above < 0), torch.inf, torch.log1p(gaps / (high - low)))
     return value.to(common_dtype(q_low, q_high, p_low, p_high))

@@ -21,6 +21,7 @@ from torch.distributions import (
 from torch.nn.functional import softplus
 
 from torch_klloss.distributions.supports import log_prob_within
+from torch_klloss.numerics.elementary import magnitude
 
 
 def log_density(d: Distribution, x: Tensor, contains_support: bool | Tensor | None) -> Tensor:
@@ -78,7 +79,7 @@ def _relaxed_bernoulli(d: RelaxedBernoulli, x: Tensor) -> Tensor:
 
 def _continuous_bernoulli(d: ContinuousBernoulli, x: Tensor) -> Tensor:
     """Return log d(x); torch's loses its normaliser at log-odds beyond 30."""
-    half = d.logits.abs() / 2
+    half = magnitude(d.logits) / 2
     near = half < 0.03  # three terms of the series of log(sinh(h)/h) are enough here
     square, far = half**2, torch.where(near, 1.0, half)
     series = square / 6 - square**2 / 180 + square**3 / 2835

@@ -18,6 +18,7 @@ from torch.distributions import (
 )
 
 from torch_klloss.distributions.checks import check_common_measure, type_name
+from torch_klloss.distributions.domains import nan_outside
 from torch_klloss.distributions.simplify import flatten_independent, peel
 from torch_klloss.distributions.tensors import dtype_of, with_batch_dim
 from torch_klloss.estimate import KLEstimate
@@ -95,7 +96,7 @@ class MixtureBound(BaseMethod):
             )
         f, g = _components(inner_q), _components(inner_p)
         value = _upper(f, g, self.num_iterations) if self.side == "upper" else _lower(f, g)
-        dtype = dtype_of(q, p)
+        value, dtype = nan_outside(value, inner_q, inner_p), dtype_of(q, p)
         return KLEstimate(
             sum_last(value, peeled).to(dtype).expand(batch_shape), exact=False, method=f"{self.side} bound"
         )

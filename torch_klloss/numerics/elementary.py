@@ -81,6 +81,24 @@ def magnitude(x: Tensor) -> Tensor:
     return torch.where(x < 0, -x, x)
 
 
+def at_least(x: Tensor, bound: float) -> Tensor:
+    """Return x, and the bound where x is below it; the derivative is 1 at the bound.
+
+    That of `clamp` at a bound is a convention, which torch has changed. NaN stays NaN.
+    """
+    return torch.where(x < bound, bound, x)
+
+
+def at_most(x: Tensor, bound: float) -> Tensor:
+    """Return x, and the bound where x is above it; as `at_least`."""
+    return torch.where(x > bound, bound, x)
+
+
+def within(x: Tensor, low: float, high: float) -> Tensor:
+    """Return x, and the nearer of the bounds where x is outside of them; as `at_least`."""
+    return at_most(at_least(x, low), high)
+
+
 def log_ratio(a: Tensor, b: Tensor, gap: Tensor) -> Tensor:
     """Return log(a/b) of a, b ≥ 0 in float64, given gap = a - b before it was rounded; a bound, not inf, at zero.
 

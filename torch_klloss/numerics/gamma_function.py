@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torch_klloss.numerics.constants import EULER
-from torch_klloss.numerics.elementary import horner, x_minus_log1p
+from torch_klloss.numerics.elementary import at_most, horner, within, x_minus_log1p
 
 LARGEST_R = 450.0  # beyond which the fourth root of Γ(1 + r) is no float64
 _NEAR = 0.25
@@ -65,7 +65,7 @@ def gamma_times(r: Tensor, factor: Tensor, fourth_root: Tensor) -> Tensor:
     By Stirling's formula from r = 8 on, as the fourth power of a root that neither over- nor underflows: each factor is
     good to the last place.
     """
-    small, large = r.clamp(max=8), r.clamp(8, LARGEST_R)
+    small, large = at_most(r, 8.0), within(r, 8.0, LARGEST_R)
     series = horner(1 / (large * large), _STIRLING) / large
     root = torch.pow(large, large / 4) * torch.exp(-large / 4) * fourth_root
     stirling = (root * root) * (torch.sqrt(2 * math.pi * large) * torch.exp(series)) * (root * root)

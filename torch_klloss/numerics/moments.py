@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from torch_klloss.numerics.custom_gradient import custom_gradient
-from torch_klloss.numerics.elementary import TINY, e2, gkl, horner, isd_from_gap, log_ratio, x_minus_log1p
+from torch_klloss.numerics.elementary import (
+    TINY,
+    at_least,
+    at_most,
+    e2,
+    gkl,
+    horner,
+    isd_from_gap,
+    log_ratio,
+    x_minus_log1p,
+)
 from torch_klloss.numerics.error_free import product_error, product_gap, quotient_error, sum_error
 from torch_klloss.numerics.lgamma import LARGE, NODES, SHIFT, bregman, stirling_bregman
 
@@ -91,7 +101,7 @@ def _harmonic_mean(x: Tensor) -> Tensor:
 
 def stirling_gap(gap: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Return R(x) - R(y), given gap = x - y as it was before x or y was rounded."""
-    s, r = x.clamp_min(LARGE).reciprocal(), y.clamp_min(LARGE).reciprocal()
+    s, r = at_least(x, LARGE).reciprocal(), at_least(y, LARGE).reciprocal()
     terms = (w * (s * r / k - 1) / ((s * s + k) * (r * r + k)) for k, w in NODES)
     large = gap * s * r * sum(terms, torch.zeros_like(s))
     return torch.where(torch.minimum(x, y) < LARGE, stirling(x) - stirling(y), large)
@@ -99,7 +109,7 @@ def stirling_gap(gap: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 def stirling_slope_gap(gap: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Return R'(x) - R'(y), given gap = x - y as it was before x or y was rounded."""
-    s, r = x.clamp_min(LARGE).reciprocal(), y.clamp_min(LARGE).reciprocal()
+    s, r = at_least(x, LARGE).reciprocal(), at_least(y, LARGE).reciprocal()
     pairs = ((k, w, (s * s + k).reciprocal(), (r * r + k).reciprocal()) for k, w in NODES)
     total = sum((w * (u * v) * (2 * k * (u + v) - 3) for k, w, u, v in pairs), torch.zeros_like(s))
     large = gap * s * r * (s + r) * total
@@ -108,7 +118,7 @@ def stirling_slope_gap(gap: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 def stirling_bregman_gap(a: Tensor, b: Tensor) -> Tensor:
     """Return R(a) - R(b) - R'(b) (a - b)."""
-    far_a, far_b = a.clamp_min(LARGE), b.clamp_min(LARGE)
+    far_a, far_b = at_least(a, LARGE), at_least(b, LARGE)
     small = bregman(a, b) - itakura_saito(a, b, a - b) / 2
     return torch.where(torch.minimum(a, b) < LARGE, small, stirling_bregman(far_a - far_b, far_a, far_b))
 
@@ -130,7 +140,7 @@ def beta_excess(a: Tensor, b: Tensor) -> Tensor:
     total = a + b
     of_total = torch.log1p(1 / total) / 2 + 1 / total - stirling(total) + (total - 2) * stirling_slope(total)
     direct = gamma_excess(a) + gamma_excess(b) - of_total
-    far_a, far_b = a.clamp_min(LARGE), b.clamp_min(LARGE)
+    far_a, far_b = at_least(a, LARGE), at_least(b, LARGE)
     far = far_a + far_b
     skew = (far_a - far_b) / far_a * ((far_a - far_b) / far_b) / (3 * far)
     s = 1 / far
@@ -178,27 +188,27 @@ def _times(x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> tuple[Tensor, 
 
 def tilt_log_norm(t: Tensor) -> Tensor:
     """Return log((exp(t) - 1)/t) - t/2 ≥ 0."""
-    far = t.clamp_min(1.0)
+    far = at_least(t, 1.0)
     closed = far / 2 + torch.log(-torch.expm1(-far) / far)
-    return torch.where(t < 1, _series(t.clamp_max(1.0), [1 / k for k in _EVEN]), closed)
+    return torch.where(t < 1, _series(at_most(t, 1.0), [1 / k for k in _EVEN]), closed)
 
 
 def tilt_divergence(t: Tensor) -> Tensor:
     """Return the KL from the Uniform on [0, 1], t/(exp(t) - 1) - 1 + log(t/(1 - exp(-t)))."""
-    far = t.clamp_min(1.0)
+    far = at_least(t, 1.0)
     closed = far / torch.expm1(far) - 1 - torch.log(-torch.expm1(-far) / far)
-    return torch.where(t < 1, _series(t.clamp_max(1.0), [1 - 1 / k for k in _EVEN]), closed)
+    return torch.where(t < 1, _series(at_most(t, 1.0), [1 - 1 / k for k in _EVEN]), closed)
 
 
 def tilt_mean(t: Tensor) -> tuple[Tensor, Tensor]:
     """Return the distance of the mean from its nearer end, 1/t - 1/(exp(t) - 1), and its rounding error."""
-    near, far = t.clamp_max(1.0), t.clamp_min(1.0)
+    near, far = at_most(t, 1.0), at_least(t, 1.0)
     return _or_series(t, 0.5 - near * horner(near * near, _BERNOULLI), far, -1 / torch.expm1(far))
 
 
 def tilt_std(t: Tensor) -> tuple[Tensor, Tensor]:
     """Return the standard deviation, the root of 1/t² - exp(-t)/(1 - exp(-t))², and its rounding error."""
-    near, far = t.clamp_max(1.0), t.clamp_min(1.0)
+    near, far = at_most(t, 1.0), at_least(t, 1.0)
     series = horner(near * near, [(k - 1) * c for k, c in zip(_EVEN, _BERNOULLI, strict=True)]).sqrt()
     drop = far / torch.expm1(-far) * (far * torch.exp(-far) / torch.expm1(-far))
     return _or_series(t, series, far, -drop / (1 + (1 - drop).sqrt()) / far)
@@ -221,16 +231,16 @@ def _series(t: Tensor, factors: list[float]) -> Tensor:
 
 def uniform_log_drop(low: Tensor, width: Tensor) -> Tensor:
     """Return log(high) - E[log x] in [0, 1]: 1 - low/width log(high/low), 1 where low is 0."""
-    ratio = width / low.clamp_min(TINY)
-    near = ratio.clamp_max(1.0)
-    far = 1 - low / width * torch.log1p(ratio.clamp_min(1.0))
+    ratio = width / at_least(low, TINY)
+    near = at_most(ratio, 1.0)
+    far = 1 - low / width * torch.log1p(at_least(ratio, 1.0))
     return torch.where(ratio < 1, log1p_lag(near) / near, far)
 
 
 def uniform_jensen_gap(low: Tensor, width: Tensor) -> Tensor:
     """Return log E[x] - E[log x] ≥ 0; a series in the ratio of half the width to the mean, where that is small."""
     s = width / (2 * low + width)
-    near = s.clamp_max(0.25)
+    near = at_most(s, 0.25)
     series = near * near * horner(near * near, [1 / (k * (k + 1)) for k in range(2, 28, 2)])
     return torch.where(s < 0.25, series, uniform_log_drop(low, width) - torch.log1p(s))
 
@@ -238,7 +248,7 @@ def uniform_jensen_gap(low: Tensor, width: Tensor) -> Tensor:
 def uniform_log_width(low: Tensor, high: Tensor) -> Tensor:
     """Return log(high - low) for an interval within [0, 1], from what it lacks where that is little."""
     width, lack = high - low, low + (1 - high)
-    return torch.where(width < 0.5, width.log(), torch.log1p(-lack.clamp_max(0.75)))
+    return torch.where(width < 0.5, width.log(), torch.log1p(-at_most(lack, 0.75)))
 
 
 # Pareto of tail index alpha > 1.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torch_klloss.numerics.constants import EULER, HALF_LOG_2PI
 from torch_klloss.numerics.custom_gradient import custom_gradient
-from torch_klloss.numerics.elementary import horner
+from torch_klloss.numerics.elementary import at_least, at_most, horner, within
 from torch_klloss.numerics.moments import stirling, stirling_slope
 from torch_klloss.numerics.rounded import EPS, Rounded, elementwise, log, log1p, where
 from torch_klloss.numerics.special import gauss_legendre
@@ -83,10 +83,10 @@ def entire_exponential_integral(w: Tensor) -> Tensor:
         *NIST handbook of mathematical functions* (Olver et al., 2010), section 6.2.
     """
     nodes, weights = (t.to(w.device) for t in _GAUSS)
-    near = w.clamp_max(_FAR)
+    near = at_most(w, _FAR)
     s = (nodes + 1) / 2
     total = (weights / 2 * -torch.expm1(-near.unsqueeze(-1) * s) / s).sum(-1)
-    return torch.where(w < _FAR, total, w.clamp_min(1.0).log() + EULER)
+    return torch.where(w < _FAR, total, at_least(w, 1.0).log() + EULER)
 
 
 def _sinc_slope(x: Tensor) -> Tensor:
@@ -127,6 +127,6 @@ def kumaraswamy_log1m(a: Rounded, b: Rounded) -> Rounded:
 def _log1m_at(t: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Return log(1 - (1 - exp(-t/b))^(1/a))."""
     y = t / b
-    near, middle = y.clamp_max(0.7), y.clamp(0.7, 30.0)
+    near, middle = at_most(y, 0.7), within(y, 0.7, 30.0)
     log_complement = torch.where(y < 0.7, torch.log(-torch.expm1(-near)), torch.log1p(-torch.exp(-middle)))
     return torch.where(y < 30, torch.log(-torch.expm1(log_complement / a)), -y - a.log())

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
+
+_FunctionT = TypeVar("_FunctionT", bound=Callable[..., object])
+
+
+def constant_in_graphs(function: _FunctionT) -> _FunctionT:
+    """Have `torch.compile` call the function once, and keep its result, instead of tracing it.
+
+    It is `torch.compiler.assume_constant_result`, which would import the compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def is_traced() -> bool:

@@ -13,7 +13,7 @@ from torch_klloss.closed_forms.continuous_bernoulli import logits_of
 from torch_klloss.closed_forms.cross_family.registration import Family
 from torch_klloss.distributions.given import as_given
 from torch_klloss.numerics.constants import EULER
-from torch_klloss.numerics.elementary import TINY, log_ratio, magnitude
+from torch_klloss.numerics.elementary import log_ratio, magnitude
 from torch_klloss.numerics.moments import tilt_divergence, tilt_log_norm, tilt_mean, tilt_std, uniform_log_drop
 from torch_klloss.numerics.rounded import (
     EPS,
@@ -39,6 +39,9 @@ from torch_klloss.numerics.rounded_special import (
     log_ratio_of_gammas,
     sinc,
 )
+
+# Added to a lower end, which may be 0: small enough to be lost beside any other, and its square is a float64.
+_LEAST = 1e-150
 
 
 class _Uniform(Family, of=dist.Uniform, placeholders=(0.25, 0.75), needs=()):
@@ -101,7 +104,7 @@ class _Uniform(Family, of=dist.Uniform, placeholders=(0.25, 0.75), needs=()):
         return log(self.high - self.low)
 
     def _log_ratio(self) -> Rounded:
-        low, high = self.low.value.clamp_min(TINY), self.high.value
+        low, high = self.low.value + _LEAST, self.high.value
         ratio = log_ratio(high, low, high - low)
         return Rounded(ratio, 4 * EPS * ratio.detach().abs())
 

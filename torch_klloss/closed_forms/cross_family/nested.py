@@ -13,7 +13,7 @@ from torch import Tensor
 from torch_klloss.closed_forms.cross_family.registration import cross_family
 from torch_klloss.closed_forms.von_mises import _kl as von_mises_kl
 from torch_klloss.numerics.constants import EULER
-from torch_klloss.numerics.elementary import log_ratio
+from torch_klloss.numerics.elementary import at_least, log_ratio
 from torch_klloss.numerics.error_free import product_gap
 from torch_klloss.numerics.gamma_function import log_gamma_and_bregman
 from torch_klloss.numerics.lgamma import binet_digamma_difference, bregman
@@ -99,4 +99,4 @@ def von_mises_uniform(loc: Tensor, concentration: Tensor, low: Tensor, high: Ten
     """The KL from the Uniform on the circle, which is a VonMises of concentration 0, and log(width/2π)."""
     zero = torch.zeros_like(loc)
     beyond = ((high - torch.pi) - (low + torch.pi)) / (2 * torch.pi)
-    return von_mises_kl(loc, concentration, zero, zero) + torch.log1p(beyond.clamp_min(0.0))
+    return von_mises_kl(loc, concentration, zero, zero) + torch.log1p(at_least(beyond, 0.0))

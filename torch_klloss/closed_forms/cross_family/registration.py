@@ -13,6 +13,7 @@ from torch.distributions import Distribution
 
 from torch_klloss.closed_forms.registry import _RULES, Types, register_kl
 from torch_klloss.distributions.checks import type_name
+from torch_klloss.distributions.domains import where_outside
 from torch_klloss.distributions.tails import declared_tails, is_infinite_by_tails
 from torch_klloss.distributions.tensors import dtype_of
 from torch_klloss.estimate import NotCertifiedError
@@ -112,10 +113,12 @@ def cross_family(
             family_q, family_p = FAMILIES[type_q], FAMILIES[type_p]
             given = torch.broadcast_tensors(*family_q.parameters_of(q), *family_p.parameters_of(p))
             mask = _by_tails(type_q, q, type_p, p) if infinite is None else infinite(*given)
-            parameters: Any = given
+            outside, parameters = where_outside(q, p), given
+            if outside is not None:
+                mask = outside if mask is None else mask | outside
             if mask is not None:
                 placeholders = family_q.placeholders + family_p.placeholders
-                parameters = (torch.where(mask, h, t) for h, t in zip(placeholders, given, strict=True))
+                parameters = [torch.where(mask, h, t) for h, t in zip(placeholders, given, strict=True)]
             kl, dtype = formula(*parameters), dtype_of(q, p)
             if isinstance(kl, Rounded):
                 kl = _certified(kl, mask, dtype, q, p)

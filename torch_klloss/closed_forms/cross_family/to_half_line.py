@@ -11,7 +11,7 @@ from torch.distributions import Beta, ContinuousBernoulli, Exponential, Gamma, P
 
 from torch_klloss.closed_forms.cross_family.registration import cross_family, nowhere
 from torch_klloss.numerics.constants import HALF_LOG_2PI
-from torch_klloss.numerics.elementary import log_ratio, magnitude
+from torch_klloss.numerics.elementary import at_least, log_ratio, magnitude
 from torch_klloss.numerics.error_free import product_error, product_gap, quotient_error, sum_error
 from torch_klloss.numerics.lgamma import bregman
 from torch_klloss.numerics.moments import (
@@ -88,7 +88,7 @@ def _continuous_bernoulli_exponential(log_odds: Tensor, rate: Tensor) -> Tensor:
 
     For t < 1 it is rather the KL from the Uniform on [0, 1], isd(λ E[x], 1) and 1 + log E[x].
     """
-    t, size = (-log_odds).clamp_min(1.0), magnitude(log_odds.clamp_min(-1.0))
+    t, size = at_least(-log_odds, 1.0), magnitude(at_least(log_odds, -1.0))
     falling = itakura_saito(rate, t, rate - t) - torch.log1p(-torch.exp(-t)) + (t - rate) / torch.expm1(t)
     from_end = tilt_mean(size)[0]
     mean = torch.where(log_odds < 0, from_end, 1 - from_end)

@@ -10,7 +10,7 @@ from torch_klloss.closed_forms.cross_family.registration import cross_family, no
 from torch_klloss.closed_forms.cross_family.to_half_line import beta_exponential
 from torch_klloss.closed_forms.dirichlet import dirichlet_kl
 from torch_klloss.numerics.constants import HALF_LOG_2PI
-from torch_klloss.numerics.elementary import log_ratio, magnitude
+from torch_klloss.numerics.elementary import at_least, at_most, log_ratio, magnitude, within
 from torch_klloss.numerics.error_free import product_gap
 from torch_klloss.numerics.moments import stirling, tilt_divergence, tilt_log_norm, uniform_log_drop, uniform_log_width
 
@@ -28,7 +28,7 @@ def _beta_uniform(a: Tensor, b: Tensor, low: Tensor, high: Tensor) -> Tensor:
 @cross_family(ContinuousBernoulli, Uniform, infinite=lambda log_odds, low, high: _beyond_unit(low, high))
 def _continuous_bernoulli_uniform(log_odds: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """The KL from the Uniform on [0, 1] and log(width); infinite unless p contains [0, 1]."""
-    return tilt_divergence(log_odds.abs()) + torch.log1p((high - 1) - low)
+    return tilt_divergence(magnitude(log_odds)) + torch.log1p((high - 1) - low)
 
 
 @cross_family(Beta, ContinuousBernoulli, infinite=nowhere)
@@ -37,12 +37,12 @@ def _beta_continuous_bernoulli(a: Tensor, b: Tensor, log_odds: Tensor) -> Tensor
 
     For |t| < 2 it is rather the KL from the Uniform on [0, 1], log(norm of p) and -log-odds E[x].
     """
-    t, mirrored = log_odds.abs(), log_odds > 0
-    cut = t.clamp_min(2.0)
+    t, mirrored = magnitude(log_odds), log_odds > 0
+    cut = at_least(t, 2.0)
     falling = beta_exponential(torch.where(mirrored, b, a), torch.where(mirrored, a, b), cut)
     falling = falling + torch.log1p(-torch.exp(-cut))
-    flat = _beta_beta(a, b, torch.ones_like(a), torch.ones_like(b)) + tilt_log_norm(t.clamp_max(2.0))
-    flat = flat - log_odds.clamp(-2.0, 2.0) * ((a - b) / (a + b) / 2)
+    flat = _beta_beta(a, b, torch.ones_like(a), torch.ones_like(b)) + tilt_log_norm(at_most(t, 2.0))
+    flat = flat - within(log_odds, -2.0, 2.0) * ((a - b) / (a + b) / 2)
     return torch.where(t > 2, falling, flat)
 
 
@@ -60,7 +60,7 @@ def _uniform_continuous_bernoulli(low: Tensor, high: Tensor, log_odds: Tensor) -
     mirrored = log_odds < 0
     left, right = torch.where(mirrored, 1 - high, low), torch.where(mirrored, low, 1 - high)
     t = magnitude(log_odds)
-    near, far = t.clamp_max(1.0), t.clamp_min(1.0)
+    near, far = at_most(t, 1.0), at_least(t, 1.0)
     width = high - low
     flat = tilt_log_norm(near) + near * (right - left) / 2 - uniform_log_width(low, high)
     peaked = far * (right + right + width) / 2 - (far * width).log() + torch.log1p(-torch.exp(-far))

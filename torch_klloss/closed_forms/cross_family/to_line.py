@@ -30,7 +30,7 @@ from torch.distributions import (
 
 from torch_klloss.closed_forms.cross_family.registration import cross_family, nowhere
 from torch_klloss.numerics.constants import EULER, HALF_LOG_2PI
-from torch_klloss.numerics.elementary import magnitude
+from torch_klloss.numerics.elementary import at_least, magnitude
 from torch_klloss.numerics.error_free import multiple, product_error, product_gap, quotient_error, sum_error
 from torch_klloss.numerics.moments import (
     beta_excess,
@@ -181,7 +181,7 @@ def _normal_gumbel(q_loc: Tensor, q_scale: Tensor, loc: Tensor, scale: Tensor) -
 def _uniform_gumbel(low: Tensor, high: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     """The least is 1 - log w + log(sinh(w/2)/(w/2)) with w = width/β; L = log((1 - exp(-w))/w) - (low - μ)/β."""
     w = (high - low) / scale
-    log_norm, large = tilt_log_norm(w), w.clamp_min(1.0)
+    log_norm, large = tilt_log_norm(w), at_least(w, 1.0)
     from_low = torch.where(w < 1, log_norm - w / 2, torch.log(-torch.expm1(-large) / large))
     return (1 + log_norm - w.log()) + exp_lead(from_low - (low - loc) / scale)
 

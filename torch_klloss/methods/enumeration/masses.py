@@ -30,7 +30,7 @@ from torch.nn.functional import logsigmoid
 
 from torch_klloss.distributions.given import as_given
 from torch_klloss.distributions.supports import log_prob_within
-from torch_klloss.numerics.elementary import e2, horner, x_minus_log1p
+from torch_klloss.numerics.elementary import at_least, at_most, e2, horner, x_minus_log1p
 
 # The logarithm of zero in products with counts, which may be zero themselves.
 _LOG_ZERO = -1e300
@@ -141,9 +141,9 @@ def stirling_error(x: Tensor) -> Tensor:
     References:
         *Fast and accurate computation of binomial probabilities* (Loader, 2000).
     """
-    near = x.clamp(max=10)
+    near = at_most(x, 10.0)
     direct = torch.lgamma(near + 1) - (near + 0.5) * near.log() + near - 0.5 * math.log(2 * math.pi)
-    inverse = 1 / x.clamp(min=10)
+    inverse = 1 / at_least(x, 10.0)
     return torch.where(x < 10, direct, inverse * horner(inverse * inverse, _STIRLING))
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Multinomial, TransformedDistribution
 
 from torch_klloss.distributions.checks import check_common_measure, type_name
+from torch_klloss.distributions.domains import nan_outside
 from torch_klloss.distributions.simplify import flatten_independent, peel
 from torch_klloss.distributions.supports import contained
 from torch_klloss.distributions.tensors import device_of, dtype_of
@@ -94,7 +95,7 @@ class Enumeration(BaseMethod):
                 f"got {type_name(q)}; use MonteCarloKL or AutoKL."
             )
         return KLEstimate(
-            sum_last(value, peeled).to(dtype).expand(batch_shape),
+            sum_last(nan_outside(value, inner_q, inner_p), peeled).to(dtype).expand(batch_shape),
             exact=bound is None,
             error_bound=None if bound is None else sum_last(bound, peeled).expand(batch_shape),
             method=self.name,

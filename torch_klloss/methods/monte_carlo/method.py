@@ -11,6 +11,7 @@ import torch
 from torch.distributions import Distribution
 
 from torch_klloss.distributions.checks import check_common_measure, check_pair, type_name
+from torch_klloss.distributions.domains import nan_outside
 from torch_klloss.distributions.simplify import peel
 from torch_klloss.distributions.supports import contained, has_moving_support, is_discrete
 from torch_klloss.distributions.tails import is_infinite
@@ -154,6 +155,7 @@ class MonteCarlo(BaseMethod):
             TypeError: if q or p is not a distribution.
         """
         check_common_measure(q, p)
+        given = q, p
         infinite_variance = None if self.num_samples == 1 else is_infinite(q, p, power=2)
         q, p, peeled = _peel_mixture(q, p)
         gradient = self._gradient_for(q)
@@ -170,7 +172,7 @@ class MonteCarlo(BaseMethod):
         if infinite_variance is not None and std_error is not None:
             std_error = torch.where(infinite_variance.to(std_error.device), math.nan, std_error)
         return KLEstimate(
-            value,
+            nan_outside(value, *given),
             exact=False,
             std_error=std_error,
             dof=sampled.dof,

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution, MixtureSameFamily
 
 from torch_klloss.distributions.checks import check_common_measure, type_name
+from torch_klloss.distributions.domains import nan_outside
 from torch_klloss.distributions.simplify import simplify
 from torch_klloss.distributions.supports import bounds_of, contained, is_discrete
 from torch_klloss.distributions.tensors import device_of, dtype_of
@@ -109,6 +110,7 @@ class Quadrature(BaseMethod):
         # Where p's support does not contain q's, the KL is infinite, whatever its density is.
         contains_support = None if contained(inner_q, inner_p) is None else True
         value, bound, evaluations = self._integrate(integrand(inner_q, inner_p, contains_support, shape))
+        value = nan_outside(value.reshape(shape), inner_q, inner_p)
         value, bound = (sum_last(t.reshape(shape), peeled).expand(batch_shape) for t in (value, bound))
         if dtype != torch.float64:
             bound = bound + torch.finfo(dtype).eps * value.detach().abs().nan_to_num(posinf=0.0)
