@@ -15,7 +15,15 @@ from torch.distributions import Distribution
 from torch.utils.hooks import RemovableHandle
 
 from torch_klloss.distributions.checks import check_pair, type_name
-from torch_klloss.distributions.tensors import device_of, dtype_of, in_full_precision, replace_examples, tensors_of
+from torch_klloss.distributions.reach import check_dropped
+from torch_klloss.distributions.tensors import (
+    device_of,
+    dtype_of,
+    in_full_precision,
+    pair_in_full_precision,
+    replace_examples,
+    tensors_of,
+)
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.methods import ClosedForm, Enumeration, FirstOf, Method, MonteCarlo, Quadrature
 from torch_klloss.methods.base import as_method
@@ -125,7 +133,8 @@ class KLLoss(nn.Module):
         Raises:
             TypeError: if q or p is not a distribution, or the mask not a tensor.
             ValueError: if shapes do not fit, q is discrete and p continuous or the reverse, or "mean" has no example:
-                an empty batch, or a mask that sums to zero (NaN under compile and vmap).
+                an empty batch, or a mask that sums to zero (NaN under compile and vmap); or if a masked example is NaN
+                inside of a network of q or p, such as a flow's, where it cannot be replaced.
             NotImplementedError: if the method has no route for the pair.
         """
         if self.observers and not self._random_states:  # called past the hooks
@@ -135,6 +144,8 @@ class KLLoss(nn.Module):
             value = _no_gradient(q, p).expand(mask.shape)
         else:
             value = self.estimate(q, p, generator=generator).value
+        if mask is not None:
+            check_dropped(value, mask != 0, q, p)
         return reduce(value, self.reduction, self.batch_dims, mask)
 
     def drop_masked(
@@ -156,7 +167,7 @@ class KLLoss(nn.Module):
         if self.observers and not self._random_states:  # not part of a call
             return self._observed(lambda q, p, mask, generator: self.estimate(q, p, generator), q, p, None, generator)
         batch_shape, method = check_pair(q, p), as_method(self.method)
-        q, p = in_full_precision(q), in_full_precision(p)
+        q, p = pair_in_full_precision(q, p)
         with without_autocast(device_of(q)):
             return method.estimate_checked(q, p, batch_shape, generator)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 _HOST = ("cpu", "meta")  # devices whose draws come from the CPU's generator
+_LOCK = threading.RLock()  # the streams belong to all threads: one at a time replaces them
 
 
 @contextmanager
@@ -64,5 +66,5 @@ def draw_seed(generator: torch.Generator) -> int:
 @contextmanager
 def _forked(device: torch.device) -> Iterator[None]:
     on_host = device.type in _HOST
-    with torch.random.fork_rng([] if on_host else [device], device_type="cuda" if on_host else device.type):
+    with _LOCK, torch.random.fork_rng([] if on_host else [device], device_type="cuda" if on_host else device.type):
         yield

@@ -18,7 +18,7 @@ from torch.distributions.kl import _KL_REGISTRY as _TORCH_RULES
 from torch_klloss.distributions.checks import check_common_measure, check_pair, type_name
 from torch_klloss.distributions.domains import nan_outside
 from torch_klloss.distributions.simplify import peel, simplify
-from torch_klloss.distributions.tensors import HALF, dtype_of, in_full_precision
+from torch_klloss.distributions.tensors import HALF, dtype_of, pair_in_full_precision
 from torch_klloss.estimate import NoRouteError, NotCertifiedError
 from torch_klloss.numerics.dimensions import sum_last
 
@@ -140,7 +140,7 @@ def kl_divergence(q: Distribution, p: Distribution) -> Tensor:
     """
     batch_shape = check_pair(q, p)
     dtype = dtype_of(q, p)
-    resolution = resolve(in_full_precision(q), in_full_precision(p))
+    resolution = resolve(*pair_in_full_precision(q, p))
     if resolution is None:
         refuse(q, p)
     value = evaluate(resolution, batch_shape)
@@ -183,7 +183,7 @@ def resolve(q: Distribution, p: Distribution) -> Resolution | None:
     simple_q, simple_p, taken_off = simplify(q, p)
     if simple_q is q and simple_p is p:
         return None
-    simpler = resolve(in_full_precision(simple_q), in_full_precision(simple_p))
+    simpler = resolve(*pair_in_full_precision(simple_q, simple_p))
     if simpler is None:
         return None
     num_summed = peeled + taken_off + simpler.num_summed

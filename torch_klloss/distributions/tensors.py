@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +14,9 @@ from torch.distributions import (
     constraints,
 )
 from torch.distributions.transforms import _InverseTransform  # its _inv is the transform that it inverts
+
+from torch_klloss.numerics.tracing import is_traced
+from torch_klloss.rng import private_rng
 
 D = TypeVar("D", bound=Distribution)
 _TensorMap = Callable[[Tensor, str, Distribution], Tensor]
@@ -36,7 +40,14 @@ def tensors_of(d: Distribution | Transform) -> list[Tensor]:
             for part in value:
                 if isinstance(part, (Distribution, Transform)):
                     tensors += tensors_of(part)
+        elif isinstance(value, partial):
+            tensors += [t for t in arguments_of(value) if isinstance(t, Tensor)]
     return tensors
+
+
+def arguments_of(function: partial[Any]) -> list[Any]:
+    """Return the arguments that a function was given beforehand, such as the context of a conditional flow."""
+    return [*function.args, *function.keywords.values()]
 
 
 def device_of(d: Distribution) -> torch.device:
@@ -92,7 +103,7 @@ def _copied(
     if not isinstance(part, (Distribution, Transform)):
         if known_only and not isinstance(part, _KNOWN):
             raise NotSelectableError
-        return part
+        return _bound(part, owner, tensor) if isinstance(part, partial) and tensor is not None else part
     owner = part if isinstance(part, Distribution) else owner
     copy = part.__new__(type(part))
     mapped: dict[int, Tensor] = {}  # one tensor under two names stays one: `_param` and `probs`
@@ -115,11 +126,77 @@ def _copied(
     return copy
 
 
+def _bound(function: partial[Any], owner: Distribution, tensor: _TensorMap) -> partial[Any]:
+    """Return a copy of the function, bound to the replacements of the tensors that it was given beforehand."""
+
+    def replaced(value: Any, name: str) -> Any:
+        return tensor(value, name, owner) if isinstance(value, Tensor) else value
+
+    args = [replaced(value, str(place)) for place, value in enumerate(function.args)]
+    return partial(function.func, *args, **{name: replaced(value, name) for name, value in function.keywords.items()})
+
+
+def is_transparent(part: Any) -> bool:
+    """Return whether a distribution is made of torch's and this library's classes alone.
+
+    All of its parameters are then among its tensors. Of another class, what is behind it may be a network.
+    """
+    if type(part) in (list, tuple):
+        return all(map(is_transparent, part))
+    if not isinstance(part, (Distribution, Transform)):
+        return isinstance(part, (Tensor, *_KNOWN))
+    if not type(part).__module__.startswith(("torch.distributions.", "torch_klloss.")):
+        return False
+    is_inverse = isinstance(part, _InverseTransform)
+    return all(is_transparent(value) for key, value in part.__dict__.items() if key != "_inv" or is_inverse)
+
+
+def log_prob_of_a_draw(d: Distribution) -> Tensor:
+    """Return log d at one draw of d, `[*batch]`, without an effect on any random stream."""
+    d = unvalidated(d)
+    with private_rng(0, device_of(d)):
+        x = d.sample().detach()
+    log_prob: Tensor = d.log_prob(x)
+    return log_prob
+
+
+def full_precision(t: Tensor) -> Tensor:
+    """Return t in float32 if it is in half precision."""
+    return t.float() if t.dtype in HALF else t
+
+
 def in_full_precision(d: Distribution) -> Distribution:
-    """Return d with its half-precision tensors in float32; d itself if it has none."""
+    """Return d with its half-precision tensors in float32.
+
+    Returns:
+        d itself if it has none, or if it cannot be evaluated afterwards: a network in it keeps its half precision.
+    """
     if not _has_half(d):
         return d
-    return copy_with(d, lambda t, *_: t.float() if t.dtype in HALF else t)
+    copy = copy_with(d, lambda t, *_: full_precision(t))
+    return copy if is_transparent(d) or _can_be_evaluated(copy) else d
+
+
+def pair_in_full_precision(q: Distribution, p: Distribution) -> tuple[Distribution, Distribution]:
+    """Return both in full precision; both as they are if one of them cannot be, for its points have its dtype."""
+    full_q, full_p = in_full_precision(q), in_full_precision(p)
+    if (full_q is not q or full_p is not p) and (_has_half(full_q) or _has_half(full_p)):
+        return q, p
+    return full_q, full_p
+
+
+def _can_be_evaluated(d: Distribution) -> bool:
+    """Return whether log d can be computed at a draw of d; True where that cannot be tried."""
+    if is_traced():
+        return True
+    try:
+        with torch.no_grad():
+            log_prob_of_a_draw(d)
+    except NotImplementedError:  # it has no draws
+        return True
+    except RuntimeError:  # torch's error for operands of different dtypes
+        return False
+    return True
 
 
 def _has_half(d: Distribution | Transform) -> bool:
@@ -133,9 +210,17 @@ def _has_half(d: Distribution | Transform) -> bool:
         elif isinstance(value, (Distribution, Transform)):
             if (key != "_inv" or isinstance(d, _InverseTransform)) and _has_half(value):
                 return True
-        elif type(value) is list and any(_has_half(part) for part in value if isinstance(part, Transform)):
-            return True
+        elif kind in (list, tuple, partial):
+            parts = arguments_of(value) if kind is partial else value
+            if any(_is_half(part) for part in parts):
+                return True
     return False
+
+
+def _is_half(part: Any) -> bool:
+    if isinstance(part, Tensor):
+        return part.dtype in HALF
+    return isinstance(part, (Distribution, Transform)) and _has_half(part)
 
 
 def unvalidated(d: Distribution) -> Distribution:

@@ -13,7 +13,7 @@ from torch.distributions import Distribution
 from torch_klloss.distributions.checks import check_pair, type_name
 from torch_klloss.distributions.simplify import peel
 from torch_klloss.distributions.supports import log_prob_within
-from torch_klloss.distributions.tensors import device_of, in_full_precision, unvalidated
+from torch_klloss.distributions.tensors import device_of, pair_in_full_precision, unvalidated
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.rng import draw_seed, private_rng
 from torch_klloss.samplers import Points
@@ -82,7 +82,7 @@ def decompose_kl(
         >>> bool(parts.total_correlation.value.abs() < 1e-5)  # no dependence
         True
     """
-    q, p = in_full_precision(q), in_full_precision(p)
+    q, p = pair_in_full_precision(q, p)
     base_q, base_p = _factorised(q, p, num_samples, chunk_size)
     base_q = unvalidated(base_q)
     with nullcontext() if generator is None else private_rng(draw_seed(generator), device_of(q)):

@@ -14,6 +14,7 @@ from torch.distributions import Distribution, Independent
 
 from torch_klloss.distributions.checks import check_pair, type_name
 from torch_klloss.distributions.families import LogVarNormal, StandardNormal
+from torch_klloss.distributions.reach import check_dropped
 from torch_klloss.distributions.simplify import flatten_independent, peel
 from torch_klloss.distributions.tensors import device_of, replace_examples
 from torch_klloss.losses import KLLoss
@@ -96,6 +97,8 @@ def _divergence(
         return Divergence(terms, terms)
     _warn_of_extreme_logvar(q)
     value = _values(kl, q, p, batch, generator)
+    if batch.weights is not None:
+        check_dropped(value, batch.weights != 0, q, p)
     split = _split(kl, q, p, len(batch.elements), generator, is_report=not must_split)
     if split is None and must_split:
         raise ValueError(

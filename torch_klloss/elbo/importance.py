@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from torch_klloss.distributions.checks import check_pair, type_name
+from torch_klloss.distributions.reach import check_dropped, has_path, log_prob_with_fixed_parameters
 from torch_klloss.distributions.supports import contained, has_moving_support, is_discrete, log_prob_within
-from torch_klloss.distributions.tensors import copy_with, device_of, expand_to, in_full_precision, unvalidated
+from torch_klloss.distributions.tensors import device_of, expand_to, pair_in_full_precision, unvalidated
 from torch_klloss.elbo.batches import batch_of
 from torch_klloss.elbo.likelihoods import negative_log_prob
 from torch_klloss.numerics.arguments import check_integer
@@ -112,21 +113,36 @@ class IWAELoss(nn.Module):
             raise ValueError(
                 f"IWAELoss takes a mask of the examples {tuple(batch_shape[: self.batch_dims])}, not of parts."
             )
-        q, p = in_full_precision(q), in_full_precision(p)
+        q, p = pair_in_full_precision(q, p)
         gradient = self._gradient_for(q)
         q = unvalidated(expand_to(q, batch_shape))
         with nullcontext() if generator is None else private_rng(draw_seed(generator), device_of(q)):
             shape = torch.Size((self.num_samples,))
-            z = q.sample(shape) if gradient == "none" else q.rsample(shape)
-        q_at_z = q if gradient == "pathwise" else copy_with(q, lambda t, *_: t.detach())
-        log_ratio = log_prob_within(p, z, contained(q, p)) - q_at_z.log_prob(z)
+            z = q.sample(shape).detach() if gradient == "none" else q.rsample(shape)
+        z = z.view_as(z)  # a cache of q knows its own draw, and would lead the gradient past the hook below
+        log_q = self._log_q(q, z, gradient)
+        log_ratio = log_prob_within(p, z, contained(q, p)) - log_q
         log_likelihood = -self._negative_log_prob(likelihood(z), x, len(batch.elements))
         kept_dims = 1 + len(batch.elements)
         log_weight = sum_after(log_likelihood, kept_dims) + sum_after(log_ratio, kept_dims)
         if gradient == "doubly_reparameterized" and z.requires_grad:
             _square_weights(z, log_weight)
         bound = log_weight.logsumexp(0) - math.log(self.num_samples)
+        if batch.weights is not None:
+            check_dropped(bound, batch.weights != 0, q, p)
         return batch.reduce(-bound, self.reduction)
+
+    def _log_q(self, q: Distribution, z: Tensor, gradient: str) -> Tensor:
+        """Return log q(z), with a gradient to q's parameters if `gradient` is "pathwise"."""
+        if gradient == "none":
+            return q.log_prob(z).detach()
+        log_q = q.log_prob(z) if gradient == "pathwise" else log_prob_with_fixed_parameters(q, z)
+        if not has_path(q, z, log_q):
+            raise NotImplementedError(
+                f"IWAELoss(gradient={self.gradient!r}) needs draws of q.rsample that carry a gradient to every "
+                f"parameter, which those of {type_name(q)} do not; use gradient='none', or torch.no_grad() to evaluate."
+            )
+        return log_q
 
     def _negative_log_prob(self, p_x: Distribution, x: Tensor, num_example_dims: int) -> Tensor:
         shape = (self.num_samples, *x.shape)
@@ -164,4 +180,4 @@ def _square_weights(z: Tensor, log_weight: Tensor) -> None:
     """Multiply the gradient to z, which contains the weights w̃, by w̃ once more."""
     weights = log_weight.detach().softmax(0)
     weights = weights.reshape(weights.shape + (1,) * (z.dim() - weights.dim()))
-    z.register_hook(lambda grad: weights * grad)
+    z.register_hook(lambda grad: weights.to(grad.dtype) * grad)

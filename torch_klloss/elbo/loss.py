@@ -12,6 +12,7 @@ from torch.distributions import Distribution
 
 from torch_klloss.distributions.checks import check_pair
 from torch_klloss.distributions.families import diagonal_normal, standard_normal_like
+from torch_klloss.distributions.reach import check_dropped
 from torch_klloss.distributions.tensors import replace_examples
 from torch_klloss.elbo.arguments import Latents, check_moments, pairs_of, same_shape, sum_levels
 from torch_klloss.elbo.batches import batch_of
@@ -175,7 +176,10 @@ class ELBOLoss(nn.Module):
                 p_x, x = replace_examples(p_x, batch.weights != 0, p_x.batch_shape), batch.take(x)
             # by index: if a hook breaks the graph, Dynamo loses an iterator over the pairs
             levels = [self._divergence(*pairs[level], batch, generator) for level in range(len(pairs))]
-            return self._terms(negative_log_prob(p_x, x), levels, batch, step)
+            nll = negative_log_prob(p_x, x)
+            if batch.weights is not None:
+                check_dropped(nll, batch.weights != 0, p_x)
+            return self._terms(nll, levels, batch, step)
 
     def from_tensors(
         self,

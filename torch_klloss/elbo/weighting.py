@@ -6,12 +6,13 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, constraints
 
+from torch_klloss.distributions.reach import has_hidden_parameters
 from torch_klloss.distributions.tensors import copy_with, tensors_of
 from torch_klloss.numerics.arguments import check_integer
 
@@ -82,26 +83,83 @@ def balanced(q: Distribution, p: Distribution, prior_share: float) -> tuple[Dist
     """Return the pair with KL balancing: p's parameters get `prior_share` of the gradient, q's the rest.
 
     The same value and gradients as α KL(sg(q)‖p) + (1 - α) KL(q‖sg(p)) with the stop-gradients sg, from one evaluation
-    and one set of draws.
+    and one set of draws. A distribution with parameters that are none of its tensors, such as a flow, is asked for its
+    draws and its density alone: a closed form or a user's method cannot read the pair then.
 
     References:
         *Mastering Atari with discrete world models* (Hafner et al., 2021), section 2.
     """
-    if torch.is_grad_enabled() and _learns(q) and not _learns(p):
+    if not torch.is_grad_enabled():
+        return q, p
+    scaled_q, scaled_p = _with_scaled_gradient(q, 1 - prior_share), _with_scaled_gradient(p, prior_share)
+    if _learns(scaled_q) and not _learns(scaled_p):
         warnings.warn(
             "balance needs a prior that learns, but no parameter of p requires a gradient: the KL's gradient to q is "
             f"only multiplied by {1 - prior_share:g}. Leave balance=None for a fixed prior.",
             stacklevel=2,
         )
-    return _with_scaled_gradient(q, 1 - prior_share), _with_scaled_gradient(p, prior_share)
+    return scaled_q, scaled_p
 
 
 def _learns(d: Distribution) -> bool:
-    return any(t.requires_grad for t in tensors_of(d))
+    return isinstance(d, ScaledGradient) or any(t.requires_grad for t in tensors_of(d))
 
 
 def _with_scaled_gradient(d: Distribution, factor: float) -> Distribution:
+    if has_hidden_parameters(d):
+        return ScaledGradient(d, factor)
     return copy_with(d, lambda t, *_: _ScaleGradient.apply(t, factor) if t.requires_grad else t)
+
+
+class ScaledGradient(Distribution):
+    """A distribution with the gradient to its parameters multiplied by a factor, whatever holds them.
+
+    Args:
+        d: the distribution.
+        factor: the factor.
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+
+    def __init__(self, d: Distribution, factor: float) -> None:
+        self.scaled, self.factor = d, factor
+        super().__init__(d.batch_shape, d.event_shape, validate_args=False)
+
+    @property
+    def support(self) -> Any:
+        """The support of the distribution."""
+        return self.scaled.support
+
+    @property
+    def has_rsample(self) -> bool:  # type: ignore[override]
+        """Whether it has `rsample`."""
+        return self.scaled.has_rsample
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> ScaledGradient:
+        """Return it with its batch dimensions expanded."""
+        return ScaledGradient(self.scaled.expand(batch_shape), self.factor)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Return draws without a gradient."""
+        return self.scaled.sample(torch.Size(sample_shape))
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        """Return draws, whose gradient is scaled."""
+        return _scaled(self.scaled.rsample(torch.Size(sample_shape)), self.factor)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log-density, with a scaled gradient to the parameters and the whole one to the points."""
+        by_parameters = _scaled(self.scaled.log_prob(value.detach()), self.factor - 1)
+        return self.scaled.log_prob(value) + (by_parameters - by_parameters.detach())
+
+    def entropy(self) -> Tensor:
+        """Return the entropy, whose gradient is scaled."""
+        return _scaled(self.scaled.entropy(), self.factor)
+
+
+def _scaled(t: Tensor, factor: float) -> Tensor:
+    scaled: Tensor = _ScaleGradient.apply(t, factor)
+    return scaled
 
 
 class _ScaleGradient(torch.autograd.Function):

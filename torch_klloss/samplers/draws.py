@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch.distributions import Distribution
 from torch_klloss.numerics.tracing import is_traced
 from torch_klloss.rng import private_rng
 from torch_klloss.samplers.points import Points, Sampler
+from torch_klloss.samplers.streams import OtherNoiseError, draw_at_once
 
 
 class Draws(Protocol):
@@ -70,39 +72,62 @@ class StoredDraws:
         weights = self.points.weights
         if len(weights) > 1:
             weights = weights[start:stop]
-        return Points(self.points.x[start:stop], weights, self.points.num_replicates)
+        log_q = None if self.points.log_q is None else self.points.log_q[start:stop]
+        return Points(self.points.x[start:stop], weights, self.points.num_replicates, log_q)
 
 
 BLOCK = 64  # the number of draws of one seed
 
 Noise = Callable[[int, int], Tensor]
+_N = TypeVar("_N", Tensor, "tuple[Tensor, ...]")
 
 
-def noise_in_blocks(make: Callable[[int], Tensor], num_draws: int, device: torch.device) -> Noise:
+def noise_in_blocks(
+    make: Callable[[int], _N], num_draws: int, device: torch.device, *, is_slow: bool = False
+) -> Callable[[int, int], _N]:
     """Return a function (start, stop) of the noise of those draws, the same noise at every call.
 
     Up to `BLOCK` draws come from the global random stream and are kept. More come in blocks, each from its own seed,
     which is drawn from the global stream now. Under tracing, which has no private streams, all are drawn now and kept.
 
     Args:
-        make: returns fresh noise of n draws, `[n, …]`, from the global random stream.
+        make: returns fresh noise of n draws, `[n, …]`, from the global random stream; several tensors if it needs them.
         num_draws: S.
         device: the device of the noise.
+        is_slow: whether to call `make` once for many blocks, if their numbers are the same then.
     """
     if num_draws <= BLOCK or is_traced():
         noise = make(num_draws)
-        return lambda start, stop: noise[start:stop]
+        return lambda start, stop: _rows(noise, start, stop)
     num_blocks = -(-num_draws // BLOCK)
     seeds = torch.randint(2**63 - 1, (num_blocks,), device="cpu").tolist()
 
-    def block(index: int) -> Tensor:
+    def block(index: int) -> _N:
         with private_rng(seeds[index], device):
             return make(min(BLOCK, num_draws - index * BLOCK))
 
-    def part(start: int, stop: int) -> Tensor:
+    def blocks(first: int, last: int) -> _N:
+        if is_slow and device.type == "cpu" and last - first > 1:
+            sizes = [min(BLOCK, num_draws - index * BLOCK) for index in range(first, last)]
+            with suppress(OtherNoiseError):
+                made: _N = draw_at_once(make, seeds[first:last], sizes)
+                return made
+        return _joined([block(index) for index in range(first, last)])
+
+    def part(start: int, stop: int) -> _N:
         first, last = start // BLOCK, -(-stop // BLOCK)
-        noise = [block(index) for index in range(first, last)]
-        joined = noise[0] if len(noise) == 1 else torch.cat(noise)
-        return joined[start - first * BLOCK : stop - first * BLOCK]
+        joined = blocks(first, last)
+        return _rows(joined, start - first * BLOCK, stop - first * BLOCK)
 
     return part
+
+
+def _joined(parts: list[_N]) -> _N:
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+    return torch.cat(parts) if isinstance(first, Tensor) else tuple(map(torch.cat, zip(*parts, strict=True)))
+
+
+def _rows(noise: _N, start: int, stop: int) -> _N:
+    return noise[start:stop] if isinstance(noise, Tensor) else tuple(t[start:stop] for t in noise)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
 from torch_klloss.distributions.simplify import diagonal_normal_of
-from torch_klloss.distributions.tensors import device_of
+from torch_klloss.distributions.tensors import device_of, is_transparent
 from torch_klloss.numerics.tracing import is_func_transformed
-from torch_klloss.samplers.draws import Draws, Noise, PreparedSampler, noise_in_blocks
+from torch_klloss.samplers.draws import Draws, PreparedSampler, noise_in_blocks
 from torch_klloss.samplers.points import Points, evenly_weighted
 
 
@@ -35,22 +37,37 @@ class IID(PreparedSampler):
         Under `torch.func`, draws from a Normal are made of standard noise: torch's own know no randomness="different".
         """
 
-        def make(n: int) -> Tensor:
+        def make(n: int) -> tuple[Tensor, ...]:
             if is_func_transformed() and (normal := diagonal_normal_of(q)) is not None:
                 loc, scale = normal.loc, normal.scale
                 x = loc + scale * torch.randn(n, *loc.shape, dtype=loc.dtype, device=loc.device)
-                return x if differentiable else x.detach()
+                return (x if differentiable else x.detach(),)
             shape = torch.Size((n,))  # not a tuple: other libraries ask it for its numel()
-            return q.rsample(shape) if differentiable else q.sample(shape)
+            if not differentiable:
+                return (q.sample(shape).detach(),)  # torch.no_grad alone lets forward-mode tangents pass
+            joint: Any = q
+            return joint.rsample_and_log_prob(shape) if _gives_log_prob(q) else (q.rsample(shape),)
 
-        return _IndependentDraws(q, num_samples, noise_in_blocks(make, num_samples, device_of(q)))
+        noise = noise_in_blocks(make, num_samples, device_of(q), is_slow=not is_transparent(q))
+        return _IndependentDraws(q, num_samples, noise)
 
 
 @dataclass(frozen=True)
 class _IndependentDraws:
     q: Distribution
     num_samples: int
-    noise: Noise
+    noise: Callable[[int, int], tuple[Tensor, ...]]
 
     def part(self, start: int, stop: int) -> Points:
-        return evenly_weighted(self.q, self.noise(start, stop), self.num_samples, self.num_samples)
+        x, *log_q = self.noise(start, stop)
+        return evenly_weighted(self.q, x, self.num_samples, self.num_samples, *log_q)
+
+
+def _gives_log_prob(q: Distribution) -> bool:
+    """Return whether q has an `rsample_and_log_prob` that is no older than its `rsample` and `log_prob`."""
+    for cls in type(q).__mro__:
+        if "rsample_and_log_prob" in cls.__dict__:
+            return True
+        if "rsample" in cls.__dict__ or "log_prob" in cls.__dict__:
+            return False
+    return False

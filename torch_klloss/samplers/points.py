@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from torch_klloss.distributions.tensors import dtype_of
+from torch_klloss.distributions.tensors import HALF, dtype_of
 from torch_klloss.numerics.dimensions import sum_last
 
 
@@ -27,6 +27,7 @@ class Points:
         num_replicates: the number of independent randomisations that the points are made of, each of n / num_replicates
             points; n itself for independent draws, and None if nothing is random. A part of a longer draw (see
             samplers/draws.py) has the weights and the replicates of the whole.
+        log_q: log q(x) `[n, *batch]`, with every gradient, where q gave it together with x; else None.
 
     Example:
         >>> import torch
@@ -39,6 +40,7 @@ class Points:
     x: Tensor
     weights: Tensor
     num_replicates: int | None
+    log_q: Tensor | None = None
 
     def expectation(self, f: Tensor, summed: int = 0) -> Tensor:
         """Return Σ wᵢ fᵢ over the points. Shape: f is `[n, *batch]`, the result `[*batch]`.
@@ -131,9 +133,12 @@ class Sampler(Protocol):
         ...
 
 
-def evenly_weighted(q: Distribution, x: Tensor, num_samples: int, num_replicates: int) -> Points:
+def evenly_weighted(
+    q: Distribution, x: Tensor, num_samples: int, num_replicates: int, log_q: Tensor | None = None
+) -> Points:
     """Return points of q with the weight 1/S each, S being `num_samples`; x may be a part of them."""
     shape = (x.shape[0],) + (1,) * len(q.batch_shape)
     dtype = x.dtype if x.is_floating_point() else dtype_of(q)
+    dtype = torch.float32 if dtype in HALF else dtype  # 1/3 has three digits in bfloat16
     weights = torch.full(shape, 1 / num_samples, dtype=dtype, device=x.device)
-    return Points(x, weights, num_replicates)
+    return Points(x, weights, num_replicates, log_q)

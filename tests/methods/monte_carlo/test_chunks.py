@@ -191,6 +191,30 @@ def test_parameters_of_a_network_and_hooks_get_the_whole_gradient_once(hidden):
         torch.testing.assert_close(part, full, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("with_a_result", [False, True])
+def test_the_hook_of_a_leaf_that_only_a_custom_function_reads_runs_once_and_outside_of_checkpoints(with_a_result):
+    """A checkpoint of torch 2.8 and before loses this hook."""
+
+    def run(chunk_size):
+        raw, leaf = (torch.full((5,), value, requires_grad=True) for value in (0.5, 2.0))
+        leaf.register_hook(lambda gradient: 3 * gradient)
+        result, x, calls = raw.exp(), torch.arange(6.0), []
+
+        def evaluate(start, stop):
+            calls.append((start, stop))
+            f = Square.apply(leaf).sum() + (Square.apply(result).sum() if with_a_result else 0.0)
+            return Points(x[start:stop], torch.tensor(1 / 6), 6), f * x[start:stop]
+
+        value, forward = expectation_in_chunks(evaluate, 6, chunk_size).value, len(calls)
+        value.backward()
+        assert len(calls) == forward
+        return [leaf.grad, raw.grad] if with_a_result else [leaf.grad]
+
+    for part, full in zip(run(2), run(None), strict=True):
+        torch.testing.assert_close(part, full)
+    torch.testing.assert_close(run(2)[0], torch.full((5,), 3 * 4.0 * 2.5))
+
+
 @HIDDEN
 def test_the_gradient_can_be_differentiated_again(hidden):
     def run(chunk_size):

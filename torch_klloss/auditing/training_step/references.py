@@ -22,7 +22,7 @@ from torch_klloss.auditing.explanation.mistakes import CATALOGUE
 from torch_klloss.auditing.training_step.pairs import Pair
 from torch_klloss.distributions.checks import check_pair
 from torch_klloss.distributions.simplify import simplify
-from torch_klloss.distributions.tensors import in_full_precision, tensors_of
+from torch_klloss.distributions.tensors import pair_in_full_precision, tensors_of
 from torch_klloss.losses import AutoKL
 from torch_klloss.methods import MonteCarlo, Quadrature
 from torch_klloss.rng import private_rng
@@ -79,7 +79,7 @@ class References:
 
 def _reference(evidence: Evidence, example_dims: int, at_most: int) -> Reference:
     """Return the KL of the pairs, and what `at_most` mistakes together make of it."""
-    simple = [simplify(in_full_precision(pair.q), in_full_precision(pair.p))[:2] for pair in evidence.pairs]
+    simple = [simplify(*pair_in_full_precision(pair.q, pair.p))[:2] for pair in evidence.pairs]
     tensors = [t for value, pair in zip(evidence.values, evidence.pairs, strict=True) for t in (value, *pair.anchors)]
     eps = max(torch.finfo(t.dtype).eps for t in tensors if t.is_floating_point())
     if evidence.pairs[0].of:

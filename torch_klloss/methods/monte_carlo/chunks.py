@@ -15,7 +15,7 @@ The baseline of a score function, a mean over all draws, takes a pass of its own
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -106,6 +106,8 @@ def expectation_in_chunks(evaluate: Evaluate, num_draws: int, chunk_size: int | 
     try:
         recomputed = _RecomputedChunks(chunk, bounds, device)
         return _expectation(recomputed.part, bounds, recomputed.joined)
+    except _HiddenHookError:
+        return _expectation(chunk, bounds, lambda total: total)
     except _UnknownInputError:
         return _expectation(partial(_checkpointed, chunk), bounds, lambda total: total)
 
@@ -148,6 +150,10 @@ class _UnknownInputError(Exception):
     """A gradient flows to an earlier result that no operation was given, by way of a custom function."""
 
 
+class _HiddenHookError(_UnknownInputError):
+    """A custom function was given a leaf with a hook, which checkpoints lose in torch 2.8 and before."""
+
+
 class _RecomputedChunks:
     """Evaluates chunks one by one, with a single node in the graph that evaluates them once more.
 
@@ -166,13 +172,15 @@ class _RecomputedChunks:
         """Return a chunk without its graph, and remember the tensors that it reads.
 
         Raises:
-            _UnknownInputError: if they cannot be determined.
+            _UnknownInputError: if they cannot be determined, or a hook would run for every chunk.
         """
         with _AliasMode({}, older_than=_sequence_number()) as aliased:
             part, terms, replicates = self._chunk(start, stop)
-        reached = aliased.reached(part)
         # The hooks of a leaf have to run once in a backward pass, and not for every chunk.
-        if reached is None or any(leaf._backward_hooks for leaf in reached[1].values()):
+        if any(leaf._backward_hooks for leaf in aliased.hidden_leaves(part)):
+            raise _HiddenHookError
+        reached = aliased.reached(part)
+        if reached is None:
             raise _UnknownInputError
         self._inputs.update(reached[0])
         self._hidden.update(reached[1])
@@ -276,11 +284,17 @@ class _AliasMode(TorchFunctionMode):
             if node in ends:
                 found[ends[node]] = self._inputs[ends[node]]
             elif not hasattr(node, "variable"):  # leaves are handled with the nodes that read them
-                leaves = [parent.variable for parent, _ in node.next_functions if hasattr(parent, "variable")]
+                leaves = _leaves_given_to(node)
                 if node._sequence_nr() < self._older_than or (leaves and not isinstance(node, BackwardCFunction)):
                     return None
                 hidden.update({id(leaf): leaf for leaf in leaves})
         return found, hidden
+
+    def hidden_leaves(self, part: Tensor) -> Iterator[Tensor]:
+        """Yield the leaves that custom functions were given on the way to `part`."""
+        for node in nodes_of(part, until={alias.grad_fn for alias in self.aliases.values()}):
+            if isinstance(node, BackwardCFunction) and node._sequence_nr() >= self._older_than:
+                yield from _leaves_given_to(node)
 
     def _alias(self, tensor: Tensor) -> Tensor:
         key = id(tensor)
@@ -293,6 +307,10 @@ class _AliasMode(TorchFunctionMode):
         if self._older_than == 0:
             return False
         return tensor.grad_fn is None or tensor.grad_fn._sequence_nr() < self._older_than
+
+
+def _leaves_given_to(node: Any) -> list[Tensor]:
+    return [parent.variable for parent, _ in node.next_functions if hasattr(parent, "variable")]
 
 
 def _sequence_number() -> int:

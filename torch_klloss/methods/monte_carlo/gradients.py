@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,22 +29,19 @@ class Draw:
         """Return `[n K, *batch]` as `[n, K, *batch]` for K components; t itself without components."""
         return t if self.by_component is None else t.unflatten(0, (-1, self.by_component.num_components))
 
-
-def pathwise(log_q: Callable[[Tensor], Tensor], draw: Draw, log_p: Tensor) -> Tensor:
-    """Return the terms whose gradient runs through the points and through log q."""
-    return log_q(draw.points.x) - log_p
-
-
-def sticking_the_landing(log_q: Callable[[Tensor], Tensor], draw: Draw, log_p: Tensor) -> Tensor:
-    """Return the terms whose gradient runs through the points alone."""
-    x = draw.points.x
-    score = log_q(x.detach())  # its value cancels; its gradient is the score
-    return log_q(x) - log_p - (score - score.detach())
+    def fixed(self) -> Draw:
+        """Return the draw with points that carry no gradient."""
+        return replace(self, points=replace(self.points, x=self.points.x.detach(), log_q=None))
 
 
-def detached(log_q: Callable[[Tensor], Tensor], draw: Draw, log_p: Tensor) -> Tensor:
-    """Return the terms without a gradient to q."""
-    return log_q(draw.points.x).detach() - log_p
+def without_score(log_q: Tensor, at_fixed_points: Tensor) -> Tensor:
+    """Return log q with a gradient through the points alone.
+
+    Args:
+        log_q: at the points.
+        at_fixed_points: the same at points without a gradient; its value cancels, its gradient is the score.
+    """
+    return log_q - (at_fixed_points - at_fixed_points.detach())
 
 
 def score_function(draw: Draw, log_ratio: Tensor, log_score: Tensor, num_draws: int, mean: Tensor | None) -> Tensor:

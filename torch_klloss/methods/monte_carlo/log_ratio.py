@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from torch_klloss.distributions.reach import has_path
+from torch_klloss.distributions.tensors import full_precision, is_transparent
 from torch_klloss.methods.monte_carlo import gradients
 from torch_klloss.methods.monte_carlo.chunks import Expectation, expectation_in_chunks
 from torch_klloss.methods.monte_carlo.gradients import REPARAMETERISED, Draw
@@ -34,9 +36,9 @@ def estimate_plain(pair: PreparedPair, plan: Plan, source: AbstractContextManage
     with source:
         draws = _prepare(pair.q, plan)
     terms = _Terms(pair, plan, draws)
-    if plan.gradient == "score_function" and plan.num_samples > 1:
-        terms.check_independent()
-        if plan.in_chunks:
+    if plan.in_chunks:
+        terms.evaluate(0, 1)  # which settles the gradient
+        if terms.gradient == "score_function":
             terms.find_mean()
     result = expectation_in_chunks(terms.evaluate, plan.num_samples, plan.chunk_size, pair.peeled)
     return replace(result, std_error=terms.trusted(result.std_error))
@@ -47,6 +49,7 @@ class _Terms:
 
     def __init__(self, pair: PreparedPair, plan: Plan, draws: Callable[[int, int], Draw]) -> None:
         self.pair, self.plan, self.draws = pair, plan, draws
+        self.gradient, self.is_settled = plan.gradient, False
         self.mean: Tensor | None = None  # of log q - log p over all draws, for the baseline
         self.seen: dict[int, Tensor] = {}  # the log-ratios behind k3, by chunk
 
@@ -54,12 +57,20 @@ class _Terms:
         """Return the points of these draws, and the terms there."""
         draw = self.draws(start, stop)
         points, terms = draw.points, self._terms(draw)
-        if self.plan.gradient == "none":
+        if self.gradient == "none":
             points = Points(points.x, points.weights.detach(), points.num_replicates)
         if self.plan.value not in NUMBERS:
             return points, terms
         self.seen[start] = terms.detach()
         return _renumbered(points, terms, self.plan.value)
+
+    def _settle(self, draw: Draw, log_q: Tensor) -> None:
+        """Settle on the score function where the draws have no path, or raise a NotImplementedError."""
+        self.is_settled = True
+        if self.gradient in REPARAMETERISED and not _has_path(self.pair.q, draw, log_q):
+            self.gradient = self.plan.gradient_without_path(self.pair.q)
+        if self.gradient == "score_function" and self.plan.num_samples > 1:
+            self.check_independent()
 
     def check_independent(self) -> None:
         """Raise a NotImplementedError if draws depend on one another."""
@@ -92,26 +103,37 @@ class _Terms:
         return torch.where(bad, math.nan, std_error)
 
     def _terms(self, draw: Draw) -> Tensor:
-        log_p = self.pair.log_p(draw.points.x)
-        if self.plan.gradient != "score_function":
-            return _BY_GRADIENT[self.plan.gradient](self._log_q, draw, log_p)
-        log_q = self._log_q(draw.points.x)
+        x, log_q = draw.points.x, draw.points.log_q
+        if log_q is None or self.plan.value == "entropy":
+            log_q = self._log_q(x)
+        if not self.is_settled:
+            self._settle(draw, log_q)
+        if self.gradient == "score_function":
+            return self._score_terms(draw.fixed())
+        if self.gradient == "sticking_the_landing":
+            log_q = gradients.without_score(log_q, self._log_q(x.detach()))
+        return (log_q.detach() if self.gradient == "none" else log_q) - self.pair.log_p(x)
+
+    def _score_terms(self, draw: Draw) -> Tensor:
+        log_p, log_q = self.pair.log_p(draw.points.x), self._log_q(draw.points.x)
         if self.plan.value == "entropy":
-            log_score = self.pair.q.log_prob(draw.points.x)
+            log_score = full_precision(self.pair.q.log_prob(draw.points.x))
         else:
             log_score = log_q if draw.by_component is None else draw.by_component.log_component()
             log_q = log_q.detach()
         return gradients.score_function(draw, log_q - log_p, log_score, self.plan.num_samples, self.mean)
 
     def _log_q(self, x: Tensor) -> Tensor:
-        return -self.pair.q.entropy() if self.plan.value == "entropy" else self.pair.q.log_prob(x)
+        q = self.pair.q
+        return full_precision(-q.entropy() if self.plan.value == "entropy" else q.log_prob(x))
 
 
-_BY_GRADIENT: dict[str, Callable[[Callable[[Tensor], Tensor], Draw, Tensor], Tensor]] = {
-    "pathwise": gradients.pathwise,
-    "sticking_the_landing": gradients.sticking_the_landing,
-    "none": gradients.detached,
-}
+def _has_path(q: Distribution, draw: Draw, log_q: Tensor) -> bool:
+    """Return whether the draws carry a gradient to every parameter; of a mixture, those of its components."""
+    if draw.by_component is None:
+        return has_path(q, draw.points.x, log_q)
+    component, x = draw.by_component.component, draw.by_component.drawn
+    return is_transparent(component) or has_path(component, x, component.log_prob(x))
 
 
 def _renumbered(points: Points, log_ratio: Tensor, value: str) -> tuple[Points, Tensor]:

@@ -78,7 +78,7 @@ class MonteCarlo(BaseMethod):
     - "score_function": (log q - log p) ∇ log q at samples that carry no gradient, less the mean of the other draws as
       a baseline from two samples on. Unbiased, for every q; the noisiest. The draws must be independent.
     - "none": zero.
-    - "auto": "pathwise" where q has `rsample`, else "score_function".
+    - "auto": "pathwise" where q has `rsample` and its draws carry a gradient to all parameters, else "score_function".
 
     If the support of q depends on its parameters (Uniform, Pareto), only "pathwise" is right, and the others are
     refused. If the support of a mixture's components does, all gradients but "none" are refused.
@@ -197,7 +197,8 @@ class MonteCarlo(BaseMethod):
         return "mixed" if isinstance(self.gradient, MixedGradient) else self.gradient
 
     def _sample(self, pair: PreparedPair, gradient: Gradient, source: AbstractContextManager[None]) -> Expectation:
-        plan = Plan(self.num_samples, self.sampler, gradient, self.value, self.chunk_size)
+        automatic = self.gradient == "auto"
+        plan = Plan(self.num_samples, self.sampler, gradient, self.value, self.chunk_size, automatic)
         if self.value in SURROGATES:
             return estimate_with_surrogate(pair, plan, source)
         if gradient == "mixed":

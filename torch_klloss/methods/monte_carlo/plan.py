@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.distributions import Distribution
 
-from torch_klloss.distributions.supports import log_prob_within
+from torch_klloss.distributions.checks import type_name
+from torch_klloss.distributions.supports import has_moving_support, log_prob_within
+from torch_klloss.distributions.tensors import full_precision
 from torch_klloss.samplers import Sampler
 
 
@@ -30,18 +32,31 @@ class PreparedPair:
 
     def log_p(self, x: Tensor) -> Tensor:
         """Return log p at points `[n, *batch, *event]`, -inf outside its support."""
-        return log_prob_within(self.p, x, self.contains_support)
+        return full_precision(log_prob_within(self.p, x, self.contains_support))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The options of a `MonteCarlo`, with "auto" replaced by the gradient for a pair."""
+    """The options of a `MonteCarlo`, with "auto" replaced by the gradient for a pair.
+
+    `is_automatic` says that it was "auto".
+    """
 
     num_samples: int
     sampler: Sampler
     gradient: str
     value: str
     chunk_size: int | None
+    is_automatic: bool = False
+
+    def gradient_without_path(self, q: Distribution) -> str:
+        """Return the gradient where the draws of `rsample` carry none to some parameter, or a NotImplementedError."""
+        if self.is_automatic and not has_moving_support(q):
+            return "score_function"
+        raise NotImplementedError(
+            f"MonteCarlo(gradient={self.gradient!r}) needs draws of q.rsample that carry a gradient to every "
+            f"parameter, which those of {type_name(q)} do not, although its has_rsample is True; use gradient='score_function'."
+        )
 
     @property
     def in_chunks(self) -> bool:
