@@ -189,7 +189,7 @@ def report_of_wrong_shape(name: str, binding: Binding, error: WrongShapeError) -
 
 def _about_call(judgement: Judgement) -> list[str]:
     subject, observation = judgement.subject, judgement.observation
-    notes = []
+    notes = [subject.binding.note] if subject.binding.note else []
     if observation.stochastic and judgement.right:
         _, error = pooled_ratio(subject, observation, judgement.fits[0])
         notes.append(

@@ -106,6 +106,60 @@ class Normals:
 
 
 @dataclass(frozen=True)
+class MixedNormals(Normals):
+    """Normals whose dimensions a linear map of each example mixes; it keeps volumes, and so densities and the KL.
+
+    Attributes:
+        layout: of the probes.
+        matrices: of the map, `[batch, latent, latent]` for each probe.
+    """
+
+    layout: Layout
+    matrices: Sequence[Tensor]
+
+    @property
+    def swapped(self) -> MixedNormals:
+        """The pair (p, q)."""
+        q_first = self.p_mean, self.p_logvar, self.q_mean, self.q_logvar
+        return MixedNormals(*q_first, self.layout, self.matrices)
+
+    @property
+    def marginals(self) -> Normals:
+        """The distributions of the single dimensions after the map."""
+        q_mean, p_mean = (self._mapped(mean, square=False) for mean in (self.q_mean, self.p_mean))
+        q_var, p_var = (self._mapped(variance, square=True) for variance in (self.q_var, self.p_var))
+        return Normals(q_mean, q_var.log(), p_mean, p_var.log())
+
+    @property
+    def cholesky_diagonals(self) -> tuple[Tensor, Tensor]:
+        """The diagonals of the Cholesky factors of both covariances, each `[num_elements]`."""
+        q, p = (self._diagonals((0.5 * logvar).exp()) for logvar in (self.q_logvar, self.p_logvar))
+        return q, p
+
+    @property
+    def against_standard(self) -> Normals:
+        """Normals with the KL of the mixed q and the standard Normal."""
+        means, logvars = [], []
+        parts = zip(self.matrices, *map(self.layout.split, (self.q_mean, self.q_logvar)), strict=True)
+        for matrix, mean, logvar in parts:
+            root = matrix * (0.5 * logvar).exp()[..., None, :]
+            variances, axes = torch.linalg.eigh(root @ root.mT)
+            means.append((axes.mT @ matrix @ mean[..., None]).reshape(-1))
+            logvars.append(variances.log().reshape(-1))
+        zero = torch.zeros_like(self.p_mean)
+        return Normals(torch.cat(means), torch.cat(logvars), zero, zero)
+
+    def _mapped(self, elements: Tensor, *, square: bool) -> Tensor:
+        parts = zip(self.matrices, self.layout.split(elements), strict=True)
+        return torch.cat([((m.square() if square else m) @ part[..., None]).reshape(-1) for m, part in parts])
+
+    def _diagonals(self, std: Tensor) -> Tensor:
+        roots = [m * part[..., None, :] for m, part in zip(self.matrices, self.layout.split(std), strict=True)]
+        factors = [torch.linalg.cholesky(root @ root.mT) for root in roots]
+        return torch.cat([factor.diagonal(dim1=-2, dim2=-1).reshape(-1) for factor in factors])
+
+
+@dataclass(frozen=True)
 class Categoricals:
     """The categorical q and p of every example, by their raw scores, one per element, `[num_elements]`."""
 
@@ -127,6 +181,11 @@ class Categoricals:
     def swapped(self) -> Categoricals:
         """The pair (p, q)."""
         return replace(self, q_logits=self.p_logits, p_logits=self.q_logits)
+
+    @property
+    def uniform(self) -> Tensor:
+        """The log-probabilities of the uniform distribution."""
+        return self._log_probs(torch.zeros_like(self.q_logits))
 
     def _log_probs(self, logits: Tensor) -> Tensor:
         return self.layout.row_wise(lambda part: part.log_softmax(-1), logits)

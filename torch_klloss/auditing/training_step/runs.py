@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from torch_klloss.auditing.experiment.calling import described, isolated, seeded
-from torch_klloss.auditing.training_step.names import TEMPERATURE_WORDS, WEIGHT_WORDS, words_of
+from torch_klloss.auditing.experiment.names import words_of
+from torch_klloss.auditing.training_step.names import TEMPERATURE_WORDS, WEIGHT_WORDS
 from torch_klloss.auditing.training_step.pairs import Pair, pairs_of
 from torch_klloss.auditing.training_step.record import FunctionRecord, NamedValue, Number, is_same, location
 from torch_klloss.auditing.training_step.references import Evidence
