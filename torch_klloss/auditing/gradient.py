@@ -251,7 +251,7 @@ def _scaled(kind: str) -> str:
 def _times(fit: Fit, subject: Subject) -> str:
     """Return the factor of a wrong reduction in words; empty if there is none."""
     shape = subject.layout.shapes[0]
-    latent = torch.Size(shape[1:]).numel()
+    latent = torch.Size(shape[subject.layout.example_dims :]).numel()
     sizes = [(fit.latent, latent)]
     if any("batch" in (mistake.analytic or {}) for mistake in fit.mistakes):
         sizes.append((-1 if fit.batch < 0 else 1, shape[0]))

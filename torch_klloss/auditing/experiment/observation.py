@@ -207,7 +207,8 @@ def arrangement_of(shapes: list[torch.Size], subject: Subject) -> Arrangement:
     for arrangement, shape_in in SHAPE_IN.items():
         is_joint = subject.signature.name == "log_probs" and arrangement in ("element", "latent")
         pairs = zip(shapes, subject.layout.shapes, strict=True)
-        if not is_joint and all(are_alike(shape, shape_in(probe)) for shape, probe in pairs):
+        dims = subject.layout.example_dims
+        if not is_joint and all(are_alike(shape, shape_in(probe, dims)) for shape, probe in pairs):
             return arrangement
     got, probe = tuple(shapes[0]), subject.layout.shapes[0]
     raise WrongShapeError(
@@ -230,10 +231,10 @@ def are_alike(one: Sequence[int], other: Sequence[int]) -> bool:
     return [size for size in one if size != 1] == [size for size in other if size != 1]
 
 
-SHAPE_IN: Mapping[Arrangement, Callable[[Shape], Shape]] = {
-    "total": lambda probe: (),
-    "example": lambda probe: probe[:1],
-    "element": lambda probe: probe,
-    "latent": lambda probe: probe[1:],
+SHAPE_IN: Mapping[Arrangement, Callable[[Shape, int], Shape]] = {
+    "total": lambda probe, example_dims: (),
+    "example": lambda probe, example_dims: probe[:example_dims],
+    "element": lambda probe, example_dims: probe,
+    "latent": lambda probe, example_dims: probe[example_dims:],
 }
 """The shape of a probe's values, by arrangement; the first that fits is the loss's."""

@@ -22,7 +22,8 @@ Width = Literal["any", "wider", "narrower"]
 # Batch and latent sizes differ, so that a factor of one is not taken for a factor of the other.
 _SIZES = ((16, 8), (5, 3), (7, 12), (3, 2), (12, 5), (6, 4), (9, 7), (4, 10))
 _FEW_DIMS = ((40, 2), (27, 3), (22, 4), (52, 2), (18, 5), (34, 3), (29, 2), (16, 4), (24, 5), (13, 3))
-_LATENT = {8: (2, 4), 12: (3, 4), 10: (5, 2), 4: (2, 2), 5: (5, 1), 3: (3, 1), 7: (7, 1), 2: (2, 1)}
+_STEPS_AND_LATENT = {8: (2, 4), 12: (3, 4), 10: (5, 2), 4: (4, 2), 5: (2, 5), 3: (4, 3), 7: (3, 7), 2: (3, 2)}
+_FEW_STEPS_AND_DIMS = {2: (2, 2), 3: (3, 2), 4: (2, 2), 5: (2, 3)}
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,17 @@ class Layout:
     """The assignment of elements to examples, and of examples to probes.
 
     Attributes:
-        shapes: of every probe, `[batch, *latent]`.
+        shapes: of every probe, `[*batch, *latent]`.
+        example_dims: the number of leading dimensions that count examples: one, or those of the steps too.
     """
 
     shapes: tuple[Shape, ...]
+    example_dims: int = 1
 
     @cached_property
     def batch(self) -> Tensor:
         """The number of examples in each probe, `[num_probes]`."""
-        return torch.tensor([shape[0] for shape in self.shapes], dtype=torch.float64)
+        return torch.tensor([math.prod(shape[: self.example_dims]) for shape in self.shapes], dtype=torch.float64)
 
     @cached_property
     def latent(self) -> Tensor:
@@ -209,8 +212,15 @@ def shapes_of_rank(rank: int, *, few_dims: bool = False) -> tuple[Shape, ...]:
     sizes = _FEW_DIMS if few_dims else _SIZES * 3
     if rank == 1:
         return tuple((1, latent) for _, latent in sizes)
-    ones = (1,) * max(rank - 3, 0)
-    return tuple((batch, *((latent,) if rank == 2 else (*ones, *_LATENT[latent]))) for batch, latent in sizes)
+    if rank == 2:
+        return sizes
+    inner = [(_FEW_STEPS_AND_DIMS if few_dims else _STEPS_AND_LATENT)[latent] for _, latent in sizes]
+    middle = [(2, 3) if steps == 2 else (3, 2) for steps, _ in inner]  # all sizes matter: none is one
+    extra = [] if rank == 3 else range(rank - 3)
+    return tuple(
+        (batch, *(sizes_between[n % 2 - 1] for n in extra), *last)
+        for (batch, _), sizes_between, last in zip(sizes, middle, inner, strict=True)
+    )
 
 
 def draw_normals(shapes: Sequence[Shape], seed: int, *, width: Width, standard: bool) -> tuple[Layout, Normals]:

@@ -12,8 +12,8 @@ The parts of a right computation:
   whether one is joint where the other is of one dimension; `normaliser`: the constant that log q lacks.
 - `weight`, `log q`, `log p` (categorical): the parts of Σ q (log q - log p), and `summand`, the function of these;
   `outcomes`: the sum over a Bernoulli's two.
-- `latent`, `batch`, `scale` (all): a factor, as powers of the latent and batch size and a constant; `repeated`: whether
-  every example gets its batch's; see `fit.py`.
+- `latent`, `batch`, `steps`, `scale` (all): a factor, as powers of the latent and batch size and of the number of steps,
+  and a constant; `repeated`: whether every example gets its batch's; see `fit.py`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch_klloss.auditing.experiment.probes import Categoricals, Layout, Normal
 from torch_klloss.auditing.experiment.signatures import LOG_VARIANCE, ProbedPair
 from torch_klloss.auditing.explanation.mistake import Parts
 
-FACTORS = frozenset({"latent", "batch", "scale", "repeated"})
+FACTORS = frozenset({"latent", "batch", "steps", "scale", "repeated"})
 FORWARD = ((1.0, False),)
 REVERSE = ((1.0, True),)
 

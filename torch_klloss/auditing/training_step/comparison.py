@@ -96,8 +96,8 @@ def _arrangement(values: Sequence[Tensor], layout: Layout, example_dims: int) ->
         if arrangement == "total" and example_dims > 1 and values[0].numel() > 1:
             continue
         if all(
-            are_alike(value.shape, shape_in(shape))
-            or (example_dims > 1 and value.numel() == math.prod(shape_in(shape)))
+            are_alike(value.shape, shape_in(shape, 1))
+            or (example_dims > 1 and value.numel() == math.prod(shape_in(shape, 1)))
             for value, shape in zip(values, layout.shapes, strict=True)
         ):
             return arrangement
