@@ -23,6 +23,7 @@ from torch_klloss.auditing.experiment.probes import Width
 from torch_klloss.auditing.experiment.signatures import Leaves
 from torch_klloss.auditing.explanation.candidates import right_core, unbiased_on_samples
 from torch_klloss.auditing.explanation.fit import Fit, best_fits, explain
+from torch_klloss.auditing.explanation.measured import measured_fits
 from torch_klloss.auditing.explanation.mistakes.reductions import MEAN_OVER_STEPS
 from torch_klloss.auditing.gradient import (
     GradientFinding,
@@ -129,7 +130,7 @@ def _judgement(subject: Subject, seed: int, budget: int) -> Judgement:
     fits = best_fits([right_core(subject)], subject.layout, observation, only_right=True)
     right = bool(fits) and bool(observation.value.isfinite().all())
     if not fits and observation.value.isfinite().sum() >= _FEWEST_FINITE:
-        fits = explain(subject, observation)
+        fits = explain(subject, observation) or measured_fits(subject, observation)
     return _with_gradient(subject, observation, fits, right)
 
 

@@ -20,6 +20,8 @@ from torch_klloss.auditing.judge import FALSE_ALARM, Judgement, pooled_ratio
 from torch_klloss.auditing.report import AuditReport, Finding, Verdict
 from torch_klloss.auditing.right_lines import right_line
 
+_SHOWN = 0.02  # the relative error at which a probe shows a fault
+
 
 def report_of(name: str, judgement: Judgement, seed: int) -> AuditReport:
     """Return the report on a judgement, with the remarks of a few more calls at edge cases."""
@@ -125,7 +127,7 @@ def _share_not_finite(observation: Observation) -> str:
 
 def _evidence(judgement: Judgement) -> str:
     kl, got = _true(judgement), _per_probe(judgement, judgement.observation.value)
-    at = 0 if judgement.fits else int(((got - kl).abs() / (kl.abs() + 1e-3 * kl.abs().mean())).nan_to_num(-1.0).argmax())
+    at = _showing(got, kl, explained=bool(judgement.fits))
     shape = judgement.subject.layout.shapes[at]
     ratio = float(got[at] / kl[at])
     text = f"at {describe(shape)}: got {_number(got[at])}"
@@ -135,6 +137,12 @@ def _evidence(judgement: Judgement) -> str:
     text += f", the KL per {of} is {_number(kl[at])} (ratio {_number(ratio)}{_as_fraction(ratio, shape)}"
     finite = int(got.isfinite().sum())
     return f"{text}, {'on' if judgement.fits else 'not the same on'} {finite} of {len(kl)} probes)"
+
+
+def _showing(got: Tensor, kl: Tensor, *, explained: bool) -> int:
+    """Return a probe that shows the fault: the first, unless it is right there, or nothing explains the values."""
+    off = ((got - kl).abs() / (kl.abs() + 1e-3 * kl.abs().mean())).nan_to_num(-1.0, posinf=-1.0)
+    return 0 if explained and float(off[0]) > _SHOWN else int(off.argmax())
 
 
 def _number(value: Tensor | float) -> str:

@@ -193,9 +193,15 @@ def _mean_and_error(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache
-def largest_deviation(count: int, false_alarm: float) -> float:
-    """Return the largest deviation of `count` means over groups, in standard errors, but for false alarms."""
-    return float(student_t_quantile(1 - false_alarm / (2 * count), GROUPS - 1.0))
+def largest_deviation(count: int, false_alarm: float, pooled: int = 1) -> float:
+    """Return the largest deviation of `count` means over groups, in standard errors, but for false alarms.
+
+    Args:
+        count: the number of means.
+        false_alarm: the probability that one of them deviates by more.
+        pooled: the number of independent errors that each standard error is of.
+    """
+    return float(student_t_quantile(1 - false_alarm / (2 * count), max(pooled, 1) * (GROUPS - 1.0)))
 
 
 def arrangement_of(shapes: list[torch.Size], subject: Subject) -> Arrangement:

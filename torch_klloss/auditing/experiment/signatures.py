@@ -62,7 +62,7 @@ LOG_VARIANCE: Mapping[Spread, Callable[[Tensor], Tensor]] = {
     "logvar": lambda spread: spread,
     "rho": lambda spread: 2 * softplus(spread).log(),
 }
-_FROM_LOG_VARIANCE: Mapping[Spread, Callable[[Tensor], Tensor]] = {
+FROM_LOG_VARIANCE: Mapping[Spread, Callable[[Tensor], Tensor]] = {
     "std": lambda logvar: (0.5 * logvar).exp(),
     "logstd": lambda logvar: 0.5 * logvar,
     "var": torch.exp,
@@ -218,7 +218,7 @@ def _against_standard(spread: Spread, right: str) -> Signature:
         roles=("mean", spread),
         about=f"the mean and the {SPREAD_WORDS[spread]} of a diagonal Normal q; p is the standard Normal",
         arguments=lambda leaves: (leaves["mean"], leaves[spread]),
-        leaves=lambda drawn: {"mean": drawn.q_mean, spread: _FROM_LOG_VARIANCE[spread](drawn.q_logvar)},
+        leaves=lambda drawn: {"mean": drawn.q_mean, spread: FROM_LOG_VARIANCE[spread](drawn.q_logvar)},
         pair=pair,
         right=right,
         standard=True,
@@ -232,7 +232,7 @@ def _of_two_normals(spread: Spread, right: str) -> Signature:
     def leaves(drawn: Normals) -> Leaves:
         tensors = drawn.q_mean, drawn.q_logvar, drawn.p_mean, drawn.p_logvar
         return {
-            role.replace("_", "."): tensor if role.endswith("mean") else _FROM_LOG_VARIANCE[spread](tensor)
+            role.replace("_", "."): tensor if role.endswith("mean") else FROM_LOG_VARIANCE[spread](tensor)
             for role, tensor in zip(roles, tensors, strict=True)
         }
 

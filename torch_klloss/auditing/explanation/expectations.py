@@ -12,6 +12,7 @@ The parts of a right computation:
   whether one is joint where the other is of one dimension; `normaliser`: the constant that log q lacks.
 - `weight`, `log q`, `log p` (categorical): the parts of Σ q (log q - log p), and `summand`, the function of these;
   `outcomes`: the sum over a Bernoulli's two.
+- `bound` (analytic, categorical): takes the elements and the layout, and returns the core.
 - `latent`, `batch`, `steps`, `scale` (all): a factor, as powers of the latent and batch size and of the number of steps,
   and a constant; `repeated`: whether every example gets its batch's; see `fit.py`.
 """
@@ -71,6 +72,10 @@ def analytic(pair: Normals, layout: Layout, parts: Parts) -> Core:
         n = pair.swapped if is_swapped else pair
         terms = (parts.get(name, term)(n) for name, term in TERMS.items())
         elements = elements + weight * sum(terms)
+    return parts.get("bound", _summed)(elements, layout)  # type: ignore[no-any-return]
+
+
+def _summed(elements: Tensor, layout: Layout) -> Core:
     return Core(layout.examples(elements), elements)
 
 
@@ -201,4 +206,4 @@ def categorical(pair: Categoricals, layout: Layout, parts: Parts) -> Core:
         if terms.dim() > 1:  # a Bernoulli's two outcomes
             terms = parts.get("outcomes", lambda both: both.sum(0))(terms)
         elements = elements + share * terms
-    return Core(layout.examples(elements), elements)
+    return parts.get("bound", _summed)(elements, layout)  # type: ignore[no-any-return]

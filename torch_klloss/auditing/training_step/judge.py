@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from torch_klloss.auditing.experiment.calling import described
 from torch_klloss.auditing.training_step.comparison import Comparison, compare
+from torch_klloss.auditing.training_step.means import Means
 from torch_klloss.auditing.training_step.pairs import Pair
 from torch_klloss.auditing.training_step.record import LossCall, Number, is_same
 from torch_klloss.auditing.training_step.references import Evidence, References
 from torch_klloss.auditing.training_step.report import ModuleVerdict
-from torch_klloss.auditing.training_step.runs import Runs
+from torch_klloss.auditing.training_step.runs import GIVEN, Runs
 from torch_klloss.auditing.training_step.watcher import Watcher
 from torch_klloss.closed_forms import kl_divergence
 from torch_klloss.distributions.tensors import tensors_of
@@ -92,6 +93,11 @@ class Judge:
 
     runs: Runs
     _references: References = field(default_factory=References)
+    _means: Means = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Prepare the comparison of means."""
+        self._means = Means(self.runs)
 
     def judge(self, number: Number) -> Comparison:
         """Compare a number with the pairs of its function, or of the nearest function that has some."""
@@ -136,6 +142,8 @@ class Judge:
                     words = f"it is the KL times {label}; or {best.explanation}"
                     return replace(best, verdict="cannot tell", explanation=words)
                 return replace(comparison, pair=pair, where=where)
+        if best.verdict == "cannot tell" and best.where == GIVEN and best.pair is not None:
+            return self._means.compare(number, best.pair) or best
         return best
 
     def _weighted(self, number: Number, label: str, weight: float, evidence: Evidence) -> Comparison | None:
