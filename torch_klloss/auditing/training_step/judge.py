@@ -62,8 +62,15 @@ def _samples_in(run: Watcher) -> list[Tensor]:
     return found + [record.returned for record in samplers if isinstance(record.returned, Tensor)]
 
 
-def gradient_differs(module: nn.Module, number: Number, pair: Pair) -> bool:
-    """Return whether a number with the KL's value has another gradient; False where p has parameters too."""
+def gradient_differs(module: nn.Module, number: Number, pair: Pair, mask: Tensor | None = None) -> bool:
+    """Return whether a number with the KL's value has another gradient; False where p has parameters too.
+
+    Args:
+        module: the module.
+        number: the number.
+        pair: its pair.
+        mask: which steps of the pair are no padding, `[batch, steps]`.
+    """
     live = number.live
     if live is None or not live.requires_grad or live._version != number.version or pair.of:
         return False
@@ -71,7 +78,8 @@ def gradient_differs(module: nn.Module, number: Number, pair: Pair) -> bool:
         return False  # part of it may be left out on purpose, as where a KL is balanced
     wanted: list[Tensor] = [t for t in module.parameters() if t.requires_grad] or [t for t in pair.anchors if t.is_leaf]
     try:
-        exact = kl_divergence(pair.q, pair.p).sum()
+        kl = kl_divergence(pair.q, pair.p)
+        exact = kl.sum() if mask is None else (kl.reshape(*mask.shape, -1).sum(-1) * mask.to(kl)).sum()
         scale = float(live.detach().sum() / exact.detach())
         ours, its = (
             torch.autograd.grad(value, wanted, retain_graph=True, allow_unused=True, materialize_grads=True)
@@ -117,7 +125,8 @@ class Judge:
             comparison = compare(runs, self._references, explained=False)
             if comparison is not None and comparison.verdict == "right":
                 comparison = replace(comparison, pair=pair, where=where)
-                if not (comparison.is_formula and gradient_differs(self.runs.module, number, pair)):
+                masks = (None, *runs.masks[:1])
+                if not (comparison.is_formula and all(gradient_differs(self.runs.module, number, pair, m) for m in masks)):
                     return comparison
                 words = "its value is the KL's and its gradient is not: a parameter of q is detached on the way"
                 mistakes = ("parameter-without-gradient",)

@@ -36,10 +36,17 @@ _ACCURATE = AutoKL(fallback=[Quadrature(), MonteCarlo(_NUM_SAMPLES)])
 
 @dataclass(frozen=True)
 class Evidence:
-    """A number and its pair in every run that had both."""
+    """A number and its pair in every run that had both.
+
+    Attributes:
+        values: of the number.
+        pairs: the pair.
+        masks: which steps of the pair are no padding, `[batch, steps]`; empty where no run or not every run has a mask.
+    """
 
     values: tuple[Tensor, ...]
     pairs: tuple[Pair, ...]
+    masks: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)

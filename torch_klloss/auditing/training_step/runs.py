@@ -17,6 +17,7 @@ from torch.distributions import Distribution
 from torch_klloss.auditing.experiment.calling import described, isolated, seeded
 from torch_klloss.auditing.experiment.names import words_of
 from torch_klloss.auditing.training_step.names import TEMPERATURE_WORDS, WEIGHT_WORDS
+from torch_klloss.auditing.training_step.padding import mask_of
 from torch_klloss.auditing.training_step.pairs import Pair, pairs_of
 from torch_klloss.auditing.training_step.record import FunctionRecord, NamedValue, Number, is_same, location
 from torch_klloss.auditing.training_step.references import Evidence
@@ -109,12 +110,18 @@ class Runs:
                 yield run, other
 
     def _of_all_runs(self, number: Number, pair: Pair, at: _At) -> Evidence:
-        values, pairs = [number.value], [pair]
+        values, pairs, masks = [number.value], [pair], [self._mask(pair, 0)]
         for run, other in self.repeats(number):
             if run > 0 and other.value.dim() == number.value.dim() and (its_pair := at(run)) is not None:
                 values.append(other.value)
                 pairs.append(its_pair)
-        return Evidence(tuple(values), tuple(pairs))
+                masks.append(self._mask(its_pair, run))
+        known = tuple(mask for mask in masks if mask is not None)
+        return Evidence(tuple(values), tuple(pairs), known if len(known) == len(masks) else ())
+
+    def _mask(self, pair: Pair, run: int) -> Tensor | None:
+        shape = (*pair.q.batch_shape, *pair.q.event_shape)
+        return None if pair.of else mask_of(self.watched[run].records, shape)
 
     def _places(self, number: Number) -> list[tuple[Pair, str, _At]]:
         """Return the given pairs, or those of the number's function, or of the nearest function that has some."""
