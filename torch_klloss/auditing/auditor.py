@@ -14,7 +14,7 @@ from torch.distributions import Distribution
 
 from torch_klloss.auditing.experiment.calling import CallError, isolated
 from torch_klloss.auditing.experiment.observation import WrongShapeError
-from torch_klloss.auditing.experiment.parameters import Binding, SignatureError, adapted, bindings_to_try
+from torch_klloss.auditing.experiment.parameters import OTHER_FAMILIES, Binding, SignatureError, adapted, bindings_to_try
 from torch_klloss.auditing.experiment.signatures import SIGNATURES, SignatureName
 from torch_klloss.auditing.judge import Judgement, Settings, judge
 from torch_klloss.auditing.report import AuditReport
@@ -46,10 +46,13 @@ def audit(
             with two `Normal`s over [batch, latent] (or, where it does not take these, one of the following),
             "independent" with the same wrapped in `Independent`, "multivariate", "categorical" and "bernoulli" with two
             of that family;
-            "mean_logvar", "mean_std", "mean_logstd", "mean_var" are fn(mean, spread), against a standard Normal;
-            "log_probs" is fn(log_q, log_p) at samples of q, [num_samples]; "samples" is fn(z, mean, logvar); "logits"
-            is fn(logits_q, logits_p); "kl_div" is fn(input, target) in the order of `F.kl_div`, KL(target‖input), and
-            "kl_div_log_target" its log_target=True. Or a function adapter(fn, q, p) that calls the loss with Normals.
+            "mean_logvar", "mean_std", "mean_logstd", "mean_var", "mean_rho" are fn(mean, spread), against a standard
+            Normal; "means_logvars", "means_stds", "means_logstds", "means_vars" are fn(q_mean, q_spread, p_mean,
+            p_spread); "log_probs" is fn(log_q, log_p) at samples of q, [num_samples]; "samples" is fn(z, mean, logvar);
+            "logits" is fn(logits_q, logits_p); "kl_div" is fn(input, target) in the order of `F.kl_div`,
+            KL(target‖input), and "kl_div_log_target" its log_target=True; "uniform_logits", "uniform_probs" and
+            "uniform_log_probs" are fn(logits) and its like, against the uniform distribution. Or a function
+            adapter(fn, q, p) that calls the loss with Normals.
         seed: of the probes and of the random streams during the calls; the global streams are restored.
         budget: the approximate number of calls of a loss that draws samples; more calls make the test of its means
             sharper, with the square root.
@@ -104,7 +107,7 @@ def _audit(fn: Callable[..., Any], name: str, bindings: list[Binding], settings:
     failures: list[tuple[Binding, CallError]] = []
     judgements: list[Judgement] = []
     for binding in bindings:
-        if judgements and binding.signature is not judgements[0].subject.signature:
+        if judgements and binding.signature.name in OTHER_FAMILIES:
             break  # another family is tried only where the loss does not take the first
         try:
             judgements.append(judge(fn, binding, settings))

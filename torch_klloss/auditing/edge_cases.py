@@ -41,7 +41,8 @@ def _reply(subject: Subject, leaves: Leaves, seed: int) -> Reply:
 
 def _kl_like(value: Tensor, subject: Subject, leaves: Leaves, fit: Fit) -> Tensor:
     """Return the KL of one probe in float64, arranged and reduced as the loss's value is."""
-    layout = Layout((tuple(next(iter(leaves.values())).shape),))
+    shape = tuple(next(iter(leaves.values())).shape)
+    layout = replace(subject.layout, shapes=(shape if subject.rank > 1 else (1, *shape),))
     flat = {name: leaf.double().reshape(-1) for name, leaf in leaves.items()}
     core = right_core(replace(subject, layout=layout, leaves=flat)).core
     total = layout.means(core.examples) * layout.batch**fit.batch
@@ -119,10 +120,10 @@ def _extremes(subject: Subject, fit: Fit, seed: int) -> Iterator[str]:
             continue
         try:
             reply = _reply(subject, leaves, seed)
+            kl = _kl_like(reply.value, subject, leaves, fit)
         except CallError as error:
             yield f"at {name} {error}."
             continue
-        kl = _kl_like(reply.value, subject, leaves, fit)
         if not math.isfinite(float(kl.sum())):
             continue
         if not bool(reply.value.isfinite().all()):

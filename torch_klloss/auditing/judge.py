@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,12 +10,21 @@ from typing import Any
 import torch
 
 from torch_klloss.auditing.experiment.calling import CallError
-from torch_klloss.auditing.experiment.observation import GROUPS, Observation, Subject, largest_deviation, observe
+from torch_klloss.auditing.experiment.observation import (
+    GROUPS,
+    Observation,
+    Subject,
+    WrongShapeError,
+    largest_deviation,
+    observe,
+)
 from torch_klloss.auditing.experiment.parameters import Binding
 from torch_klloss.auditing.experiment.probes import Width
 from torch_klloss.auditing.experiment.signatures import Leaves
 from torch_klloss.auditing.explanation.candidates import right_core, unbiased_on_samples
 from torch_klloss.auditing.explanation.fit import Fit, best_fits, explain
+from torch_klloss.auditing.explanation.measured import measured_fits
+from torch_klloss.auditing.explanation.mistakes.reductions import MEAN_OVER_STEPS
 from torch_klloss.auditing.gradient import (
     GradientFinding,
     directions_of,
@@ -50,6 +60,7 @@ class Judgement:
         fits: the simplest explanations of the values; empty where nothing explains them.
         right: whether the values are the KL's.
         gradient: the finding about the gradient; None where it was not judged.
+        refused: whether it does not take [batch, latent].
     """
 
     subject: Subject
@@ -57,6 +68,7 @@ class Judgement:
     fits: list[Fit]
     right: bool
     gradient: GradientFinding | None
+    refused: bool = False
 
 
 def judge(fn: Callable[..., Any], binding: Binding, settings: Settings) -> Judgement:
@@ -66,10 +78,47 @@ def judge(fn: Callable[..., Any], binding: Binding, settings: Settings) -> Judge
         CallError: if it cannot be called, or returns what cannot be a KL.
     """
     subject, refused = _first_that_runs(fn, binding, settings)
-    judgement = _judgement(subject, settings.seed, settings.budget)
+    judgement = _judgement_of_sequences(subject, settings.seed, settings.budget)
     if refused is not None and not judgement.fits:
         raise refused  # with arguments of another shape nothing was explained
-    return judgement
+    return replace(judgement, refused=refused is not None)
+
+
+def _judgement_of_sequences(subject: Subject, seed: int, budget: int) -> Judgement:
+    """Judge a loss with the steps of a sequence as parts of an example, or else as examples.
+
+    Raises:
+        CallError: if it returns what cannot be a KL.
+    """
+    judgements: list[Judgement] = []
+    refused: WrongShapeError | None = None
+    for dims in (1, subject.rank - 1) if subject.rank > 2 else (1,):
+        try:
+            of_dims = replace(subject, layout=replace(subject.layout, example_dims=dims))
+            judgements.append(_of_steps(_judgement(of_dims, seed, budget)))
+        except WrongShapeError as error:  # [batch, steps] is a shape of the one, [batch] of the other
+            refused = refused or error
+            continue
+        if judgements[-1].right:
+            break
+    if not judgements:
+        raise refused or CallError("it could not be judged")
+    return min(judgements, key=lambda found: (not found.right, found.fits[0].cost if found.fits else math.inf))
+
+
+def _of_steps(judgement: Judgement) -> Judgement:
+    """Return a judgement of steps as examples, where the mean over those of a Normal is a mistake."""
+    layout, is_total = judgement.subject.layout, judgement.observation.arrangement == "total"
+    if layout.example_dims == 1 or judgement.subject.signature.categorical or not is_total:
+        return judgement
+    fits = [replace(f, mistakes=(*f.mistakes, MEAN_OVER_STEPS), cost=f.cost + 1) for f in judgement.fits]
+    return replace(judgement, fits=fits, right=False, gradient=_for_each_step(judgement.gradient))
+
+
+def _for_each_step(gradient: GradientFinding | None) -> GradientFinding | None:
+    if gradient is None or not gradient.summary.startswith("the KL's"):
+        return gradient
+    return replace(gradient, summary=f"{gradient.summary.rstrip('.')}, for each step.")
 
 
 def _judgement(subject: Subject, seed: int, budget: int) -> Judgement:
@@ -81,7 +130,7 @@ def _judgement(subject: Subject, seed: int, budget: int) -> Judgement:
     fits = best_fits([right_core(subject)], subject.layout, observation, only_right=True)
     right = bool(fits) and bool(observation.value.isfinite().all())
     if not fits and observation.value.isfinite().sum() >= _FEWEST_FINITE:
-        fits = explain(subject, observation)
+        fits = explain(subject, observation) or measured_fits(subject, observation)
     return _with_gradient(subject, observation, fits, right)
 
 
@@ -147,7 +196,7 @@ def _with_arguments(subject: Subject, arguments: Callable[[Leaves], tuple[Any, .
 def _of_width(subject: Subject, seed: int, width: Width) -> Subject:
     """Return the loss with probes on which the means of log-ratios, and of one density ratio, can be tested."""
     layout, leaves = subject.signature.draw(seed, rank=subject.rank, width=width)
-    return replace(subject, layout=layout, leaves=leaves)
+    return replace(subject, layout=replace(layout, example_dims=subject.layout.example_dims), leaves=leaves)
 
 
 def _judge_means(subject: Subject, seed: int, budget: int) -> Judgement:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,12 +11,16 @@ from torch import Tensor
 from torch_klloss.auditing.edge_cases import remarks
 from torch_klloss.auditing.experiment.observation import Observation, WrongShapeError, describe
 from torch_klloss.auditing.experiment.parameters import Binding
+from torch_klloss.auditing.experiment.probes import Layout
 from torch_klloss.auditing.explanation.candidates import right_core
 from torch_klloss.auditing.explanation.fit import convention
 from torch_klloss.auditing.explanation.mistake import Mistake
 from torch_klloss.auditing.figure import ProbePoint
 from torch_klloss.auditing.judge import FALSE_ALARM, Judgement, pooled_ratio
 from torch_klloss.auditing.report import AuditReport, Finding, Verdict
+from torch_klloss.auditing.right_lines import right_line
+
+_SHOWN = 0.02  # the relative error at which a probe shows a fault
 
 
 def report_of(name: str, judgement: Judgement, seed: int) -> AuditReport:
@@ -36,7 +41,7 @@ def report_of(name: str, judgement: Judgement, seed: int) -> AuditReport:
         signature=subject.signature.name,
         verdict=_verdict(bool(findings), bool(of_gradient)),
         mistakes=tuple(findings + of_gradient),
-        convention=convention(fits[0], observation.arrangement) if fits else "",
+        convention=convention(fits[0], observation.arrangement, subject.layout.example_dims) if fits else "",
         gradient="" if gradient is None else gradient.summary,
         remarks=tuple(notes),
         num_probes=len(subject.layout.shapes),
@@ -52,19 +57,24 @@ def _verdict(value: bool, gradient: bool) -> Verdict:
     return "wrong gradient" if gradient else "right"
 
 
+def _layout(judgement: Judgement) -> Layout:
+    """Return the probes with the examples that the report speaks of: steps are some for a right loss alone."""
+    layout = judgement.subject.layout
+    is_of_steps = judgement.right or judgement.subject.signature.categorical
+    return layout if is_of_steps else replace(layout, example_dims=1)
+
+
 def _per_probe(judgement: Judgement, values: Tensor) -> Tensor:
     """Return every probe's total, divided by the batch size where there is a value for each example or element."""
-    observation = judgement.observation
-    sums = torch.zeros(len(judgement.subject.layout.shapes), dtype=torch.float64)
+    observation, layout = judgement.observation, _layout(judgement)
+    sums = torch.zeros(len(layout.shapes), dtype=torch.float64)
     sums = sums.index_add(0, observation.probe_of_value, values)
-    if observation.arrangement in ("total", "latent"):
-        return sums
-    return sums / judgement.subject.layout.batch
+    return sums if observation.arrangement in ("total", "latent") else sums / layout.batch
 
 
 def _true(judgement: Judgement) -> Tensor:
-    core = right_core(judgement.subject).core
-    return judgement.subject.layout.means(core.examples).detach()
+    layout = _layout(judgement)
+    return layout.means(right_core(replace(judgement.subject, layout=layout)).core.examples).detach()
 
 
 def _points(judgement: Judgement) -> tuple[ProbePoint, ...]:
@@ -106,7 +116,8 @@ def _named(mistakes: Iterable[Mistake]) -> list[Finding]:
 
 
 def _fix(judgement: Judgement, fix: str) -> str:
-    return f"{fix} In these arguments: {judgement.subject.binding.right}"
+    line = right_line(replace(judgement.subject, layout=_layout(judgement)))
+    return f"{fix} In these arguments: {line}" if line else fix
 
 
 def _share_not_finite(observation: Observation) -> str:
@@ -116,14 +127,22 @@ def _share_not_finite(observation: Observation) -> str:
 
 def _evidence(judgement: Judgement) -> str:
     kl, got = _true(judgement), _per_probe(judgement, judgement.observation.value)
-    shape = judgement.subject.layout.shapes[0]
-    ratio = float(got[0] / kl[0])
-    text = f"at {describe(shape)}: got {_number(got[0])}"
+    at = _showing(got, kl, explained=bool(judgement.fits))
+    shape = judgement.subject.layout.shapes[at]
+    ratio = float(got[at] / kl[at])
+    text = f"at {describe(shape)}: got {_number(got[at])}"
     if judgement.observation.stochastic:
-        text += f" ± {_number(_per_probe(judgement, judgement.observation.std_error)[0])}"
-    text += f", the KL per example is {_number(kl[0])} (ratio {_number(ratio)}{_as_fraction(ratio, shape)}"
+        text += f" ± {_number(_per_probe(judgement, judgement.observation.std_error)[at])}"
+    of = "step" if _layout(judgement).example_dims > 1 else "example"
+    text += f", the KL per {of} is {_number(kl[at])} (ratio {_number(ratio)}{_as_fraction(ratio, shape)}"
     finite = int(got.isfinite().sum())
     return f"{text}, {'on' if judgement.fits else 'not the same on'} {finite} of {len(kl)} probes)"
+
+
+def _showing(got: Tensor, kl: Tensor, *, explained: bool) -> int:
+    """Return a probe that shows the fault: the first, unless it is right there, or nothing explains the values."""
+    off = ((got - kl).abs() / (kl.abs() + 1e-3 * kl.abs().mean())).nan_to_num(-1.0, posinf=-1.0)
+    return 0 if explained and float(off[0]) > _SHOWN else int(off.argmax())
 
 
 def _number(value: Tensor | float) -> str:
@@ -189,7 +208,7 @@ def report_of_wrong_shape(name: str, binding: Binding, error: WrongShapeError) -
 
 def _about_call(judgement: Judgement) -> list[str]:
     subject, observation = judgement.subject, judgement.observation
-    notes = []
+    notes = [subject.binding.note] if subject.binding.note else []
     if observation.stochastic and judgement.right:
         _, error = pooled_ratio(subject, observation, judgement.fits[0])
         notes.append(
@@ -202,5 +221,6 @@ def _about_call(judgement: Judgement) -> list[str]:
         notes.append("it takes float32 only.")
     if subject.rank != 2:
         shape = subject.layout.shapes[0][-subject.rank :]
-        notes.append(f"it does not take [batch, latent]; it was called with {describe(shape)}.")
+        refused = "it does not take [batch, latent]; " if judgement.refused else ""
+        notes.append(f"{refused}it was called with {describe(shape)}.")
     return notes

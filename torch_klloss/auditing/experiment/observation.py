@@ -193,9 +193,15 @@ def _mean_and_error(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache
-def largest_deviation(count: int, false_alarm: float) -> float:
-    """Return the largest deviation of `count` means over groups, in standard errors, but for false alarms."""
-    return float(student_t_quantile(1 - false_alarm / (2 * count), GROUPS - 1.0))
+def largest_deviation(count: int, false_alarm: float, pooled: int = 1) -> float:
+    """Return the largest deviation of `count` means over groups, in standard errors, but for false alarms.
+
+    Args:
+        count: the number of means.
+        false_alarm: the probability that one of them deviates by more.
+        pooled: the number of independent errors that each standard error is of.
+    """
+    return float(student_t_quantile(1 - false_alarm / (2 * count), max(pooled, 1) * (GROUPS - 1.0)))
 
 
 def arrangement_of(shapes: list[torch.Size], subject: Subject) -> Arrangement:
@@ -207,7 +213,8 @@ def arrangement_of(shapes: list[torch.Size], subject: Subject) -> Arrangement:
     for arrangement, shape_in in SHAPE_IN.items():
         is_joint = subject.signature.name == "log_probs" and arrangement in ("element", "latent")
         pairs = zip(shapes, subject.layout.shapes, strict=True)
-        if not is_joint and all(are_alike(shape, shape_in(probe)) for shape, probe in pairs):
+        dims = subject.layout.example_dims
+        if not is_joint and all(are_alike(shape, shape_in(probe, dims)) for shape, probe in pairs):
             return arrangement
     got, probe = tuple(shapes[0]), subject.layout.shapes[0]
     raise WrongShapeError(
@@ -230,10 +237,10 @@ def are_alike(one: Sequence[int], other: Sequence[int]) -> bool:
     return [size for size in one if size != 1] == [size for size in other if size != 1]
 
 
-SHAPE_IN: Mapping[Arrangement, Callable[[Shape], Shape]] = {
-    "total": lambda probe: (),
-    "example": lambda probe: probe[:1],
-    "element": lambda probe: probe,
-    "latent": lambda probe: probe[1:],
+SHAPE_IN: Mapping[Arrangement, Callable[[Shape, int], Shape]] = {
+    "total": lambda probe, example_dims: (),
+    "example": lambda probe, example_dims: probe[:example_dims],
+    "element": lambda probe, example_dims: probe,
+    "latent": lambda probe, example_dims: probe[example_dims:],
 }
 """The shape of a probe's values, by arrangement; the first that fits is the loss's."""

@@ -5,16 +5,17 @@ from __future__ import annotations
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from torch_klloss.auditing.experiment.names import BY_NAMES, log_prob_words, moment_of, standing_of, words_of_kind
 from torch_klloss.auditing.experiment.signatures import SIGNATURES, Leaves, Signature
 
-_OTHER_FAMILIES = ("independent", "multivariate", "categorical", "bernoulli")
+OTHER_FAMILIES = ("independent", "multivariate", "categorical", "bernoulli")
 """The signatures to try with a loss of (q, p) that does not take Normals."""
 
 
@@ -24,11 +25,19 @@ class SignatureError(ValueError):
 
 @dataclass(frozen=True)
 class Binding:
-    """A signature, and which of its roles each positional parameter of a loss has."""
+    """A signature, and which of its roles each positional parameter of a loss has.
+
+    Attributes:
+        signature: the signature.
+        order: the role of each parameter.
+        names: of the parameters.
+        note: what was assumed of q and p, in words; empty where the names say it.
+    """
 
     signature: Signature
     order: tuple[int, ...]
     names: tuple[str, ...]
+    note: str = ""
 
     @property
     def right(self) -> str:
@@ -66,16 +75,13 @@ def bindings_to_try(fn: Callable[..., Any], signature: str) -> list[Binding]:
     names = _parameter_names(fn)
     if signature != "auto":
         chosen = SIGNATURES[signature]
-        order = _order(chosen, names) if names else None
-        bindings = [Binding(chosen, order or tuple(range(len(chosen.roles))), names or chosen.roles)]
+        by_name = [one for one in (*_of_policies(names), *_of_four_tensors(names)) if one.signature is chosen]
+        order = _order(chosen, names) or (by_name[0].order if by_name else tuple(range(len(chosen.roles))))
+        bindings = [Binding(chosen, order, names or chosen.roles)]
     else:
         bindings = _bindings_by_name(names, fn)
     if bindings[0].signature is SIGNATURES["distributions"]:
-        bindings += [
-            Binding(SIGNATURES[other], binding.order, binding.names)
-            for other in _OTHER_FAMILIES
-            for binding in bindings
-        ]
+        bindings += [replace(one, signature=SIGNATURES[other]) for other in OTHER_FAMILIES for one in bindings]
     return bindings
 
 
@@ -85,16 +91,72 @@ def _bindings_by_name(names: tuple[str, ...], fn: Callable[..., Any]) -> list[Bi
         for name in BY_NAMES
         if (order := _order(SIGNATURES[name], names)) is not None
     ]
+    found = found or [*_of_policies(names), *_of_four_tensors(names)]
     if not found:
         raise SignatureError(
             f"the parameters ({', '.join(names)}) determine no signature: pass signature=, one of "
             f"{', '.join(map(repr, SIGNATURES))}, or a function adapter(fn, q, p) that calls it."
         )
-    if found[0].signature is SIGNATURES["kl_div"] and _says_log_target(fn):
+    first = found[0].signature.name
+    if first == "kl_div" and _says_log_target(fn):
         return [Binding(SIGNATURES["kl_div_log_target"], found[0].order, names)]
-    if found[0].signature is SIGNATURES["distributions"] and tuple(map(str.lower, names)) == ("p", "q"):
+    if first == "distributions" and tuple(map(str.lower, names)) == ("p", "q"):
         return [found[0], Binding(SIGNATURES["distributions"], (1, 0), names)]  # KL(p‖q) as in torch, else KL(q‖p)
-    return found[:1]
+    return found if found[0].note or {one.signature.name for one in found} <= _BOTH_OF_RHO else found[:1]
+
+
+_BOTH_OF_RHO = frozenset({"mean_logstd", "mean_rho"})  # rho is a logarithm to some, and what softplus takes to others
+
+
+def _of_policies(names: tuple[str, ...]) -> list[Binding]:
+    """Return the bindings of two policies: an old and a new one, one and a reference, a student and a teacher.
+
+    Log-probabilities are at the draws of q, which the names determine, or else of all classes. The names of
+    distributions and logits, and those of student and teacher, do not determine q: the other order comes last.
+    """
+    if len(names) != 2:
+        return []
+    kinds = {
+        "log_probs": [log_prob_words(name) for name in names],
+        **{kind: [words_of_kind(name, kind) for name in names] for kind in ("logits", "distributions")},
+    }
+    for kind, words in kinds.items():
+        standings = [standing_of(own) for own in words if own is not None]
+        if len(standings) == 2 and standings[0] != standings[1]:
+            order = (0, 1) if standings[0] > standings[1] else (1, 0)
+            tried = [(kind, order), (kind, order[::-1])]
+            if kind == "log_probs":
+                is_of_teacher = any("teacher" in own for own in words if own is not None)
+                tried = [(kind, order), (_OF_CLASSES, order[::-1]), *([(_OF_CLASSES, order), tried[1]] * is_of_teacher)]
+            return [Binding(SIGNATURES[name], one, names, _which(SIGNATURES[name], names, one)) for name, one in tried]
+    return []
+
+
+_OF_CLASSES = "kl_div_log_target"
+
+
+def _which(signature: Signature, names: Sequence[str], order: tuple[int, ...]) -> str:
+    first, second = (names[order.index(role)] for role in (0, 1))
+    q, p = (second, first) if signature.name == _OF_CLASSES else (first, second)
+    return f"q is {q}, and p is {p}{', the log-probabilities of all classes' * (signature.name == _OF_CLASSES)}."
+
+
+def _of_four_tensors(names: tuple[str, ...]) -> list[Binding]:
+    """Return the bindings of a mean and a spread of q and of p each, in any order."""
+    if len(names) != 4:
+        return []
+    for moments in itertools.product(*map(moment_of, names)):
+        sides = list(dict.fromkeys(rest for _, rest in moments))
+        (spread, *others) = {kind for kind, _ in moments if kind != "mean"} or {""}
+        roles = [f"{'qp'[sides.index(rest)]}_{kind}" for kind, rest in moments] if len(sides) == 2 else []
+        if others or f"means_{spread}s" not in SIGNATURES or len(set(roles)) != 4:
+            continue
+        signature = SIGNATURES[f"means_{spread}s"]
+        order = tuple(signature.roles.index(role) for role in roles)
+        first, second = (standing_of(side) for side in sides)
+        swapped = tuple((role + 2) % 4 for role in order)
+        return [Binding(signature, order if first >= second else swapped, names)]
+    return []
 
 
 def _says_log_target(fn: Callable[..., Any]) -> bool:
@@ -114,30 +176,6 @@ def _parameter_names(fn: Callable[..., Any]) -> tuple[str, ...]:
         return ()
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return tuple(p.name for p in parameters if p.kind in positional and p.default is inspect.Parameter.empty)
-
-
-_MEAN = r"(?:.*_)?(?:mu|mean|means|m|loc|mus)(?:_?[qz])?(?:_.*)?"
-_Q = r"(?:q|posterior|q_?dist|dist_?q|q_z|qz|q_?zx|qz_?x|post|teacher|target_dist|guide)"
-_P = r"(?:p|prior|p_?dist|dist_?p|p_z|pz|student|model)"
-BY_NAMES: Mapping[str, tuple[str, ...]] = {
-    "samples": (r"z|z_?s|x|sample|samples|latent|latents", _MEAN, r"(?:.*_)?(?:log_?var.*|lv|log_?sigma_?(?:2|sq.*))"),
-    "mean_logvar": (_MEAN, r"(?:.*_)?(?:log_?var.*|lv|log_?sigma_?(?:2|sq.*)|log_?std_?(?:2|sq.*)|log_?s2)(?:_?[qz])?"),
-    "mean_logstd": (_MEAN, r"(?:.*_)?(?:log_?(?:std|sigma|scale|sd|stddev)s?|ls|lsigma|rho)(?:_?[qz])?"),
-    "mean_var": (_MEAN, r"(?:.*_)?(?:var|variance|sigma_?(?:2|sq.*)|std_?(?:2|sq.*)|v)(?:_?[qz])?"),
-    "mean_std": (_MEAN, r"(?:.*_)?(?:std|sigma|scale|sd|stddev|s|stds|sigmas|std_?dev)(?:_?[qz])?"),
-    "log_probs": (
-        r"log_?(?:prob|p(?=rob))?s?_?q.*|lq|logqx?|q_?log_?probs?|log_?probs?|new_?log_?probs?|policy_?log_?probs?",
-        r"log_?(?:prob)?s?_?p(?!rob).*|lp|logpx?|p_?log_?probs?|ref.*log_?probs?|old_?log_?probs?|prior_?log_?probs?",
-    ),
-    "logits": (
-        r"(?:q_?|teacher_?|target_?|t_?)logits|logits_?(?:q|t|teacher|target)|q_?scores|scores_?q",
-        r"(?:p_?|student_?|input_?|s_?)logits|logits_?(?:p|s|student|input)|p_?scores|scores_?p",
-    ),
-    "kl_div": (r"inputs?|log_?input|log_?p(?:rob)?s?|student_?log_?probs?", r"targets?|target_?probs?|teacher_?probs?"),
-    "kl_div_log_target": (r"inputs?|log_?input", r"log_?targets?|targets?_?log(?:_?probs?)?"),
-    "distributions": (_Q, _P),
-}
-"""Patterns of parameter names, by signature and role."""
 
 
 def _order(signature: Signature, names: Sequence[str]) -> tuple[int, ...] | None:

@@ -22,7 +22,8 @@ Width = Literal["any", "wider", "narrower"]
 # Batch and latent sizes differ, so that a factor of one is not taken for a factor of the other.
 _SIZES = ((16, 8), (5, 3), (7, 12), (3, 2), (12, 5), (6, 4), (9, 7), (4, 10))
 _FEW_DIMS = ((40, 2), (27, 3), (22, 4), (52, 2), (18, 5), (34, 3), (29, 2), (16, 4), (24, 5), (13, 3))
-_LATENT = {8: (2, 4), 12: (3, 4), 10: (5, 2), 4: (2, 2), 5: (5, 1), 3: (3, 1), 7: (7, 1), 2: (2, 1)}
+_STEPS_AND_LATENT = {8: (2, 4), 12: (3, 4), 10: (5, 2), 4: (4, 2), 5: (2, 5), 3: (4, 3), 7: (3, 7), 2: (3, 2)}
+_FEW_STEPS_AND_DIMS = {2: (2, 2), 3: (3, 2), 4: (2, 2), 5: (2, 3)}
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,17 @@ class Layout:
     """The assignment of elements to examples, and of examples to probes.
 
     Attributes:
-        shapes: of every probe, `[batch, *latent]`.
+        shapes: of every probe, `[*batch, *latent]`.
+        example_dims: the number of leading dimensions that count examples: one, or those of the steps too.
     """
 
     shapes: tuple[Shape, ...]
+    example_dims: int = 1
 
     @cached_property
     def batch(self) -> Tensor:
         """The number of examples in each probe, `[num_probes]`."""
-        return torch.tensor([shape[0] for shape in self.shapes], dtype=torch.float64)
+        return torch.tensor([math.prod(shape[: self.example_dims]) for shape in self.shapes], dtype=torch.float64)
 
     @cached_property
     def latent(self) -> Tensor:
@@ -106,6 +109,60 @@ class Normals:
 
 
 @dataclass(frozen=True)
+class MixedNormals(Normals):
+    """Normals whose dimensions a linear map of each example mixes; it keeps volumes, and so densities and the KL.
+
+    Attributes:
+        layout: of the probes.
+        matrices: of the map, `[batch, latent, latent]` for each probe.
+    """
+
+    layout: Layout
+    matrices: Sequence[Tensor]
+
+    @property
+    def swapped(self) -> MixedNormals:
+        """The pair (p, q)."""
+        q_first = self.p_mean, self.p_logvar, self.q_mean, self.q_logvar
+        return MixedNormals(*q_first, self.layout, self.matrices)
+
+    @property
+    def marginals(self) -> Normals:
+        """The distributions of the single dimensions after the map."""
+        q_mean, p_mean = (self._mapped(mean, square=False) for mean in (self.q_mean, self.p_mean))
+        q_var, p_var = (self._mapped(variance, square=True) for variance in (self.q_var, self.p_var))
+        return Normals(q_mean, q_var.log(), p_mean, p_var.log())
+
+    @property
+    def cholesky_diagonals(self) -> tuple[Tensor, Tensor]:
+        """The diagonals of the Cholesky factors of both covariances, each `[num_elements]`."""
+        q, p = (self._diagonals((0.5 * logvar).exp()) for logvar in (self.q_logvar, self.p_logvar))
+        return q, p
+
+    @property
+    def against_standard(self) -> Normals:
+        """Normals with the KL of the mixed q and the standard Normal."""
+        means, logvars = [], []
+        parts = zip(self.matrices, *map(self.layout.split, (self.q_mean, self.q_logvar)), strict=True)
+        for matrix, mean, logvar in parts:
+            root = matrix * (0.5 * logvar).exp()[..., None, :]
+            variances, axes = torch.linalg.eigh(root @ root.mT)
+            means.append((axes.mT @ matrix @ mean[..., None]).reshape(-1))
+            logvars.append(variances.log().reshape(-1))
+        zero = torch.zeros_like(self.p_mean)
+        return Normals(torch.cat(means), torch.cat(logvars), zero, zero)
+
+    def _mapped(self, elements: Tensor, *, square: bool) -> Tensor:
+        parts = zip(self.matrices, self.layout.split(elements), strict=True)
+        return torch.cat([((m.square() if square else m) @ part[..., None]).reshape(-1) for m, part in parts])
+
+    def _diagonals(self, std: Tensor) -> Tensor:
+        roots = [m * part[..., None, :] for m, part in zip(self.matrices, self.layout.split(std), strict=True)]
+        factors = [torch.linalg.cholesky(root @ root.mT) for root in roots]
+        return torch.cat([factor.diagonal(dim1=-2, dim2=-1).reshape(-1) for factor in factors])
+
+
+@dataclass(frozen=True)
 class Categoricals:
     """The categorical q and p of every example, by their raw scores, one per element, `[num_elements]`."""
 
@@ -127,6 +184,11 @@ class Categoricals:
     def swapped(self) -> Categoricals:
         """The pair (p, q)."""
         return replace(self, q_logits=self.p_logits, p_logits=self.q_logits)
+
+    @property
+    def uniform(self) -> Tensor:
+        """The log-probabilities of the uniform distribution."""
+        return self._log_probs(torch.zeros_like(self.q_logits))
 
     def _log_probs(self, logits: Tensor) -> Tensor:
         return self.layout.row_wise(lambda part: part.log_softmax(-1), logits)
@@ -150,8 +212,15 @@ def shapes_of_rank(rank: int, *, few_dims: bool = False) -> tuple[Shape, ...]:
     sizes = _FEW_DIMS if few_dims else _SIZES * 3
     if rank == 1:
         return tuple((1, latent) for _, latent in sizes)
-    ones = (1,) * max(rank - 3, 0)
-    return tuple((batch, *((latent,) if rank == 2 else (*ones, *_LATENT[latent]))) for batch, latent in sizes)
+    if rank == 2:
+        return sizes
+    inner = [(_FEW_STEPS_AND_DIMS if few_dims else _STEPS_AND_LATENT)[latent] for _, latent in sizes]
+    middle = [(2, 3) if steps == 2 else (3, 2) for steps, _ in inner]  # all sizes matter: none is one
+    extra = [] if rank == 3 else range(rank - 3)
+    return tuple(
+        (batch, *(sizes_between[n % 2 - 1] for n in extra), *last)
+        for (batch, _), sizes_between, last in zip(sizes, middle, inner, strict=True)
+    )
 
 
 def draw_normals(shapes: Sequence[Shape], seed: int, *, width: Width, standard: bool) -> tuple[Layout, Normals]:

@@ -10,11 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution, Independent, MultivariateNormal, Normal
+from torch.nn.functional import softplus
 
 from torch_klloss.auditing.experiment.probes import (
     Bernoullis,
     Categoricals,
     Layout,
+    MixedNormals,
     Normals,
     Shape,
     Width,
@@ -35,33 +37,44 @@ SignatureName = Literal[
     "mean_std",
     "mean_logstd",
     "mean_var",
+    "mean_rho",
+    "means_logvars",
+    "means_stds",
+    "means_logstds",
+    "means_vars",
     "log_probs",
     "samples",
     "logits",
     "kl_div",
     "kl_div_log_target",
+    "uniform_logits",
+    "uniform_probs",
+    "uniform_log_probs",
 ]
 Leaves = dict[str, Tensor]
 ProbedPair = Normals | Categoricals
-Spread = Literal["std", "logstd", "var", "logvar"]
+Spread = Literal["std", "logstd", "var", "logvar", "rho"]
 
 LOG_VARIANCE: Mapping[Spread, Callable[[Tensor], Tensor]] = {
     "std": lambda spread: spread.square().log(),
     "logstd": lambda spread: 2 * spread,
     "var": torch.log,
     "logvar": lambda spread: spread,
+    "rho": lambda spread: 2 * softplus(spread).log(),
 }
-_FROM_LOG_VARIANCE: Mapping[Spread, Callable[[Tensor], Tensor]] = {
+FROM_LOG_VARIANCE: Mapping[Spread, Callable[[Tensor], Tensor]] = {
     "std": lambda logvar: (0.5 * logvar).exp(),
     "logstd": lambda logvar: 0.5 * logvar,
     "var": torch.exp,
     "logvar": lambda logvar: logvar,
+    "rho": lambda logvar: (0.5 * logvar).exp().expm1().log(),
 }
 SPREAD_WORDS: Mapping[Spread, str] = {
     "std": "standard deviation",
     "logstd": "log standard deviation",
     "var": "variance",
     "logvar": "log-variance",
+    "rho": "raw scale (its softplus is the standard deviation)",
 }
 
 
@@ -79,11 +92,11 @@ class Signature:
         pair: takes the flat leaves and returns the pair that the KL is of.
         right: a right loss in these arguments, as an expression.
         categorical: whether the pair is categorical.
-        standard: whether p is the standard Normal.
+        standard: whether p is the standard Normal, or the uniform distribution.
         log_densities: for arguments that hold samples of q, so that one call is an estimate: takes the arguments by
             role and returns log q and log p at these samples.
         fixed_samples: `arguments` with samples that do not depend on q's parameters, where both are usual.
-        spread: the kind of q's spread, where it is an argument.
+        spread: the kind of q's spread, and of p's, where it is an argument.
         ranks: the numbers of dimensions to try, in order.
     """
 
@@ -151,12 +164,30 @@ def _with_logits(leaves: Leaves, family: Callable[..., Distribution]) -> tuple[D
     return family(logits=leaves["q.logits"]), family(logits=leaves["p.logits"])
 
 
+def mixing(shape: Shape) -> Tensor:
+    """Return a matrix for each example, `[batch, …, latent, latent]`: the dimensions it maps depend on one another."""
+    batch, size = (torch.arange(length, dtype=torch.float64) for length in (shape[0], shape[-1]))
+    phases = 1.7 * size[:, None] + 2.9 * size + 1.3 * size[:, None] * size + 0.8 * batch[:, None, None]
+    matrix = torch.eye(shape[-1], dtype=torch.float64) + 0.6 * torch.sin(phases) / shape[-1] ** 0.5
+    matrix = matrix / torch.linalg.det(matrix).abs()[:, None, None] ** (1 / shape[-1])  # keeps all densities
+    return matrix.reshape(shape[0], *(1 for _ in shape[1:-1]), shape[-1], shape[-1])
+
+
 def _multivariate_normals(leaves: Leaves) -> tuple[MultivariateNormal, MultivariateNormal]:
-    q, p = (
-        MultivariateNormal(leaves[f"{name}.mean"], scale_tril=torch.diag_embed(leaves[f"{name}.std"]))
-        for name in ("q", "p")
-    )
-    return q, p
+    """Return q and p after one linear map of the space: their covariances are full, and the KL is as before."""
+    matrix = mixing(leaves["q.mean"].shape).to(leaves["q.mean"])
+    mixed = []
+    for name in "qp":
+        loc = (matrix @ leaves[f"{name}.mean"][..., None])[..., 0]
+        root = matrix * leaves[f"{name}.std"][..., None, :]
+        mixed.append(MultivariateNormal(loc, scale_tril=torch.linalg.cholesky(root @ root.mT)))
+    return mixed[0], mixed[1]
+
+
+def _mixed_pair(leaves: Leaves, layout: Layout) -> MixedNormals:
+    matrices = [mixing(shape) for shape in layout.shapes]
+    n = _normal_pair(leaves, layout)
+    return MixedNormals(n.q_mean, n.q_logvar, n.p_mean, n.p_logvar, layout, matrices)
 
 
 def _log_probs_at_samples(leaves: Leaves, *, fixed: bool = False) -> tuple[Tensor, Tensor]:
@@ -187,7 +218,7 @@ def _against_standard(spread: Spread, right: str) -> Signature:
         roles=("mean", spread),
         about=f"the mean and the {SPREAD_WORDS[spread]} of a diagonal Normal q; p is the standard Normal",
         arguments=lambda leaves: (leaves["mean"], leaves[spread]),
-        leaves=lambda drawn: {"mean": drawn.q_mean, spread: _FROM_LOG_VARIANCE[spread](drawn.q_logvar)},
+        leaves=lambda drawn: {"mean": drawn.q_mean, spread: FROM_LOG_VARIANCE[spread](drawn.q_logvar)},
         pair=pair,
         right=right,
         standard=True,
@@ -195,6 +226,47 @@ def _against_standard(spread: Spread, right: str) -> Signature:
     )
 
 
+def _of_two_normals(spread: Spread, right: str) -> Signature:
+    roles = ("q_mean", f"q_{spread}", "p_mean", f"p_{spread}")
+
+    def leaves(drawn: Normals) -> Leaves:
+        tensors = drawn.q_mean, drawn.q_logvar, drawn.p_mean, drawn.p_logvar
+        return {
+            role.replace("_", "."): tensor if role.endswith("mean") else FROM_LOG_VARIANCE[spread](tensor)
+            for role, tensor in zip(roles, tensors, strict=True)
+        }
+
+    def pair(leaves: Leaves, layout: Layout) -> Normals:
+        q, p = (LOG_VARIANCE[spread](leaves[f"{side}.{spread}"]) for side in "qp")
+        return Normals(leaves["q.mean"], q, leaves["p.mean"], p)
+
+    return Signature(
+        name=f"means_{spread}s",
+        roles=roles,
+        about=f"the mean and the {SPREAD_WORDS[spread]} of a diagonal Normal q, and of a diagonal Normal p",
+        arguments=lambda leaves: tuple(leaves[role.replace("_", ".")] for role in roles),
+        leaves=leaves,
+        pair=pair,
+        right=right,
+        spread=spread,
+    )
+
+
+def _against_uniform(kind: str, of_logits: Callable[[Tensor], Tensor], right: str) -> Signature:
+    return Signature(
+        name=f"uniform_{kind}",
+        roles=(kind,),
+        about=f"the {_CLASS_WORDS[kind]} of a categorical distribution q; p is the uniform one",
+        arguments=lambda leaves: (of_logits(leaves["logits"]),),
+        leaves=lambda drawn: {"logits": drawn.q_logits},
+        pair=lambda leaves, layout: Categoricals(leaves["logits"], torch.zeros_like(leaves["logits"]), layout),
+        right=right,
+        categorical=True,
+        standard=True,
+    )
+
+
+_CLASS_WORDS = {"logits": "raw scores", "probs": "probabilities", "log_probs": "log-probabilities"}
 _RIGHT = "torch_klloss.AutoKL()(q, p)"
 _of_normals = partial(Signature, leaves=_normal_leaves, pair=_normal_pair, right=_RIGHT)
 _of_logits = partial(Signature, leaves=_logits_leaves, pair=_logits_pair, right=_RIGHT, categorical=True)
@@ -219,8 +291,9 @@ _SIGNATURES = (
     _of_normals(
         "multivariate",
         ("q", "p"),
-        "two `MultivariateNormal`s over [batch] with diagonal covariances",
+        "two `MultivariateNormal`s over [batch] with full covariances",
         _multivariate_normals,
+        pair=_mixed_pair,
         ranks=(2,),
     ),
     _of_logits(
@@ -242,6 +315,25 @@ _SIGNATURES = (
     _against_standard("std", "(0.5 * (mean**2 + std**2 - 1) - std.log()).sum(-1).mean()"),
     _against_standard("logstd", "(0.5 * (mean**2 + (2 * logstd).exp() - 1) - logstd).sum(-1).mean()"),
     _against_standard("var", "0.5 * (mean**2 + var - 1 - var.log()).sum(-1).mean()"),
+    _against_standard(
+        "rho",
+        "(0.5 * (mean**2 + F.softplus(rho)**2 - 1) - F.softplus(rho).log()).sum(-1).mean()",
+    ),
+    _of_two_normals(
+        "logvar",
+        "0.5 * (p_logvar - q_logvar + (q_logvar.exp() + (q_mean - p_mean)**2) / p_logvar.exp() - 1).sum(-1).mean()",
+    ),
+    _of_two_normals(
+        "std", "((p_std / q_std).log() + (q_std**2 + (q_mean - p_mean)**2) / (2 * p_std**2) - 0.5).sum(-1).mean()"
+    ),
+    _of_two_normals(
+        "logstd",
+        "(p_logstd - q_logstd + 0.5 * ((2 * q_logstd).exp() + (q_mean - p_mean)**2) / (2 * p_logstd).exp() - 0.5)"
+        ".sum(-1).mean()",
+    ),
+    _of_two_normals(
+        "var", "0.5 * ((p_var / q_var).log() + (q_var + (q_mean - p_mean)**2) / p_var - 1).sum(-1).mean()"
+    ),
     _of_normals(
         "log_probs",
         ("log_q", "log_p"),
@@ -282,6 +374,21 @@ _SIGNATURES = (
         "`input` = log p and `log_target` = log q in the order of `F.kl_div(log_target=True)`",
         lambda leaves: (leaves["p.logits"].log_softmax(-1), leaves["q.logits"].log_softmax(-1)),
         right="F.kl_div(input, log_target, log_target=True, reduction='batchmean')",
+    ),
+    _against_uniform(
+        "logits",
+        lambda logits: logits,
+        "(logits.softmax(-1) * (logits.log_softmax(-1) + math.log(logits.shape[-1]))).sum(-1).mean()",
+    ),
+    _against_uniform(
+        "probs",
+        lambda logits: logits.softmax(-1),
+        "(probs * (probs.log() + math.log(probs.shape[-1]))).sum(-1).mean()",
+    ),
+    _against_uniform(
+        "log_probs",
+        lambda logits: logits.log_softmax(-1),
+        "(log_probs.exp() * (log_probs + math.log(log_probs.shape[-1]))).sum(-1).mean()",
     ),
 )
 SIGNATURES: Mapping[str, Signature] = {signature.name: signature for signature in _SIGNATURES}

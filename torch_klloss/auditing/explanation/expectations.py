@@ -12,8 +12,9 @@ The parts of a right computation:
   whether one is joint where the other is of one dimension; `normaliser`: the constant that log q lacks.
 - `weight`, `log q`, `log p` (categorical): the parts of Σ q (log q - log p), and `summand`, the function of these;
   `outcomes`: the sum over a Bernoulli's two.
-- `latent`, `batch`, `scale` (all): a factor, as powers of the latent and batch size and a constant; `repeated`: whether
-  every example gets its batch's; see `fit.py`.
+- `bound` (analytic, categorical): takes the elements and the layout, and returns the core.
+- `latent`, `batch`, `steps`, `scale` (all): a factor, as powers of the latent and batch size and of the number of steps,
+  and a constant; `repeated`: whether every example gets its batch's; see `fit.py`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from torch_klloss.auditing.experiment.probes import Categoricals, Layout, Normal
 from torch_klloss.auditing.experiment.signatures import LOG_VARIANCE, ProbedPair
 from torch_klloss.auditing.explanation.mistake import Parts
 
-FACTORS = frozenset({"latent", "batch", "scale", "repeated"})
+FACTORS = frozenset({"latent", "batch", "steps", "scale", "repeated"})
 FORWARD = ((1.0, False),)
 REVERSE = ((1.0, True),)
 
@@ -56,8 +57,10 @@ class Core:
 def misread(subject: Subject, parts: Parts) -> ProbedPair:
     """Return the pair that the loss believes it was given."""
     pair: Any = subject.pair
-    if "spread" in parts and subject.signature.spread is not None:
-        pair = replace(pair, q_logvar=LOG_VARIANCE[parts["spread"]](subject.leaves[subject.signature.spread]))
+    if "spread" in parts and (spread := subject.signature.spread) is not None:
+        logvars = {"q.": "q_logvar", "p.": "p_logvar", "": "q_logvar"}
+        given = {name: subject.leaves[side + spread] for side, name in logvars.items() if side + spread in subject.leaves}
+        pair = replace(pair, **{name: LOG_VARIANCE[parts["spread"]](leaf) for name, leaf in given.items()})
     believed: ProbedPair = parts.get("pair", lambda given: given)(pair)
     return believed
 
@@ -69,6 +72,10 @@ def analytic(pair: Normals, layout: Layout, parts: Parts) -> Core:
         n = pair.swapped if is_swapped else pair
         terms = (parts.get(name, term)(n) for name, term in TERMS.items())
         elements = elements + weight * sum(terms)
+    return parts.get("bound", _summed)(elements, layout)  # type: ignore[no-any-return]
+
+
+def _summed(elements: Tensor, layout: Layout) -> Core:
     return Core(layout.examples(elements), elements)
 
 
@@ -199,4 +206,4 @@ def categorical(pair: Categoricals, layout: Layout, parts: Parts) -> Core:
         if terms.dim() > 1:  # a Bernoulli's two outcomes
             terms = parts.get("outcomes", lambda both: both.sum(0))(terms)
         elements = elements + share * terms
-    return Core(layout.examples(elements), elements)
+    return parts.get("bound", _summed)(elements, layout)  # type: ignore[no-any-return]

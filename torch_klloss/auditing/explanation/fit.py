@@ -124,10 +124,14 @@ _LEGITIMATE: dict[Arrangement, dict[int, str]] = {
 }
 
 
-def convention(fit: Fit, arrangement: Arrangement) -> str:
+def convention(fit: Fit, arrangement: Arrangement, example_dims: int = 1) -> str:
     """Return how the loss reduces, in words."""
     legitimate = _LEGITIMATE[arrangement]
-    return legitimate.get(min(max(fit.batch, 0), max(legitimate)), legitimate[0])
+    words = legitimate.get(min(max(fit.batch, 0), max(legitimate)), legitimate[0])
+    if example_dims == 1:
+        return words
+    words = words.replace("a value for each example", "a value for each step")
+    return f"{words.replace('the batch', 'the batch and the steps')}, nats a step"
 
 
 def arranged(core: Core, layout: Layout, arrangement: Arrangement, repeated: bool = False) -> Tensor | None:

@@ -31,6 +31,7 @@ class Mistake:
         only: the signatures that it can occur in; None for all whose form it has parts for.
         gradient: for a mistake with a right value, the kind of gradient that the parameters of "q" and "p" get, as
             `gradient.py` names them.
+        num_dims: of the arguments of the example.
     """
 
     id: str
@@ -43,6 +44,7 @@ class Mistake:
     categorical: Parts | None = None
     only: frozenset[str] | None = None
     gradient: Mapping[str, str] | None = None
+    num_dims: int = 2
 
     def parts(self, form: str) -> Parts | None:
         """Return the parts that it replaces in a computation of `form`, or None where it cannot occur there."""

@@ -14,6 +14,7 @@ from torch_klloss.auditing.experiment.calling import first_line
 from torch_klloss.auditing.experiment.observation import SHAPE_IN, Arrangement, Observation, are_alike
 from torch_klloss.auditing.experiment.probes import Layout
 from torch_klloss.auditing.explanation.fit import TOLERANCE, Fit, best_fits, convention
+from torch_klloss.auditing.training_step.padding import MEAN_OF_MEANS, is_near, masked_totals
 from torch_klloss.auditing.training_step.pairs import Pair
 from torch_klloss.auditing.training_step.references import Evidence, Reference, References
 from torch_klloss.auditing.training_step.report import ModuleVerdict
@@ -55,6 +56,8 @@ class Comparison:
 def compare(evidence: Evidence, references: References, *, explained: bool) -> Comparison | None:
     """Compare a number with a pair: find its convention or, where `explained`, its mistakes."""
     nearest: Comparison | None = None
+    if evidence.masks and (beside := _beside_padding(evidence, references)) is not None:
+        return beside
     for example_dims in (1, 2):
         try:
             reference = references.of(evidence, example_dims)
@@ -83,6 +86,36 @@ def compare(evidence: Evidence, references: References, *, explained: bool) -> C
     return nearest
 
 
+def _beside_padding(evidence: Evidence, references: References) -> Comparison | None:
+    """Compare a number with the KL of the steps that are no padding; None where it is neither right nor counts them."""
+    try:
+        reference = references.of(evidence)
+    except Exception:
+        return None
+    sizes = [mask.numel() for mask in evidence.masks]
+    for candidate in reference.right:
+        if candidate.core.elements is None:
+            continue
+        parts = reference.layout.split(candidate.core.elements)
+        kept = [masked_totals(*both) for both in zip(parts, evidence.masks, strict=True)]
+        everything = [masked_totals(part, torch.ones_like(mask)) for part, mask in zip(parts, evidence.masks, strict=True)]
+        means = [k["the sum over the batch"] / size for k, size in zip(kept, sizes, strict=True)]
+        got, kl = float(evidence.values[0].double().sum()), float(kept[0]["the mean over the batch"])
+        for words in kept[0]:
+            if all(is_near(value, k[words]) for value, k in zip(evidence.values, kept, strict=True)):
+                is_formula = candidate is reference.right[0] and words != MEAN_OF_MEANS
+                words = f"it is the KL without the padding, {words}"
+                return Comparison("right", words, got=got, expected=kl, is_formula=is_formula)
+        if all(map(is_near, evidence.values, means)):
+            words = "it divides by the number of all steps, the padding included: divide by mask.sum()"
+            return Comparison("wrong", words, got=got, expected=kl, mistakes=("padding-in-the-mean",))
+        for words in list(everything[0])[:5]:  # all that are reduced over the steps
+            if all(is_near(value, e[words]) for value, e in zip(evidence.values, everything, strict=True)):
+                what = "it counts the padding: multiply the KL of each step by the mask before the sum"
+                return Comparison("wrong", what, got=got, expected=kl, mistakes=("padding-counted",))
+    return None
+
+
 def _has_steps(evidence: Evidence) -> bool:
     """Return whether a pair may be one of sequences, `[batch, time, latent]`."""
     pair = evidence.pairs[0]
@@ -96,8 +129,8 @@ def _arrangement(values: Sequence[Tensor], layout: Layout, example_dims: int) ->
         if arrangement == "total" and example_dims > 1 and values[0].numel() > 1:
             continue
         if all(
-            are_alike(value.shape, shape_in(shape))
-            or (example_dims > 1 and value.numel() == math.prod(shape_in(shape)))
+            are_alike(value.shape, shape_in(shape, 1))
+            or (example_dims > 1 and value.numel() == math.prod(shape_in(shape, 1)))
             for value, shape in zip(values, layout.shapes, strict=True)
         ):
             return arrangement

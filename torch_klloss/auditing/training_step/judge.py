@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from torch_klloss.auditing.experiment.calling import described
 from torch_klloss.auditing.training_step.comparison import Comparison, compare
+from torch_klloss.auditing.training_step.means import Means
 from torch_klloss.auditing.training_step.pairs import Pair
 from torch_klloss.auditing.training_step.record import LossCall, Number, is_same
 from torch_klloss.auditing.training_step.references import Evidence, References
 from torch_klloss.auditing.training_step.report import ModuleVerdict
-from torch_klloss.auditing.training_step.runs import Runs
+from torch_klloss.auditing.training_step.runs import GIVEN, Runs
 from torch_klloss.auditing.training_step.watcher import Watcher
 from torch_klloss.closed_forms import kl_divergence
 from torch_klloss.distributions.tensors import tensors_of
@@ -61,8 +62,15 @@ def _samples_in(run: Watcher) -> list[Tensor]:
     return found + [record.returned for record in samplers if isinstance(record.returned, Tensor)]
 
 
-def gradient_differs(module: nn.Module, number: Number, pair: Pair) -> bool:
-    """Return whether a number with the KL's value has another gradient; False where p has parameters too."""
+def gradient_differs(module: nn.Module, number: Number, pair: Pair, mask: Tensor | None = None) -> bool:
+    """Return whether a number with the KL's value has another gradient; False where p has parameters too.
+
+    Args:
+        module: the module.
+        number: the number.
+        pair: its pair.
+        mask: which steps of the pair are no padding, `[batch, steps]`.
+    """
     live = number.live
     if live is None or not live.requires_grad or live._version != number.version or pair.of:
         return False
@@ -70,7 +78,8 @@ def gradient_differs(module: nn.Module, number: Number, pair: Pair) -> bool:
         return False  # part of it may be left out on purpose, as where a KL is balanced
     wanted: list[Tensor] = [t for t in module.parameters() if t.requires_grad] or [t for t in pair.anchors if t.is_leaf]
     try:
-        exact = kl_divergence(pair.q, pair.p).sum()
+        kl = kl_divergence(pair.q, pair.p)
+        exact = kl.sum() if mask is None else (kl.reshape(*mask.shape, -1).sum(-1) * mask.to(kl)).sum()
         scale = float(live.detach().sum() / exact.detach())
         ours, its = (
             torch.autograd.grad(value, wanted, retain_graph=True, allow_unused=True, materialize_grads=True)
@@ -92,6 +101,11 @@ class Judge:
 
     runs: Runs
     _references: References = field(default_factory=References)
+    _means: Means = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Prepare the comparison of means."""
+        self._means = Means(self.runs)
 
     def judge(self, number: Number) -> Comparison:
         """Compare a number with the pairs of its function, or of the nearest function that has some."""
@@ -111,7 +125,8 @@ class Judge:
             comparison = compare(runs, self._references, explained=False)
             if comparison is not None and comparison.verdict == "right":
                 comparison = replace(comparison, pair=pair, where=where)
-                if not (comparison.is_formula and gradient_differs(self.runs.module, number, pair)):
+                masks = (None, *runs.masks[:1])
+                if not (comparison.is_formula and all(gradient_differs(self.runs.module, number, pair, m) for m in masks)):
                     return comparison
                 words = "its value is the KL's and its gradient is not: a parameter of q is detached on the way"
                 mistakes = ("parameter-without-gradient",)
@@ -136,6 +151,8 @@ class Judge:
                     words = f"it is the KL times {label}; or {best.explanation}"
                     return replace(best, verdict="cannot tell", explanation=words)
                 return replace(comparison, pair=pair, where=where)
+        if best.verdict == "cannot tell" and best.where == GIVEN and best.pair is not None:
+            return self._means.compare(number, best.pair) or best
         return best
 
     def _weighted(self, number: Number, label: str, weight: float, evidence: Evidence) -> Comparison | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from torch_klloss.auditing.experiment.parameters import BY_NAMES
+from torch_klloss.auditing.experiment.names import BY_NAMES, MOMENT_WORDS, P_WORDS, Q_WORDS, words_of
 
 
 def _set(words: str) -> frozenset[str]:
@@ -23,26 +23,8 @@ WEIGHT_WORDS = _NO_KL_WORDS & _set(
     "weight weights coef coeff coefficient beta factor scale anneal annealing lambda lam w rate gamma alpha"
 )
 TEMPERATURE_WORDS = _set("t temp temperature tau")
-_MOMENT_WORDS = _set(
-    "mu mus mean means m loc log var vars logvar logvars variance lv sigma sigmas std stds logstd logsigma logscale "
-    "scale sd stddev dev rho lsigma ls sq squared square s v sigma2 std2"
-)
-_Q_WORDS = _set("q posterior post enc encoder qz z zx inference approx guide variational latent")
-_P_WORDS = _set("p prior pz pri")
 _DATA_WORDS = _set("x px recon rec reconstruction out output dec decoder likelihood obs pred kl kld grad")
-_MOMENTS: dict[str, str] = {
-    "mean": BY_NAMES["mean_logvar"][0],
-    **{spread: BY_NAMES[f"mean_{spread}"][1] for spread in ("logvar", "logstd", "var", "std")},
-}
 SAMPLE_NAME = re.compile(BY_NAMES["samples"][0].replace("|x|", "|"))
-
-
-def words_of(name: str) -> tuple[str, ...]:
-    """Return the words of an identifier or a logged name, in lower case: "KLLoss_1" and "kl-loss/1" alike."""
-    name = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name)
-    name = re.sub(r"([A-Z]+)([A-Z][a-z])", r"\1_\2", name)
-    name = re.sub(r"(?<=[a-zA-Z])(?=\d)", "_", name)
-    return tuple(word for word in re.split(r"[^a-z0-9]+", name.lower()) if word)
 
 
 def is_kl_name(name: str) -> bool:
@@ -52,24 +34,12 @@ def is_kl_name(name: str) -> bool:
     return named and not _NO_KL_WORDS & set(words)
 
 
-def moment_of(name: str) -> list[tuple[str, tuple[str, ...]]]:
-    """Return the moments that a name suggests, "mean" or a kind of spread, each with the other words of the name."""
-    found = []
-    for split in (words_of(name), re.split(r"_+", name.lower())):  # sigma2: the second sigma, or a square
-        core = "_".join(w for w in split if w in _MOMENT_WORDS)
-        rest = tuple(w for w in split if w not in _MOMENT_WORDS)
-        kind = next((kind for kind, pattern in _MOMENTS.items() if core and re.fullmatch(pattern, core)), None)
-        if kind is not None:
-            found.append((kind, rest))
-    return list(dict.fromkeys(found))
-
-
 def side_of(name: str) -> str:
     """Return whether a distribution or moment of that name is of "q" or "p"; "" if the name does not tell."""
     words = set(words_of(name))
-    if words & _P_WORDS or re.fullmatch(BY_NAMES["distributions"][1], name.lower()):
+    if words & P_WORDS or re.fullmatch(BY_NAMES["distributions"][1], name.lower()):
         return "p"
-    return "q" if words & _Q_WORDS or re.fullmatch(BY_NAMES["distributions"][0], name.lower()) else ""
+    return "q" if words & Q_WORDS or re.fullmatch(BY_NAMES["distributions"][0], name.lower()) else ""
 
 
 def is_of_data(name: str) -> bool:
@@ -79,4 +49,4 @@ def is_of_data(name: str) -> bool:
 
 def level_of(words: Iterable[str]) -> tuple[str, ...]:
     """Return the words of a name other than those for q, p and moments: the level of a hierarchy."""
-    return tuple(w for w in words if w not in _Q_WORDS | _P_WORDS | _MOMENT_WORDS and w not in ("dist", "qs", "ps"))
+    return tuple(w for w in words if w not in Q_WORDS | P_WORDS | MOMENT_WORDS and w not in ("dist", "qs", "ps"))

@@ -23,6 +23,7 @@ from torch_klloss.auditing.training_step.pairs import Pair
 from torch_klloss.distributions.checks import check_pair
 from torch_klloss.distributions.simplify import simplify
 from torch_klloss.distributions.tensors import pair_in_full_precision, tensors_of
+from torch_klloss.estimate import KLEstimate
 from torch_klloss.losses import AutoKL
 from torch_klloss.methods import MonteCarlo, Quadrature
 from torch_klloss.rng import private_rng
@@ -35,10 +36,17 @@ _ACCURATE = AutoKL(fallback=[Quadrature(), MonteCarlo(_NUM_SAMPLES)])
 
 @dataclass(frozen=True)
 class Evidence:
-    """A number and its pair in every run that had both."""
+    """A number and its pair in every run that had both.
+
+    Attributes:
+        values: of the number.
+        pairs: the pair.
+        masks: which steps of the pair are no padding, `[batch, steps]`; empty where no run or not every run has a mask.
+    """
 
     values: tuple[Tensor, ...]
     pairs: tuple[Pair, ...]
+    masks: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -227,8 +235,13 @@ def exact_kl(q: Distribution, p: Distribution) -> Tensor:
     Raises:
         ValueError: if it is known from samples alone, and not accurately enough.
     """
-    with torch.no_grad(), private_rng(0, tensors_of(q)[0].device if tensors_of(q) else torch.device("cpu")):
-        estimate = _ACCURATE.estimate(q, p)
+    estimate = kl_estimate(q, p)
     if estimate.std_error is not None and bool((estimate.std_error > TOLERANCE * estimate.value.abs()).any()):
         raise ValueError("its KL can only be sampled, which is not accurate enough for a comparison")
     return estimate.value
+
+
+def kl_estimate(q: Distribution, p: Distribution) -> KLEstimate:
+    """Return the KL, `[*batch]`, without its gradient, with a standard error where no exact method computes it."""
+    with torch.no_grad(), private_rng(0, tensors_of(q)[0].device if tensors_of(q) else torch.device("cpu")):
+        return _ACCURATE.estimate(q, p)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import itemgetter
 from types import CodeType
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from torch_klloss.auditing.experiment.calling import described, isolated, seeded
-from torch_klloss.auditing.training_step.names import TEMPERATURE_WORDS, WEIGHT_WORDS, words_of
+from torch_klloss.auditing.experiment.names import words_of
+from torch_klloss.auditing.training_step.names import TEMPERATURE_WORDS, WEIGHT_WORDS
+from torch_klloss.auditing.training_step.padding import mask_of
 from torch_klloss.auditing.training_step.pairs import Pair, pairs_of
 from torch_klloss.auditing.training_step.record import FunctionRecord, NamedValue, Number, is_same, location
 from torch_klloss.auditing.training_step.references import Evidence
@@ -22,6 +25,11 @@ from torch_klloss.auditing.training_step.watcher import Watcher
 
 Pairs = Callable[[Any, Any], Mapping[str, tuple[Distribution, Distribution]]]
 """Takes the module and a batch, and returns the pairs by the names of the KLs."""
+
+GIVEN = "given"
+"""The place of a pair that `pairs` returned."""
+
+_MOST_POINTS = 16  # at which the densities of a given pair are evaluated
 
 _At = Callable[[int], Pair | None]  # takes the index of a run, and returns a pair as it was in that run
 
@@ -45,6 +53,8 @@ class Runs:
     seed: int
     watched: list[Watcher] = field(default_factory=list)
     given: list[dict[str, Pair]] = field(default_factory=list)
+    _batch: Any = None
+    _with_points: dict[tuple[int, str], Pair] = field(default_factory=dict)
     _pairs_in: dict[int, list[Pair]] = field(default_factory=dict)
 
     @property
@@ -54,18 +64,32 @@ class Runs:
 
     def run(self, batch: Any) -> str:
         """Run the step once, keep its watcher, and return the error in words; empty if there is none."""
+        self._batch = self._batch if self.watched else batch
         try:
-            with torch.no_grad(), seeded(self.seed):
-                given = self._given(batch)
+            watcher, given = self._watched(batch, self.seed)
         except Exception as error:
             return f"pairs raises {described(error)}"
-        watcher = Watcher(self.module, given)
-        with seeded(self.seed):
-            watcher.run(batch, self.batch_idx)
         if watcher.error is None or not self.watched:
             self.watched.append(watcher)
             self.given.append(given)
         return "" if watcher.error is None else f"training_step raises {described(watcher.error)}"
+
+    def repeated(self, count: int) -> Iterator[tuple[dict[tuple[CodeType, int, str], Tensor], dict[str, Pair]]]:
+        """Yield the numbers, by their places, and the given pairs of `count` more runs on copies of the whole batch."""
+        batch = repeated(self._batch)
+        for seed in range(self.seed + 1, self.seed + 1 + count):
+            watcher, given = self._watched(batch, seed)
+            if watcher.error is not None:
+                return
+            yield {number.place: number.value for number in watcher.numbers}, given
+
+    def _watched(self, batch: Any, seed: int) -> tuple[Watcher, dict[str, Pair]]:
+        with torch.no_grad(), seeded(seed):
+            given = self._given(batch)
+        watcher = Watcher(self.module, given)
+        with seeded(seed):
+            watcher.run(batch, self.batch_idx)
+        return watcher, given
 
     def _given(self, batch: Any) -> dict[str, Pair]:
         found = {} if self.pairs is None else self.pairs(self.module, batch)
@@ -86,27 +110,40 @@ class Runs:
                 yield run, other
 
     def _of_all_runs(self, number: Number, pair: Pair, at: _At) -> Evidence:
-        values, pairs = [number.value], [pair]
+        values, pairs, masks = [number.value], [pair], [self._mask(pair, 0)]
         for run, other in self.repeats(number):
             if run > 0 and other.value.dim() == number.value.dim() and (its_pair := at(run)) is not None:
                 values.append(other.value)
                 pairs.append(its_pair)
-        return Evidence(tuple(values), tuple(pairs))
+                masks.append(self._mask(its_pair, run))
+        known = tuple(mask for mask in masks if mask is not None)
+        return Evidence(tuple(values), tuple(pairs), known if len(known) == len(masks) else ())
+
+    def _mask(self, pair: Pair, run: int) -> Tensor | None:
+        shape = (*pair.q.batch_shape, *pair.q.event_shape)
+        return None if pair.of else mask_of(self.watched[run].records, shape)
 
     def _places(self, number: Number) -> list[tuple[Pair, str, _At]]:
         """Return the given pairs, or those of the number's function, or of the nearest function that has some."""
         given = self.given[0]
         if given:
             names = [name for name in given if words_of(name) == words_of(number.role)] or list(given)
-            return [(given[name], "given", partial(self._given_at, name)) for name in names]
+            return [(self._given_at(name, 0), GIVEN, partial(self._given_at, name)) for name in names]
         for record, relation in self._nearest(number.record):
             if pairs := self._pairs_of(record):
                 where = relation and f"{relation} {location(record.frame, record.line)}"
                 return [(pair, where, partial(self._pair_at, record.place, pair.label)) for pair in pairs]
         return []
 
-    def _given_at(self, name: str, run: int) -> Pair | None:
-        return self.given[run].get(name)
+    def _given_at(self, name: str, run: int) -> Pair:
+        """Return a given pair, with the points of the run at which its densities may have been evaluated."""
+        if (run, name) not in self._with_points:
+            pair = self.given[run][name]
+            shape = pair.q.batch_shape + pair.q.event_shape
+            samples = {id(t): t for record in self.watched[run].records for t in record.samples}
+            points = tuple(t for t in samples.values() if t.shape[max(t.dim() - len(shape), 0) :] == shape)
+            self._with_points[run, name] = replace(pair, points=points[:_MOST_POINTS])
+        return self._with_points[run, name]
 
     def _pair_at(self, place: tuple[CodeType, int], label: str, run: int) -> Pair | None:
         record = next((s for s in self.watched[run].records if s.place == place), None)
@@ -190,12 +227,29 @@ def _restored(module: nn.Module) -> Iterator[None]:
 
 def parts_of(batch: Any) -> list[Any]:
     """Return parts of a batch, of different sizes; empty where the batch dimension is unknown or too small."""
-    sizes = [t.shape[0] for t in _tensors_in(batch) if t.dim() > 0]
-    if not sizes or sizes[0] < 4:
+    size = _size_of(batch)
+    if size < 4:
         return []
-    size = sizes[0]
     slices = slice(0, size - size // 3), slice(size // 2, size), slice(size // 4, size)
-    return [_sliced(batch, size, s) for s in slices]
+    return [_mapped(batch, size, itemgetter(s)) for s in slices]
+
+
+def repeated(batch: Any) -> Any:
+    """Return a batch with its examples many times over, so that a mean over them has a small error."""
+    size = _size_of(batch)
+    most = max((t.numel() for t in _tensors_in(batch)), default=0)
+    count = min(_ENOUGH_EXAMPLES // max(size, 1), _MOST_ELEMENTS // max(most, 1))
+    if size == 0 or count < 2:
+        return batch
+    return _mapped(batch, size, lambda t: t.repeat(count, *(1 for _ in t.shape[1:])))
+
+
+_ENOUGH_EXAMPLES, _MOST_ELEMENTS = 4096, 2**21
+
+
+def _size_of(batch: Any) -> int:
+    """Return the number of examples in a batch; 0 where it is unknown."""
+    return next((t.shape[0] for t in _tensors_in(batch) if t.dim() > 0), 0)
 
 
 def _tensors_in(batch: Any) -> Iterator[Tensor]:
@@ -207,12 +261,13 @@ def _tensors_in(batch: Any) -> Iterator[Tensor]:
         yield from (t for value in batch for t in _tensors_in(value))
 
 
-def _sliced(batch: Any, size: int, part: slice) -> Any:
+def _mapped(batch: Any, size: int, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return a batch with every tensor of so many examples changed."""
     if isinstance(batch, Tensor):
-        return batch[part] if batch.dim() > 0 and batch.shape[0] == size else batch
+        return change(batch) if batch.dim() > 0 and batch.shape[0] == size else batch
     if isinstance(batch, Mapping):
-        return {key: _sliced(value, size, part) for key, value in batch.items()}
+        return {key: _mapped(value, size, change) for key, value in batch.items()}
     if isinstance(batch, (list, tuple)):
-        parts = [_sliced(value, size, part) for value in batch]
+        parts = [_mapped(value, size, change) for value in batch]
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
     return batch

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution
 from torch.distributions.kl import kl_divergence as _torch_kl_divergence
 
-from torch_klloss.auditing.training_step.names import is_kl_name, words_of
+from torch_klloss.auditing.experiment.names import words_of
+from torch_klloss.auditing.training_step.names import is_kl_name
 from torch_klloss.auditing.training_step.record import (
     FunctionRecord,
     LossCall,

@@ -5,19 +5,31 @@ import math
 from torch_klloss.auditing.explanation.mistake import Mistake, Parts
 
 
-def _factor(id: str, what: str, fix: str, wrong: str, parts: Parts, signature: str = "mean_logvar") -> Mistake:
-    return Mistake(id, what, fix, signature, wrong, analytic=parts, sampled=parts, categorical=parts)
+def _factor(
+    id: str, what: str, fix: str, wrong: str, parts: Parts, signature: str = "mean_logvar", num_dims: int = 2
+) -> Mistake:
+    return Mistake(id, what, fix, signature, wrong, parts, parts, parts, num_dims=num_dims)
 
 
+MEAN_OVER_STEPS = _factor(
+    "mean-over-steps",
+    "it takes the mean over the steps (or pixels, or tokens) between the batch and the last dimension, which the KL "
+    "sums",
+    "Sum over all dimensions but the batch, or say that it is in nats for each step.",
+    "-0.5 * (1 + logvar - mean**2 - logvar.exp()).sum(-1).mean()",
+    {"steps": -1},
+    num_dims=3,
+)
 MISTAKES = (
     _factor(
         "mean-over-latent",
         "it is the KL per example divided by the latent size: it takes the mean over the latent dimensions (or "
         "classes), which the KL sums",
-        "Sum over the last dimension, then take the mean over the batch: .sum(-1).mean().",
+        "Sum over the latent dimensions, then take the mean over the batch.",
         "-0.5 * torch.mean(1 + logvar - mean**2 - logvar.exp())",
         {"latent": -1},
     ),
+    MEAN_OVER_STEPS,
     _factor(
         "times-latent",
         "it is the KL per example times the latent size: it counts every latent dimension that many times",

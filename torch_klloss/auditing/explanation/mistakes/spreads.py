@@ -11,6 +11,7 @@ _FORMULA: Mapping[Spread, str] = {
     "logstd": "(0.5 * (mean**2 + (2 * {0}).exp() - 1) - {0}).sum(-1).mean()",
     "var": "(0.5 * (mean**2 + {0} - 1 - {0}.log())).sum(-1).mean()",
     "logvar": "-0.5 * (1 + {0} - mean**2 - {0}.exp()).sum(-1).mean()",
+    "rho": "(0.5 * (mean**2 + F.softplus({0})**2 - 1) - F.softplus({0}).log()).sum(-1).mean()",
 }
 
 

@@ -5,12 +5,13 @@ from collections.abc import Callable
 from torch import Tensor
 
 from torch_klloss.auditing.experiment.probes import Normals
+from torch_klloss.auditing.experiment.signatures import SIGNATURES
 from torch_klloss.auditing.explanation.expectations import TERMS
 from torch_klloss.auditing.explanation.mistake import Mistake
 
 Term = Callable[[Normals], Tensor]
-_ANY_P = frozenset({"distributions", "independent", "multivariate"})
-_STANDARD_P = frozenset({"mean_logvar", "mean_std", "mean_logstd", "mean_var"})
+_ANY_P = frozenset({"distributions", "independent", *(name for name in SIGNATURES if name.startswith("means_"))})
+_STANDARD_P = frozenset(name for name in SIGNATURES if name.startswith("mean_"))
 
 
 def _times(term: str, factor: float) -> dict[str, Term]:
@@ -21,10 +22,11 @@ _FORM = "The KL to the standard Normal is ½ (μ² + σ² - 1 - log σ²), summe
 _GENERAL = "The KL of two Normals is log(σp/σq) + (σq² + (μq - μp)²) / (2 σp²) - ½, summed over the latent dimensions."
 
 
-def _term(id: str, what: str, wrong: str, parts: dict[str, Term], signature: str = "mean_logvar") -> Mistake:
-    linear = id.startswith("log-term")  # the logarithm of the scale is a term of log q(x) too
-    sampled = parts if linear else None
-    only = _ANY_P if signature == "distributions" else None if "log" not in parts or sampled else _STANDARD_P
+def _term(id: str, what: str, wrong: str, parts: dict[str, Term], signature: str = "mean_logvar", *, is_multiple: bool = False) -> Mistake:
+    sampled = parts if id.startswith("log-term") else None  # log σ is a term of log q(x) too
+    only = _ANY_P if signature == "distributions" else _STANDARD_P if "log" in parts and not sampled else None
+    if only is None and not is_multiple:
+        only = frozenset(SIGNATURES) - {"multivariate"}
     fix = _GENERAL if signature == "distributions" else _FORM
     return Mistake(id, what, fix, signature, wrong, analytic=parts, sampled=sampled, only=only)
 
@@ -33,7 +35,7 @@ def _scaled(id: str, factor: float, what: str, wrong: str) -> Mistake:
     """Return the mistake of a term, the first word of `id`, times a factor."""
     term = id.split("-")[0]
     words = "log σ" if term == "log" else f"the {term}"
-    return _term(id, f"its term with {words} {what}", wrong, _times(term, factor))
+    return _term(id, f"its term with {words} {what}", wrong, _times(term, factor), is_multiple=True)
 
 
 MISTAKES = (

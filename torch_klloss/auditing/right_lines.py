@@ -1,0 +1,55 @@
+"""Right lines for a loss, each of them asked about as the loss was before it is shown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from torch_klloss.auditing.experiment.calling import CallError
+from torch_klloss.auditing.experiment.observation import Subject, observe
+from torch_klloss.auditing.explanation.candidates import right_core, unbiased_on_samples
+from torch_klloss.auditing.explanation.fit import best_fits
+
+_SEED = 0
+
+
+def right_line(subject: Subject) -> str:
+    """Return a right loss in the arguments of a loss, for as many dimensions as it was asked about; "" for none."""
+    lines = [line for line in subject.binding.right.split(_OR) if line]
+    found = (_for_dimensions(line, subject) for line in lines)
+    return _OR.join(line for line in found if line)
+
+
+_OR = ", or with torch_klloss: "
+
+
+def _for_dimensions(line: str, subject: Subject) -> str:
+    """Return a line, or the same with a sum over all dimensions but the first, if it is right."""
+    lines = dict.fromkeys((line, line.replace(".sum(-1)", ".flatten(1).sum(-1)")))
+    return next((each for each in lines if _is_right(each, subject)), "")
+
+
+def _is_right(line: str, subject: Subject) -> bool:
+    subject = replace(subject, fn=loss_of(line, subject.binding.names), gradient=False)
+    try:
+        observation = observe(subject, _SEED)
+    except CallError:
+        return False
+    given = unbiased_on_samples(subject, observation) if subject.signature.given_samples else []
+    return bool(best_fits([*given, right_core(subject)], subject.layout, observation, only_right=True))
+
+
+def loss_of(line: str, names: tuple[str, ...]) -> Callable[..., Any]:
+    """Return the loss that a line computes from parameters of these names; statements come first, with semicolons."""
+    import torch_klloss
+
+    scope: dict[str, Any] = {name: getattr(torch_klloss, name) for name in torch_klloss.__all__}
+    scope |= {"torch": torch, "F": torch.nn.functional, "math": math, "torch_klloss": torch_klloss}
+    *statements, value = line.split("; ")
+    exec("\n    ".join([f"def loss({', '.join(names)}):", *statements, f"return {value}"]), scope)
+    loss: Callable[..., Any] = scope["loss"]
+    return loss
