@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributions import MixtureSameFamily
 
+from torch_klloss.distributions.supports import bounds_of
 from torch_klloss.methods.quadrature.coordinates import Coordinate
 from torch_klloss.methods.quadrature.integrand import Integrand
 from torch_klloss.methods.quadrature.rules import weigh
@@ -68,16 +70,30 @@ def tail_integrals(f: Integrand, coordinate: Coordinate, v: Tensor, is_open: Ten
         The sums over both ends, `[4, *integrals]`, and their errors.
     """
     total, error = (torch.zeros(4, *f.shape, dtype=v.dtype, device=v.device) for _ in range(2))
-    for end, outward, opened in zip(v, (-1, 1), is_open, strict=True):
+    for end, outward, opened, name in zip(v, (-1, 1), is_open, ("lower", "upper"), strict=True):
+        is_mixed = _is_mixed(f, name).to(v.device)
         points = end + outward * torch.arange(-3, 1, device=end.device).reshape(4, *(1,) * end.dim())
         _, mass, log_ratio = weigh(f, coordinate, points, torch.ones_like(end))
         noise = _rounding(coordinate, end.unsqueeze(0))
         inside = log_ratio.clamp(-2, 2)
         factors = (log_ratio - 1, e2(-inside), torch.ones_like(mass), torch.expm1(-inside))
         parts, errors = zip(*(remainder(mass, factor, noise) for factor in factors), strict=True)
-        total = total + torch.where(opened, torch.stack(parts), 0.0)
-        error = error + torch.where(opened, torch.stack(errors), 0.0)
+        rest, spread = torch.stack(parts), torch.stack(errors)
+        # Beyond the ends another component may take over, which no point shows.
+        spread = torch.where(is_mixed, torch.maximum(spread, rest.detach().abs()), spread)
+        total = total + torch.where(opened, rest, 0.0)
+        error = error + torch.where(opened, spread, 0.0)
     return total, error
+
+
+def _is_mixed(f: Integrand, end: str) -> Tensor:
+    """Return where q or p is a mixture, the components of which share this end of the support, `[*integrals]`."""
+    measure, p = (bounds_of(d) for d in (f.measure, f.p))
+    if f.is_mixture:
+        return torch.ones((), dtype=torch.bool)
+    if measure is None or p is None or not isinstance(f.p, MixtureSameFamily):
+        return torch.zeros((), dtype=torch.bool)
+    return torch.as_tensor(getattr(measure, end) == getattr(p, end))
 
 
 def _rounding(coordinate: Coordinate, v: Tensor) -> Tensor:
