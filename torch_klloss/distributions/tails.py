@@ -21,7 +21,8 @@ from torch.distributions.transforms import _InverseTransform
 
 from torch_klloss.distributions.logistic import Logistic
 from torch_klloss.distributions.simplify import peel
-from torch_klloss.distributions.supports import bounds_of, contained, is_discrete
+from torch_klloss.distributions.stated_supports import is_discrete
+from torch_klloss.distributions.supports import bounds_of, contained
 from torch_klloss.distributions.tensors import device_of, dtype_of
 from torch_klloss.distributions.transforms import elementwise, parts_of
 from torch_klloss.numerics.tracing import is_traced
@@ -119,7 +120,8 @@ def tails_of(d: Distribution) -> Tails | None:
     for cls in type(d).__mro__:
         if cls in _TAILS:
             return _TAILS[cls](d) if type(d).log_prob is cls.log_prob else None
-    if type(d).log_prob is dist.TransformedDistribution.log_prob and d.transforms:
+    plain = type(d).log_prob is dist.TransformedDistribution.log_prob
+    if isinstance(d, dist.TransformedDistribution) and plain and d.transforms:
         return _transformed_tails(d)
     if isinstance(d, dist.MixtureSameFamily):
         return _mixture_tails(d)

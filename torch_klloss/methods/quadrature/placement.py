@@ -165,8 +165,7 @@ def _around(f: Integrand, coordinate: Coordinate, centre: Tensor, scale: Tensor)
 
     Far out of a narrow component log p may still follow its tail, up to where another component is larger.
     """
-    steps = torch.tensor([-_EXTENT, 0.0, _EXTENT])
-    v = _in_v(f, coordinate, [f.per_integral(centre + k * scale) for k in steps])
+    v = _in_v(f, coordinate, [f.per_integral(centre + k * _EXTENT * scale) for k in (-1, 0, 1)])
     width = v[2] - v[0]
     is_narrow = width < _NARROW
     if not is_narrow.any():
@@ -175,7 +174,8 @@ def _around(f: Integrand, coordinate: Coordinate, centre: Tensor, scale: Tensor)
     num_steps = math.ceil(math.log(_NARROW / float(least.min()), _GROWTH)) if len(least) else 0
     steps = [sign * _EXTENT * _GROWTH**k for k in range(1, min(num_steps, _MAX_STEPS) + 1) for sign in (-1, 1)]
     more = _in_v(f, coordinate, [f.per_integral(centre + k * scale) for k in steps])
-    return torch.where(is_narrow, torch.cat([v, torch.where((more - v[1]).abs() < _NARROW, more, torch.nan)]), torch.nan)
+    v = torch.cat([v, torch.where((more - v[1]).abs() < _NARROW, more, torch.nan)])
+    return torch.where(is_narrow, v, torch.nan)
 
 
 def _in_v(f: Integrand, coordinate: Coordinate, x: list[Tensor]) -> Tensor:

@@ -107,8 +107,12 @@ class Panels:
         return t[:, 1:-1]
 
     def error(self, terms: Tensor, size: Tensor) -> Tensor:
-        """Return the error of the sums, given the terms at the checked nodes, and the sums of their absolute values."""
-        return _error(_panel_matrix(), terms, size)
+        """Return the error of the sums of `[panels, nodes, *integrals]`, given the sums of their absolute values."""
+        return _error(_coefficient_matrix(), terms, size)
+
+    def edge_error(self, terms: Tensor) -> Tensor:
+        """Return what the terms at the checked nodes show at the edges: the integrand less the polynomial."""
+        return torch.tensordot(_edge_matrix().to(terms.device), terms, dims=([1], [1])).abs().amax(0)
 
     def select(self, index: Tensor) -> Panels:
         """Return the panels of some elements of a flat batch."""
@@ -153,6 +157,10 @@ class Trapezoid:
         """Return all values."""
         return t
 
+    def edge_error(self, terms: Tensor) -> Tensor:
+        """Return 0: nothing lies outside of the nodes."""
+        return torch.zeros_like(terms[:, 0])
+
     def error(self, terms: Tensor, size: Tensor) -> Tensor:
         """Return the error of the sums of `[1, nodes, *integrals]`, given the sums of their absolute values."""
         return _error(_frequency_matrix(self.num_nodes), terms, size)
@@ -172,19 +180,26 @@ def _error(matrix: Tensor, terms: Tensor, size: Tensor) -> Tensor:
 
 
 @cache
-def _panel_matrix() -> Tensor:
-    """Return the matrix that maps weighted values at the checked nodes to the errors of a panel.
+def _coefficient_matrix() -> Tensor:
+    """Return the matrix that maps weighted values at the nodes to the three highest Legendre coefficients."""
+    return _coefficients()[-3:]
 
-    These are the three highest Legendre coefficients, and at either edge the integrand less the polynomial, times the
-    distance to the nearest node.
+
+@cache
+def _edge_matrix() -> Tensor:
+    """Return the matrix that maps weighted values at the checked nodes to the differences at the edges.
+
+    The values at the edges come with the distance to the nearest node as their weight.
     """
-    nodes, weights = gauss_legendre(ORDER)
-    rows = _legendre(nodes)
-    scale = 2 * torch.arange(ORDER, dtype=torch.float64) + 1
-    highest = torch.nn.functional.pad((scale.unsqueeze(-1) * rows)[-3:], (1, 1))
     signs = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(ORDER // 2)  # the polynomials at -1
-    edge = torch.cat([torch.ones(1, dtype=torch.float64), -_edge_gap() / 2 * (scale * signs) @ rows, torch.zeros(1)])
-    return torch.cat([highest, torch.stack([edge, edge.flip(0)]) / _SAFETY])
+    one = torch.ones(1, dtype=torch.float64)
+    low = torch.cat([one, -_edge_gap() / 2 * signs @ _coefficients(), 0 * one])
+    return torch.stack([low, low.flip(0)])
+
+
+def _coefficients() -> Tensor:
+    """Return the matrix that maps weighted values at the nodes to all Legendre coefficients."""
+    return (2 * torch.arange(ORDER, dtype=torch.float64) + 1).unsqueeze(-1) * _legendre(gauss_legendre(ORDER)[0])
 
 
 def _legendre(nodes: Tensor) -> Tensor:
@@ -233,9 +248,14 @@ def integrate(f: Integrand, coordinate: Coordinate, rule: Rule, is_near: Tensor 
         is_near = (f.largest(largest_log_ratio.amax(0)) < 1) & ((1 + f.total(plain.sum(0))).abs() < _NEAR)
     near, near_error, mass_gap = _near_sums(rule, mass, log_ratio, f.per_integral(is_near).expand(f.shape))
     mass = rule.inner(mass)
-    error, has_empty_node = rule.error(terms, size), (mass == 0).any(1)
+    error, has_empty_node = _sum_error(rule, terms, size), (mass == 0).any(1)
     sums = Sums(plain, error, near, near_error, mass.sum(1), mass_gap, largest_log_ratio, size, has_empty_node)
     return values, sums
+
+
+def _sum_error(rule: Rule, terms: Tensor, size: Tensor) -> Tensor:
+    """Return the error of the sums, given the terms at the checked nodes and the sums of the absolute values."""
+    return torch.maximum(rule.error(rule.inner(terms), size), rule.edge_error(terms))
 
 
 def _near_sums(rule: Rule, mass: Tensor, log_ratio: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -245,6 +265,6 @@ def _near_sums(rule: Rule, mass: Tensor, log_ratio: Tensor, mask: Tensor) -> tup
         mass, minus = mass[:, :, mask], -log_ratio[:, :, mask]
         terms = mass * e2(minus)
         near[:, mask] = rule.inner(terms).sum(1)
-        near_error[:, mask] = rule.error(terms, terms.sum(1))
+        near_error[:, mask] = _sum_error(rule, terms, near[:, mask])
         mass_gap[:, mask] = rule.inner(mass * torch.expm1(minus)).sum(1)
     return near, near_error, mass_gap
