@@ -45,7 +45,7 @@ class Certificate:
 
     def is_within(self, rtol: float) -> Tensor:
         """Return where the error is within the tolerance."""
-        return self.is_settled | (self.error <= rtol * self.value.abs() + _FLOOR)
+        return self.is_settled | (self.value.isfinite() & (self.error <= rtol * self.value.abs() + _FLOOR))
 
 
 def certify(state: State) -> Certificate:
@@ -68,9 +68,11 @@ def certify(state: State) -> Certificate:
         "mass": torch.where(is_near, (mass_gap.abs() - 64 * _EPS).clamp_min(0.0), f.total(missing_mass)),
         "rounding": torch.where(is_near, 4 * _EPS * near.clamp_min(0.0).sqrt(), 4 * _EPS * f.total(sums.size.sum(0))),
     }
-    value = torch.where(state.status == INFINITE, torch.inf, value)
+    is_infinite = state.status == INFINITE
+    value = torch.where(is_infinite, torch.inf, value)
     value = torch.where(state.status == NOT_A_NUMBER, torch.nan, value)
-    is_settled = (state.status == INFINITE) | (state.status == NOT_A_NUMBER) | (value == torch.inf)
+    is_beyond = (value == torch.inf) & (not f.contains_support)  # a node where p has no density
+    is_settled = is_infinite | (state.status == NOT_A_NUMBER) | is_beyond
     return Certificate(state, value, is_near, errors, is_settled)
 
 
@@ -92,7 +94,7 @@ def mean_log_ratio(plain: Tensor, mass: Tensor) -> Tensor:
 def refusal(certificate: Certificate, rtol: float, num_nodes: int) -> str | None:
     """Return why the worst element cannot be certified; None if all can."""
     state = certificate.state
-    undecided, overflown = state.status == UNDECIDED, state.status == OVERFLOWN
+    undecided, overflown = state.status == UNDECIDED, (state.status == OVERFLOWN) & ~certificate.is_settled
     refused = ~certificate.is_within(rtol) | undecided | overflown
     if not refused.any():
         return None
@@ -105,7 +107,8 @@ def refusal(certificate: Certificate, rtol: float, num_nodes: int) -> str | None
         )
     if overflown.any():
         return (
-            f"cannot compute the KL of {elements}: log p overflows where q still has mass. "
+            f"cannot compute the KL of {elements}: log p overflows, or p has no density, where the density of q may "
+            "matter although float64 can hardly hold it. "
             "Use a p with less extreme parameters"
         )
     return _shortfall(certificate, refused, elements, rtol, num_nodes)
