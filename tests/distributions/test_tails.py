@@ -111,7 +111,9 @@ def test_a_mixture_has_the_tails_of_its_heaviest_component():
     [
         dist.Poisson(1.0),
         dist.MultivariateNormal(torch.zeros(2), torch.eye(2)),
-        dist.TransformedDistribution(dist.Normal(0.0, 1.0), [dist.ExpTransform()]),
+        dist.TransformedDistribution(
+            dist.Normal(0.0, 1.0), [dist.CumulativeDistributionTransform(dist.Normal(1.0, 1.0))]
+        ),
     ],
     ids=["counts", "several dimensions", "an unknown transform"],
 )

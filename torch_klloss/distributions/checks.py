@@ -10,7 +10,7 @@ from torch.distributions import (
     Independent,
 )
 
-from torch_klloss.distributions.supports import is_discrete
+from torch_klloss.distributions.stated_supports import is_discrete
 
 
 def check_pair(q: Distribution, p: Distribution) -> torch.Size:

@@ -25,6 +25,15 @@ from torch.distributions import (
     transform_to,
 )
 
+from torch_klloss.distributions.manifolds import are_singular
+from torch_klloss.distributions.stated_supports import (
+    believed_support,
+    innermost,
+    is_discrete,
+    is_of_torch,
+    some_draws,
+    support_of,
+)
 from torch_klloss.distributions.tensors import device_of, dtype_of, unvalidated
 from torch_klloss.numerics.tracing import is_traced
 
@@ -41,23 +50,6 @@ _LINE = Bounds(-math.inf, math.inf)
 
 # Families whose `support` is larger than where their density is positive.
 _OVERRIDES: dict[type[Distribution], Bounds] = {VonMises: Bounds(-math.pi, math.pi)}
-
-
-def support_of(d: Distribution) -> constraints.Constraint | None:
-    """Return d's support, or None if the class does not declare one or it cannot be read."""
-    try:
-        support: Any = d.support
-    except Exception:  # other people's classes compute it, and fail in ways of their own
-        return None
-    return support if isinstance(support, constraints.Constraint) else None
-
-
-def is_discrete(d: Distribution) -> bool | None:
-    """Return whether d is discrete; None if its support is not declared."""
-    if isinstance(d, TransformedDistribution):  # torch declares the whole line for shifted counts
-        return is_discrete(d.base_dist)
-    support = support_of(d)
-    return None if support is None else bool(_innermost(support).is_discrete)
 
 
 def bounds_of(d: Distribution) -> Bounds | None:
@@ -89,49 +81,50 @@ def has_moving_support(q: Distribution) -> bool:
 
 
 def contained(q: Distribution, p: Distribution) -> bool | Tensor | None:
-    """Return whether p's support contains q's, if the constraints determine it.
+    """Return whether p's support contains q's, if it is known.
+
+    A support that a class of another library states may be wrong. It counts as unknown where draws leave it, and q is
+    said to reach beyond p's only where draws of q do.
 
     Returns:
-        True or False for every batch element alike, a bool tensor that broadcasts to the batch shape, or None if the
-        constraints do not determine it.
+        True or False for every batch element alike, a bool tensor that broadcasts to the batch shape, or None if it is
+        not known.
     """
-    q_support, p_support = support_of(q), support_of(p)
-    if q_support and p_support and _num_bound(q, q_support) != _num_bound(p, p_support):
+    if are_singular(q, p):
         return False  # the support of one, such as the simplex, has no mass under the other
-    overridden = type(q) in _OVERRIDES or type(p) in _OVERRIDES
-    if q_support is p_support is not None and not overridden and not vars(q_support):
+    q_support, p_support = believed_support(q), believed_support(p)
+    if q_support is p_support is not None and not vars(q_support) and _is_tight(q) and _is_tight(p):
         return True  # one constant: the real line, the simplex, …
-    inner, outer = bounds_of(q), bounds_of(p)
-    if inner is None or outer is None:
+    bounds, limits = bounds_of(q), bounds_of(p)
+    if bounds is None or limits is None or q_support is None or p_support is None:
         return None
-    fits = _is_within(inner.lower, outer) & _is_within(inner.upper, outer)
+    fits = _is_within(bounds.lower, limits) & _is_within(bounds.upper, limits)
     event_dims = len(q.event_shape)
     if isinstance(fits, Tensor) and 0 < event_dims <= fits.dim():
-        return fits.flatten(-event_dims).all(-1)
-    return fits
+        fits = fits.flatten(-event_dims).all(-1)
+    return fits if fits is True or is_of_torch(q) or _draws_leave(q, p, fits) else None
 
 
-def _num_bound(d: Distribution, support: constraints.Constraint) -> int:
-    """Return how many coordinates of an event the others determine: one for every simplex in it."""
-    if not d.event_shape or is_discrete(d):
-        return 0
-    constraint, n, numel = _innermost(support), d.event_shape[-1], d.event_shape.numel()
-    if constraint is constraints.simplex:
-        return numel // n
-    if constraint is constraints.corr_cholesky:
-        return numel // (n * n) * (n * (n + 1) // 2)
-    if constraint in _TRIANGLES:
-        return numel // (n * n) * (n * (n - 1) // 2)
-    return 0
+def _is_tight(d: Distribution) -> bool:
+    """Return whether d's density is positive on all of its `support`: torch gives an image the codomain of its map."""
+    if isinstance(d, TransformedDistribution) and type(d).support is TransformedDistribution.support:
+        support = support_of(d.base_dist)
+        for t in d.transforms:
+            if support is None or innermost(support) is not innermost(t.domain):
+                return False
+            support = t.codomain
+        return _is_tight(d.base_dist)
+    return not isinstance(d, tuple(_OVERRIDES))
 
 
-_TRIANGLES = (
-    constraints.lower_cholesky,
-    constraints.lower_triangular,
-    constraints.positive_definite,
-    constraints.positive_semidefinite,
-    constraints.symmetric,
-)
+def _draws_leave(q: Distribution, p: Distribution, fits: Any) -> bool:
+    """Return whether draws of q leave p's support in all batch elements where q's stated support does."""
+    z, bounds = some_draws(q), bounds_of(p)
+    if z is None or bounds is None:
+        return True
+    inside = _is_within(z, bounds)
+    inside = inside.flatten(-len(q.event_shape)).all(-1) if q.event_shape else inside
+    return bool((torch.as_tensor(fits, device=z.device) | ~inside.all(0)).all())
 
 
 def log_prob_within(p: Distribution, x: Tensor, contains_support: bool | Tensor | None) -> Tensor:
@@ -144,7 +137,7 @@ def log_prob_within(p: Distribution, x: Tensor, contains_support: bool | Tensor 
     """
     if not x.is_floating_point():  # integers, as a Categorical draws, which Bernoulli.log_prob refuses
         x = x.to(dtype_of(p))
-    support = None if contains_support is True else support_of(p)
+    support = None if contains_support is True else believed_support(p)
     if support is None:
         log_prob = unvalidated(p).log_prob(x)
     elif isinstance(p, MixtureSameFamily):
@@ -190,7 +183,7 @@ def _impossible(d: Distribution, x: Tensor) -> Tensor | None:
 
 def _interior_point(support: constraints.Constraint, bounds: Bounds | None, x: Tensor) -> Tensor:
     """Return points inside the support, of the shape of x; x itself if none is known."""
-    if not _innermost(support).is_discrete:
+    if not innermost(support).is_discrete:
         try:
             to_support = transform_to(support)
             return to_support(x.new_zeros(to_support.inverse_shape(x.shape)))
@@ -208,15 +201,8 @@ def _is_within(x: float | Tensor, bounds: Bounds) -> Any:
     return ~outside if isinstance(outside, Tensor) else not outside
 
 
-def _innermost(support: constraints.Constraint) -> Any:
-    """Return the constraint inside of those that only rearrange dimensions: independent(...), and a mixture's."""
-    while (base := getattr(support, "base_constraint", None)) is not None:
-        support = base
-    return support
-
-
 def _constraint_bounds(support: constraints.Constraint) -> Bounds | None:
-    support = _innermost(support)
+    support = innermost(support)
     if support is constraints.real:
         return _LINE
     if support is constraints.boolean:

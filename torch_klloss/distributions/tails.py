@@ -9,16 +9,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributions as dist
 from torch import Tensor
 from torch.distributions import Distribution
+from torch.distributions.relaxed_bernoulli import LogitRelaxedBernoulli
+from torch.distributions.transforms import _InverseTransform
 
+from torch_klloss.distributions.logistic import Logistic
 from torch_klloss.distributions.simplify import peel
-from torch_klloss.distributions.supports import bounds_of, contained, is_discrete
+from torch_klloss.distributions.stated_supports import is_discrete
+from torch_klloss.distributions.supports import bounds_of, contained
 from torch_klloss.distributions.tensors import device_of, dtype_of
+from torch_klloss.distributions.transforms import elementwise, parts_of
+from torch_klloss.numerics.tracing import is_traced
 
 Number = float | Tensor
 
@@ -113,7 +120,8 @@ def tails_of(d: Distribution) -> Tails | None:
     for cls in type(d).__mro__:
         if cls in _TAILS:
             return _TAILS[cls](d) if type(d).log_prob is cls.log_prob else None
-    if isinstance(d, dist.TransformedDistribution) and d.transforms:
+    plain = type(d).log_prob is dist.TransformedDistribution.log_prob
+    if isinstance(d, dist.TransformedDistribution) and plain and d.transforms:
         return _transformed_tails(d)
     if isinstance(d, dist.MixtureSameFamily):
         return _mixture_tails(d)
@@ -132,22 +140,112 @@ def _diverges(q: Tail, p: Tail) -> Tensor:
 
 
 def _transformed_tails(d: dist.TransformedDistribution) -> Tails | None:
-    """Return the tails of the image under an affine map."""
-    *inner, last = d.transforms
+    """Return the tails of the image under the last transform; None if that is not known to move them in a simple way.
+
+    Only an affine map is followed under tracing, where values are not known.
+    """
+    *inner, last = parts_of(d.transforms)
     base = dist.TransformedDistribution(d.base_dist, inner, validate_args=False) if inner else d.base_dist
-    tails = tails_of(base)
-    if tails is None or not isinstance(last, dist.AffineTransform):
+    tails, t = tails_of(base), elementwise(last)
+    if tails is None or t is None:
         return None
-    scale = torch.as_tensor(last.scale)
-    lower, upper = (t._replace(rate=t.rate / scale.abs(), speed=t.speed / scale.abs()) for t in tails)
-    swap = scale < 0
-    return _where(swap, upper, lower), _where(swap, lower, upper)
+    if isinstance(t, dist.AffineTransform):
+        lower, upper = (_stretch(tail, torch.as_tensor(t.scale).abs()) for tail in tails)
+        return _turned(lower, upper, t.scale)
+    moves, bounds = _moves(t), bounds_of(base)
+    if moves is None or bounds is None or is_traced():
+        return None
+    domain = (getattr(t.domain, name, end) for name, end in (("lower_bound", -math.inf), ("upper_bound", math.inf)))
+    ends = zip(tails, moves, (bounds.lower, bounds.upper), domain, strict=True)
+    moved = [_where(torch.as_tensor(at == end), move(tail), _inside(tail)) for tail, move, at, end in ends]
+    if any(bool(torch.as_tensor(value).isnan().any()) for tail in moved for value in tail):
+        return None
+    return _turned(moved[0], moved[1], getattr(t, "exponent", 1.0))
+
+
+def _turned(lower: Tail, upper: Tail, slope: Number) -> Tails:
+    """Return the tails of an image, whose ends change places where the map falls."""
+    falls = torch.as_tensor(slope) < 0
+    return _where(falls, upper, lower), _where(falls, lower, upper)
+
+
+Move = Callable[[Tail], Tail]
+
+
+def _moves(t: dist.Transform) -> tuple[Move, Move] | None:
+    """Return what a transform does to a tail at the lower and at the upper end of its domain; None if not known."""
+    is_inverse = isinstance(t, _InverseTransform)
+    t = t.inv if is_inverse else t
+    if isinstance(t, dist.PowerTransform):
+        power = torch.as_tensor(t.exponent).abs()
+        move = partial(_raise, power=1 / power if is_inverse else power)
+        return move, move
+    rates = _EXPONENTIAL.get(type(t))
+    if rates is None:
+        return None
+    lower, upper = (partial(_lower if is_inverse else _exponentiate, rate=rate) if rate else _same for rate in rates)
+    return lower, upper
+
+
+# How fast the y of the image grows with y at either end of the domain: like exp(rate y), or (0) like y itself.
+_EXPONENTIAL: dict[type[dist.Transform], tuple[float, float]] = {
+    dist.ExpTransform: (1.0, 1.0),
+    dist.SigmoidTransform: (1.0, 1.0),
+    dist.SoftplusTransform: (1.0, 0.0),
+    dist.TanhTransform: (2.0, 2.0),
+}
+
+
+def _same(tail: Tail) -> Tail:
+    return tail
+
+
+def _inside(tail: Tail) -> Tail:
+    """Return the tail at an end within the domain, where the map is smooth: y is stretched by an unknown factor."""
+    rate, speed = (torch.as_tensor(value) for value in (tail.rate, tail.speed))
+    return tail._replace(
+        rate=torch.where((rate == 0) | rate.isinf(), rate, math.nan), speed=torch.where(speed.isinf(), speed, math.nan)
+    )
+
+
+def _stretch(tail: Tail, factor: Tensor) -> Tail:
+    return tail._replace(rate=tail.rate / factor, speed=tail.speed / factor)
+
+
+def _exponentiate(tail: Tail, rate: float) -> Tail:
+    """Return the tail of exp(rate y)."""
+    growth, speed = torch.as_tensor(tail.growth), torch.as_tensor(tail.speed)
+    double = growth.isinf()
+    light = torch.where(speed > rate, math.inf, torch.where(speed < rate, 0.0, math.nan))
+    return Tail(tail.rate / rate, torch.where(double, light, 0.0), torch.where(double, speed / rate, 0.0))
+
+
+def _lower(tail: Tail, rate: float) -> Tail:
+    """Return the tail of log(y)/rate; a lognormal one is not known well enough, nor one that becomes yet lighter."""
+    order, growth = torch.as_tensor(tail.order), torch.as_tensor(tail.growth)
+    is_power = (growth == 0) & order.isfinite()
+    speed = torch.where(is_power, math.inf, torch.where((growth > 0) & growth.isfinite(), growth * rate, math.nan))
+    return Tail(math.inf, order * rate, torch.where(is_power, 1.0, math.inf), speed)
+
+
+def _raise(tail: Tail, power: Tensor) -> Tail:
+    """Return the tail of y^power."""
+    growth = torch.as_tensor(tail.growth)
+    light = torch.where(growth > power, math.inf, torch.where(growth < power, 0.0, math.nan))
+    is_identity, double = power == 1, growth.isinf()
+    return Tail(
+        tail.order / power,
+        torch.where(is_identity, tail.rate, light),
+        growth / power,
+        torch.where(is_identity | ~double, tail.speed, math.nan),
+    )
 
 
 def _mixture_tails(d: dist.MixtureSameFamily) -> Tails | None:
     """Return the tails of the heaviest component; None if the components have different supports."""
     bounds, tails = bounds_of(d.component_distribution), tails_of(d.component_distribution)
-    if bounds is None or tails is None or not all(isinstance(end, float) for end in (bounds.lower, bounds.upper)):
+    ends = () if bounds is None else (bounds.lower, bounds.upper)
+    if bounds is None or tails is None or any(isinstance(end, Tensor) and end.dim() for end in ends):
         return None
     like = torch.zeros(d.component_distribution.batch_shape, dtype=dtype_of(d), device=device_of(d))
     lower, upper = (Tail(*((like + value).amin(-1) for value in tail)) for tail in tails)
@@ -207,6 +305,8 @@ declare_tails(dist.HalfNormal, lambda d: (_BOUNDED, _GAUSSIAN))
 declare_tails(dist.InverseGamma, lambda d: (_exponential(d.rate), _power(d.concentration)))
 declare_tails(dist.Kumaraswamy, lambda d: (_power(d.concentration1), _power(d.concentration0)))
 declare_tails(dist.Laplace, lambda d: (_exponential(1 / d.scale), _exponential(1 / d.scale)))
+declare_tails(Logistic, lambda d: (_exponential(1 / d.scale), _exponential(1 / d.scale)))
+declare_tails(LogitRelaxedBernoulli, lambda d: (_exponential(d.temperature), _exponential(d.temperature)))
 declare_tails(dist.LogNormal, lambda d: (_LOG_NORMAL, _LOG_NORMAL))
 declare_tails(dist.Normal, lambda d: (_GAUSSIAN, _GAUSSIAN))
 declare_tails(dist.Pareto, lambda d: (_BOUNDED, _power(d.alpha)))

@@ -13,7 +13,8 @@ from torch.distributions import Distribution
 
 from torch_klloss.distributions.checks import check_pair, type_name
 from torch_klloss.distributions.reach import check_dropped, has_path, log_prob_with_fixed_parameters
-from torch_klloss.distributions.supports import contained, has_moving_support, is_discrete, log_prob_within
+from torch_klloss.distributions.stated_supports import is_discrete
+from torch_klloss.distributions.supports import contained, has_moving_support, log_prob_within
 from torch_klloss.distributions.tensors import device_of, expand_to, pair_in_full_precision, unvalidated
 from torch_klloss.elbo.batches import batch_of
 from torch_klloss.elbo.likelihoods import negative_log_prob

@@ -11,7 +11,7 @@ from torch.distributions import Bernoulli, Distribution, Independent, constraint
 from torch.nn import functional
 
 from torch_klloss.distributions.checks import type_name
-from torch_klloss.distributions.supports import support_of
+from torch_klloss.distributions.stated_supports import support_of
 from torch_klloss.distributions.tensors import HALF, dtype_of, in_full_precision, unvalidated
 from torch_klloss.numerics.tracing import is_traced
 

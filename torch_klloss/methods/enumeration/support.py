@@ -20,7 +20,8 @@ from torch.distributions import (
     TransformedDistribution,
 )
 
-from torch_klloss.distributions.supports import bounds_of, is_discrete
+from torch_klloss.distributions.stated_supports import is_discrete
+from torch_klloss.distributions.supports import bounds_of
 from torch_klloss.distributions.tensors import device_of
 from torch_klloss.numerics.tracing import is_traced
 

@@ -13,7 +13,8 @@ from torch.distributions import Distribution
 from torch_klloss.distributions.checks import check_common_measure, check_pair, type_name
 from torch_klloss.distributions.domains import nan_outside
 from torch_klloss.distributions.simplify import peel
-from torch_klloss.distributions.supports import contained, has_moving_support, is_discrete
+from torch_klloss.distributions.stated_supports import is_discrete
+from torch_klloss.distributions.supports import contained, has_moving_support
 from torch_klloss.distributions.tails import is_infinite
 from torch_klloss.distributions.tensors import device_of, expand_to, unvalidated
 from torch_klloss.estimate import KLEstimate

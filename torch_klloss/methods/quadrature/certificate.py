@@ -45,7 +45,7 @@ class Certificate:
 
     def is_within(self, rtol: float) -> Tensor:
         """Return where the error is within the tolerance."""
-        return self.is_settled | (self.error <= rtol * self.value.abs() + _FLOOR)
+        return self.is_settled | (self.value.isfinite() & (self.error <= rtol * self.value.abs() + _FLOOR))
 
 
 def certify(state: State) -> Certificate:
@@ -53,8 +53,10 @@ def certify(state: State) -> Certificate:
     f, sums, (tails, tail_errors) = state.f, state.sums, state.tails
     parts = zip((sums.plain, sums.near, sums.mass, sums.mass_gap), tails, strict=True)
     integrals = [part.sum(0) + tail for part, tail in parts]
-    _, near, mass, mass_gap = (f.total(each) for each in integrals)
-    plain = f.total(plain_integrals(integrals[0], integrals[2], f.known_mass()))
+    near, mass_gap = f.total(integrals[1]), f.total(integrals[3])
+    known_mass = f.known_mass()
+    plain = f.total(plain_integrals(integrals[0], integrals[2], known_mass))
+    missing_mass = (integrals[2] - known_mass).abs() * (1 + mean_log_ratio(integrals[0], integrals[2]).abs())
     plain_tail, near_tail, mass_tail, _ = f.total(tail_errors)
     largest_log_ratio = f.largest(sums.largest_log_ratio.amax(0))
     is_near = (largest_log_ratio < 1) & (mass_gap.abs() < 1e-8)
@@ -63,12 +65,14 @@ def certify(state: State) -> Certificate:
         "panels": torch.where(is_near, f.total(sums.near_error.sum(0)), f.total(sums.plain_error.sum(0))),
         "tails": torch.where(is_near, near_tail, plain_tail + mass_tail),
         # A wrong normaliser costs (1 + KL) times the missing mass; mass that no node met may cost more.
-        "mass": torch.where(is_near, (mass_gap.abs() - 64 * _EPS).clamp_min(0.0), (mass - 1).abs() * (1 + value.abs())),
+        "mass": torch.where(is_near, (mass_gap.abs() - 64 * _EPS).clamp_min(0.0), f.total(missing_mass)),
         "rounding": torch.where(is_near, 4 * _EPS * near.clamp_min(0.0).sqrt(), 4 * _EPS * f.total(sums.size.sum(0))),
     }
-    value = torch.where(state.status == INFINITE, torch.inf, value)
+    is_infinite = state.status == INFINITE
+    value = torch.where(is_infinite, torch.inf, value)
     value = torch.where(state.status == NOT_A_NUMBER, torch.nan, value)
-    is_settled = (state.status == INFINITE) | (state.status == NOT_A_NUMBER) | (value == torch.inf)
+    is_beyond = (value == torch.inf) & (not f.contains_support)  # a node where p has no density
+    is_settled = is_infinite | (state.status == NOT_A_NUMBER) | is_beyond
     return Certificate(state, value, is_near, errors, is_settled)
 
 
@@ -78,14 +82,19 @@ def plain_integrals(plain: Tensor, mass: Tensor, known_mass: Tensor | float) -> 
     With c the mean of log(q/p) over the nodes, this is the integral of m (log(q/p) - 1 - c), plus (1 + c) times the
     known mass: an error of the mass, in the sum or in a normaliser, enters squared. The derivative holds c fixed.
     """
-    c = ((plain + mass) / torch.where(mass == 0, 1.0, mass)).detach()
+    c = mean_log_ratio(plain, mass).detach()
     return plain - c * mass + (1 + c) * known_mass
+
+
+def mean_log_ratio(plain: Tensor, mass: Tensor) -> Tensor:
+    """Return the mean of log(q/p) over the nodes, given the integrals of m (log(q/p) - 1) and of m."""
+    return (plain + mass) / torch.where(mass == 0, 1.0, mass)
 
 
 def refusal(certificate: Certificate, rtol: float, num_nodes: int) -> str | None:
     """Return why the worst element cannot be certified; None if all can."""
     state = certificate.state
-    undecided, overflown = state.status == UNDECIDED, state.status == OVERFLOWN
+    undecided, overflown = state.status == UNDECIDED, (state.status == OVERFLOWN) & ~certificate.is_settled
     refused = ~certificate.is_within(rtol) | undecided | overflown
     if not refused.any():
         return None
@@ -98,7 +107,8 @@ def refusal(certificate: Certificate, rtol: float, num_nodes: int) -> str | None
         )
     if overflown.any():
         return (
-            f"cannot compute the KL of {elements}: log p overflows where q still has mass. "
+            f"cannot compute the KL of {elements}: log p overflows, or p has no density, where the density of q may "
+            "matter although float64 can hardly hold it. "
             "Use a p with less extreme parameters"
         )
     return _shortfall(certificate, refused, elements, rtol, num_nodes)

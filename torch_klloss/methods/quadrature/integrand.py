@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributions import Distribution, MixtureSameFamily, VonMises
 
 from torch_klloss.distributions.densities import log_density
+from torch_klloss.distributions.supports import bounds_of
 from torch_klloss.distributions.tensors import NotSelectableError, flattened, in_float64, select, unvalidated
 
 
@@ -60,9 +61,9 @@ class Integrand:
         if not isinstance(self.q, MixtureSameFamily):
             log_q = log_density(self.q, x, True)
             return log_q, log_q - log_density(self.p, x, self.contains_support)
-        log_mass = log_density(self.measure, x, None) + self.q.mixture_distribution.logits.log_softmax(-1)
-        points = x.movedim(-1, 1)
-        log_ratio = log_density(self.q, points, None) - log_density(self.p, points, self.contains_support)
+        log_mass = log_density(self.measure, x, True) + self.q.mixture_distribution.logits.log_softmax(-1)
+        points, is_shared = x.movedim(-1, 1), None if bounds_of(self.q) is None else True
+        log_ratio = log_density(self.q, points, is_shared) - log_density(self.p, points, self.contains_support)
         return log_mass, log_ratio.movedim(1, -1)
 
     def known_mass(self) -> Tensor | float:

@@ -13,7 +13,8 @@ from torch.distributions import Distribution, MixtureSameFamily
 from torch_klloss.distributions.checks import check_common_measure, type_name
 from torch_klloss.distributions.domains import nan_outside
 from torch_klloss.distributions.simplify import simplify
-from torch_klloss.distributions.supports import bounds_of, contained, is_discrete
+from torch_klloss.distributions.stated_supports import is_discrete
+from torch_klloss.distributions.supports import bounds_of, contained
 from torch_klloss.distributions.tensors import device_of, dtype_of
 from torch_klloss.estimate import KLEstimate, NotCertifiedError
 from torch_klloss.methods.base import BaseMethod

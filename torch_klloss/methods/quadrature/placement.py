@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,8 @@ from torch_klloss.methods.quadrature.scan import NUM_EVALUATIONS, NUM_POINTS, Sc
 _MAX_SCANS = 12
 _EXTENT = 8.0  # standard deviations of a component that matter
 _NARROW = 3.0  # in v: nodes about a tenth apart might not resolve anything narrower
+_GROWTH = 4.0  # of the panels around something narrow
+_MAX_STEPS = 24
 
 
 class Placement(NamedTuple):
@@ -94,6 +97,8 @@ def ends_of(measure: Distribution, p: Distribution, shape: torch.Size) -> tuple[
 
 def centre_and_scale(d: Distribution, shape: torch.Size, ends: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Return the mean and the standard deviation where they are finite, else location and scale, else a guess."""
+    if type(d) is TransformedDistribution and (moved := _moved_centre_and_scale(d, shape)) is not None:
+        return moved
     lower, upper = (end.detach() for end in ends)
     inner = torch.where(upper.isfinite(), (lower + upper) / 2, lower + 1)
     inner = torch.where(lower.isfinite(), inner, torch.where(upper.isfinite(), upper - 1, 0.0))
@@ -103,6 +108,21 @@ def centre_and_scale(d: Distribution, shape: torch.Size, ends: tuple[Tensor, Ten
     known = loc.isfinite() & (scale > 0) & scale.isfinite() & (loc > lower) & (loc < upper)
     centre = torch.where(usable, mean, torch.where(known, loc, inner))
     return centre, torch.where(usable, stddev, torch.where(scale > 0, scale, width))
+
+
+def _moved_centre_and_scale(d: TransformedDistribution, shape: torch.Size) -> tuple[Tensor, Tensor] | None:
+    """Return the image of the centre of d's base, and half the distance between the images of the points around it."""
+    if bounds_of(d.base_dist) is None:
+        return None
+    centre, scale = centre_and_scale(d.base_dist, shape, ends_of(d.base_dist, d.base_dist, shape))
+    lower, upper = (end.detach() for end in ends_of(d.base_dist, d.base_dist, shape))
+    points = [torch.maximum(torch.minimum(centre + k * scale, upper), lower) for k in (-1, 0, 1)]
+    for t in d.transforms:
+        points = [t(point) for point in points]
+    low, middle, high = (point.detach() for point in points)
+    width = (high - low).abs() / 2
+    is_usable = middle.isfinite() & width.isfinite() & (width > 0)
+    return (middle, width) if bool(is_usable.all()) else None
 
 
 def _property_or_nan(d: Distribution, name: str, shape: torch.Size) -> Tensor:
@@ -136,12 +156,26 @@ def split_points(f: Integrand, coordinate: Coordinate) -> Tensor:
         kinks += kinks_of(f.measure)
     points = [_in_v(f, coordinate, kinks)]
     for centre, scale in (each for d in (f.q, f.p) for each in components_of(d)):
-        around = [f.per_integral(centre + k * scale) for k in (-_EXTENT, 0, _EXTENT)]
-        v = _in_v(f, coordinate, around)
-        is_narrow = v[2] - v[0] < _NARROW
-        if is_narrow.any():
-            points.append(torch.where(is_narrow, v, torch.nan))
+        points.append(_around(f, coordinate, centre, scale))
     return torch.cat(points)
+
+
+def _around(f: Integrand, coordinate: Coordinate, centre: Tensor, scale: Tensor) -> Tensor:
+    """Return the v of the borders of a component if it is narrow, and of steps that grow up to the size of a panel.
+
+    Far out of a narrow component log p may still follow its tail, up to where another component is larger.
+    """
+    v = _in_v(f, coordinate, [f.per_integral(centre + k * _EXTENT * scale) for k in (-1, 0, 1)])
+    width = v[2] - v[0]
+    is_narrow = width < _NARROW
+    if not is_narrow.any():
+        return v[:0]
+    least = width[is_narrow & (width > 0)]
+    num_steps = math.ceil(math.log(_NARROW / float(least.min()), _GROWTH)) if len(least) else 0
+    steps = [sign * _EXTENT * _GROWTH**k for k in range(1, min(num_steps, _MAX_STEPS) + 1) for sign in (-1, 1)]
+    more = _in_v(f, coordinate, [f.per_integral(centre + k * scale) for k in steps])
+    v = torch.cat([v, torch.where((more - v[1]).abs() < _NARROW, more, torch.nan)])
+    return torch.where(is_narrow, v, torch.nan)
 
 
 def _in_v(f: Integrand, coordinate: Coordinate, x: list[Tensor]) -> Tensor:

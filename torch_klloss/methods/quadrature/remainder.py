@@ -4,40 +4,56 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributions import MixtureSameFamily
 
+from torch_klloss.distributions.supports import bounds_of
 from torch_klloss.methods.quadrature.coordinates import Coordinate
 from torch_klloss.methods.quadrature.integrand import Integrand
 from torch_klloss.methods.quadrature.rules import weigh
-from torch_klloss.methods.quadrature.scan import Scan, evaluate
+from torch_klloss.methods.quadrature.scan import BEND, Scan, evaluate
 from torch_klloss.numerics.elementary import e2
 
 DIVERGES = -1e-3  # slope of log(integrand) against log(distance): not falling
 CONVERGES = -0.02
-_NUM_BISECTIONS = 12
-_BACK = 0.05  # in t, to see whether the integrand falls
+_NUM_BISECTIONS = 16
+_BACK = 0.05, 1e-3  # in t, to see whether the integrand falls: by then a double exponential has not begun to grow
+_ALIKE = 0.05
+_EXCESS = 10.0  # times the mass: the scan is coarse
 _NEGLIGIBLE = -39.0  # log of 1e-17
 
 
 def slopes(scan: Scan) -> Tensor:
-    """Return the slope of log m ℓ⁺ against v towards either end, `[2, *integrals]`, with ℓ = log q - log p.
+    """Return the slope of the log of the integrand against v towards either end, `[2, *integrals]`.
 
-    m ℓ⁺ is the part of the integrand that can be infinite: the integral diverges if the slope, for large v, is not
-    below 0. It is taken between the two outermost points at which log p did not overflow; -inf where ℓ is negative.
+    The integral converges if m (1 + |ℓ|), with ℓ = log q - log p, falls over the three outermost points at which log p
+    does not overflow. It diverges if these are the outermost of all, and if m ℓ⁺, the part that can be infinite, does
+    not fall and is a power of the distance: its slope is the same between either two of them. Elsewhere the slope lies
+    between CONVERGES and DIVERGES.
     """
-    log_positive = scan.log_mass + scan.log_ratio.clamp_min(0).log()
-    v = scan.v.expand_as(log_positive)
-    return torch.stack([_first_slope(log_positive, -v), _first_slope(log_positive.flip(0), v.flip(0))])
+    size = scan.log_mass + scan.log_ratio.abs().log1p()
+    positive = scan.log_mass + scan.log_ratio.clamp_min(0).log()
+    v = scan.v.expand_as(size)
+    return torch.stack([_end_slope(size, positive, -v), _end_slope(size.flip(0), positive.flip(0), v.flip(0))])
 
 
-def _first_slope(height: Tensor, outward: Tensor) -> Tensor:
-    """Return the slope between the first two points whose height is neither +inf nor NaN."""
-    known = height < torch.inf
-    first = known.to(torch.uint8).argmax(0, keepdim=True)
-    position = torch.arange(len(height), device=height.device).reshape(-1, *(1,) * (height.dim() - 1))
-    second = (known & (position > first)).to(torch.uint8).argmax(0, keepdim=True)
-    rise = height.gather(0, first) - height.gather(0, second)
-    slope = rise / (outward.gather(0, first) - outward.gather(0, second))
-    return torch.where(height.gather(0, first).isneginf(), -torch.inf, slope)[0]
+def _end_slope(size: Tensor, positive: Tensor, outward: Tensor) -> Tensor:
+    """Return the slope that decides at the end where the first points lie."""
+    known = size < torch.inf
+    count = known.cumsum(0)
+    three = torch.cat([(known & (count == k)).to(torch.uint8).argmax(0, keepdim=True) for k in (1, 2, 3)])
+    steps = outward.gather(0, three).diff(dim=0)
+    bounds, rises = (each.gather(0, three).diff(dim=0) / steps for each in (size, positive))
+    bound, rise = bounds.nan_to_num(nan=-torch.inf).amax(0), rises.amin(0)
+    is_power = known[0] & ((rises[0] - rises[1]).abs() <= _ALIKE * (1 + rise.abs()))
+    undecided = bound.clamp(CONVERGES, 2 * DIVERGES)
+    return torch.where(bound < CONVERGES, bound, torch.where((rise >= DIVERGES) & is_power, rise, undecided))
+
+
+def is_excessive(scan: Scan, f: Integrand) -> Tensor:
+    """Return where q has far too much mass for a density, so that its tails prove nothing, `[*batch]`."""
+    step = scan.t[-1] - scan.t[-2]
+    mass = (scan.log_mass + (BEND * scan.t.cosh() * step).log()).exp().sum(0)
+    return f.total(mass) > _EXCESS
 
 
 def matters_beyond_overflow(f: Integrand, coordinate: Coordinate, scan: Scan, outward: int) -> Tensor:
@@ -52,8 +68,9 @@ def matters_beyond_overflow(f: Integrand, coordinate: Coordinate, scan: Scan, ou
         middle = (over + known) / 2
         is_over = evaluate(f, coordinate, outward * middle)[1] == torch.inf
         over, known = torch.where(is_over, middle, over), torch.where(is_over, known, middle)
-    last, before = (_log_size(f, coordinate, outward * at) for at in (known, known - _BACK))
-    return (~none & ~((last < _NEGLIGIBLE) & (last < before)))[0]
+    last, *before = (_log_size(f, coordinate, outward * (known - back)) for back in (0.0, *_BACK))
+    falls = torch.stack([last < each for each in before]).all(0)
+    return (~none & ~((last < _NEGLIGIBLE) & falls))[0]
 
 
 def _log_size(f: Integrand, coordinate: Coordinate, t: Tensor) -> Tensor:
@@ -68,16 +85,30 @@ def tail_integrals(f: Integrand, coordinate: Coordinate, v: Tensor, is_open: Ten
         The sums over both ends, `[4, *integrals]`, and their errors.
     """
     total, error = (torch.zeros(4, *f.shape, dtype=v.dtype, device=v.device) for _ in range(2))
-    for end, outward, opened in zip(v, (-1, 1), is_open, strict=True):
+    for end, outward, opened, name in zip(v, (-1, 1), is_open, ("lower", "upper"), strict=True):
+        is_mixed = _is_mixed(f, name).to(v.device)
         points = end + outward * torch.arange(-3, 1, device=end.device).reshape(4, *(1,) * end.dim())
         _, mass, log_ratio = weigh(f, coordinate, points, torch.ones_like(end))
         noise = _rounding(coordinate, end.unsqueeze(0))
         inside = log_ratio.clamp(-2, 2)
         factors = (log_ratio - 1, e2(-inside), torch.ones_like(mass), torch.expm1(-inside))
         parts, errors = zip(*(remainder(mass, factor, noise) for factor in factors), strict=True)
-        total = total + torch.where(opened, torch.stack(parts), 0.0)
-        error = error + torch.where(opened, torch.stack(errors), 0.0)
+        rest, spread = torch.stack(parts), torch.stack(errors)
+        # Beyond the ends another component may take over, which no point shows.
+        spread = torch.where(is_mixed, torch.maximum(spread, rest.detach().abs()), spread)
+        total = total + torch.where(opened, rest, 0.0)
+        error = error + torch.where(opened, spread, 0.0)
     return total, error
+
+
+def _is_mixed(f: Integrand, end: str) -> Tensor:
+    """Return where q or p is a mixture, the components of which share this end of the support, `[*integrals]`."""
+    measure, p = (bounds_of(d) for d in (f.measure, f.p))
+    if f.is_mixture:
+        return torch.ones((), dtype=torch.bool)
+    if measure is None or p is None or not isinstance(f.p, MixtureSameFamily):
+        return torch.zeros((), dtype=torch.bool)
+    return torch.as_tensor(getattr(measure, end) == getattr(p, end))
 
 
 def _rounding(coordinate: Coordinate, v: Tensor) -> Tensor:

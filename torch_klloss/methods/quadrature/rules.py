@@ -15,9 +15,10 @@ from torch_klloss.numerics.elementary import e2
 from torch_klloss.numerics.special import gauss_legendre
 
 ORDER = 16
-STRAIGHT = 2.0**17  # a bend so large that v is proportional to t: the sinh of t below 1e-4
+STRAIGHT = 2.0**40  # a bend so large that v is proportional to t, to the last digit
 _NEAR = 0.01  # for a KL above this, the plain form, a sum near 1 less 1, keeps at least 13 digits
 _SAFETY = 10.0
+_INWARD = 1e-9  # of a panel's width
 
 
 class Values(NamedTuple):
@@ -62,7 +63,8 @@ class Panels:
 
     Where the integrand is smooth, its Legendre coefficients fall off geometrically. A rule of n nodes integrates the
     first 2n exactly. The last of the first n coefficients serve as its error: they are far larger than the error where
-    the integrand is smooth, and about as large near a kink or a narrow peak.
+    the integrand is smooth, and about as large near a kink or a narrow peak. What lies between an edge and the node
+    next to it shows in none of them: the integrand is evaluated at the edges too, and compared with the polynomial.
 
     References:
         *Approximation theory and approximation practice* (Trefethen, 2013).
@@ -82,13 +84,35 @@ class Panels:
         half = (high - low).unsqueeze(1) / 2
         return ((high + low).unsqueeze(1) / 2 + half * nodes).flatten(0, 1), (half * weights).flatten(0, 1)
 
+    def checked_nodes(self) -> tuple[Tensor, Tensor]:
+        """Return v and the weights with both edges of every panel, `[panels * (ORDER + 2), *integrals]`.
+
+        The weight of an edge, which is no node, is the distance to the nearest node.
+        """
+        low, high = self.edges
+        v, weights = (self.split(t) for t in self.nodes())
+        # A jump may lie at the edge itself.
+        width = high - low
+        ends = torch.stack([low + _INWARD * width, high - _INWARD * width], 1)
+        gaps = (_edge_gap() / 2 * width).unsqueeze(1)
+        v = torch.cat([ends[:, :1], v, ends[:, 1:]], 1)
+        return v.flatten(0, 1), torch.cat([gaps, weights, gaps], 1).flatten(0, 1)
+
     def split(self, t: Tensor) -> Tensor:
         """Return values at the nodes as `[panels, nodes, *integrals]`."""
-        return t.unflatten(0, (-1, ORDER))
+        return t.unflatten(0, (len(self.edges[0]), -1))
+
+    def inner(self, t: Tensor) -> Tensor:
+        """Return the values at the nodes out of those at the checked nodes, `[panels, nodes, *integrals]`."""
+        return t[:, 1:-1]
 
     def error(self, terms: Tensor, size: Tensor) -> Tensor:
         """Return the error of the sums of `[panels, nodes, *integrals]`, given the sums of their absolute values."""
         return _error(_coefficient_matrix(), terms, size)
+
+    def edge_error(self, terms: Tensor) -> Tensor:
+        """Return what the terms at the checked nodes show at the edges: the integrand less the polynomial."""
+        return torch.tensordot(_edge_matrix().to(terms.device), terms, dims=([1], [1])).abs().amax(0)
 
     def select(self, index: Tensor) -> Panels:
         """Return the panels of some elements of a flat batch."""
@@ -121,9 +145,21 @@ class Trapezoid:
         sinh = t.sinh()
         return self.bend * sinh, self.bend * step * (1 + sinh * sinh).sqrt()
 
+    def checked_nodes(self) -> tuple[Tensor, Tensor]:
+        """Return the nodes: nothing lies outside of them."""
+        return self.nodes()
+
     def split(self, t: Tensor) -> Tensor:
         """Return values at the nodes as `[1, nodes, *integrals]`."""
         return t.unsqueeze(0)
+
+    def inner(self, t: Tensor) -> Tensor:
+        """Return all values."""
+        return t
+
+    def edge_error(self, terms: Tensor) -> Tensor:
+        """Return 0: nothing lies outside of the nodes."""
+        return torch.zeros_like(terms[:, 0])
 
     def error(self, terms: Tensor, size: Tensor) -> Tensor:
         """Return the error of the sums of `[1, nodes, *integrals]`, given the sums of their absolute values."""
@@ -146,11 +182,38 @@ def _error(matrix: Tensor, terms: Tensor, size: Tensor) -> Tensor:
 @cache
 def _coefficient_matrix() -> Tensor:
     """Return the matrix that maps weighted values at the nodes to the three highest Legendre coefficients."""
-    nodes, _ = gauss_legendre(ORDER)
+    return _coefficients()[-3:]
+
+
+@cache
+def _edge_matrix() -> Tensor:
+    """Return the matrix that maps weighted values at the checked nodes to the differences at the edges.
+
+    The values at the edges come with the distance to the nearest node as their weight.
+    """
+    signs = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(ORDER // 2)  # the polynomials at -1
+    one = torch.ones(1, dtype=torch.float64)
+    low = torch.cat([one, -_edge_gap() / 2 * signs @ _coefficients(), 0 * one])
+    return torch.stack([low, low.flip(0)])
+
+
+def _coefficients() -> Tensor:
+    """Return the matrix that maps weighted values at the nodes to all Legendre coefficients."""
+    return (2 * torch.arange(ORDER, dtype=torch.float64) + 1).unsqueeze(-1) * _legendre(gauss_legendre(ORDER)[0])
+
+
+def _legendre(nodes: Tensor) -> Tensor:
+    """Return the Legendre polynomials below ORDER at points, `[ORDER, points]`."""
     rows = [torch.ones_like(nodes), nodes]
     for k in range(1, ORDER - 1):
         rows.append(((2 * k + 1) * nodes * rows[k] - k * rows[k - 1]) / (k + 1))
-    return torch.stack([(2 * k + 1) * rows[k] for k in range(ORDER - 3, ORDER)])
+    return torch.stack(rows)
+
+
+@cache
+def _edge_gap() -> float:
+    """Return the distance from an edge of [-1, 1] to the nearest node."""
+    return 1 - gauss_legendre(ORDER)[0].max().item()
 
 
 @cache
@@ -175,17 +238,24 @@ def integrate(f: Integrand, coordinate: Coordinate, rule: Rule, is_near: Tensor 
 
     The form for q near p is summed at `is_near`, `[*batch]`; by default where the sums show that it is worth its cost.
     """
-    values = weigh(f, coordinate, *rule.nodes())
-    mass, log_ratio = rule.split(values.mass), rule.split(values.log_ratio)
-    largest_log_ratio = log_ratio.abs().amax(1)
+    checked = weigh(f, coordinate, *rule.checked_nodes())
+    x, mass, log_ratio = (rule.split(t) for t in checked)
+    values = Values(*(rule.inner(t).flatten(0, 1) for t in (x, mass, log_ratio)))
+    largest_log_ratio = rule.inner(log_ratio).abs().amax(1)
     terms = mass * (log_ratio - 1)
-    plain, size = terms.sum(1), terms.abs().sum(1)
+    plain, size = rule.inner(terms).sum(1), terms.abs().sum(1)
     if is_near is None:
         is_near = (f.largest(largest_log_ratio.amax(0)) < 1) & ((1 + f.total(plain.sum(0))).abs() < _NEAR)
     near, near_error, mass_gap = _near_sums(rule, mass, log_ratio, f.per_integral(is_near).expand(f.shape))
-    error, has_empty_node = rule.error(terms, size), (mass == 0).any(1)
+    mass = rule.inner(mass)
+    error, has_empty_node = _sum_error(rule, terms, size), (mass == 0).any(1)
     sums = Sums(plain, error, near, near_error, mass.sum(1), mass_gap, largest_log_ratio, size, has_empty_node)
     return values, sums
+
+
+def _sum_error(rule: Rule, terms: Tensor, size: Tensor) -> Tensor:
+    """Return the error of the sums, given the terms at the checked nodes and the sums of the absolute values."""
+    return torch.maximum(rule.error(rule.inner(terms), size), rule.edge_error(terms))
 
 
 def _near_sums(rule: Rule, mass: Tensor, log_ratio: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -194,7 +264,7 @@ def _near_sums(rule: Rule, mass: Tensor, log_ratio: Tensor, mask: Tensor) -> tup
     if mask.any():
         mass, minus = mass[:, :, mask], -log_ratio[:, :, mask]
         terms = mass * e2(minus)
-        near[:, mask] = terms.sum(1)
-        near_error[:, mask] = rule.error(terms, near[:, mask])
-        mass_gap[:, mask] = (mass * torch.expm1(minus)).sum(1)
+        near[:, mask] = rule.inner(terms).sum(1)
+        near_error[:, mask] = _sum_error(rule, terms, near[:, mask])
+        mass_gap[:, mask] = rule.inner(mass * torch.expm1(minus)).sum(1)
     return near, near_error, mass_gap

@@ -13,7 +13,13 @@ from torch_klloss.distributions.tensors import tensors_of
 from torch_klloss.methods.quadrature.coordinates import Coordinate
 from torch_klloss.methods.quadrature.integrand import Integrand
 from torch_klloss.methods.quadrature.placement import Placement
-from torch_klloss.methods.quadrature.remainder import CONVERGES, DIVERGES, matters_beyond_overflow, slopes
+from torch_klloss.methods.quadrature.remainder import (
+    CONVERGES,
+    DIVERGES,
+    is_excessive,
+    matters_beyond_overflow,
+    slopes,
+)
 from torch_klloss.methods.quadrature.rules import Rule, Sums, Values
 from torch_klloss.methods.quadrature.scan import Scan
 
@@ -77,7 +83,8 @@ def status_of(f: Integrand, coordinate: Coordinate, scan: Scan) -> tuple[Tensor,
     slope = torch.full(f.batch_shape, -torch.inf, dtype=torch.float64, device=scan.v.device)
     if declared is None and not f.is_closed:
         slope = f.largest(slopes(scan).amax(0))
-    status = torch.where(slope >= DIVERGES, INFINITE, torch.where(slope < CONVERGES, FINITE, UNDECIDED))
+    diverges = (slope >= DIVERGES) & ~is_excessive(scan, f)
+    status = torch.where(diverges, INFINITE, torch.where(slope < CONVERGES, FINITE, UNDECIDED))
     is_beyond = False if within is None else ~torch.as_tensor(within)
     is_beyond = is_beyond if declared is None else is_beyond | declared
     status = torch.where(torch.as_tensor(is_beyond, device=slope.device), INFINITE, status)
@@ -86,10 +93,12 @@ def status_of(f: Integrand, coordinate: Coordinate, scan: Scan) -> tuple[Tensor,
 
 
 def _is_overflown(f: Integrand, coordinate: Coordinate, scan: Scan) -> Tensor:
-    """Return where log p overflows within its support, at points that may matter."""
-    is_over = (scan.log_ratio == torch.inf) & bool(f.contains_support)
+    """Return where log p overflows, or q has mass of less than float64 where p may have none, at points that matter."""
+    is_over = scan.log_ratio == torch.inf
     if not is_over.any():
         return torch.zeros((), dtype=torch.bool, device=is_over.device)
+    if not f.contains_support:
+        return f.largest((is_over & (scan.log_mass > -torch.inf)).any(0))
     return f.largest(torch.stack([matters_beyond_overflow(f, coordinate, scan, outward) for outward in (-1, 1)]).any(0))
 
 
