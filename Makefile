@@ -1,5 +1,6 @@
 # make demo         train the digits VAE, answer the question, prevent a collapse, say where the figures are
-# make test         the test suite; LANE=ci adds doctests, the wheel, and every benchmark, example and command in short
+# make test         the test suite, of long sweeps some cases; LANE=ci takes every case, and adds the doctests, the wheel,
+#                   and every benchmark, example and command in short
 # make test-all     the same with what is recorded computed anew, what repeats other tests, an empty environment
 # make references   record anew what tests/references takes long to compute
 # make lint         format, lint, types
@@ -15,7 +16,7 @@ TEST := $(RUN) -m pytest --numprocesses auto --dist worksteal
 DOCTESTS := --doctest-modules --doctest-glob '*.md' torch_klloss README.md docs
 
 LANE ?= quick
-SELECT_quick := -m "not scripts and not exhaustive"
+SELECT_quick := -m "not scripts and not exhaustive and not long" --cases 8
 SELECT_ci := -m "not exhaustive" $(DOCTESTS) tests
 
 .PHONY: demo test test-all references lint bench clean

@@ -1,6 +1,7 @@
 """What every test runs under: one thread, a fixed seed, and a check that it left the global state alone."""
 
 import os
+from collections import defaultdict
 
 import pytest
 import torch
@@ -48,9 +49,30 @@ def _global_state():
     assert after == before
 
 
-def pytest_collection_modifyitems(items):
-    """Start what takes long first, so that no worker is left alone with it at the end."""
+def pytest_addoption(parser):
+    parser.addoption("--cases", type=int, metavar="N", help="of a test with many cases run N, spread over all of them")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out cases as `--cases` asks, and start what takes long first, so that no worker ends alone with it."""
+    if (most := config.getoption("cases")) is not None:
+        kept = {item for cases in _by_function(items).values() for item in spread(cases, most)}
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
     items.sort(key=lambda item: not any(map(item.get_closest_marker, ("scripts", "long"))))
+
+
+def _by_function(items):
+    cases = defaultdict(list)
+    for item in items:
+        cases[item.nodeid.partition("[")[0]].append(item)
+    return cases
+
+
+def spread(cases, most):
+    """Return at most so many of the cases, at equal distances."""
+    step = max(1, len(cases) / most)
+    return [cases[int(i * step)] for i in range(min(most, len(cases)))]
 
 
 def pytest_sessionfinish(exitstatus):
