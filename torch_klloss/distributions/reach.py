@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from torch_klloss.distributions.tensors import copy_with, is_transparent, log_prob_of_a_draw, tensors_of
+from torch_klloss.distributions.tensors import copy_with, device_of, is_transparent, log_prob_of_a_draw, tensors_of
 from torch_klloss.numerics.graph import Edge, edge_of, edges_below
 from torch_klloss.numerics.tracing import is_traced
+from torch_klloss.rng import private_rng
 
 
 def has_hidden_parameters(d: Distribution) -> bool:
@@ -74,13 +78,54 @@ def has_path(d: Distribution, x: Tensor, log_prob: Tensor) -> bool:
         return True
     if is_traced() or not x.requires_grad:
         return x.requires_grad
-    own = {edge_of(t) for t in tensors_of(d) if t.requires_grad}
-    moving = edges_below(edge_of(x), until=own)
-    return all(_is_moved(edge, own, moving) for edge in edges_below(edge_of(log_prob), until=own) - moving)
+    if not _all_moved(x, log_prob, {edge_of(t): edge_of(t) for t in tensors_of(d) if t.requires_grad}):
+        return False
+    return all(part.has_rsample for part in _parts_of(d)) or _parts_have_paths(d)
 
 
-def _is_moved(edge: Edge, own: set[Edge], moving: set[Edge]) -> bool:
-    """Return whether an edge is no parameter, or was computed from such as move the draw, as a scale_tril may be."""
-    if edge in own and edge[0].next_functions:
-        return all(_is_moved(below, own, moving) for below in edges_below(edge, until=own) - moving)
-    return edge not in own and not hasattr(edge[0], "variable")
+def _parts_of(part: Any) -> Iterator[Distribution]:
+    """Yield the distributions that a distribution is made of."""
+    values = part if isinstance(part, (list, tuple)) else vars(part).values()
+    for value in values:
+        if isinstance(value, Distribution):
+            yield value
+        if isinstance(value, (Distribution, list, tuple)) and not isinstance(value, torch.Size):
+            yield from _parts_of(value)
+
+
+def _parts_have_paths(d: Distribution) -> bool:
+    """Return whether every part is moved by its own tensors, at a draw of a copy in which no two parts share one."""
+    own: dict[Edge, Edge] = {}
+
+    def alias(t: Tensor, *_: Any) -> Tensor:
+        if not t.requires_grad:
+            return t
+        copy = t.view_as(t)
+        own[edge_of(copy)] = edge_of(t)
+        return copy
+
+    with torch.enable_grad(), private_rng(0, device_of(d)):
+        copy = copy_with(d, alias)
+        x = copy.rsample()
+    return _all_moved(x, copy.log_prob(x), own)
+
+
+def _all_moved(x: Tensor, log_prob: Tensor, own: dict[Edge, Edge]) -> bool:
+    """Return whether all parameters of log d move x.
+
+    Args:
+        x: the draw, which requires a gradient.
+        log_prob: log d(x).
+        own: for every tensor of the distribution, the edge that it is used by, and that of the tensor.
+    """
+    moving, tensors = edges_below(edge_of(x), until=own), set(own.values())
+    moved = moving | {own[edge] for edge in moving if edge in own}
+
+    def is_moved(edge: Edge) -> bool:
+        """Return whether an edge is no parameter, or was computed from such as move x, as a scale_tril may be."""
+        edge = own.get(edge, edge)
+        if edge not in tensors or not edge[0].next_functions:
+            return edge not in tensors and not hasattr(edge[0], "variable")
+        return all(below in moved or is_moved(below) for below in edges_below(edge, until=tensors))
+
+    return all(is_moved(edge) for edge in edges_below(edge_of(log_prob), until=own) - moving)

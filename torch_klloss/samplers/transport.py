@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -106,8 +105,10 @@ def transport(q: Distribution, u: Tensor, *, differentiable: bool) -> Tensor:
             f"{type_name(q)} is discrete in part, so that its points carry no gradient; use gradient='score_function' "
             "or 'none'."
         )
-    with nullcontext() if differentiable else torch.no_grad():
+    if differentiable:
         return _transport_of(q).points(q, u)
+    with torch.no_grad():
+        return _transport_of(q).points(q, u).detach()  # no_grad alone lets forward-mode tangents pass
 
 
 def is_differentiable(q: Distribution) -> bool:

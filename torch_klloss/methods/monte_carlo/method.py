@@ -200,12 +200,18 @@ class MonteCarlo(BaseMethod):
     def _sample(self, pair: PreparedPair, gradient: Gradient, source: AbstractContextManager[None]) -> Expectation:
         automatic = self.gradient == "auto"
         plan = Plan(self.num_samples, self.sampler, gradient, self.value, self.chunk_size, automatic)
+        if self.value not in SURROGATES and gradient != "mixed":
+            return estimate_plain(pair, plan, source)
+        if torch.is_inference_mode_enabled():  # these take derivatives of their own
+            with torch.inference_mode(False), torch.no_grad():
+                return self._with_derivatives(pair.without_inference_tensors(), plan, source)
+        return self._with_derivatives(pair, plan, source)
+
+    def _with_derivatives(self, pair: PreparedPair, plan: Plan, source: AbstractContextManager[None]) -> Expectation:
         if self.value in SURROGATES:
             return estimate_with_surrogate(pair, plan, source)
-        if gradient == "mixed":
-            state = self.gradient if isinstance(self.gradient, MixedGradient) else None
-            return estimate_mixed(pair, plan, state, source)
-        return estimate_plain(pair, plan, source)
+        state = self.gradient if isinstance(self.gradient, MixedGradient) else None
+        return estimate_mixed(pair, plan, state, source)
 
     def _draws_are_independent(self) -> bool | None:
         kind = type(self.sampler)

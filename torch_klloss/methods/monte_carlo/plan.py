@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from torch.distributions import Distribution
 
 from torch_klloss.distributions.checks import type_name
 from torch_klloss.distributions.supports import has_moving_support, log_prob_within
-from torch_klloss.distributions.tensors import full_precision
+from torch_klloss.distributions.tensors import copy_with, full_precision
 from torch_klloss.samplers import Sampler
 
 
@@ -29,6 +29,11 @@ class PreparedPair:
     p: Distribution
     contains_support: bool | Tensor | None
     peeled: int
+
+    def without_inference_tensors(self) -> PreparedPair:
+        """Return the pair with copies of tensors that were made in inference mode, which no derivative can keep."""
+        q, p = (copy_with(d, lambda t, *_: t.clone() if t.is_inference() else t) for d in (self.q, self.p))
+        return replace(self, q=q, p=p)
 
     def log_p(self, x: Tensor) -> Tensor:
         """Return log p at points `[n, *batch, *event]`, -inf outside its support."""
@@ -55,7 +60,7 @@ class Plan:
             return "score_function"
         raise NotImplementedError(
             f"MonteCarlo(gradient={self.gradient!r}) needs draws of q.rsample that carry a gradient to every "
-            f"parameter, which those of {type_name(q)} do not, although its has_rsample is True; use gradient='score_function'."
+            f"parameter, which those of {type_name(q)} do not; use gradient='score_function'."
         )
 
     @property

@@ -87,8 +87,7 @@ def taylor(log_prob: Any, loc: Tensor, scale: Tensor, event_dims: int) -> Quadra
     """Return the second-order expansion of log p about the mean of q, without mixed derivatives."""
     with torch.enable_grad():
         center = loc.detach().clone().requires_grad_()
-        value = log_prob(center.unsqueeze(0)).sum()
-        (score,) = torch.autograd.grad(value, center, create_graph=True)
+        score = _derivative(log_prob(center.unsqueeze(0)).sum(), center, create_graph=True)
         columns = score.flatten(-event_dims).unbind(-1) if event_dims else (score,)
         curvature = [_own_derivative(column, center, j, event_dims) for j, column in enumerate(columns)]
     diagonal = torch.stack(curvature, -1).reshape(center.shape)
@@ -97,10 +96,18 @@ def taylor(log_prob: Any, loc: Tensor, scale: Tensor, event_dims: int) -> Quadra
 
 
 def _own_derivative(column: Tensor, center: Tensor, j: int, event_dims: int) -> Tensor:
-    if not column.requires_grad:  # log p is linear
-        return torch.zeros_like(column)
-    (row,) = torch.autograd.grad(column.sum(), center, retain_graph=True, allow_unused=True, materialize_grads=True)
+    row = _derivative(column.sum(), center)
     return row.flatten(-event_dims)[..., j] if event_dims else row
+
+
+def _derivative(value: Tensor, x: Tensor, *, create_graph: bool = False) -> Tensor:
+    """Return dvalue/dx, zeros where value does not depend on x, as a constant or linear log p may not."""
+    if not value.requires_grad:
+        return torch.zeros_like(x)
+    (found,) = torch.autograd.grad(
+        value, x, retain_graph=True, create_graph=create_graph, allow_unused=True, materialize_grads=True
+    )
+    return found
 
 
 def with_score(log_prob: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,7 +123,7 @@ def with_score(log_prob: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     leaf = x.detach().requires_grad_()
     with torch.enable_grad():
         value = log_prob(leaf)
-        (score,) = torch.autograd.grad(value.sum(), leaf, retain_graph=True, allow_unused=True, materialize_grads=True)
+        score = _derivative(value.sum(), leaf)
     if not (torch.is_grad_enabled() and reaches_others(value, [leaf])):
         value = value.detach()
     if x.requires_grad:
