@@ -18,7 +18,7 @@ from torch.distributions.kl import _KL_REGISTRY as _TORCH_RULES
 from torch_klloss.distributions.checks import check_common_measure, check_pair, type_name
 from torch_klloss.distributions.domains import nan_outside
 from torch_klloss.distributions.simplify import peel, simplify
-from torch_klloss.distributions.tensors import HALF, dtype_of, pair_in_full_precision
+from torch_klloss.distributions.tensors import HALF, dtype_of, in_floating_point, pair_in_full_precision
 from torch_klloss.estimate import NoRouteError, NotCertifiedError
 from torch_klloss.numerics.dimensions import sum_last
 
@@ -163,7 +163,7 @@ def has_closed_form(q: Distribution, p: Distribution) -> bool:
         (True, False)
     """
     batch_shape = check_pair(q, p)
-    resolution = resolve(q, p)
+    resolution = resolve(in_floating_point(q), in_floating_point(p))
     return resolution is not None and has_formula(resolution, batch_shape)
 
 

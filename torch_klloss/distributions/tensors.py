@@ -20,10 +20,12 @@ from torch_klloss.rng import private_rng
 
 D = TypeVar("D", bound=Distribution)
 _TensorMap = Callable[[Tensor, str, Distribution], Tensor]
+_Condition = Callable[[Tensor, str, Distribution], bool]
 _Attributes = Callable[[Distribution], dict[str, Any]]
 
 HALF = (torch.float16, torch.bfloat16)
 _PLAIN = (torch.Size, int, bool, type(None))
+_UNDECLARED = ("_param", "temperature")  # parameters under names that are not in `arg_constraints`
 _KNOWN = (bool, int, float, str, torch.Size, torch.dtype, torch.device, type(None), constraints.Constraint)
 
 
@@ -166,15 +168,32 @@ def full_precision(t: Tensor) -> Tensor:
 
 
 def in_full_precision(d: Distribution) -> Distribution:
-    """Return d with its half-precision tensors in float32.
+    """Return d with its half-precision tensors in float32, and whole parameters as `in_floating_point` has them.
 
     Returns:
-        d itself if it has none, or if it cannot be evaluated afterwards: a network in it keeps its half precision.
+        d itself if it has none. What cannot be evaluated afterwards keeps its half precision: a network is in it.
     """
-    if not _has_half(d):
+    if not _has(d, lambda t, name, owner: t.dtype in HALF or _is_whole(t, name, owner)):
         return d
-    copy = copy_with(d, lambda t, *_: full_precision(t))
-    return copy if is_transparent(d) or _can_be_evaluated(copy) else d
+    if _has_half(d):
+        copy = copy_with(d, lambda t, *_: full_precision(t))
+        d = copy if is_transparent(d) or _can_be_evaluated(copy) else d
+    return in_floating_point(d)
+
+
+def in_floating_point(d: Distribution) -> Distribution:
+    """Return d with integer and bool parameters in the dtype of the others, or the default dtype; d if it has none."""
+    if not _has(d, _is_whole):
+        return d
+    dtype = dtype_of(d)
+    return copy_with(d, lambda t, name, owner: t.to(dtype) if _is_whole(t, name, owner) else t)
+
+
+def _is_whole(t: Tensor, name: str, owner: Distribution) -> bool:
+    """Return whether a tensor holds whole numbers, and is a parameter, and not an index."""
+    if t.dtype.is_floating_point or t.dtype.is_complex:
+        return False
+    return name in _UNDECLARED or name.removeprefix("_unbroadcasted_") in owner.arg_constraints
 
 
 def pair_in_full_precision(q: Distribution, p: Distribution) -> tuple[Distribution, Distribution]:
@@ -199,28 +218,34 @@ def _can_be_evaluated(d: Distribution) -> bool:
     return True
 
 
-def _has_half(d: Distribution | Transform) -> bool:
+def _has_half(d: Distribution) -> bool:
+    return _has(d, lambda t, *_: t.dtype in HALF)
+
+
+def _has(d: Distribution | Transform, is_sought: _Condition, owner: Any = None) -> bool:
+    """Return whether a tensor of a distribution or transform, or of its parts, is sought."""
+    owner = d if isinstance(d, Distribution) else owner
     for key, value in d.__dict__.items():  # every loss runs this, hence no list of tensors
         kind = type(value)
         if kind in _PLAIN:
             continue
         if kind is Tensor or isinstance(value, Tensor):
-            if value.dtype in HALF:
+            if is_sought(value, key, owner):
                 return True
         elif isinstance(value, (Distribution, Transform)):
-            if (key != "_inv" or isinstance(d, _InverseTransform)) and _has_half(value):
+            if (key != "_inv" or isinstance(d, _InverseTransform)) and _has(value, is_sought, owner):
                 return True
         elif kind in (list, tuple, partial):
             parts = arguments_of(value) if kind is partial else value
-            if any(_is_half(part) for part in parts):
+            if any(_is_or_has(part, is_sought, owner) for part in parts):
                 return True
     return False
 
 
-def _is_half(part: Any) -> bool:
+def _is_or_has(part: Any, is_sought: _Condition, owner: Any) -> bool:
     if isinstance(part, Tensor):
-        return part.dtype in HALF
-    return isinstance(part, (Distribution, Transform)) and _has_half(part)
+        return is_sought(part, "", owner)
+    return isinstance(part, (Distribution, Transform)) and _has(part, is_sought, owner)
 
 
 def unvalidated(d: Distribution) -> Distribution:

@@ -10,6 +10,7 @@ import torch
 from torch.distributions import Distribution
 
 from torch_klloss.distributions.checks import check_pair
+from torch_klloss.distributions.tensors import in_floating_point
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.estimate import NotCertifiedError as NotCertifiedError  # methods raise it, and closed forms too
 
@@ -68,7 +69,8 @@ class BaseMethod(ABC):
             ValueError: if the shapes do not fit, or q is discrete and p continuous, or the reverse.
             TypeError: if q or p is not a distribution.
         """
-        return self.estimate_checked(q, p, check_pair(q, p), generator)
+        batch_shape = check_pair(q, p)
+        return self.estimate_checked(in_floating_point(q), in_floating_point(p), batch_shape, generator)
 
     @abstractmethod
     def estimate_checked(

@@ -12,7 +12,7 @@ from torch.distributions import Distribution
 
 from torch_klloss.closed_forms.registry import Resolution, evaluate, has_formula, refuse, resolve
 from torch_klloss.distributions.checks import check_pair
-from torch_klloss.distributions.tensors import device_of
+from torch_klloss.distributions.tensors import device_of, in_floating_point
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.methods.base import BaseMethod
 from torch_klloss.rng import private_rng
@@ -54,7 +54,7 @@ class ClosedForm(BaseMethod):
 
     def supports(self, q: Distribution, p: Distribution) -> bool:
         """Return whether the pair has a closed form."""
-        batch_shape, resolution = check_pair(q, p), resolve(q, p)
+        batch_shape, resolution = check_pair(q, p), resolve(in_floating_point(q), in_floating_point(p))
         return resolution is not None and _keep_densities(resolution) and has_formula(resolution, batch_shape)
 
 
