@@ -138,7 +138,10 @@ class KLLoss(nn.Module):
             NotImplementedError: if the method has no route for the pair.
         """
         if self.observers and not self._random_states:  # called past the hooks
-            return self._observed(partial(KLLoss.forward, self), q, p, mask, generator)
+            observed: Tensor = torch.compiler.disable(self._observed)(
+                partial(KLLoss.forward, self), q, p, mask, generator
+            )
+            return observed
         q, p, mask = self.drop_masked(q, p, mask)
         if mask is not None and is_zero((mask != 0).sum()):
             value = _no_gradient(q, p).expand(mask.shape)
@@ -165,7 +168,9 @@ class KLLoss(nn.Module):
     def estimate(self, q: Distribution, p: Distribution, generator: torch.Generator | None = None) -> KLEstimate:
         """Return the unreduced `KLEstimate`, of the broadcast batch shape, without mask and reduction."""
         if self.observers and not self._random_states:  # not part of a call
-            return self._observed(lambda q, p, mask, generator: self.estimate(q, p, generator), q, p, None, generator)
+            return torch.compiler.disable(self._observed)(
+                lambda q, p, mask, generator: self.estimate(q, p, generator), q, p, None, generator
+            )
         batch_shape, method = check_pair(q, p), as_method(self.method)
         q, p = pair_in_full_precision(q, p)
         with without_autocast(device_of(q)):
@@ -268,7 +273,6 @@ class KLLoss(nn.Module):
             if value is not None:  # else the call has raised
                 self._tell_reduced(*_arguments(*args, **kwargs)[:3], value, random_state)
 
-    @torch.compiler.disable
     def _observed(self, compute: Callable[..., Any], q: Any, p: Any, mask: Any, generator: Any) -> Any:
         """Compute a value or an estimate that no hook sees, and tell the observers."""
         random_state = rng_state(device_of(q), generator)
