@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
@@ -30,9 +31,15 @@ class PreparedPair:
     contains_support: bool | Tensor | None
     peeled: int
 
-    def log_p(self, x: Tensor) -> Tensor:
-        """Return log p at points `[n, *batch, *event]`, -inf outside its support."""
-        return full_precision(log_prob_within(self.p, x, self.contains_support))
+    def log_p(self, x: Tensor, shape: torch.Size | None = None) -> Tensor:
+        """Return log p at points, -inf outside its support.
+
+        Args:
+            x: the points, `[…, *batch, *event]`.
+            shape: of the result; by default that of the points without their event.
+        """
+        shape = x.shape[: x.dim() - len(self.q.event_shape)] if shape is None else shape
+        return full_precision(log_prob_within(self.p, x, self.contains_support, shape))
 
 
 @dataclass(frozen=True)
