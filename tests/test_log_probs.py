@@ -1,14 +1,16 @@
 """`kl_from_log_probs`: values and gradients over all draws of a finite support, masks, sequences, errors."""
 
 import itertools
+import math
 import re
+import warnings
 from typing import get_args
 
 import pytest
 import torch
-from torch.distributions import Categorical, Normal, kl_divergence
+from torch.distributions import Bernoulli, Categorical, Normal, kl_divergence
 
-from torch_klloss import kl_from_log_probs
+from torch_klloss import AutoKL, kl_from_log_probs
 from torch_klloss.log_probs import Level, LogProbGradient, LogProbValue
 from torch_klloss.methods.monte_carlo.tail_diagnostics import HeavyTailWarning
 
@@ -324,3 +326,78 @@ def test_heavy_tails_of_weights_and_ratios_give_a_warning():
         kl_from_log_probs(heavy, torch.zeros(4096), log_behavior=torch.zeros(4096))
     kl_from_log_probs(torch.zeros(4096), heavy)  # k1 exponentiates nothing
     kl_from_log_probs(torch.zeros(4096), 0.2 * heavy, value="k3")
+
+
+def class_log_probs(*shape, dtype=torch.float32, seed=0, scale=1.0):
+    logits = torch.randn(2, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+    return logits.log_softmax(-1).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(4, 3), (16, 10), (2, 7), (1, 12), (50,), (5, 6, 4), (3, 5000), (8, 2)])
+@pytest.mark.parametrize("dim", [0, -1])
+def test_the_log_probabilities_of_classes_are_no_samples(shape, dtype, dim):
+    log_q, log_p = class_log_probs(*shape, dtype=dtype, scale=3.0)
+    with pytest.warns(UserWarning, match=r"log-probabilities of all \d+ classes.*categorical\(q_logits\)"):
+        kl_from_log_probs(log_q, log_p, dim)
+
+
+def test_classes_are_found_along_any_dimension_behind_a_mask_and_with_every_option():
+    log_q, log_p = class_log_probs(6, 5)
+    options = [
+        {"value": "k2"},
+        {"gradient": "none"},
+        {"normalizer": 1.0},
+        {"log_behavior": log_p},
+        {"mask": torch.tensor([[True], [True], [False], [True], [True], [True]])},
+    ]
+    nan = torch.where(torch.arange(6)[:, None] == 2, math.nan, log_q)
+    for q, p, more in [(log_q.mT, log_p.mT, {}), *((log_q, log_p, o) for o in options), (nan, log_p, options[-1])]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            kl_from_log_probs(q, p, **more)
+        assert any("classes" in str(w.message) for w in caught)
+    log_q, log_p = class_log_probs(4, 6, 9)
+    with pytest.warns(UserWarning, match="along dimension 2"):
+        kl_from_log_probs(log_q, log_p, token_dim=1, level="sequence")
+
+
+def test_the_error_for_tensors_instead_of_distributions_names_the_way_for_classes():
+    with pytest.raises(TypeError, match=r"kl_from_log_probs.*categorical\(logits\)"):
+        AutoKL()(torch.zeros(3, 4), torch.zeros(3, 4))
+
+
+FAMILIES = {
+    "normal": (Normal(0.0, 1.0), Normal(1.0, 2.0)),
+    "narrow": (Normal(0.0, 0.1), Normal(0.0, 0.2)),
+    "wide": (Normal(0.0, 3.0), Normal(0.0, 4.0)),
+    "bernoulli": (Bernoulli(0.5), Bernoulli(0.25)),
+    "two": (Categorical(torch.tensor([0.3, 0.7])), Categorical(torch.tensor([0.6, 0.4]))),
+    "three": (Categorical(torch.ones(3)), Categorical(torch.tensor([0.5, 0.3, 0.2]))),
+    "five": (Categorical(torch.ones(5)), Categorical(torch.arange(1.0, 6.0))),
+}
+
+
+@pytest.mark.parametrize("pair", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("shape", [(2,), (3,), (5,), (1, 5), (2, 40), (5, 4), (64, 8), (2, 3, 5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_probabilities_of_samples_are_no_classes(pair, shape, dtype):
+    q, p = pair
+    for _ in range(20):
+        x = q.sample(shape)
+        kl_from_log_probs(q.log_prob(x).to(dtype), p.log_prob(x).to(dtype))  # warnings are errors
+
+
+def test_every_point_of_a_support_once_or_weighed_by_a_mask_is_a_right_use():
+    q, p = Categorical(torch.ones(30)), Categorical(torch.arange(1.0, 31.0))
+    x, exact = torch.arange(30), kl_divergence(q, p)
+    torch.testing.assert_close(kl_from_log_probs(q.log_prob(x), p.log_prob(x)), exact)
+    q, p = p, q
+    weighed = kl_from_log_probs(q.log_prob(x), p.log_prob(x), mask=q.probs)
+    torch.testing.assert_close(weighed, kl_divergence(q, p))
+
+
+def test_traced_and_empty_log_probabilities_are_not_looked_at():
+    log_q, log_p = class_log_probs(6, 5)
+    torch.func.vmap(kl_from_log_probs)(log_q, log_p)
+    assert kl_from_log_probs(log_q[:, :0], log_p[:, :0]).shape == (0,)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+import math
+import warnings
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torch_klloss.methods.monte_carlo.tail_diagnostics import may_have_heavy_tail
+from torch_klloss.numerics.arguments import check_dim, check_number, check_tensors, check_word
 from torch_klloss.numerics.tracing import is_traced
+from torch_klloss.reduction import expand_mask
 
 LogProbGradient = Literal["pathwise", "score_function", "k2", "none"]
 LogProbValue = Literal["k1", "k2", "k3"]
@@ -65,6 +69,9 @@ def kl_from_log_probs(
     *with the prefixes held fixed*. The gradient of the KL of the sequences also has the effect of a token on the
     prefixes of later tokens, Σ_t (Σ_{u>t} ℓ_u) ∇ log q_t.
 
+    The log-probabilities of all classes are no samples: a warning says so where exp of both adds up to 1 along a
+    dimension. Take `AutoKL()(categorical(q_logits), categorical(p_logits))` for them.
+
     Args:
         log_q: log q at the samples, summed over the event: one number a draw. `[..., S, ...]`, with S at `dim`; with
             `token_dim` one number a token.
@@ -86,6 +93,7 @@ def kl_from_log_probs(
         The estimate, with `dim` and `token_dim` removed. Half-precision inputs are converted to float32.
 
     Raises:
+        TypeError: if an argument is of the wrong kind.
         ValueError: if shapes differ or do not fit, there are no samples, or an option is unknown, is missing where it
             is needed, or would not have the gradient of the KL.
 
@@ -108,8 +116,10 @@ def kl_from_log_probs(
         >>> kl_from_log_probs(log_q, log_p, mask=written, token_dim=1, level="sequence")
         tensor(2.)
     """
-    _check(log_q, log_p, dim, gradient, value, log_behavior)
+    _check_tensors(log_q, log_p, dim, mask, log_behavior, normalizer)
+    _check_options(log_q, gradient, value, log_behavior)
     _check_level(log_q, dim, mask, token_dim, level)
+    _warn_of_classes(log_q, log_p, dim, mask)
     samples = _Samples.of(log_q, log_p, dim, mask, log_behavior, token_dim, level)
     samples.warn_of_tails(value, weighted=log_behavior is not None)
     terms = samples.value_terms(value).detach() + samples.gradient_terms(gradient)
@@ -213,9 +223,67 @@ def _count(weights: Tensor) -> Tensor:
     return total
 
 
-def _check(
-    log_q: Tensor, log_p: Tensor, dim: int, gradient: str | None, value: str, log_behavior: Tensor | None
+def _warn_of_classes(log_q: Tensor, log_p: Tensor, dim: int, mask: Tensor | None) -> None:
+    """Warn where exp(log q) and exp(log p) add up to 1 along a dimension: these are no samples, but all classes.
+
+    None is given where the mean over the classes is what was meant: for classes along `dim` that q makes equally
+    likely, or that a mask of weights weighs.
+    """
+    if is_traced() or log_q.is_meta or log_q.numel() == 0 or (mask is not None and mask.dtype is not torch.bool):
+        return
+    log_q, log_p = log_q.detach(), log_p.detach()
+    for d, num_classes in enumerate(log_q.shape):
+        kept = torch.ones((), dtype=torch.bool, device=log_q.device) if mask is None else mask.expand_as(log_q).any(d)
+        first = tuple(slice(None) if k == d else 0 for k in range(log_q.dim()))
+        if num_classes < 2 or (mask is None and not bool(_add_up(log_q[first], 0))):
+            continue
+        if not all(bool((_add_up(log, d) | ~kept).all()) for log in (log_q, log_p)):
+            continue
+        is_enumerated = d == dim % log_q.dim() and bool(torch.isclose(log_q.amax(d), log_q.amin(d)).all())
+        if _chance_of_classes(log_q.movedim(d, -1), kept) < _CHANCE and not is_enumerated:
+            warnings.warn(
+                f"log_q and log_p look like the log-probabilities of all {num_classes} classes: exp of both adds up to "
+                f"1 along dimension {d} of {tuple(log_q.shape)}. kl_from_log_probs takes log-probabilities at samples. "
+                "For classes take AutoKL()(categorical(q_logits), categorical(p_logits)), whose logits these may be.",
+                stacklevel=3,
+            )
+            return
+
+
+def _chance_of_classes(log_q: Tensor, kept: Tensor) -> float:
+    """Return the probability K! Π q_k that K samples meet each of K classes once, in all lines of the last dim."""
+    num_classes = log_q.shape[-1]
+    each = log_q.sum(-1, dtype=torch.float64) + math.lgamma(num_classes + 1)
+    return torch.where(kept, each, 0.0).sum().exp().item()
+
+
+def _add_up(log: Tensor, dim: int) -> Tensor:
+    """Return where exp(log) adds up to 1, up to the rounding of its dtype: at most that of an entropy."""
+    eps = torch.finfo(log.dtype).eps
+    total = log.exp().sum(dim, dtype=torch.promote_types(log.dtype, torch.float32))
+    return (total - 1).abs() <= 4 * eps * (1 + math.log(log.shape[dim]))
+
+
+_CHANCE = 1e-4  # of a false alarm
+
+
+def _check_tensors(
+    log_q: Tensor,
+    log_p: Tensor,
+    dim: int,
+    mask: Tensor | None,
+    log_behavior: Tensor | None,
+    normalizer: Tensor | float | None,
 ) -> None:
+    check_tensors(log_q=log_q, log_p=log_p)
+    if log_behavior is not None:
+        check_tensors(log_behavior=log_behavior)
+    if mask is not None:
+        expand_mask(mask, log_q.shape, "of log_q")
+    if normalizer is not None and not isinstance(normalizer, Tensor):
+        check_number("normalizer", normalizer)
+    if not (log_q.is_floating_point() and log_p.is_floating_point()):
+        raise TypeError(f"log_q and log_p must be of floating point, got {log_q.dtype} and {log_p.dtype}.")
     if log_q.shape != log_p.shape:
         raise ValueError(
             f"log_q and log_p must have the same shape, got {tuple(log_q.shape)} and {tuple(log_p.shape)}: sum both "
@@ -225,17 +293,21 @@ def _check(
         raise ValueError(
             f"log_behavior must have the shape of log_q, got {tuple(log_behavior.shape)} and {tuple(log_q.shape)}."
         )
+    if log_q.dim() > 0:
+        check_dim("dim", dim, log_q, "log_q")
     if log_q.dim() == 0 or log_q.shape[dim] == 0:
         raise ValueError(f"log_q must hold at least one sample along dim={dim}, got shape {tuple(log_q.shape)}.")
-    if value not in get_args(LogProbValue):
-        raise ValueError(f"value must be 'k1', 'k2' or 'k3', got {value!r}.")
-    if gradient in _WRONG:
+
+
+def _check_options(log_q: Tensor, gradient: str | None, value: str, log_behavior: Tensor | None) -> None:
+    check_word("value", value, LogProbValue)
+    if isinstance(gradient, str) and gradient in _WRONG:
         raise ValueError(
             f"gradient={gradient!r} is refused: differentiated at samples without a gradient, {_WRONG[gradient]}. "
             "Take gradient='score_function' (or 'k2'), the gradient of KL(q‖p)."
         )
-    if gradient not in (None, *get_args(LogProbGradient)):
-        raise ValueError(f"gradient must be 'pathwise', 'score_function', 'k2' or 'none', got {gradient!r}.")
+    if gradient is not None:
+        check_word("gradient", gradient, LogProbGradient)
     if gradient == "pathwise" and log_behavior is not None:
         raise ValueError(
             "gradient='pathwise' needs samples of q itself, but log_behavior says that they came from another "
@@ -263,10 +335,10 @@ def _check_level(log_q: Tensor, dim: int, mask: Tensor | None, token_dim: int | 
             "level='sequence' has the gradient of the KL of the sequences, level='token' the gradient of every token's "
             "KL with its prefix held fixed."
         )
-    if level is not None and level not in get_args(Level):
-        raise ValueError(f"level must be 'sequence' or 'token', got {level!r}.")
-    if token_dim is None:
+    if level is None or token_dim is None:
         return
+    check_word("level", level, Level)
+    check_dim("token_dim", token_dim, log_q, "log_q")
     if token_dim % log_q.dim() == dim % log_q.dim():
         raise ValueError(f"token_dim must differ from dim, got {token_dim} and {dim}.")
     if mask is not None and mask.dtype is not torch.bool:

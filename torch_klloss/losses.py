@@ -30,10 +30,11 @@ from torch_klloss.methods.base import as_method
 from torch_klloss.methods.first_of import Refuse, WarnFirst
 from torch_klloss.methods.monte_carlo.method import Gradient, Value
 from torch_klloss.methods.monte_carlo.mixed import MixedGradient
+from torch_klloss.numerics.arguments import check_generator
 from torch_klloss.numerics.tracing import without_autocast
 from torch_klloss.reduction import Batch, ReductionName, check_reduction, expand_mask, is_zero, reduce, reduce_estimate
 from torch_klloss.rng import RngState, rng_state
-from torch_klloss.samplers import IID, Sampler
+from torch_klloss.samplers import Sampler
 
 OnFallback = Literal["allow", "warn", "error"]
 
@@ -131,7 +132,7 @@ class KLLoss(nn.Module):
             A scalar, or `[*examples]` with reduction="none".
 
         Raises:
-            TypeError: if q or p is not a distribution, or the mask not a tensor.
+            TypeError: if q or p is not a distribution, the mask not a tensor, or the generator none.
             ValueError: if shapes do not fit, q is discrete and p continuous or the reverse, or "mean" has no example:
                 an empty batch, or a mask that sums to zero (NaN under compile and vmap); or if a masked example is NaN
                 inside of a network of q or p, such as a flow's, where it cannot be replaced.
@@ -167,6 +168,7 @@ class KLLoss(nn.Module):
 
     def estimate(self, q: Distribution, p: Distribution, generator: torch.Generator | None = None) -> KLEstimate:
         """Return the unreduced `KLEstimate`, of the broadcast batch shape, without mask and reduction."""
+        check_generator(generator)
         if self.observers and not self._random_states:  # not part of a call
             return torch.compiler.disable(self._observed)(
                 lambda q, p, mask, generator: self.estimate(q, p, generator), q, p, None, generator
@@ -351,7 +353,6 @@ class MonteCarloKL(KLLoss):
         reduction: ReductionName = "mean",
         batch_dims: int = 1,
     ) -> None:
-        sampler = IID() if sampler is None else sampler
         method = MonteCarlo(num_samples, sampler=sampler, gradient=gradient, value=value, chunk_size=chunk_size)
         super().__init__(method, reduction=reduction, batch_dims=batch_dims)
         if isinstance(gradient, MixedGradient):

@@ -8,7 +8,9 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
+from torch_klloss.distributions.tensors import replace_examples
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.numerics.arguments import check_integer
 from torch_klloss.numerics.dimensions import sum_after
@@ -23,8 +25,8 @@ def check_reduction(reduction: str, batch_dims: int) -> None:
     check_integer("batch_dims", batch_dims, at_least=0)
 
 
-def expand_mask(mask: Tensor, examples: torch.Size) -> Tensor:
-    """Return the mask in the shape of the examples.
+def expand_mask(mask: Tensor, examples: torch.Size, of: str = "of the examples") -> Tensor:
+    """Return the mask in the shape of the examples, or of what `of` says.
 
     Raises:
         TypeError: if the mask is not a tensor.
@@ -35,9 +37,9 @@ def expand_mask(mask: Tensor, examples: torch.Size) -> Tensor:
     try:
         return mask.expand(examples)
     except RuntimeError:
+        hint = "; batch_dims says how many leading dimensions index examples." if of == "of the examples" else "."
         raise ValueError(
-            f"mask must have, or broadcast to, the shape of the examples {tuple(examples)}, got {tuple(mask.shape)}; "
-            "batch_dims says how many leading dimensions index examples."
+            f"mask must have, or broadcast to, the shape {of} {tuple(examples)}, got {tuple(mask.shape)}{hint}"
         ) from None
 
 
@@ -137,6 +139,18 @@ class Batch:
         dims = len(self.elements)
         return t.flatten(0, dims - 1).index_select(0, self.index).unflatten(0, self.elements)
 
+    def replace(self, d: Distribution, batch_shape: torch.Size, samples: tuple[int, ...] = ()) -> Distribution:
+        """Return d with the parameters of every masked element replaced by those of one that counts.
+
+        Args:
+            d: a distribution; one that has no elements of its own comes back as it is.
+            batch_shape: the batch shape `[*samples, *elements, …]` of the pair that d belongs to.
+            samples: the shape of the draws before the elements.
+        """
+        if self.weights is None:
+            return d
+        return replace_examples(d, (self.weights != 0).expand((*samples, *self.elements)), batch_shape)
+
     def per_example(self, values: Tensor) -> Tensor:
         """Sum `[*elements, …]` within every example: the weighted parts, and all dimensions after them."""
         values = sum_after(values, len(self.elements))
@@ -166,15 +180,14 @@ class Batch:
         return reduce(per_example, reduction, self.num_example_dims, self.example_weights)
 
     def average(self, values: Tensor) -> Tensor:
-        """Return the mean over the examples of `[*elements, *latent]`: `[*parts, *latent]`."""
-        if self.num_example_dims == 0:
-            return values
+        """Return the mean over the examples of the weighted `[*elements, *latent]`: `[*parts, *latent]`."""
         examples = tuple(range(self.num_example_dims))
         if self.weights is None:
-            return values.mean(examples)
+            return values.mean(examples) if examples else values
         weights = self.weights.to(values.dtype)
         weights = weights.reshape(weights.shape + (1,) * (values.dim() - weights.dim()))
-        total = torch.where(weights == 0, 0.0, weights * values).sum(examples)
+        total = torch.where(weights == 0, 0.0, weights * values)
+        total = total.sum(examples) if examples else total
         count = self.example_weights
         return total if count is None else total / count.to(values.dtype).sum()
 

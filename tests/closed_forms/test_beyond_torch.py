@@ -14,6 +14,7 @@ from torch.distributions import (
     Multinomial,
     NegativeBinomial,
     Weibull,
+    Wishart,
 )
 
 from tests.closed_forms.checks import DTYPES, INF, check, t64, value_and_gradients
@@ -106,3 +107,15 @@ def test_the_log_determinant_has_the_mean_that_the_gradient_says(dim):
         return (levels * (2 * (torch.digamma(b) - torch.digamma(2 * b)) + 2 * math.log(2))).sum()
 
     torch.testing.assert_close(by_p, mean_log_det(p.detach()) - mean_log_det(q), rtol=1e-12, atol=0)
+
+
+def test_a_wishart_is_mapped_over_its_scale_where_torchs_constructor_does_not_look_at_values():
+    factors = torch.stack([torch.eye(2), 2 * torch.eye(2)])
+
+    def kl(a, b):
+        return kl_divergence(Wishart(4.0, scale_tril=a), Wishart(5.0, scale_tril=b))
+
+    expected = kl(factors, 2 * factors)
+    torch.testing.assert_close(torch.func.vmap(kl)(factors, 2 * factors), expected)
+    gradient = torch.func.grad(lambda a, b: kl(a, b).sum())(factors, 2 * factors)
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(kl))(factors, 2 * factors), gradient)

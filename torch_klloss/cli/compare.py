@@ -14,7 +14,7 @@ from torch.distributions import Distribution
 from torch.utils.benchmark import Timer
 
 from torch_klloss.cli.console import InputError, json_safe, new_console, parse_count, parse_seed, print_table
-from torch_klloss.cli.expressions import parse_distribution
+from torch_klloss.cli.expressions import first_line, parse_distribution
 from torch_klloss.distributions.checks import check_common_measure, check_pair
 from torch_klloss.distributions.tensors import device_of
 from torch_klloss.estimate import KLEstimate
@@ -149,7 +149,7 @@ def run(args: argparse.Namespace) -> None:
     if batch_shape.numel() == 0:
         raise InputError(f"q and p must have at least one batch element, got batch shape {tuple(batch_shape)}.")
     console = None if args.json else new_console()
-    rows = compare_methods(q, p, args.num_samples, args.seed)
+    rows = _compared(q, p, args)
     report = {
         "q": args.q,
         "p": args.p,
@@ -165,6 +165,13 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(json_safe(report), indent=2, allow_nan=False))
     else:
         _print_comparison(console, report, rows)
+
+
+def _compared(q: Distribution, p: Distribution, args: argparse.Namespace) -> list[Row]:
+    try:
+        return compare_methods(q, p, args.num_samples, args.seed)
+    except Exception as error:  # parameters that a constructor lets through, and a density or a draw does not
+        raise InputError(f"KL(q‖p) cannot be computed: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _read(which: str, text: str) -> Distribution:

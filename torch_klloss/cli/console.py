@@ -35,6 +35,8 @@ def parse_seed(text: str) -> int:
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Raise an InputError if the block cannot write to the path."""
+    if "\0" in str(path):
+        raise InputError(f"cannot write {str(path)!r}: a path has no null character")
     try:
         yield
     except OSError as error:

@@ -143,7 +143,7 @@ class _Reader:
         try:
             return torch.tensor(self._numbers(node), dtype=torch.get_default_dtype())
         except (TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"{self.source(node)}: no rectangular array of numbers: {_first_line(error)}") from None
+            raise ValueError(f"{self.source(node)}: no rectangular array of numbers: {first_line(error)}") from None
 
     def _numbers(self, node: ast.expr) -> Any:
         if isinstance(node, ast.List | ast.Tuple):
@@ -195,7 +195,26 @@ def _build(cls: type, arguments: list[Any], keywords: dict[str, Any]) -> Any:
         bound.arguments["temperature"] = torch.as_tensor(
             bound.arguments["temperature"], dtype=torch.get_default_dtype()
         )
+    for name, is_bad, wanted in _UNCHECKED.get(cls.__name__, ()):
+        if name in bound.arguments and is_bad(bound.arguments[name]):
+            raise ValueError(f"{name} must be {wanted}, got {bound.arguments[name]!r}.")
     return cls(*bound.args, **bound.kwargs)
+
+
+def _is_no_count(value: Any) -> bool:
+    return type(value) is not int or value < 0
+
+
+def _holds_zero(value: Any) -> bool:
+    return bool((torch.as_tensor(value) == 0).any())
+
+
+# Arguments that torch takes as they come and that make no distribution: name, check, and what is wanted.
+_UNCHECKED: dict[str, tuple[tuple[str, Callable[[Any], bool], str], ...]] = {
+    "AffineTransform": (("scale", _holds_zero, "other than 0"),),
+    "Independent": (("reinterpreted_batch_ndims", _is_no_count, "an integer of at least 0"),),
+    "PowerTransform": (("exponent", _holds_zero, "other than 0"),),
+}
 
 
 def _refuse_name(name: str) -> NoReturn:
@@ -217,10 +236,11 @@ def _reason(error: Exception) -> str:
         values = re.sub(r"tensor\((.*?)(, dtype=.*)?\)$", r"\1", " ".join(values.split()))
         values = re.sub(r"(\d\.)(?!\d)", r"\g<1>0", values)
         return f"parameter {parameter} must satisfy {constraint}, got {_shorten(values)}"
-    return _first_line(error)
+    return first_line(error)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text; its type where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 

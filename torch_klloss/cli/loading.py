@@ -43,8 +43,8 @@ def loaded(target: str) -> Iterator[Callable[..., Any]]:
     if not separator or not source or not name:
         raise LoadError(f"expected path/to/file.py:function or package.module:function, got {target!r}")
     path = Path(source)
-    is_file = path.suffix == ".py" or os.sep in source or path.is_file()
-    if is_file and not path.is_file():
+    is_file = path.suffix == ".py" or os.sep in source or _is_file(path)
+    if is_file and not _is_file(path):
         raise LoadError(f"there is no file {source}")
     with _first_on_path(path.resolve().parent if is_file else Path.cwd()):
         try:
@@ -55,6 +55,13 @@ def loaded(target: str) -> Iterator[Callable[..., Any]]:
             yield fn
         finally:
             sys.modules.pop(_NAME, None)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False
 
 
 @contextlib.contextmanager

@@ -38,7 +38,12 @@ class Match(NamedTuple):
     @property
     def is_ours(self) -> bool:
         """Whether the rule is this library's, and not torch's."""
-        return self.types in _RULES
+        return _RULES.get(self.types) is self.rule
+
+    def rival(self) -> Match | None:
+        """Return the match with the rule that another library has put into torch's table for the same types, if any."""
+        rule = _TORCH_RULES.get(self.types) if self.is_ours else None
+        return None if rule is None or rule.__module__.startswith("torch.") else Match(rule, self.types)
 
 
 class Resolution(NamedTuple):
@@ -72,7 +77,8 @@ def register_kl(
     `Independent`, and returns the KL in nats with the broadcast batch shape. The most specific rule over this
     table and torch's wins; on a tie, this one. torch's own table stays as it is.
 
-    A rule may raise `NotImplementedError` for instances that it has no formula for.
+    A rule may raise `NotImplementedError` for instances that it has no formula for. On a tie, the rule that another
+    library has put into torch's table is then asked.
 
     Args:
         type_q: the type of the distribution that the expectation is under.
@@ -181,11 +187,11 @@ def resolve(q: Distribution, p: Distribution) -> Resolution | None:
     if match.rule is not structural:
         return Resolution(match, q, p, peeled, densities)
     simple_q, simple_p, taken_off = simplify(q, p)
-    if simple_q is q and simple_p is p:
-        return None
-    simpler = resolve(*pair_in_full_precision(simple_q, simple_p))
+    is_simple = simple_q is q and simple_p is p
+    simpler = None if is_simple else resolve(*pair_in_full_precision(simple_q, simple_p))
     if simpler is None:
-        return None
+        rival = match.rival()
+        return None if rival is None else Resolution(rival, q, p, peeled, densities)
     num_summed = peeled + taken_off + simpler.num_summed
     return simpler._replace(num_summed=num_summed, densities=densities + simpler.densities)
 
@@ -202,7 +208,7 @@ def structural(q: Distribution, p: Distribution) -> Tensor:
 def has_formula(resolution: Resolution, batch_shape: torch.Size) -> bool:
     """Return whether the rule has a formula for these instances: it says so, or is run without gradients."""
     supports = getattr(resolution.match.rule, "supports", None)
-    if supports is not None:
+    if supports is not None and (supports(resolution.q, resolution.p) or resolution.match.rival() is None):
         return bool(supports(resolution.q, resolution.p))
     try:
         with torch.no_grad():
@@ -237,10 +243,25 @@ def evaluate(resolution: Resolution, batch_shape: torch.Size) -> Tensor:
             value = summed(q, p, num_summed)
         else:
             value = match.rule(q, p) if match.is_ours else _call_torch(match.rule, q, p)
-            value = sum_last(nan_outside(value, q, p), num_summed)
+            value = sum_last(nan_outside(_of_shape(value, q, p, match), q, p), num_summed)
     except NotImplementedError as error:
-        refuse(q, p, because=str(error))
+        rival = match.rival()
+        if rival is None:
+            refuse(q, p, because=str(error))
+        return evaluate(resolution._replace(match=rival), batch_shape)
     return value if value.shape == batch_shape else value.expand(batch_shape)
+
+
+def _of_shape(value: Tensor, q: Distribution, p: Distribution, match: Match) -> Tensor:
+    """Return the value of a rule, which must have the broadcast batch shape: any other would be broadcast."""
+    shape = torch.broadcast_shapes(q.batch_shape, p.batch_shape)
+    if value.shape != shape:
+        types = "‖".join(cls.__name__ for cls in match.types)
+        raise ValueError(
+            f"the closed form of KL({types}) must return the broadcast batch shape {tuple(shape)}, got "
+            f"{tuple(value.shape)}: it must sum over the event, and over no batch dimension."
+        )
+    return value
 
 
 def refuse(q: Distribution, p: Distribution, because: str = "") -> NoReturn:

@@ -59,7 +59,8 @@ def _refuse_kind(q: object, p: object) -> NoReturn:
     which, got = ("p", p) if isinstance(q, Distribution) else ("q", q)
     raise TypeError(
         f"{which} must be a torch.distributions.Distribution, got {type(got).__name__}. For log-probabilities at "
-        "samples use kl_from_log_probs; for a mean and a log-variance build q with diagonal_normal(mean, logvar)."
+        "samples use kl_from_log_probs; for a mean and a log-variance build q with diagonal_normal(mean, logvar), and "
+        "for the logits or log-probabilities of classes with categorical(logits)."
     )
 
 

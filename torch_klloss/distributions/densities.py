@@ -34,12 +34,12 @@ def log_density(d: Distribution, x: Tensor, contains_support: bool | Tensor | No
         contains_support: what `contained` returned for the distribution that the points belong to.
     """
     if contains_support is not True:
-        return log_prob_within(d, x, contains_support)
+        return log_prob_within(d, x, contains_support, x.shape)
     if type(d) is MixtureSameFamily and type(d.component_distribution) in _FORMULAS:
         components = log_density(d.component_distribution, d._pad(x), True)
         return (components + d.mixture_distribution.logits.log_softmax(-1)).logsumexp(-1)
     formula = _FORMULAS.get(type(d))
-    return log_prob_within(d, x, True) if formula is None else formula(d, x)
+    return log_prob_within(d, x, True, x.shape) if formula is None else formula(d, x)
 
 
 def _generalized_pareto(d: GeneralizedPareto, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch.distributions import Categorical, Distribution, Independent, Normal, 
 from torch.distributions.utils import lazy_property
 
 from torch_klloss.distributions.tensors import dtype_and_device_of
+from torch_klloss.numerics.arguments import check_tensors
 from torch_klloss.numerics.tracing import is_traced
 
 
@@ -139,14 +140,15 @@ def diagonal_normal(mean: Tensor, logvar: Tensor, batch_dims: int = 1) -> Indepe
         >>> AnalyticKL()(q, standard_normal_like(q))
         tensor(4.)
     """
+    check_tensors(mean=mean, logvar=logvar)
     if mean.shape != logvar.shape:
         raise ValueError(
             f"mean and logvar must have the same shape, got {tuple(mean.shape)} and {tuple(logvar.shape)}; a "
             "log-variance that is shared on purpose can be passed as logvar.expand_as(mean)."
         )
-    if not 0 <= batch_dims <= mean.dim():
+    if not isinstance(batch_dims, int) or not 0 <= batch_dims <= mean.dim():
         raise ValueError(
-            f"batch_dims must lie between 0 and the number of dimensions of mean ({mean.dim()}), got {batch_dims}."
+            f"batch_dims must lie between 0 and the number of dimensions of mean ({mean.dim()}), got {batch_dims!r}."
         )
     return _independent(LogVarNormal(mean, logvar), batch_dims)
 
@@ -191,6 +193,7 @@ def categorical(logits: Tensor) -> RawCategorical:
         >>> AnalyticKL()(teacher, student)
         tensor(0.)
     """
+    check_tensors(logits=logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must have at least one class in its last dimension, got shape {tuple(logits.shape)}.")
     return RawCategorical(logits)

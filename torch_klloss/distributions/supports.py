@@ -6,6 +6,8 @@ torch describes a support by a constraint. Constraints are compared if possible;
 from __future__ import annotations
 
 import math
+import re
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,19 +129,66 @@ def _draws_leave(q: Distribution, p: Distribution, fits: Any) -> bool:
     return bool((torch.as_tensor(fits, device=z.device) | ~inside.all(0)).all())
 
 
-def log_prob_within(p: Distribution, x: Tensor, contains_support: bool | Tensor | None) -> Tensor:
+class LogProbError(ValueError):
+    """The error of a class whose `log_prob` does not fit its batch and event shape."""
+
+
+def log_prob_at(d: Distribution, x: Tensor, shape: torch.Size) -> Tensor:
+    """Return d.log_prob(x), which must have the shape `[*points, *batch]`: any other would be broadcast.
+
+    Raises:
+        LogProbError: if it has another shape, or raises an error about shapes.
+    """
+    try:
+        log_prob: Tensor = d.log_prob(x)
+    except (IndexError, RuntimeError, ValueError) as error:
+        if is_traced() or isinstance(error, NotImplementedError) or not re.search(_ABOUT_SHAPES, str(error)):
+            raise
+        if len(x) > 1 and x.dim() > len(d.batch_shape) + len(d.event_shape):  # a single point may show the shape
+            with suppress(RuntimeError):
+                log_prob_at(d, x[:1], torch.Size((1, *shape[1:])))
+        raise LogProbError(
+            f"{type(d).__name__}.log_prob fails at points of shape {tuple(x.shape)}, where it must return one number "
+            f"for each point and batch element, here of shape {tuple(shape)}: {type(error).__name__}: {error}"
+        ) from error
+    check_log_prob(d, log_prob, shape)
+    return log_prob
+
+
+def check_log_prob(d: Distribution, log_prob: Tensor, shape: torch.Size) -> None:
+    """Raise a LogProbError unless d.log_prob has returned the shape `[*points, *batch]`."""
+    if log_prob.shape != shape:
+        raise LogProbError(
+            f"{type(d).__name__}.log_prob must return one number for each point and batch element, here of shape "
+            f"{tuple(shape)}, got {tuple(log_prob.shape)}. It must sum over the event shape {tuple(d.event_shape)} "
+            f"and over none of the batch shape {tuple(d.batch_shape)}: declare other shapes, or wrap it in Independent."
+        )
+
+
+_ABOUT_SHAPES = r"(?i)\b(batch_?size|sizes?|shapes?|dim|dimensions?|broadcast\w*|index)\b"
+
+
+def log_prob_within(
+    p: Distribution, x: Tensor, contains_support: bool | Tensor | None, shape: torch.Size | None = None
+) -> Tensor:
     """Return log p(x) `[*sample, *batch]`, -inf outside p's support, whatever validation p was built with.
 
     Args:
         p: the distribution.
         x: points `[*sample, *batch, *event]`.
         contains_support: what `contained` returned for the distribution that x was drawn from.
+        shape: of the result; by default that of the points without their event, broadcast to p's batch.
+
+    Raises:
+        ValueError: if p.log_prob returns another shape.
     """
-    if not x.is_floating_point():  # integers, as a Categorical draws, which Bernoulli.log_prob refuses
+    if shape is None:
+        shape = torch.broadcast_shapes(x.shape[: x.dim() - len(p.event_shape)], p.batch_shape)
+    if not x.is_floating_point() and not _takes_integers(p):
         x = x.to(dtype_of(p))
     support = None if contains_support is True else believed_support(p)
     if support is None:
-        log_prob = unvalidated(p).log_prob(x)
+        log_prob = log_prob_at(unvalidated(p), x, shape)
     elif isinstance(p, MixtureSameFamily):
         return _log_prob_within_components(p, x)
     else:
@@ -149,11 +198,20 @@ def log_prob_within(p: Distribution, x: Tensor, contains_support: bool | Tensor 
         else:  # tighter than the constraint of a family in _OVERRIDES
             inside = _is_within(x, bounds)
             inside = inside.flatten(-event_dims).all(-1) if event_dims else inside
+        if inside.shape != shape:  # a support that does not check whole events is as good as unknown
+            inside = torch.ones((), dtype=torch.bool, device=x.device).expand(shape)
         # Points outside are moved inside before they are evaluated, because a NaN gradient would survive the mask.
         kept = torch.where(inside.reshape(inside.shape + (1,) * event_dims), x, _interior_point(support, bounds, x))
-        log_prob = torch.where(inside, unvalidated(p).log_prob(kept), -math.inf)
+        log_prob = torch.where(inside, log_prob_at(unvalidated(p), kept, shape), -math.inf)
     impossible = _impossible(p, x)
     return log_prob if impossible is None else torch.where(impossible, -math.inf, log_prob)
+
+
+def _takes_integers(d: Distribution) -> bool:
+    """Return whether log_prob takes integers, as a Categorical draws them; Bernoulli.log_prob refuses them."""
+    while isinstance(d, Independent):
+        d = d.base_dist
+    return isinstance(d, Categorical)
 
 
 def _log_prob_within_components(p: MixtureSameFamily, x: Tensor) -> Tensor:

@@ -282,17 +282,27 @@ def replace_examples(d: Distribution, keep: Tensor, batch_shape: torch.Size) -> 
         batch_shape: the batch shape of the pair that d belongs to.
     """
     examples, dims = keep.shape, keep.dim()
-    if dims == 0 or d.batch_shape[:dims] != examples or len(d.batch_shape) != len(batch_shape):
+    if dims == 0 or len(d.batch_shape) != len(batch_shape) or _are_shared(d.batch_shape[:dims]):
         return d
+    if d.batch_shape[:dims] != examples:
+        d = expand_to(d, batch_shape)
     flat = keep.flatten()
     index = torch.where(flat, torch.arange(flat.numel(), device=flat.device), flat.int().argmax())
 
     def take(t: Tensor, name: str, owner: Distribution) -> Tensor:
-        if t.dim() < len(owner.batch_shape) + _event_dims(t, name, owner) or t.shape[:dims] != examples:
-            return t  # shared by the examples
+        if len(owner.batch_shape) < len(batch_shape):  # a distribution within a transform, which broadcasts
+            return t
+        if t.dim() < len(owner.batch_shape) + _event_dims(t, name, owner) or _are_shared(t.shape[:dims]):
+            return t
+        t = t.expand(examples + t.shape[dims:])
         return t.flatten(0, dims - 1).index_select(0, index.to(t.device)).unflatten(0, examples)
 
     return copy_with(d, take)
+
+
+def _are_shared(sizes: torch.Size) -> bool:
+    """Return whether dimensions of these sizes are the same for all examples."""
+    return all(size == 1 for size in sizes)
 
 
 def _event_dims(t: Tensor, name: str, owner: Distribution) -> int:
@@ -333,7 +343,10 @@ def flattened(d: Distribution, batch_shape: torch.Size) -> Distribution:
     dims, count = len(batch_shape), batch_shape.numel()
 
     def flat(t: Tensor, _: str, owner: Distribution) -> Tensor:
-        t = _broadcast(t, owner.batch_shape)
+        own = owner.batch_shape
+        event = t.shape[len(own) :]
+        # A distribution within a transform broadcasts against the points.
+        t = _broadcast(t, own) if own[:dims] == batch_shape else _expanded(t, batch_shape + event)
         return t.flatten(0, dims - 1) if dims else t[None]
 
     return copy_with(d, flat, _batch_replaced(dims, count), known_only=True)
@@ -365,9 +378,12 @@ def _batch_replaced(dims: int, count: int) -> Callable[[Distribution], dict[str,
 
 def _broadcast(t: Tensor, batch_shape: torch.Size) -> Tensor:
     """Return t expanded to all batch dimensions, in front of its other ones."""
-    dims = len(batch_shape)
+    return _expanded(t, batch_shape + t.shape[len(batch_shape) :])
+
+
+def _expanded(t: Tensor, shape: torch.Size) -> Tensor:
     try:
-        return t.expand(batch_shape + t.shape[dims:])
+        return t.expand(shape)
     except RuntimeError:
         raise NotSelectableError from None
 

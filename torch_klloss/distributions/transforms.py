@@ -8,10 +8,15 @@ from typing import Any
 from torch import Tensor
 from torch.distributions import (
     AffineTransform,
+    CatTransform,
     ComposeTransform,
+    CorrCholeskyTransform,
+    CumulativeDistributionTransform,
     Distribution,
     IndependentTransform,
     PowerTransform,
+    ReshapeTransform,
+    StackTransform,
     Transform,
 )
 from torch.distributions.transforms import _InverseTransform
@@ -56,6 +61,8 @@ def is_injective(t: Transform, d: Distribution) -> bool:
     """
     if not t.bijective:
         return False
+    if isinstance(t, (CatTransform, StackTransform)):
+        return all(is_injective(part, d) for part in t.transforms)
     least, most = getattr(t.domain, "lower_bound", -math.inf), getattr(t.domain, "upper_bound", math.inf)
     if least == -math.inf and most == math.inf:
         return True
@@ -74,8 +81,17 @@ def are_equal(t: Any, u: Any) -> bool:
         return True
     if type(t) is not type(u):
         return False
+    if isinstance(t, ReshapeTransform):
+        return bool(t.in_shape == u.in_shape and t.out_shape == u.out_shape)
+    if isinstance(t, CorrCholeskyTransform):
+        return True
+    if isinstance(t, CumulativeDistributionTransform):
+        return _are_same_family(t.distribution, u.distribution)
+    if isinstance(t, (CatTransform, StackTransform)):
+        lengths = getattr(t, "lengths", None) == getattr(u, "lengths", None)
+        return lengths and t.dim == u.dim and _are_all_equal(t.transforms, u.transforms)
     if isinstance(t, ComposeTransform):
-        return len(t.parts) == len(u.parts) and all(map(are_equal, t.parts, u.parts))
+        return _are_all_equal(t.parts, u.parts)
     if isinstance(t, _InverseTransform):
         return are_equal(t.inv, u.inv)
     if isinstance(t, IndependentTransform):
@@ -87,6 +103,18 @@ def are_equal(t: Any, u: Any) -> bool:
     if isinstance(t, PowerTransform):
         return is_same(t.exponent, u.exponent)
     return bool(t == u)
+
+
+def _are_all_equal(ts: list[Transform], us: list[Transform]) -> bool:
+    return len(ts) == len(us) and all(map(are_equal, ts, us))
+
+
+def _are_same_family(d: Distribution, e: Distribution) -> bool:
+    """Return whether two distributions are of one family of torch, and their parameters will always be equal."""
+    names = d.arg_constraints
+    if type(d) is not type(e) or not type(d).__module__.startswith("torch.distributions.") or not names:
+        return d is e
+    return all(is_same(getattr(d, name), getattr(e, name)) for name in names)
 
 
 def is_same(a: Tensor | float, b: Tensor | float) -> bool:

@@ -12,7 +12,7 @@ from torch.distributions import Distribution
 
 from torch_klloss.distributions.checks import check_pair, type_name
 from torch_klloss.distributions.simplify import peel
-from torch_klloss.distributions.supports import log_prob_within
+from torch_klloss.distributions.supports import log_prob_at, log_prob_within
 from torch_klloss.distributions.tensors import device_of, pair_in_full_precision, unvalidated
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.rng import draw_seed, private_rng
@@ -87,8 +87,8 @@ def decompose_kl(
     base_q = unvalidated(base_q)
     with nullcontext() if generator is None else private_rng(draw_seed(generator), device_of(q)):
         z = base_q.sample(torch.Size((num_samples,)))  # [num_samples, N, latent]
-    log_conditional = base_q.log_prob(z)
-    log_prior = log_prob_within(base_p, z, None)
+    log_conditional = log_prob_at(base_q, z, z.shape)
+    log_prior = log_prob_within(base_p, z, None, z.shape)
     log_aggregate, log_marginals = _aggregate(base_q, z, chunk_size)
     sweeps = {
         "mutual_information": log_conditional.sum(-1) - log_aggregate,

@@ -16,7 +16,7 @@ from torch_klloss.distributions.checks import check_pair, type_name
 from torch_klloss.distributions.families import LogVarNormal, StandardNormal
 from torch_klloss.distributions.reach import check_dropped
 from torch_klloss.distributions.simplify import flatten_independent, peel
-from torch_klloss.distributions.tensors import device_of, replace_examples
+from torch_klloss.distributions.tensors import device_of
 from torch_klloss.losses import KLLoss
 from torch_klloss.methods import ClosedForm, FirstOf
 from torch_klloss.numerics.tracing import is_traced
@@ -73,11 +73,7 @@ def divergence(
         ValueError: if `must_split` and the KL does not split.
     """
     batch_shape = check_pair(q, p)
-    if batch.weights is not None:
-        # one by one: if a hook breaks the graph, Dynamo loses an iterator over the two
-        keep = batch.weights != 0
-        q = replace_examples(q, keep, batch_shape)
-        p = replace_examples(p, keep, batch_shape)
+    q, p = batch.replace(q, batch_shape), batch.replace(p, batch_shape)
     if not kl.observers:
         return _divergence(kl, q, p, batch, generator, must_split)
     random_state = rng_state(device_of(q), generator)

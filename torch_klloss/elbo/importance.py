@@ -14,13 +14,19 @@ from torch.distributions import Distribution
 from torch_klloss.distributions.checks import check_pair, type_name
 from torch_klloss.distributions.reach import check_dropped, has_path, log_prob_with_fixed_parameters
 from torch_klloss.distributions.stated_supports import is_discrete
-from torch_klloss.distributions.supports import contained, has_moving_support, log_prob_within
+from torch_klloss.distributions.supports import (
+    check_log_prob,
+    contained,
+    has_moving_support,
+    log_prob_at,
+    log_prob_within,
+)
 from torch_klloss.distributions.tensors import device_of, expand_to, pair_in_full_precision, unvalidated
 from torch_klloss.elbo.batches import batch_of
 from torch_klloss.elbo.likelihoods import negative_log_prob
-from torch_klloss.numerics.arguments import check_integer
+from torch_klloss.numerics.arguments import check_generator, check_integer, check_tensors
 from torch_klloss.numerics.dimensions import sum_after
-from torch_klloss.reduction import ReductionName, check_reduction
+from torch_klloss.reduction import Batch, ReductionName, check_reduction
 from torch_klloss.rng import draw_seed, private_rng
 
 IWAEGradient = Literal["doubly_reparameterized", "pathwise", "none"]
@@ -108,13 +114,15 @@ class IWAELoss(nn.Module):
             NotImplementedError: if q cannot be sampled in the way that `gradient` needs.
             ValueError: if shapes do not fit, or x lies outside the likelihood's support.
         """
+        check_tensors(x=x)
+        check_generator(generator)
         batch_shape = check_pair(q, p)
         batch = batch_of(batch_shape, self.batch_dims, mask)
         if batch.has_parts:
             raise ValueError(
                 f"IWAELoss takes a mask of the examples {tuple(batch_shape[: self.batch_dims])}, not of parts."
             )
-        q, p = pair_in_full_precision(q, p)
+        q, p = pair_in_full_precision(batch.replace(q, batch_shape), batch.replace(p, batch_shape))
         gradient = self._gradient_for(q)
         q = unvalidated(expand_to(q, batch_shape))
         with nullcontext() if generator is None else private_rng(draw_seed(generator), device_of(q)):
@@ -122,8 +130,8 @@ class IWAELoss(nn.Module):
             z = q.sample(shape).detach() if gradient == "none" else q.rsample(shape)
         z = z.view_as(z)  # a cache of q knows its own draw, and would lead the gradient past the hook below
         log_q = self._log_q(q, z, gradient)
-        log_ratio = log_prob_within(p, z, contained(q, p)) - log_q
-        log_likelihood = -self._negative_log_prob(likelihood(z), x, len(batch.elements))
+        log_ratio = log_prob_within(p, z, contained(q, p), z.shape[:1] + batch_shape) - log_q
+        log_likelihood = -self._negative_log_prob(likelihood(z), x, batch)
         kept_dims = 1 + len(batch.elements)
         log_weight = sum_after(log_likelihood, kept_dims) + sum_after(log_ratio, kept_dims)
         if gradient == "doubly_reparameterized" and z.requires_grad:
@@ -135,9 +143,11 @@ class IWAELoss(nn.Module):
 
     def _log_q(self, q: Distribution, z: Tensor, gradient: str) -> Tensor:
         """Return log q(z), with a gradient to q's parameters if `gradient` is "pathwise"."""
+        shape = z.shape[:1] + q.batch_shape
         if gradient == "none":
-            return q.log_prob(z).detach()
+            return log_prob_at(q, z, shape).detach()
         log_q = q.log_prob(z) if gradient == "pathwise" else log_prob_with_fixed_parameters(q, z)
+        check_log_prob(q, log_q, shape)
         if not has_path(q, z, log_q):
             raise NotImplementedError(
                 f"IWAELoss(gradient={self.gradient!r}) needs draws of q.rsample that carry a gradient to every "
@@ -145,7 +155,7 @@ class IWAELoss(nn.Module):
             )
         return log_q
 
-    def _negative_log_prob(self, p_x: Distribution, x: Tensor, num_example_dims: int) -> Tensor:
+    def _negative_log_prob(self, p_x: Distribution, x: Tensor, batch: Batch) -> Tensor:
         shape = (self.num_samples, *x.shape)
         if not isinstance(p_x, Distribution):
             raise TypeError(f"likelihood(z) must return a torch.distributions.Distribution, got {type(p_x).__name__}.")
@@ -154,7 +164,8 @@ class IWAELoss(nn.Module):
                 f"likelihood(z) must be a distribution over {shape}, the samples followed by the shape of x, got batch "
                 f"{tuple(p_x.batch_shape)} and event {tuple(p_x.event_shape)}."
             )
-        return negative_log_prob(p_x, x.expand(shape))
+        p_x = batch.replace(p_x, p_x.batch_shape, (self.num_samples,))
+        return negative_log_prob(p_x, batch.take(x).expand(shape))
 
     def _gradient_for(self, q: Distribution) -> str:
         """Return how q is differentiated, or raise an error if `gradient` would be wrong for it."""

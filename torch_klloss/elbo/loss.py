@@ -13,7 +13,6 @@ from torch.distributions import Distribution
 from torch_klloss.distributions.checks import check_pair
 from torch_klloss.distributions.families import diagonal_normal, standard_normal_like
 from torch_klloss.distributions.reach import check_dropped
-from torch_klloss.distributions.tensors import replace_examples
 from torch_klloss.elbo.arguments import Latents, check_moments, pairs_of, same_shape, sum_levels
 from torch_klloss.elbo.batches import batch_of
 from torch_klloss.elbo.control import BetaController
@@ -33,6 +32,7 @@ from torch_klloss.elbo.likelihoods import (
 from torch_klloss.elbo.terms import ELBOTerms
 from torch_klloss.elbo.weighting import FreeNats, FreeNatsPer, balanced
 from torch_klloss.losses import AutoKL, KLLoss
+from torch_klloss.numerics.arguments import check_tensors
 from torch_klloss.numerics.tracing import without_autocast
 from torch_klloss.reduction import Batch
 from torch_klloss.rng import rng_state
@@ -164,6 +164,7 @@ class ELBOLoss(nn.Module):
                 everything, or the KL does not split as free nats need it.
             NotImplementedError: if `kl` has no route for a pair.
         """
+        check_tensors(x=x)
         if mask is None and lengths is None and isinstance(q, Distribution) and isinstance(p, Distribution):
             terms = self._plain_terms_of(p_x, x, q, p, step) if self._is_plain() else None
             if terms is not None:
@@ -172,8 +173,7 @@ class ELBOLoss(nn.Module):
         with without_autocast(x.device):
             batch = batch_of(check_pair(*pairs[0]), self.kl.batch_dims, mask, lengths)
             check_shape(p_x, x, batch.elements)
-            if batch.weights is not None:
-                p_x, x = replace_examples(p_x, batch.weights != 0, p_x.batch_shape), batch.take(x)
+            p_x, x = batch.replace(p_x, p_x.batch_shape), batch.take(x)
             # by index: if a hook breaks the graph, Dynamo loses an iterator over the pairs
             levels = [self._divergence(*pairs[level], batch, generator) for level in range(len(pairs))]
             nll = negative_log_prob(p_x, x)
@@ -220,16 +220,19 @@ class ELBOLoss(nn.Module):
             (tensor(2.0794), tensor([0., 0., 0., 0.]))
         """
         check_likelihood(likelihood)
+        check_tensors(recon=recon, x=x, mean=mean, logvar=logvar)
         if mask is None and lengths is None and self._is_plain():
             terms = self._plain_terms(recon, x, mean, logvar, likelihood, step)
             if terms is not None:
                 return terms
         with without_autocast(x.device):
-            recon, x, mean, logvar = (full_precision(t) for t in (recon, x, mean, logvar))
             check_moments(mean, logvar)
+            (recon, x), (mean, logvar) = full_precision(recon, x), full_precision(mean, logvar)
             kl = self.kl
-            mask_dims = 0 if mask is None else mask.dim()
-            element_dims = max(kl.batch_dims, mask_dims, 0 if lengths is None else lengths.dim() + 1)
+            given = {key: t for key, t in (("mask", mask), ("lengths", lengths)) if t is not None}
+            check_tensors(**given)
+            dims = [t.dim() + (key == "lengths") for key, t in given.items()]
+            element_dims = max(kl.batch_dims, *dims, 0)
             batch = batch_of(mean.shape[:element_dims], kl.batch_dims, mask, lengths)
             recon, x = same_shape(recon, x, batch.elements)
             recon, x, mean, logvar = (batch.take(t) for t in (recon, x, mean, logvar))

@@ -8,14 +8,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 from torch.distributions import Distribution
 
 from torch_klloss.closed_forms.registry import Resolution, evaluate, has_formula, refuse, resolve
 from torch_klloss.distributions.checks import check_pair
-from torch_klloss.distributions.tensors import device_of, in_floating_point
+from torch_klloss.distributions.supports import check_log_prob
+from torch_klloss.distributions.tensors import device_of, in_floating_point, unvalidated
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.methods.base import BaseMethod
 from torch_klloss.rng import private_rng
+
+_OF_OTHERS = (IndexError, RuntimeError, TypeError, ValueError)  # of a log_prob at points that it does not take
 
 # Classes whose own log_prob was seen to differ from the one that a rule was written for.
 _DIFFERENT: weakref.WeakSet[type[Distribution]] = weakref.WeakSet()
@@ -45,7 +49,8 @@ class ClosedForm(BaseMethod):
 
         Raises:
             NotImplementedError: if the pair has no closed form.
-            ValueError: if q is discrete and p continuous, or the reverse.
+            ValueError: if q is discrete and p continuous, or the reverse; if a class's own `log_prob` returns another
+                shape than one number for each point and batch element.
         """
         resolution = resolve(q, p)
         if resolution is None or not _keep_densities(resolution):
@@ -73,12 +78,10 @@ def _keeps_density(d: Distribution, parent: type[Distribution]) -> bool:
     try:
         with torch.no_grad(), private_rng(0, device_of(d)):
             x = d.sample(torch.Size((4,)))
-            own, inherited = d.log_prob(x), parent.log_prob(d, x)
+            if _agree(unvalidated(d), parent, x):
+                return True
     except (NotImplementedError, RuntimeError):  # cannot be drawn from, or not under vmap: nothing is known
         return False
-    tolerance = 100 * torch.finfo(own.dtype).eps
-    if torch.allclose(own, inherited, rtol=tolerance, atol=tolerance, equal_nan=True):
-        return True
     _DIFFERENT.add(cls)
     warnings.warn(
         f"{cls.__name__} overrides log_prob, and its density is not that of {parent.__name__}: it does not inherit "
@@ -86,3 +89,26 @@ def _keeps_density(d: Distribution, parent: type[Distribution]) -> bool:
         stacklevel=2,
     )
     return False
+
+
+def _agree(d: Distribution, parent: type[Distribution], x: Tensor) -> bool:
+    """Return whether d has the density of its parent at points of its own, as far as both can evaluate these.
+
+    A class whose points have another form than its parent's, such as the one-hot vectors of a Categorical, or whose
+    log_prob does not take several draws, inherits the parent's closed form, as it does in `kl_divergence`.
+    """
+    try:
+        own = d.log_prob(x)
+    except _OF_OTHERS as error:
+        if isinstance(error, NotImplementedError):
+            raise
+        return True
+    check_log_prob(d, own, x.shape[:1] + d.batch_shape)
+    try:
+        inherited = parent.log_prob(d, x)
+    except _OF_OTHERS:  # or the parent is abstract, and has no density
+        return True
+    if inherited.shape != own.shape:
+        return True
+    tolerance = 100 * torch.finfo(own.dtype).eps
+    return torch.allclose(own, inherited, rtol=tolerance, atol=tolerance, equal_nan=True)

@@ -2,8 +2,54 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
 
 def check_integer(name: str, value: object, at_least: int = 1) -> None:
     """Raise a ValueError unless the value is an integer, and at least so large."""
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         raise ValueError(f"{name} must be an integer of at least {at_least}, got {value!r}.")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise a TypeError unless the value is a number, and a ValueError if it is NaN."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}.")
+    if math.isnan(value):
+        raise ValueError(f"{name} must be a number, got NaN.")
+
+
+def check_word(name: str, value: object, options: Any) -> None:
+    """Raise a ValueError unless the value is one of the words of a `Literal`."""
+    words: tuple[str, ...] = get_args(options)
+    if not isinstance(value, str) or value not in words:
+        *first, last = map(repr, words)
+        raise ValueError(f"{name} must be {', '.join(first)} or {last}, got {value!r}.")
+
+
+def check_tensors(**tensors: object) -> None:
+    """Raise a TypeError unless every value is a tensor of real numbers."""
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}.")
+        if t.is_complex():
+            raise TypeError(f"{name} must be a tensor of real numbers, got {t.dtype}.")
+
+
+def check_dim(name: str, value: object, t: Tensor, of: str) -> None:
+    """Raise a ValueError unless the value is a dimension of a tensor that is called `of`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not -t.dim() <= value < t.dim():
+        raise ValueError(f"{name} must be a dimension of {of}, whose shape is {tuple(t.shape)}, got {value!r}.")
+
+
+def check_generator(generator: object) -> None:
+    """Raise a TypeError unless the value is a generator, or None."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator must be a torch.Generator or None, got {type(generator).__name__}: "
+            "torch.Generator().manual_seed(0)."
+        )

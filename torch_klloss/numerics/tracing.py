@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 _FunctionT = TypeVar("_FunctionT", bound=Callable[..., object])
 
@@ -28,6 +29,13 @@ def is_traced() -> bool:
 def needs_plain_operations() -> bool:
     """Return whether the derivative has to come from plain operations: under `torch.compile` and in forward mode."""
     return torch.compiler.is_compiling() or is_forward_mode()
+
+
+def concrete(t: Tensor) -> Tensor:
+    """Return the numbers of a tensor, with the dimensions that `torch.func.vmap` hides in unknown places."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        t = torch._C._functorch.get_unwrapped(t)
+    return t.detach()
 
 
 def is_func_transformed() -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, MixtureSameFamily, TransformedDistribution
 
+from torch_klloss.distributions.supports import log_prob_at
 from torch_klloss.samplers.draws import Draws, prepare
 from torch_klloss.samplers.points import Points, Sampler
 
@@ -34,7 +35,8 @@ class ComponentDraw:
 
     def log_component(self) -> Tensor:
         """Return the log-density of every point under the component that it was drawn from, `[n K, *batch]`."""
-        return self.component.log_prob(self.drawn.detach()).movedim(-1, 1).flatten(0, 1)
+        shape = self.drawn.shape[:1] + self.component.batch_shape
+        return log_prob_at(self.component, self.drawn.detach(), shape).movedim(-1, 1).flatten(0, 1)
 
 
 def mixture_of(q: Distribution) -> MixtureSameFamily | None:

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, VonMises
 
 from torch_klloss.distributions.simplify import diagonal_normal_of
 from torch_klloss.distributions.tensors import device_of, is_transparent
-from torch_klloss.numerics.tracing import is_func_transformed
+from torch_klloss.numerics.tracing import concrete, is_func_transformed
 from torch_klloss.samplers.draws import Draws, PreparedSampler, noise_in_blocks
 from torch_klloss.samplers.points import Points, evenly_weighted
 
@@ -36,6 +36,7 @@ class IID(PreparedSampler):
 
         Under `torch.func`, draws from a Normal are made of standard noise: torch's own know no randomness="different".
         """
+        _refuse_endless_draws(q)
 
         def make(n: int) -> tuple[Tensor, ...]:
             if is_func_transformed() and (normal := diagonal_normal_of(q)) is not None:
@@ -50,6 +51,23 @@ class IID(PreparedSampler):
 
         noise = noise_in_blocks(make, num_samples, device_of(q), is_slow=not is_transparent(q))
         return _IndependentDraws(q, num_samples, noise)
+
+
+def _refuse_endless_draws(q: Distribution) -> None:
+    """Raise a NotImplementedError for a VonMises of which torch rejects every proposal."""
+    parts = [q]
+    for d in parts:
+        parts += [part for key, part in vars(d).items() if isinstance(part, Distribution)]
+        if isinstance(d, VonMises) and not d.concentration.is_meta:
+            concentration = concrete(d.concentration)
+            if not (concentration <= _MOST_CONCENTRATED).all():
+                raise NotImplementedError(
+                    f"VonMises.sample of torch never ends at a concentration above {_MOST_CONCENTRATED:g} or NaN, got "
+                    f"{concentration.max().item():g}; use AutoKL or Quadrature, or a Normal of that precision."
+                )
+
+
+_MOST_CONCENTRATED = 1e14  # the proposal's r = 1 + 1/(2 concentration) must differ from 1 in float64
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,12 @@ from torch.distributions import (
 from torch.utils.checkpoint import checkpoint
 
 from torch_klloss.distributions.checks import type_name
+from torch_klloss.distributions.supports import bounds_of
 from torch_klloss.distributions.tensors import device_of
 from torch_klloss.estimate import NotCertifiedError
 from torch_klloss.methods.enumeration.masses import Masses, has_masses, kl_terms, masses, zero_gradient_where_infinite
 from torch_klloss.methods.enumeration.support import align
-from torch_klloss.numerics.tracing import is_traced
+from torch_klloss.numerics.tracing import concrete, is_func_transformed
 
 _NEGLIGIBLE = 1e-32  # of q's mass, on either side of the window
 _RTOL, _ATOL = 1e-12, 1e-25  # of the certified error
@@ -43,7 +44,7 @@ class Window(NamedTuple):
     @property
     def num_terms(self) -> int:
         """The largest number of terms over the batch."""
-        return int((self.upper - self.lower).max())
+        return int(concrete(self.upper - self.lower).max())
 
 
 class _Ratios(NamedTuple):
@@ -72,7 +73,7 @@ class _Tail(NamedTuple):
 
 def is_countable(q: Distribution) -> bool:
     """Return whether q lives on the counts 0, 1, … or their image, and its probabilities fall at a known rate."""
-    if is_traced() or q.event_shape or device_of(q).type == "meta" or not has_masses(q):
+    if torch.compiler.is_compiling() or q.event_shape or device_of(q).type == "meta" or not has_masses(q):
         return False
     if isinstance(q, TransformedDistribution):
         return is_countable(q.base_dist) and all(transform.bijective for transform in q.transforms)
@@ -103,6 +104,7 @@ def sum_over_counts(q: Distribution, p: Distribution, max_terms: int) -> tuple[T
     divergence, mass = _sums(masses_at, window, shape.numel())
     with torch.no_grad():
         bound, infinite = _truncation_error(counts, p, masses_at, window)
+        infinite = infinite | _passes_end(q, p)
         beyond = _mass_outside(p, window) if counts is q else torch.full_like(bound, math.inf)
     # p's mass beyond the window is 1 less its mass within, which rounds; this is added only where it matters.
     is_negligible = beyond <= (1e-13 * divergence.detach()).clamp(_ATOL / 100, 1e-16)
@@ -139,17 +141,17 @@ def _window(q: Any, max_terms: int) -> Window:
         lower, upper = (mean - reach).floor().clamp_min(0), (mean + reach).ceil()
         window = _within_limit(Window(lower, upper), q, max_terms)
         is_narrow = torch.stack([beyond.mass > _NEGLIGIBLE for beyond in _tails(q, window)]).any(0)
-        if not is_narrow.any():
+        if not concrete(is_narrow).any():
             return window
         reach = torch.where(is_narrow, 1.2 * reach, reach)
 
 
 def _within_limit(window: Window, q: Distribution, max_terms: int) -> Window:
-    if window.lower.numel() == 0 or (window.upper - window.lower).max() <= max_terms:
+    if window.lower.numel() == 0 or concrete(window.upper - window.lower).max() <= max_terms:
         return window
     raise NotImplementedError(
         f"Enumeration sums at most max_terms={max_terms} counts, but {type_name(q)} has mass on more: its standard "
-        f"deviation is {float(q.stddev.max()):.3g}. Raise max_terms, or use MonteCarloKL."
+        f"deviation is {float(concrete(q.stddev).max()):.3g}. Raise max_terms, or use MonteCarloKL."
     )
 
 
@@ -167,8 +169,8 @@ def _sums(masses_at: _MassesAt, window: Window, num_elements: int) -> tuple[Tens
     The sums are taken chunk by chunk; the terms of a chunk are computed again for the gradient.
     """
     lower = window.lower
-    if lower.numel() and (lower == lower.max()).all():  # functions of the counts alone are then computed once
-        lower = lower.max().reshape((1,) * lower.dim())
+    if lower.numel() and (first := concrete(lower)).eq(first.max()).all():
+        lower = first.max().reshape((1,) * lower.dim())  # functions of the counts alone are then computed once
 
     def part(start: int, stop: int) -> tuple[Tensor, Tensor]:
         x = lower + torch.arange(start, stop, dtype=torch.float64, device=lower.device).reshape(-1, *(1,) * lower.dim())
@@ -179,7 +181,7 @@ def _sums(masses_at: _MassesAt, window: Window, num_elements: int) -> tuple[Tens
 
     size = max(1, _CHUNK // max(1, num_elements))
     starts = range(0, window.num_terms, size)
-    if len(starts) == 1:
+    if len(starts) == 1 or is_func_transformed():  # which has no checkpoints
         return part(0, window.num_terms)
     ends = [min(start + size, window.num_terms) for start in starts]
     again = partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
@@ -195,13 +197,22 @@ def _truncation_error(q: Distribution, p: Distribution, masses_at: _MassesAt, wi
     at_q, at_p = masses_at(window.upper + steps)
     bound, infinite = _tail_bound(right, steps, at_q, at_p, has_masses(p))
     is_cut = window.lower > 0
-    if is_cut.any():  # a finite range down to zero: -log p is largest at one of its ends
+    if concrete(is_cut).any():  # a finite range down to zero: -log p is largest at one of its ends
         start = (window.lower - 1).clamp_min(0)
         steps = torch.minimum(_steps(left), start)
         at_q, at_p = masses_at(start - steps)
         of_left, reaches = _tail_bound(left, torch.zeros_like(steps), at_q, at_p, has_masses(p))
         bound, infinite = bound + torch.where(is_cut, of_left, 0.0), infinite | (reaches & is_cut)
     return bound, infinite
+
+
+def _passes_end(q: Distribution, p: Distribution) -> Tensor:
+    """Return where q has mass beyond the last point of p, however small; False where no such point is known."""
+    bounds = None if isinstance(q, TransformedDistribution) else bounds_of(p)
+    end = torch.as_tensor(math.inf if bounds is None else bounds.upper, dtype=torch.float64, device=device_of(q))
+    beyond = torch.where(end.isfinite(), 2 * end + 1, 0.0)
+    dims = max(end.dim(), len(q.batch_shape))
+    return end.isfinite() & (masses(q, align(beyond.unsqueeze(0), dims)).log.squeeze(0) > -math.inf)
 
 
 def _mass_outside(p: Distribution, window: Window) -> Tensor:
@@ -214,11 +225,12 @@ def _mass_outside(p: Distribution, window: Window) -> Tensor:
 
 
 def _certify(q: Distribution, p: Distribution, value: Tensor, bound: Tensor) -> None:
-    is_certified = (bound <= _RTOL * value.abs() + _ATOL) | value.isnan()
+    is_certified = concrete((bound <= _RTOL * value.abs() + _ATOL) | value.isnan())
     if not is_certified.all():
+        beyond = concrete(torch.where(bound <= _RTOL * value.abs() + _ATOL, 0.0, bound))
         raise NotCertifiedError(
             f"The tail of the sum for KL({type_name(q)}‖{type_name(p)}) cannot be bounded: the terms left out may be "
-            f"as large as {float(bound[~is_certified].nan_to_num(math.inf, math.inf).max()):.3g}. Use MonteCarloKL."
+            f"as large as {float(beyond.nan_to_num(math.inf, math.inf).max()):.3g}. Use MonteCarloKL."
         )
 
 
@@ -261,7 +273,7 @@ def _poisson(d: Any, x: Tensor) -> _Ratios:
 
 
 def _geometric(d: Any, x: Tensor) -> _Ratios:
-    failure = (1 - d.probs.double()).expand(x.shape)
+    failure = 1 - d.probs.double() + torch.zeros_like(x)
     return _Ratios(failure, 1 / failure)
 
 

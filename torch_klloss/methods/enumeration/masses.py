@@ -60,8 +60,23 @@ def masses(d: Distribution, x: Tensor) -> Masses:
     for cls, rule in _RULES.items():
         if isinstance(d, cls) and type(d).log_prob is cls.log_prob:
             return rule(d, x)
-    log = log_prob_within(d, x, None).double()
+    log = _log_prob(d, x).double()
     return Masses(log.exp(), log)
+
+
+def _log_prob(d: Distribution, x: Tensor) -> Tensor:
+    """Return log d(x) of a class that has its own.
+
+    Raises:
+        NotImplementedError: if it cannot evaluate the points, as one whose draws have another form than its parent's.
+    """
+    try:
+        return log_prob_within(d, x, None)
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise NotImplementedError(
+            f"Enumeration cannot evaluate {type(d).__name__}.log_prob at the points of its support, of shape "
+            f"{tuple(x.shape)}: {type(error).__name__}: {error} Use MonteCarloKL, or register a closed form."
+        ) from error
 
 
 def has_masses(d: Distribution) -> bool:

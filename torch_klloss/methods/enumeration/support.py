@@ -23,7 +23,7 @@ from torch.distributions import (
 from torch_klloss.distributions.stated_supports import is_discrete
 from torch_klloss.distributions.supports import bounds_of
 from torch_klloss.distributions.tensors import device_of
-from torch_klloss.numerics.tracing import is_traced
+from torch_klloss.numerics.tracing import concrete, is_traced
 
 
 def support_points(d: Distribution, limit: int) -> Tensor | None:
@@ -59,7 +59,7 @@ def _points(d: Distribution, limit: int) -> Tensor | None:
         return None if points is None or points.dim() > 1 + len(d.event_shape) else points
     if isinstance(d, TransformedDistribution):
         return _transformed(d, limit)
-    if isinstance(d, Binomial) and is_traced():
+    if isinstance(d, Binomial) and torch.compiler.is_compiling():
         return None  # the number of points is a value
     size = _size(d)
     if size is None:
@@ -85,7 +85,7 @@ def _size(d: Distribution) -> int | None:
     if isinstance(d, Multinomial):
         return math.comb(d.total_count + d.event_shape[0] - 1, d.total_count)
     if isinstance(d, Binomial) and not d.total_count.is_meta:
-        return int(d.total_count.max()) + 1 if d.total_count.numel() else 1
+        return int(concrete(d.total_count).max()) + 1 if d.total_count.numel() else 1
     return None
 
 

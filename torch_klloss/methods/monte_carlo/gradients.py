@@ -41,7 +41,8 @@ def without_score(log_q: Tensor, at_fixed_points: Tensor) -> Tensor:
         log_q: at the points.
         at_fixed_points: the same at points without a gradient; its value cancels, its gradient is the score.
     """
-    return log_q - (at_fixed_points - at_fixed_points.detach())
+    score = torch.where(at_fixed_points.isfinite(), at_fixed_points, 0.0)
+    return log_q - (score - score.detach())
 
 
 def score_function(draw: Draw, log_ratio: Tensor, log_score: Tensor, num_draws: int, mean: Tensor | None) -> Tensor:
@@ -56,7 +57,8 @@ def score_function(draw: Draw, log_ratio: Tensor, log_score: Tensor, num_draws: 
     """
     each = draw.split(log_ratio.detach())
     advantage = _leave_one_out(each, each.mean(0) if mean is None else mean, num_draws).reshape(log_score.shape)
-    return log_ratio + advantage * (log_score - log_score.detach())
+    finite = torch.where(log_score.isfinite(), log_score, 0.0)
+    return log_ratio + advantage * (finite - finite.detach())
 
 
 def _leave_one_out(log_ratio: Tensor, mean: Tensor, num_draws: int) -> Tensor:

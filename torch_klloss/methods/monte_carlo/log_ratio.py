@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from torch_klloss.distributions.reach import has_path
+from torch_klloss.distributions.supports import check_log_prob, log_prob_at
 from torch_klloss.distributions.tensors import full_precision, is_transparent
 from torch_klloss.methods.monte_carlo import gradients
 from torch_klloss.methods.monte_carlo.chunks import Expectation, expectation_in_chunks
@@ -87,7 +88,7 @@ class _Terms:
         with torch.no_grad():
             for start, stop in self.plan.chunks():
                 draw = self.draws(start, stop)
-                part = draw.split(self._log_q(draw.points.x) - self.pair.log_p(draw.points.x)).sum(0)
+                part = draw.split(self._log_q(draw.points.x) - self._log_p(draw.points.x)).sum(0)
                 total = total.to(part) + part
         self.mean = total / self.plan.num_samples
 
@@ -106,26 +107,37 @@ class _Terms:
         x, log_q = draw.points.x, draw.points.log_q
         if log_q is None or self.plan.value == "entropy":
             log_q = self._log_q(x)
+        else:
+            check_log_prob(self.pair.q, log_q, self._shape(x))
         if not self.is_settled:
             self._settle(draw, log_q)
         if self.gradient == "score_function":
             return self._score_terms(draw.fixed())
         if self.gradient == "sticking_the_landing":
             log_q = gradients.without_score(log_q, self._log_q(x.detach()))
-        return (log_q.detach() if self.gradient == "none" else log_q) - self.pair.log_p(x)
+        return (log_q.detach() if self.gradient == "none" else log_q) - self._log_p(x)
 
     def _score_terms(self, draw: Draw) -> Tensor:
-        log_p, log_q = self.pair.log_p(draw.points.x), self._log_q(draw.points.x)
+        log_p, log_q = self._log_p(draw.points.x), self._log_q(draw.points.x)
         if self.plan.value == "entropy":
-            log_score = full_precision(self.pair.q.log_prob(draw.points.x))
+            log_score = self._log_density_q(draw.points.x)
         else:
             log_score = log_q if draw.by_component is None else draw.by_component.log_component()
             log_q = log_q.detach()
         return gradients.score_function(draw, log_q - log_p, log_score, self.plan.num_samples, self.mean)
 
     def _log_q(self, x: Tensor) -> Tensor:
-        q = self.pair.q
-        return full_precision(-q.entropy() if self.plan.value == "entropy" else q.log_prob(x))
+        return full_precision(-self.pair.q.entropy()) if self.plan.value == "entropy" else self._log_density_q(x)
+
+    def _log_density_q(self, x: Tensor) -> Tensor:
+        return full_precision(log_prob_at(self.pair.q, x, self._shape(x)))
+
+    def _log_p(self, x: Tensor) -> Tensor:
+        return self.pair.log_p(x, self._shape(x))
+
+    def _shape(self, x: Tensor) -> torch.Size:
+        """Return the shape of a log-density at points: one number a draw and batch element."""
+        return x.shape[:1] + self.pair.q.batch_shape
 
 
 def _has_path(q: Distribution, draw: Draw, log_q: Tensor) -> bool:

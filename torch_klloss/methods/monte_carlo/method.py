@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import KW_ONLY, dataclass, field
-from typing import ClassVar
+from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar, cast
 
 import torch
 from torch.distributions import Distribution
@@ -93,7 +93,7 @@ class MonteCarlo(BaseMethod):
 
     Args:
         num_samples: S, how many points are drawn for every batch element, and for every component of a mixture.
-        sampler: where the points come from.
+        sampler: where the points come from; by default independent draws, `IID()`.
         gradient: how the gradient to q's parameters is estimated; a word, or a `MixedGradient`.
         value: the form of the estimate.
         chunk_size: the largest number of draws that are evaluated at once; None for all. Every chunk is evaluated again
@@ -123,13 +123,17 @@ class MonteCarlo(BaseMethod):
 
     num_samples: int = 1
     _: KW_ONLY
-    sampler: Sampler = field(default_factory=IID)
+    sampler: Sampler | None = None
     gradient: Gradient | MixedGradient = "auto"
     value: Value = "log_ratio"
     chunk_size: int | None = None
     name: ClassVar[str] = "monte_carlo"
 
     def __post_init__(self) -> None:
+        if self.sampler is None:
+            object.__setattr__(self, "sampler", IID())
+        elif not callable(getattr(self.sampler, "draw", None)) or isinstance(self.sampler, type):
+            raise TypeError(f"sampler must have draw(q, num_samples, *, differentiable), got {self.sampler!r}: IID().")
         check_integer("num_samples", self.num_samples)
         check_chunk_size(self.chunk_size)
         remembers = isinstance(self.gradient, MixedGradient)
@@ -198,8 +202,8 @@ class MonteCarlo(BaseMethod):
         return "mixed" if isinstance(self.gradient, MixedGradient) else self.gradient
 
     def _sample(self, pair: PreparedPair, gradient: Gradient, source: AbstractContextManager[None]) -> Expectation:
-        automatic = self.gradient == "auto"
-        plan = Plan(self.num_samples, self.sampler, gradient, self.value, self.chunk_size, automatic)
+        automatic, sampler = self.gradient == "auto", cast(Sampler, self.sampler)
+        plan = Plan(self.num_samples, sampler, gradient, self.value, self.chunk_size, automatic)
         if self.value not in SURROGATES and gradient != "mixed":
             return estimate_plain(pair, plan, source)
         if torch.is_inference_mode_enabled():  # these take derivatives of their own
@@ -246,7 +250,7 @@ class MonteCarlo(BaseMethod):
                 "parameters; use gradient='pathwise'."
             )
         if gradient == "mixed":
-            check_mixed(q, self.sampler)
+            check_mixed(q, cast(Sampler, self.sampler))
         refuse_value(self.value, q)
         refuse_transforms(gradient, self.value)
         return gradient

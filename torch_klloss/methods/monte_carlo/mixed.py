@@ -9,7 +9,6 @@ than the gradient that they correct, which leaves it unbiased.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch.distributions as dist
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from torch_klloss.distributions.supports import log_prob_at
 from torch_klloss.distributions.tensors import copy_with, tensors_of
 from torch_klloss.methods.monte_carlo.chunks import Expectation
 from torch_klloss.methods.monte_carlo.options import HELD_OUT
@@ -153,7 +153,7 @@ def _sample(pair: PreparedPair, plan: Plan, state: MixedGradient | None) -> tupl
     leaves = {key: t.detach().requires_grad_() for key, t in own.items()}
     with torch.enable_grad():
         copy = copy_with(rows, lambda t, *_: leaves.get(id(t), t))
-        log_ratio, log_score = _terms(copy, pair.log_p, plan.sampler)
+        log_ratio, log_score = _terms(copy, pair, plan.sampler)
         wrt = list(leaves.values())
         grads, scores = _grads(log_ratio, wrt), _grads(log_score, wrt)
     if not (torch.is_grad_enabled() and reaches_others(log_ratio, wrt)):
@@ -166,15 +166,16 @@ def _sample(pair: PreparedPair, plan: Plan, state: MixedGradient | None) -> tupl
     return log_ratio, carrier
 
 
-def _terms(q: Distribution, log_p: Callable[[Tensor], Tensor], sampler: Sampler) -> tuple[Tensor, Tensor]:
+def _terms(q: Distribution, pair: PreparedPair, sampler: Sampler) -> tuple[Tensor, Tensor]:
     """Return the log-ratio at a draw of every row, and log q at the same point, which is fixed, `[S, *batch]`."""
     if mixture_of(q) is None:
         points = sampler.draw(q, 1, differentiable=True)
     else:
         points = prepare_by_component(sampler, q, 1, differentiable=True).part(0, 1).points
     x, weights = points.x, points.weights
-    log_ratio = (weights * (q.log_prob(x) - log_p(x))).sum(0)
-    return log_ratio, (weights.detach() * q.log_prob(x.detach())).sum(0)
+    log_p, shape = pair.log_p(x), x.shape[:1] + q.batch_shape
+    log_ratio = (weights * (log_prob_at(q, x, shape) - log_p)).sum(0)
+    return log_ratio, (weights.detach() * log_prob_at(q, x.detach(), shape)).sum(0)
 
 
 def _grads(rows: Tensor, wrt: list[Tensor]) -> list[Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
@@ -35,9 +36,15 @@ class PreparedPair:
         q, p = (copy_with(d, lambda t, *_: t.clone() if t.is_inference() else t) for d in (self.q, self.p))
         return replace(self, q=q, p=p)
 
-    def log_p(self, x: Tensor) -> Tensor:
-        """Return log p at points `[n, *batch, *event]`, -inf outside its support."""
-        return full_precision(log_prob_within(self.p, x, self.contains_support))
+    def log_p(self, x: Tensor, shape: torch.Size | None = None) -> Tensor:
+        """Return log p at points, -inf outside its support.
+
+        Args:
+            x: the points, `[…, *batch, *event]`.
+            shape: of the result; by default that of the points without their event.
+        """
+        shape = x.shape[: x.dim() - len(self.q.event_shape)] if shape is None else shape
+        return full_precision(log_prob_within(self.p, x, self.contains_support, shape))
 
 
 @dataclass(frozen=True)
