@@ -28,8 +28,8 @@ from torch.distributions import (
 )
 from torch.nn.functional import logsigmoid
 
+from torch_klloss.distributions.densities import log_density
 from torch_klloss.distributions.given import as_given
-from torch_klloss.distributions.supports import log_prob_within
 from torch_klloss.numerics.elementary import at_least, at_most, e2, horner, x_minus_log1p
 
 # The logarithm of zero in products with counts, which may be zero themselves.
@@ -60,7 +60,7 @@ def masses(d: Distribution, x: Tensor) -> Masses:
     for cls, rule in _RULES.items():
         if isinstance(d, cls) and type(d).log_prob is cls.log_prob:
             return rule(d, x)
-    log = log_prob_within(d, x, None).double()
+    log = log_density(d, x, None).double()
     return Masses(log.exp(), log)
 
 

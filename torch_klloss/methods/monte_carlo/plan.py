@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from torch_klloss.distributions.checks import type_name
-from torch_klloss.distributions.supports import has_moving_support, log_prob_within
+from torch_klloss.distributions.densities import log_density, log_density_within
+from torch_klloss.distributions.located import Located
+from torch_klloss.distributions.supports import has_moving_support
 from torch_klloss.distributions.tensors import full_precision
 from torch_klloss.samplers import Sampler
 
@@ -30,9 +32,13 @@ class PreparedPair:
     contains_support: bool | Tensor | None
     peeled: int
 
-    def log_p(self, x: Tensor) -> Tensor:
+    def log_q(self, x: Tensor | Located) -> Tensor:
+        """Return log q at points of its own, `[n, *batch, *event]`."""
+        return full_precision(log_density_within(self.q, x))
+
+    def log_p(self, x: Tensor | Located) -> Tensor:
         """Return log p at points `[n, *batch, *event]`, -inf outside its support."""
-        return full_precision(log_prob_within(self.p, x, self.contains_support))
+        return full_precision(log_density(self.p, x, self.contains_support))
 
 
 @dataclass(frozen=True)
