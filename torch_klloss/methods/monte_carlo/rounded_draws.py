@@ -68,13 +68,11 @@ def _open_ends(q: Distribution) -> Bounds | None:
 
 
 def _is_on(ends: Bounds, x: Located) -> Tensor:
-    """Return where points have the value of an end, and their distance to it is not known; torch's draws stop at tiny.
+    """Return where points have the value of a finite end, and their distance to it is lost; torch's draws stop at tiny.
 
-    An infinite value is an end too, unless its logarithm is known.
+    Points beyond an end are the draws of a parameter outside its domain.
     """
-    tiny = torch.finfo(x.x.dtype).tiny
-    below = x.x <= ends.lower + tiny if x.log_below is None else x.log_below == -math.inf
-    if x.log_above is not None:
-        return below | (x.log_above == -math.inf)
-    above = x.x >= ends.upper
-    return below | (above if x.log_below is None else above & x.x.isfinite())
+    near = ends.lower + torch.finfo(x.x.dtype).tiny
+    below = (x.x >= ends.lower) & (x.x <= near) if x.log_below is None else x.log_below == -math.inf
+    above = x.x == ends.upper if x.log_above is None else x.log_above == -math.inf
+    return (below | above) & x.x.isfinite()
