@@ -158,9 +158,9 @@ class MonteCarlo(BaseMethod):
         """
         check_common_measure(q, p)
         given = q, p
-        infinite_variance = None if self.num_samples == 1 else is_infinite(q, p, power=2)
         gradient = self._gradient_for(_inside(q, p))
         q, p, peeled = _simplified(q, p)
+        infinite_variance = None if self.num_samples == 1 else is_infinite(*(given if peeled else (q, p)), power=2)
         inside = contained(q, p)
         # Expanded before it is drawn from: batch elements do not share their noise.
         shape = check_pair(q, p) if peeled else batch_shape
