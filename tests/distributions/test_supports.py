@@ -17,13 +17,12 @@ from torch.distributions import (
     Uniform,
 )
 
+from torch_klloss.distributions.densities import log_density
+from torch_klloss.distributions.stated_supports import is_discrete, support_of
 from torch_klloss.distributions.supports import (
     bounds_of,
     contained,
     has_moving_support,
-    is_discrete,
-    log_prob_within,
-    support_of,
 )
 
 HALF = torch.tensor(0.5)
@@ -159,25 +158,25 @@ def test_discrete_and_continuous_are_told_apart():
     ids=lambda v: type(v).__name__ if isinstance(v, dist.Distribution) else "",
 )
 def test_points_outside_have_zero_density(p, x, expected):
-    torch.testing.assert_close(log_prob_within(p, torch.tensor(x), None), torch.tensor(expected), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(log_density(p, torch.tensor(x), None), torch.tensor(expected), rtol=1e-5, atol=1e-5)
     assert p._validate_args
 
 
 def test_points_outside_leave_no_nan_in_a_gradient():
     x = torch.tensor([-1.0, 0.5, 2.0], requires_grad=True)
     concentration = torch.tensor(2.5, requires_grad=True)
-    log_prob = log_prob_within(dist.Beta(concentration, 1.5), x, None)
+    log_prob = log_density(dist.Beta(concentration, 1.5), x, None)
     assert log_prob.isfinite().tolist() == [False, True, False]
     grads = torch.autograd.grad(log_prob[1], (x, concentration))
     assert all(g.isfinite().all() for g in grads)
-    whole = torch.autograd.grad(log_prob_within(dist.Beta(concentration, 1.5), x, None).sum(), (x, concentration))
+    whole = torch.autograd.grad(log_density(dist.Beta(concentration, 1.5), x, None).sum(), (x, concentration))
     assert all(g.isfinite().all() for g in whole)
 
 
 def test_an_event_counts_as_outside_where_one_component_is():
     p = Independent(Uniform(torch.zeros(2), 1.0), 1)
     x = torch.tensor([[0.5, 0.5], [0.5, 1.5]])
-    assert log_prob_within(p, x, None).tolist() == [0.0, -math.inf]
+    assert log_density(p, x, None).tolist() == [0.0, -math.inf]
 
 
 def test_a_support_moves_where_a_gradient_flows_into_its_ends():

@@ -14,7 +14,13 @@ from torch.distributions import Distribution
 
 from torch_klloss.auditing.experiment.calling import CallError, isolated
 from torch_klloss.auditing.experiment.observation import WrongShapeError
-from torch_klloss.auditing.experiment.parameters import OTHER_FAMILIES, Binding, SignatureError, adapted, bindings_to_try
+from torch_klloss.auditing.experiment.parameters import (
+    OTHER_FAMILIES,
+    Binding,
+    SignatureError,
+    adapted,
+    bindings_to_try,
+)
 from torch_klloss.auditing.experiment.signatures import SIGNATURES, SignatureName
 from torch_klloss.auditing.judge import Judgement, Settings, judge
 from torch_klloss.auditing.report import AuditReport

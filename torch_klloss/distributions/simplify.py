@@ -29,7 +29,7 @@ def peel(q: Distribution, p: Distribution) -> tuple[Distribution, Distribution, 
     q, q_dims = flatten_independent(q)
     p, p_dims = flatten_independent(p)
     shared = min(q_dims, p_dims)
-    return _wrap(q, q_dims - shared), _wrap(p, p_dims - shared), shared
+    return wrap(q, q_dims - shared), wrap(p, p_dims - shared), shared
 
 
 def simplify(q: Distribution, p: Distribution) -> tuple[Distribution, Distribution, int]:
@@ -103,7 +103,7 @@ def _as_family(d: Distribution) -> Distribution:
     if isinstance(d, Independent):
         base, dims = flatten_independent(d)
         family = _as_family(base)
-        return d if family is base else _wrap(family, dims)
+        return d if family is base else wrap(family, dims)
     t = _last_elementwise(d)
     if t is None or not _is_plain(d):
         return d
@@ -150,7 +150,7 @@ def _lift(d: Distribution) -> Distribution:
     if isinstance(d, Independent):
         base, dims = flatten_independent(d)
         lifted = _lift(base)
-        return d if lifted is d.base_dist and dims else _lift(_wrap(lifted, dims))
+        return d if lifted is d.base_dist and dims else _lift(wrap(lifted, dims))
     if is_a(d, MultivariateNormal) and d.event_shape == (1,):
         return Independent(Normal(d.loc, d.scale_tril.squeeze(-1), validate_args=False), 1, validate_args=False)
     if not _is_plain(d):
@@ -192,5 +192,6 @@ def diagonal_normal_of(d: Distribution) -> Normal | None:
     return base if is_a(base, Normal) else None
 
 
-def _wrap(d: Distribution, dims: int) -> Distribution:
+def wrap(d: Distribution, dims: int) -> Distribution:
+    """Return d with its last batch dimensions as a part of the event."""
     return Independent(d, dims, validate_args=False) if dims else d

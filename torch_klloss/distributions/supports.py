@@ -14,13 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributions import (
-    Bernoulli,
-    Binomial,
     Categorical,
     Distribution,
     Independent,
     MixtureSameFamily,
-    OneHotCategorical,
     TransformedDistribution,
     VonMises,
     constraints,
@@ -31,12 +28,11 @@ from torch_klloss.distributions.manifolds import are_singular
 from torch_klloss.distributions.stated_supports import (
     believed_support,
     innermost,
-    is_discrete,
     is_of_torch,
     some_draws,
     support_of,
 )
-from torch_klloss.distributions.tensors import device_of, dtype_of, unvalidated
+from torch_klloss.distributions.tensors import device_of, dtype_of
 from torch_klloss.numerics.tracing import is_traced
 
 
@@ -100,7 +96,7 @@ def contained(q: Distribution, p: Distribution) -> bool | Tensor | None:
     bounds, limits = bounds_of(q), bounds_of(p)
     if bounds is None or limits is None or q_support is None or p_support is None:
         return None
-    fits = _is_within(bounds.lower, limits) & _is_within(bounds.upper, limits)
+    fits = is_within(bounds.lower, limits) & is_within(bounds.upper, limits)
     event_dims = len(q.event_shape)
     if isinstance(fits, Tensor) and 0 < event_dims <= fits.dim():
         fits = fits.flatten(-event_dims).all(-1)
@@ -124,7 +120,7 @@ def _draws_leave(q: Distribution, p: Distribution, fits: Any) -> bool:
     z, bounds = some_draws(q), bounds_of(p)
     if z is None or bounds is None:
         return True
-    inside = _is_within(z, bounds)
+    inside = is_within(z, bounds)
     inside = inside.flatten(-len(q.event_shape)).all(-1) if q.event_shape else inside
     return bool((torch.as_tensor(fits, device=z.device) | ~inside.all(0)).all())
 
@@ -168,92 +164,14 @@ def check_log_prob(d: Distribution, log_prob: Tensor, shape: torch.Size) -> None
 _ABOUT_SHAPES = r"(?i)\b(batch_?size|sizes?|shapes?|dim|dimensions?|broadcast\w*|index)\b"
 
 
-def log_prob_within(
-    p: Distribution, x: Tensor, contains_support: bool | Tensor | None, shape: torch.Size | None = None
-) -> Tensor:
-    """Return log p(x) `[*sample, *batch]`, -inf outside p's support, whatever validation p was built with.
-
-    Args:
-        p: the distribution.
-        x: points `[*sample, *batch, *event]`.
-        contains_support: what `contained` returned for the distribution that x was drawn from.
-        shape: of the result; by default that of the points without their event, broadcast to p's batch.
-
-    Raises:
-        ValueError: if p.log_prob returns another shape.
-    """
-    if shape is None:
-        shape = torch.broadcast_shapes(x.shape[: x.dim() - len(p.event_shape)], p.batch_shape)
-    if not x.is_floating_point() and not _takes_integers(p):
-        x = x.to(dtype_of(p))
-    support = None if contains_support is True else believed_support(p)
-    if support is None:
-        log_prob = log_prob_at(unvalidated(p), x, shape)
-    elif isinstance(p, MixtureSameFamily):
-        return _log_prob_within_components(p, x)
-    else:
-        bounds, event_dims = bounds_of(p), len(p.event_shape)
-        if bounds is None or is_discrete(p):
-            inside = support.check(x)
-        else:  # tighter than the constraint of a family in _OVERRIDES
-            inside = _is_within(x, bounds)
-            inside = inside.flatten(-event_dims).all(-1) if event_dims else inside
-        if inside.shape != shape:  # a support that does not check whole events is as good as unknown
-            inside = torch.ones((), dtype=torch.bool, device=x.device).expand(shape)
-        # Points outside are moved inside before they are evaluated, because a NaN gradient would survive the mask.
-        kept = torch.where(inside.reshape(inside.shape + (1,) * event_dims), x, _interior_point(support, bounds, x))
-        log_prob = torch.where(inside, log_prob_at(unvalidated(p), kept, shape), -math.inf)
-    impossible = _impossible(p, x)
-    return log_prob if impossible is None else torch.where(impossible, -math.inf, log_prob)
-
-
-def _takes_integers(d: Distribution) -> bool:
+def takes_integers(d: Distribution) -> bool:
     """Return whether log_prob takes integers, as a Categorical draws them; Bernoulli.log_prob refuses them."""
     while isinstance(d, Independent):
         d = d.base_dist
     return isinstance(d, Categorical)
 
 
-def _log_prob_within_components(p: MixtureSameFamily, x: Tensor) -> Tensor:
-    """Return log p(x) of a mixture, its components -inf outside their own supports (torch's check requires all)."""
-    log_components = log_prob_within(p.component_distribution, p._pad(x), None)
-    terms = log_components + torch.log_softmax(p.mixture_distribution.logits, -1)
-    inside = (terms > -math.inf).any(-1) | terms.isnan().any(-1)
-    return torch.where(inside, torch.where(inside.unsqueeze(-1), terms, 0.0).logsumexp(-1), -math.inf)
-
-
-def _impossible(d: Distribution, x: Tensor) -> Tensor | None:
-    """Return where d, given by probabilities of exactly 0 or 1, has no mass; torch's log_prob clamps them."""
-    if isinstance(d, OneHotCategorical):
-        d, x = d._categorical, x.argmax(-1)
-    if not isinstance(d, (Categorical, Bernoulli, Binomial)):
-        return None
-    given = next((key for key in d.__dict__ if key in ("raw_logits", "probs", "logits")), None)
-    if given != "probs":  # torch computes the other one on demand, and stores it second
-        return None
-    probs = d.probs
-    if isinstance(d, Categorical):
-        index, masses = torch.broadcast_tensors(x.long().unsqueeze(-1), probs)
-        return masses.gather(-1, index[..., :1].clamp(0, probs.shape[-1] - 1)).squeeze(-1) == 0
-    most = d.total_count if isinstance(d, Binomial) else 1
-    return ((probs == 0) & (x > 0)) | ((probs == 1) & (x < most))
-
-
-def _interior_point(support: constraints.Constraint, bounds: Bounds | None, x: Tensor) -> Tensor:
-    """Return points inside the support, of the shape of x; x itself if none is known."""
-    if not innermost(support).is_discrete:
-        try:
-            to_support = transform_to(support)
-            return to_support(x.new_zeros(to_support.inverse_shape(x.shape)))
-        except NotImplementedError:
-            return x
-    if bounds is None:
-        return x
-    lower, upper = (torch.as_tensor(end, dtype=x.dtype, device=x.device) for end in (bounds.lower, bounds.upper))
-    return torch.where(lower.isfinite(), lower, torch.where(upper.isfinite(), upper, 0.0))
-
-
-def _is_within(x: float | Tensor, bounds: Bounds) -> Any:
+def is_within(x: float | Tensor, bounds: Bounds) -> Any:
     """Return whether x lies between the ends. NaN counts as inside, so that the result is NaN and not an infinity."""
     outside = (x < bounds.lower) | (x > bounds.upper)
     return ~outside if isinstance(outside, Tensor) else not outside

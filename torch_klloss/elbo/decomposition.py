@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from torch_klloss.distributions.checks import check_pair, type_name
+from torch_klloss.distributions.densities import log_density
 from torch_klloss.distributions.simplify import peel
-from torch_klloss.distributions.supports import log_prob_at, log_prob_within
+from torch_klloss.distributions.supports import log_prob_at
 from torch_klloss.distributions.tensors import device_of, pair_in_full_precision, unvalidated
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.rng import draw_seed, private_rng
@@ -88,7 +89,7 @@ def decompose_kl(
     with nullcontext() if generator is None else private_rng(draw_seed(generator), device_of(q)):
         z = base_q.sample(torch.Size((num_samples,)))  # [num_samples, N, latent]
     log_conditional = log_prob_at(base_q, z, z.shape)
-    log_prior = log_prob_within(base_p, z, None, z.shape)
+    log_prior = log_density(base_p, z, None)
     log_aggregate, log_marginals = _aggregate(base_q, z, chunk_size)
     sweeps = {
         "mutual_information": log_conditional.sum(-1) - log_aggregate,
@@ -127,9 +128,9 @@ def _aggregate(q: Distribution, z: Tensor, chunk_size: int) -> tuple[Tensor, Ten
     points = z.flatten(0, 1)
     log_joint, log_each = [], []
     for block in points.split(max(1, chunk_size // (num_examples * latent))):
-        log_density = q.log_prob(block.unsqueeze(1))  # [points, N, latent]
-        log_joint.append(log_density.sum(-1).logsumexp(1))
-        log_each.append(log_density.logsumexp(1))
+        at_examples = q.log_prob(block.unsqueeze(1))  # [points, N, latent]
+        log_joint.append(at_examples.sum(-1).logsumexp(1))
+        log_each.append(at_examples.logsumexp(1))
     shift, shape = math.log(num_examples), z.shape[:2]
     return (torch.cat(log_joint) - shift).view(shape), (torch.cat(log_each) - shift).view(*shape, latent)
 

@@ -12,15 +12,10 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from torch_klloss.distributions.checks import check_pair, type_name
+from torch_klloss.distributions.densities import log_density
 from torch_klloss.distributions.reach import check_dropped, has_path, log_prob_with_fixed_parameters
 from torch_klloss.distributions.stated_supports import is_discrete
-from torch_klloss.distributions.supports import (
-    check_log_prob,
-    contained,
-    has_moving_support,
-    log_prob_at,
-    log_prob_within,
-)
+from torch_klloss.distributions.supports import check_log_prob, contained, has_moving_support, log_prob_at
 from torch_klloss.distributions.tensors import device_of, expand_to, pair_in_full_precision, unvalidated
 from torch_klloss.elbo.batches import batch_of
 from torch_klloss.elbo.likelihoods import negative_log_prob
@@ -130,7 +125,7 @@ class IWAELoss(nn.Module):
             z = q.sample(shape).detach() if gradient == "none" else q.rsample(shape)
         z = z.view_as(z)  # a cache of q knows its own draw, and would lead the gradient past the hook below
         log_q = self._log_q(q, z, gradient)
-        log_ratio = log_prob_within(p, z, contained(q, p), z.shape[:1] + batch_shape) - log_q
+        log_ratio = log_density(p, z, contained(q, p)) - log_q
         log_likelihood = -self._negative_log_prob(likelihood(z), x, batch)
         kept_dims = 1 + len(batch.elements)
         log_weight = sum_after(log_likelihood, kept_dims) + sum_after(log_ratio, kept_dims)

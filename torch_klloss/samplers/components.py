@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, MixtureSameFamily, TransformedDistribution
 
-from torch_klloss.distributions.supports import log_prob_at
-from torch_klloss.samplers.draws import Draws, prepare
+from torch_klloss.distributions.densities import log_density_within
+from torch_klloss.distributions.located import Located
+from torch_klloss.distributions.maps import fixed, image
+from torch_klloss.distributions.transforms import parts_of
+from torch_klloss.samplers.origins import LocatedDraws, prepare_located
 from torch_klloss.samplers.points import Points, Sampler
 
 
@@ -21,12 +25,14 @@ class ComponentDraw:
         points: the first draw from every component, then the second, …, `[n K, *batch, *event]`. The weight of each is
             its share of the draws times the probability of its component, through which a gradient flows.
         component: the distribution of the components, `[*batch, K, *event]`.
+        x: the same points, as `Located`.
         drawn: the points of the components themselves, `[n, *batch, K, *event]`.
     """
 
     points: Points
     component: Distribution
-    drawn: Tensor
+    x: Located
+    drawn: Located
 
     @property
     def num_components(self) -> int:
@@ -35,8 +41,7 @@ class ComponentDraw:
 
     def log_component(self) -> Tensor:
         """Return the log-density of every point under the component that it was drawn from, `[n K, *batch]`."""
-        shape = self.drawn.shape[:1] + self.component.batch_shape
-        return log_prob_at(self.component, self.drawn.detach(), shape).movedim(-1, 1).flatten(0, 1)
+        return log_density_within(self.component, fixed(self.drawn)).movedim(-1, 1).flatten(0, 1)
 
 
 def mixture_of(q: Distribution) -> MixtureSameFamily | None:
@@ -75,7 +80,7 @@ def prepare_by_component(
     if mixture is None:
         raise ValueError(f"prepare_by_component needs a MixtureSameFamily, got {type(q).__name__}.")
     component = mixture.component_distribution
-    return DrawsByComponent(q, mixture, prepare(sampler, component, num_samples, differentiable=differentiable))
+    return DrawsByComponent(q, mixture, prepare_located(sampler, component, num_samples, differentiable=differentiable))
 
 
 @dataclass(frozen=True)
@@ -90,16 +95,19 @@ class DrawsByComponent:
 
     q: Distribution
     mixture: MixtureSameFamily
-    draws: Draws
+    draws: LocatedDraws
 
     def part(self, start: int, stop: int) -> ComponentDraw:
         """Return draws start … stop - 1 of every component, the same at every call."""
-        drawn = self.draws.part(start, stop)
+        points, drawn = self.draws.part(start, stop)
         component, dim = self.mixture.component_distribution, len(self.mixture.batch_shape) + 1
         probs = self.mixture.mixture_distribution.probs.expand(component.batch_shape)
-        x = _transformed(self.q, _possible(drawn.x, probs, dim).movedim(dim, 1).flatten(0, 1))
-        weights = (drawn.weights * probs).movedim(-1, 1).flatten(0, 1)
-        return ComponentDraw(Points(x, weights, drawn.num_replicates), component, drawn.x)
+        x = drawn.map(lambda t: _possible(t, probs, dim).movedim(dim, 1).flatten(0, 1))
+        with nullcontext() if self.draws.differentiable else torch.no_grad():
+            x = _transformed(self.q, x)
+        x = x if self.draws.differentiable else fixed(x)
+        weights = (points.weights * probs).movedim(-1, 1).flatten(0, 1)
+        return ComponentDraw(Points(x.x, weights, points.num_replicates), component, x, drawn)
 
 
 def _possible(x: Tensor, probs: Tensor, dim: int) -> Tensor:
@@ -110,11 +118,11 @@ def _possible(x: Tensor, probs: Tensor, dim: int) -> Tensor:
     return torch.where(never, torch.take_along_dim(x, best.unsqueeze(0), dim), x)
 
 
-def _transformed(q: Distribution, x: Tensor) -> Tensor:
+def _transformed(q: Distribution, x: Located) -> Located:
     """Return points of the mixture as points of q."""
     if not isinstance(q, TransformedDistribution):
         return x
     x = _transformed(q.base_dist, x)
-    for transform in q.transforms:
-        x = transform(x)
+    for t in parts_of(q.transforms):
+        x = image(t, x)
     return x

@@ -32,6 +32,7 @@ from torch.distributions import (
 from torch.distributions.relaxed_bernoulli import LogitRelaxedBernoulli
 from torch.distributions.relaxed_categorical import ExpRelaxedCategorical
 
+from torch_klloss.samplers.log_space import LogDirichlet, log_dirichlet
 from torch_klloss.samplers.quantiles import log_gamma_quantile, logit_beta_quantile, von_mises_quantile
 from torch_klloss.samplers.transport import num_uniforms, register_transport, transport
 
@@ -131,13 +132,7 @@ def beta(q: Beta, u: Tensor) -> Tensor:
 @register_transport(Dirichlet, lambda q: q.event_shape[-1] - 1)
 def dirichlet(q: Dirichlet, u: Tensor) -> Tensor:
     """Return points by breaking a stick: the k-th takes a Beta(α_k, α_{k+1} + … + α_K) share of the rest."""
-    a = q.concentration
-    rest = a.flip(-1).cumsum(-1).flip(-1)[..., 1:]
-    y = logit_beta_quantile(a[..., :-1], rest, u)
-    log_left = torch.nn.functional.logsigmoid(-y).cumsum(-1)
-    log_left = torch.nn.functional.pad(log_left, (1, 0))
-    log_share = torch.nn.functional.pad(torch.nn.functional.logsigmoid(y), (0, 1))
-    return _positive(log_left + log_share, u)
+    return _positive(log_dirichlet(LogDirichlet(q.concentration), u), u)
 
 
 @register_transport(StudentT)

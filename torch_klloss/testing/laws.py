@@ -16,7 +16,8 @@ from torch.distributions import Distribution, Independent
 
 from torch_klloss.closed_forms import kl_divergence
 from torch_klloss.distributions.checks import check_pair, type_name
-from torch_klloss.distributions.supports import has_moving_support, log_prob_within
+from torch_klloss.distributions.densities import log_density
+from torch_klloss.distributions.supports import has_moving_support
 from torch_klloss.distributions.tensors import copy_with, device_of, tensors_of, unvalidated
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.methods import Enumeration, FirstOf, MonteCarlo, Quadrature
@@ -141,7 +142,7 @@ class _Case:
         size = 1.0
         with torch.no_grad(), private_rng(self.seed, device_of(self.q)), suppress(NotImplementedError, RuntimeError):
             x = self.q.sample(torch.Size((256,)))  # or q cannot be drawn from
-            log_p = log_prob_within(self.p, x, None)
+            log_p = log_density(self.p, x, None)
             size += (unvalidated(self.q).log_prob(x).abs() + log_p.nan_to_num(0.0, 0.0, 0.0).abs()).mean().item()
         return 100 * torch.finfo(self.value.dtype).eps * size
 

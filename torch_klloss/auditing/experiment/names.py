@@ -14,7 +14,10 @@ BY_NAMES: Mapping[str, tuple[str, ...]] = {
     "mean_logstd": (_MEAN, r"(?:.*_)?(?:log_?(?:std|sigma|scale|sd|stddev)s?|ls|lsigma|rho)(?:_?[qz])?"),
     "mean_var": (_MEAN, r"(?:.*_)?(?:var|variance|sigma_?(?:2|sq.*)|std_?(?:2|sq.*)|v)(?:_?[qz])?"),
     "mean_std": (_MEAN, r"(?!.*(?:raw|pre)_)(?:.*_)?(?:std|sigma|scale|sd|stddev|s|stds|sigmas|std_?dev)(?:_?[qz])?"),
-    "mean_rho": (_MEAN, r"(?:.*_)?(?:rho|(?:raw|pre)_?(?:std|sigma|scale)|(?:std|sigma|scale)_?(?:raw|pre))(?:_?[qz])?"),
+    "mean_rho": (
+        _MEAN,
+        r"(?:.*_)?(?:rho|(?:raw|pre)_?(?:std|sigma|scale)|(?:std|sigma|scale)_?(?:raw|pre))(?:_?[qz])?",
+    ),
     "log_probs": (
         r"log_?(?:prob|p(?=rob))?s?_?q.*|lq|logqx?|q_?log_?probs?",
         r"log_?(?:prob)?s?_?p(?!rob).*|lp|logpx?|p_?log_?probs?",

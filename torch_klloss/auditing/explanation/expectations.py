@@ -59,7 +59,9 @@ def misread(subject: Subject, parts: Parts) -> ProbedPair:
     pair: Any = subject.pair
     if "spread" in parts and (spread := subject.signature.spread) is not None:
         logvars = {"q.": "q_logvar", "p.": "p_logvar", "": "q_logvar"}
-        given = {name: subject.leaves[side + spread] for side, name in logvars.items() if side + spread in subject.leaves}
+        given = {
+            name: subject.leaves[side + spread] for side, name in logvars.items() if side + spread in subject.leaves
+        }
         pair = replace(pair, **{name: LOG_VARIANCE[parts["spread"]](leaf) for name, leaf in given.items()})
     believed: ProbedPair = parts.get("pair", lambda given: given)(pair)
     return believed

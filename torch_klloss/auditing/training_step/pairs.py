@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Normal
 
-from torch_klloss.auditing.experiment.signatures import LOG_VARIANCE, Spread
 from torch_klloss.auditing.experiment.names import moment_of, words_of
+from torch_klloss.auditing.experiment.signatures import LOG_VARIANCE, Spread
 from torch_klloss.auditing.training_step.names import is_kl_name, is_of_data, level_of, side_of
 from torch_klloss.auditing.training_step.record import FunctionRecord, NamedValue
 from torch_klloss.distributions.checks import check_pair

@@ -28,8 +28,8 @@ from torch.distributions import (
 )
 from torch.nn.functional import logsigmoid
 
+from torch_klloss.distributions.densities import log_density
 from torch_klloss.distributions.given import as_given
-from torch_klloss.distributions.supports import log_prob_within
 from torch_klloss.numerics.elementary import at_least, at_most, e2, horner, x_minus_log1p
 
 # The logarithm of zero in products with counts, which may be zero themselves.
@@ -71,7 +71,7 @@ def _log_prob(d: Distribution, x: Tensor) -> Tensor:
         NotImplementedError: if it cannot evaluate the points, as one whose draws have another form than its parent's.
     """
     try:
-        return log_prob_within(d, x, None)
+        return log_density(d, x, None)
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         raise NotImplementedError(
             f"Enumeration cannot evaluate {type(d).__name__}.log_prob at the points of its support, of shape "

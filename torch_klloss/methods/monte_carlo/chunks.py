@@ -15,6 +15,7 @@ The baseline of a score function, a mean over all draws, takes a pass of its own
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from torch_klloss.numerics.arguments import check_integer
 from torch_klloss.numerics.dimensions import sum_last
 from torch_klloss.numerics.graph import leaves_of, nodes_of
 from torch_klloss.numerics.tracing import is_traced
+from torch_klloss.numerics.versions import Versions
 from torch_klloss.samplers.points import Points, skewness_of_mean
 
 Evaluate = Callable[[int, int], tuple[Points, Tensor]]
@@ -103,13 +105,15 @@ def expectation_in_chunks(evaluate: Evaluate, num_draws: int, chunk_size: int | 
     bounds = [(start, min(start + step, num_draws)) for start in range(0, num_draws, step)]
     if not torch.is_grad_enabled():
         return _expectation(chunk, bounds, lambda total: total)
+    recomputed = _RecomputedChunks(chunk, bounds, device)
     try:
-        recomputed = _RecomputedChunks(chunk, bounds, device)
         return _expectation(recomputed.part, bounds, recomputed.joined)
     except _HiddenHookError:
         return _expectation(chunk, bounds, lambda total: total)
     except _UnknownInputError:
-        return _expectation(partial(_checkpointed, chunk), bounds, lambda total: total)
+        result = _expectation(partial(_checkpointed, recomputed.checked), bounds, lambda total: total)
+        recomputed.remember_versions()
+        return result
 
 
 def _at_once(chunk_size: int, device: torch.device) -> int:
@@ -166,6 +170,8 @@ class _RecomputedChunks:
         self._chunk, self._bounds = chunk, bounds
         self._inputs: dict[int, Tensor] = {}
         self._hidden: dict[int, Tensor] = {}
+        self._read: dict[int, weakref.ref[Tensor]] = {}
+        self._versions = Versions(())
         self._autocast = _autocast_settings(device)
 
     def part(self, start: int, stop: int) -> _ChunkSum:
@@ -176,6 +182,7 @@ class _RecomputedChunks:
         """
         with _AliasMode({}, older_than=_sequence_number()) as aliased:
             part, terms, replicates = self._chunk(start, stop)
+        self._read.update(aliased.read)
         # The hooks of a leaf have to run once in a backward pass, and not for every chunk.
         if any(leaf._backward_hooks for leaf in aliased.hidden_leaves(part)):
             raise _HiddenHookError
@@ -194,15 +201,28 @@ class _RecomputedChunks:
         """
         if self._hidden and any(id(leaf) in self._hidden for leaf in leaves_of(*self._inputs.values())):
             raise _UnknownInputError
+        self.remember_versions()
         inputs = [*self._inputs.values(), *self._hidden.values()]
         return cast(Tensor, _Recomputation.apply(total, self._gradients, *inputs)) if inputs else total
 
+    def remember_versions(self) -> None:
+        """Remember the versions of all tensors that the chunks read and that are still there."""
+        tensors = (reference() for reference in self._read.values())
+        self._versions = Versions(tensor for tensor in tensors if tensor is not None)
+
+    def checked(self, start: int, stop: int) -> _ChunkSum:
+        """Return a chunk, unless what it reads was changed in place after `remember_versions`."""
+        self._versions.check()
+        return self._chunk(start, stop)
+
     def _gradients(self, upstream: Tensor) -> list[Tensor | None]:
         """Return the gradients to all inputs, with a graph if they are to be differentiated again."""
+        self._versions.check()
         totals: list[Tensor | None] = [None] * (len(self._inputs) + len(self._hidden))
         for start, stop in self._bounds:
             new = self._gradients_of(start, stop, upstream)
             totals = [b if a is None else a if b is None else a + b for a, b in zip(totals, new, strict=True)]
+        self.remember_versions()  # a network may count its calls in place
         return totals
 
     def _gradients_of(self, start: int, stop: int, upstream: Tensor) -> Sequence[Tensor | None]:
@@ -265,6 +285,7 @@ class _AliasMode(TorchFunctionMode):
     def __init__(self, inputs: Mapping[int, Tensor], older_than: int = 0) -> None:
         super().__init__()
         self._inputs, self._older_than = dict(inputs), older_than
+        self.read: dict[int, weakref.ref[Tensor]] = {}
         with torch.enable_grad():
             self.aliases = {key: tensor.view_as(tensor) for key, tensor in inputs.items()}
 
@@ -298,6 +319,7 @@ class _AliasMode(TorchFunctionMode):
 
     def _alias(self, tensor: Tensor) -> Tensor:
         key = id(tensor)
+        self.read[key] = weakref.ref(tensor)
         if key not in self.aliases and tensor.requires_grad and self._is_older(tensor):
             with torch.enable_grad():
                 self._inputs[key], self.aliases[key] = tensor, tensor.view_as(tensor)

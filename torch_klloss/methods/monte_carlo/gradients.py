@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from torch_klloss.distributions.located import Located
+from torch_klloss.distributions.maps import fixed
 from torch_klloss.samplers import Points
 from torch_klloss.samplers.components import ComponentDraw
 
@@ -18,11 +20,13 @@ class Draw:
     """Points of q, drawn from q itself or from its components one by one.
 
     Attributes:
-        points: the points, `[n, *batch, *event]`.
+        points: the weights of the points, `[n, *batch]`, with the points that they are images of.
+        x: the points, `[n, *batch, *event]`.
         by_component: their draw from the components of a mixture; None if they were drawn from q itself.
     """
 
     points: Points
+    x: Located
     by_component: ComponentDraw | None = None
 
     def split(self, t: Tensor) -> Tensor:
@@ -31,7 +35,7 @@ class Draw:
 
     def fixed(self) -> Draw:
         """Return the draw with points that carry no gradient."""
-        return replace(self, points=replace(self.points, x=self.points.x.detach(), log_q=None))
+        return replace(self, points=replace(self.points, log_q=None), x=fixed(self.x))
 
 
 def without_score(log_q: Tensor, at_fixed_points: Tensor) -> Tensor:

@@ -11,17 +11,21 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from torch_klloss.distributions.densities import log_density_within
+from torch_klloss.distributions.located import Located
+from torch_klloss.distributions.maps import fixed
 from torch_klloss.distributions.reach import has_path
-from torch_klloss.distributions.supports import check_log_prob, log_prob_at
+from torch_klloss.distributions.supports import check_log_prob
 from torch_klloss.distributions.tensors import full_precision, is_transparent
 from torch_klloss.methods.monte_carlo import gradients
 from torch_klloss.methods.monte_carlo.chunks import Expectation, expectation_in_chunks
 from torch_klloss.methods.monte_carlo.gradients import REPARAMETERISED, Draw
 from torch_klloss.methods.monte_carlo.plan import Plan, PreparedPair
+from torch_klloss.methods.monte_carlo.rounded_draws import RoundedDraws
 from torch_klloss.methods.monte_carlo.tail_diagnostics import may_have_heavy_tail
 from torch_klloss.samplers import Points
 from torch_klloss.samplers.components import mixture_of, prepare_by_component
-from torch_klloss.samplers.draws import prepare
+from torch_klloss.samplers.origins import prepare_located
 
 NUMBERS = ("k2", "k3")  # their gradient is the log-ratio's
 
@@ -42,7 +46,7 @@ def estimate_plain(pair: PreparedPair, plan: Plan, source: AbstractContextManage
         if terms.gradient == "score_function":
             terms.find_mean()
     result = expectation_in_chunks(terms.evaluate, plan.num_samples, plan.chunk_size, pair.peeled)
-    return replace(result, std_error=terms.trusted(result.std_error))
+    return replace(result, std_error=terms.trusted(result))
 
 
 class _Terms:
@@ -52,12 +56,14 @@ class _Terms:
         self.pair, self.plan, self.draws = pair, plan, draws
         self.gradient, self.is_settled = plan.gradient, False
         self.mean: Tensor | None = None  # of log q - log p over all draws, for the baseline
+        self.rounded = RoundedDraws(pair.q)
         self.seen: dict[int, Tensor] = {}  # the log-ratios behind k3, by chunk
 
     def evaluate(self, start: int, stop: int) -> tuple[Points, Tensor]:
         """Return the points of these draws, and the terms there."""
         draw = self.draws(start, stop)
         points, terms = draw.points, self._terms(draw)
+        self.rounded.see(start, draw.x)
         if self.gradient == "none":
             points = Points(points.x, points.weights.detach(), points.num_replicates)
         if self.plan.value not in NUMBERS:
@@ -88,12 +94,13 @@ class _Terms:
         with torch.no_grad():
             for start, stop in self.plan.chunks():
                 draw = self.draws(start, stop)
-                part = draw.split(self._log_q(draw.points.x) - self._log_p(draw.points.x)).sum(0)
+                part = draw.split(self._log_q(draw.x) - self.pair.log_p(draw.x)).sum(0)
                 total = total.to(part) + part
         self.mean = total / self.plan.num_samples
 
-    def trusted(self, std_error: Tensor | None) -> Tensor | None:
+    def trusted(self, result: Expectation) -> Tensor | None:
         """Return the standard error, NaN where it is unreliable."""
+        std_error = self.rounded.trusted(result.std_error, result.num_points, self.pair.peeled)
         if std_error is None or self.plan.value not in NUMBERS:
             return std_error
         if self.plan.value == "k2":  # the spread does not include the bias
@@ -104,48 +111,38 @@ class _Terms:
         return torch.where(bad, math.nan, std_error)
 
     def _terms(self, draw: Draw) -> Tensor:
-        x, log_q = draw.points.x, draw.points.log_q
+        x, log_q = draw.x, draw.points.log_q
         if log_q is None or self.plan.value == "entropy":
             log_q = self._log_q(x)
         else:
-            check_log_prob(self.pair.q, log_q, self._shape(x))
+            check_log_prob(self.pair.q, log_q, x.x.shape[:1] + self.pair.q.batch_shape)
         if not self.is_settled:
             self._settle(draw, log_q)
         if self.gradient == "score_function":
             return self._score_terms(draw.fixed())
         if self.gradient == "sticking_the_landing":
-            log_q = gradients.without_score(log_q, self._log_q(x.detach()))
-        return (log_q.detach() if self.gradient == "none" else log_q) - self._log_p(x)
+            log_q = gradients.without_score(log_q, self._log_q(fixed(x)))
+        return (log_q.detach() if self.gradient == "none" else log_q) - self.pair.log_p(x)
 
     def _score_terms(self, draw: Draw) -> Tensor:
-        log_p, log_q = self._log_p(draw.points.x), self._log_q(draw.points.x)
+        log_p, log_q = self.pair.log_p(draw.x), self._log_q(draw.x)
         if self.plan.value == "entropy":
-            log_score = self._log_density_q(draw.points.x)
+            log_score = self.pair.log_q(draw.x)
         else:
             log_score = log_q if draw.by_component is None else draw.by_component.log_component()
             log_q = log_q.detach()
         return gradients.score_function(draw, log_q - log_p, log_score, self.plan.num_samples, self.mean)
 
-    def _log_q(self, x: Tensor) -> Tensor:
-        return full_precision(-self.pair.q.entropy()) if self.plan.value == "entropy" else self._log_density_q(x)
-
-    def _log_density_q(self, x: Tensor) -> Tensor:
-        return full_precision(log_prob_at(self.pair.q, x, self._shape(x)))
-
-    def _log_p(self, x: Tensor) -> Tensor:
-        return self.pair.log_p(x, self._shape(x))
-
-    def _shape(self, x: Tensor) -> torch.Size:
-        """Return the shape of a log-density at points: one number a draw and batch element."""
-        return x.shape[:1] + self.pair.q.batch_shape
+    def _log_q(self, x: Located) -> Tensor:
+        return full_precision(-self.pair.q.entropy()) if self.plan.value == "entropy" else self.pair.log_q(x)
 
 
 def _has_path(q: Distribution, draw: Draw, log_q: Tensor) -> bool:
     """Return whether the draws carry a gradient to every parameter; of a mixture, those of its components."""
     if draw.by_component is None:
-        return has_path(q, draw.points.x, log_q)
+        return has_path(q, draw.x.x, log_q)
     component, x = draw.by_component.component, draw.by_component.drawn
-    return is_transparent(component) or has_path(component, x, component.log_prob(x))
+    return is_transparent(component) or has_path(component, x.x, log_density_within(component, x))
 
 
 def _renumbered(points: Points, log_ratio: Tensor, value: str) -> tuple[Points, Tensor]:
@@ -162,12 +159,12 @@ def _prepare(q: Distribution, plan: Plan) -> Callable[[int, int], Draw]:
     """Fix the randomness, and return a function from (start, stop) to the draws start … stop - 1."""
     differentiable = plan.gradient in REPARAMETERISED
     if mixture_of(q) is None:
-        draws = prepare(plan.sampler, q, plan.num_samples, differentiable=differentiable)
-        return lambda start, stop: Draw(draws.part(start, stop))
+        draws = prepare_located(plan.sampler, q, plan.num_samples, differentiable=differentiable)
+        return lambda start, stop: Draw(*draws.part(start, stop))
     by_component = prepare_by_component(plan.sampler, q, plan.num_samples, differentiable=differentiable)
 
     def part(start: int, stop: int) -> Draw:
         drawn = by_component.part(start, stop)
-        return Draw(drawn.points, drawn)
+        return Draw(drawn.points, drawn.x, drawn)
 
     return part

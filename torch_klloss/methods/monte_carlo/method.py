@@ -12,7 +12,8 @@ from torch.distributions import Distribution
 
 from torch_klloss.distributions.checks import check_common_measure, check_pair, type_name
 from torch_klloss.distributions.domains import nan_outside
-from torch_klloss.distributions.simplify import peel
+from torch_klloss.distributions.impossible import lacks_an_outcome
+from torch_klloss.distributions.simplify import peel, simplify, wrap
 from torch_klloss.distributions.stated_supports import is_discrete
 from torch_klloss.distributions.supports import contained, has_moving_support
 from torch_klloss.distributions.tails import is_infinite
@@ -161,9 +162,9 @@ class MonteCarlo(BaseMethod):
         """
         check_common_measure(q, p)
         given = q, p
-        infinite_variance = None if self.num_samples == 1 else is_infinite(q, p, power=2)
-        q, p, peeled = _peel_mixture(q, p)
-        gradient = self._gradient_for(q)
+        gradient = self._gradient_for(_inside(q, p))
+        q, p, peeled = _simplified(q, p)
+        infinite_variance = None if self.num_samples == 1 else is_infinite(*(given if peeled else (q, p)), power=2)
         inside = contained(q, p)
         # Expanded before it is drawn from: batch elements do not share their noise.
         shape = check_pair(q, p) if peeled else batch_shape
@@ -174,6 +175,9 @@ class MonteCarlo(BaseMethod):
         if inside is not None and inside is not True:
             inside = torch.as_tensor(inside, device=value.device).expand(shape)
             value = torch.where(inside.flatten(-peeled).all(-1) if peeled else inside, value, math.inf)
+        lacks = lacks_an_outcome(q, p)
+        if lacks is not None:
+            value = torch.where(lacks.flatten(-peeled).any(-1) if peeled else lacks, math.inf, value)
         if infinite_variance is not None and std_error is not None:
             std_error = torch.where(infinite_variance.to(std_error.device), math.nan, std_error)
         return KLEstimate(
@@ -192,7 +196,7 @@ class MonteCarlo(BaseMethod):
         None where a draw is needed to decide: whether the points of a user's sampler are independent.
         """
         try:
-            gradient = self._gradient_for(_peel_mixture(q, p)[0])
+            gradient = self._gradient_for(_inside(q, p))
         except NotImplementedError:
             return False
         return self._draws_are_independent() if gradient == "score_function" and self.num_samples > 1 else True
@@ -256,7 +260,17 @@ class MonteCarlo(BaseMethod):
         return gradient
 
 
-def _peel_mixture(q: Distribution, p: Distribution) -> tuple[Distribution, Distribution, int]:
-    """Return the pair without the `Independent` that both have, if q is a mixture inside of it, and the dimensions."""
-    inner_q, inner_p, peeled = peel(q, p)
-    return (q, p, 0) if mixture_of(inner_q) is None else (inner_q, inner_p, peeled)
+def _inside(q: Distribution, p: Distribution) -> Distribution:
+    """Return the mixture that q is inside of an `Independent` that p has too; q itself if it is none."""
+    inner = peel(q, p)[0]
+    return q if mixture_of(inner) is None else inner
+
+
+def _simplified(q: Distribution, p: Distribution) -> tuple[Distribution, Distribution, int]:
+    """Return a simpler pair of the same KL, and how many of its dimensions are to be summed: those around a mixture."""
+    inner_q, inner_p, peeled = simplify(q, p)
+    if q.has_rsample and not inner_q.has_rsample:  # the gradient was decided for q as it is
+        return q, p, 0
+    if not peeled or mixture_of(inner_q) is not None:
+        return inner_q, inner_p, peeled
+    return wrap(inner_q, peeled), wrap(inner_p, peeled), 0

@@ -9,6 +9,7 @@ than the gradient that they correct, which leaves it unbiased.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -17,15 +18,19 @@ import torch.distributions as dist
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from torch_klloss.distributions.supports import log_prob_at
+from torch_klloss.distributions.densities import log_density_within
+from torch_klloss.distributions.located import Located
+from torch_klloss.distributions.maps import fixed
 from torch_klloss.distributions.tensors import copy_with, tensors_of
 from torch_klloss.methods.monte_carlo.chunks import Expectation
 from torch_klloss.methods.monte_carlo.options import HELD_OUT
 from torch_klloss.methods.monte_carlo.plan import Plan, PreparedPair
+from torch_klloss.methods.monte_carlo.rounded_draws import RoundedDraws
 from torch_klloss.methods.monte_carlo.surrogates import reaches_others, zero_with_gradient
 from torch_klloss.numerics.dimensions import sum_after, sum_last
 from torch_klloss.samplers import IID, Points, Sampler
 from torch_klloss.samplers.components import mixture_of, prepare_by_component
+from torch_klloss.samplers.origins import prepare_located
 
 # Families whose density is normalised for all values of their stored tensors, so that every score has mean zero.
 _FREE = (
@@ -130,18 +135,22 @@ def estimate_mixed(
         state: the moments of earlier steps.
         source: the context in which draws come from the right random stream.
     """
+    rounded = RoundedDraws(pair.q)
     with source:
-        log_ratio, carrier = _sample(pair, plan, state)
+        log_ratio, carrier = _sample(pair, plan, state, rounded)
     weight = log_ratio.new_full((), 1 / plan.num_samples)
     points = Points(log_ratio, weight, num_replicates=plan.num_samples)
     value = points.expectation(log_ratio, pair.peeled) + sum_last(carrier, pair.peeled)
     components = 1 if (mixture := mixture_of(pair.q)) is None else mixture.component_distribution.batch_shape[-1]
-    std_error = points.std_error(log_ratio, pair.peeled)
+    num_points = plan.num_samples * components
+    std_error = rounded.trusted(points.std_error(log_ratio, pair.peeled), num_points, pair.peeled)
     skewness = points.skewness(log_ratio, pair.peeled)
-    return Expectation(value, std_error, plan.num_samples - 1, skewness, plan.num_samples * components)
+    return Expectation(value, std_error, plan.num_samples - 1, skewness, num_points)
 
 
-def _sample(pair: PreparedPair, plan: Plan, state: MixedGradient | None) -> tuple[Tensor, Tensor]:
+def _sample(
+    pair: PreparedPair, plan: Plan, state: MixedGradient | None, rounded: RoundedDraws
+) -> tuple[Tensor, Tensor]:
     """Return the log-ratio at every draw, and a term of value zero through which q's parameters get their gradient.
 
     The log-ratios are `[S, *batch]`, the mean over its components for a mixture, and carry a gradient to p alone; the
@@ -153,7 +162,8 @@ def _sample(pair: PreparedPair, plan: Plan, state: MixedGradient | None) -> tupl
     leaves = {key: t.detach().requires_grad_() for key, t in own.items()}
     with torch.enable_grad():
         copy = copy_with(rows, lambda t, *_: leaves.get(id(t), t))
-        log_ratio, log_score = _terms(copy, pair, plan.sampler)
+        log_ratio, log_score, x = _terms(copy, pair.log_p, plan.sampler)
+        rounded.see(0, x)
         wrt = list(leaves.values())
         grads, scores = _grads(log_ratio, wrt), _grads(log_score, wrt)
     if not (torch.is_grad_enabled() and reaches_others(log_ratio, wrt)):
@@ -166,16 +176,18 @@ def _sample(pair: PreparedPair, plan: Plan, state: MixedGradient | None) -> tupl
     return log_ratio, carrier
 
 
-def _terms(q: Distribution, pair: PreparedPair, sampler: Sampler) -> tuple[Tensor, Tensor]:
-    """Return the log-ratio at a draw of every row, and log q at the same point, which is fixed, `[S, *batch]`."""
+def _terms(q: Distribution, log_p: Callable[[Located], Tensor], sampler: Sampler) -> tuple[Tensor, Tensor, Located]:
+    """Return the log-ratio at a draw of every row, log q at the same point, which is fixed, and the point.
+
+    The first two are `[S, *batch]`.
+    """
     if mixture_of(q) is None:
-        points = sampler.draw(q, 1, differentiable=True)
+        points, x = prepare_located(sampler, q, 1, differentiable=True).part(0, 1)
     else:
-        points = prepare_by_component(sampler, q, 1, differentiable=True).part(0, 1).points
-    x, weights = points.x, points.weights
-    log_p, shape = pair.log_p(x), x.shape[:1] + q.batch_shape
-    log_ratio = (weights * (log_prob_at(q, x, shape) - log_p)).sum(0)
-    return log_ratio, (weights.detach() * log_prob_at(q, x.detach(), shape)).sum(0)
+        draw = prepare_by_component(sampler, q, 1, differentiable=True).part(0, 1)
+        points, x = draw.points, draw.x
+    log_ratio = (points.weights * (log_density_within(q, x) - log_p(x))).sum(0)
+    return log_ratio, (points.weights.detach() * log_density_within(q, fixed(x))).sum(0), x
 
 
 def _grads(rows: Tensor, wrt: list[Tensor]) -> list[Tensor]:

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from torch_klloss.distributions.checks import type_name
-from torch_klloss.distributions.supports import has_moving_support, log_prob_within
+from torch_klloss.distributions.densities import log_density, log_density_within
+from torch_klloss.distributions.located import Located, located
+from torch_klloss.distributions.supports import has_moving_support
 from torch_klloss.distributions.tensors import copy_with, full_precision
 from torch_klloss.samplers import Sampler
 
@@ -36,15 +38,17 @@ class PreparedPair:
         q, p = (copy_with(d, lambda t, *_: t.clone() if t.is_inference() else t) for d in (self.q, self.p))
         return replace(self, q=q, p=p)
 
-    def log_p(self, x: Tensor, shape: torch.Size | None = None) -> Tensor:
-        """Return log p at points, -inf outside its support.
+    def log_q(self, x: Tensor | Located) -> Tensor:
+        """Return log q at points of its own, `[n, *batch, *event]`."""
+        return full_precision(log_density_within(self.q, x, self._shape(x)))
 
-        Args:
-            x: the points, `[…, *batch, *event]`.
-            shape: of the result; by default that of the points without their event.
-        """
-        shape = x.shape[: x.dim() - len(self.q.event_shape)] if shape is None else shape
-        return full_precision(log_prob_within(self.p, x, self.contains_support, shape))
+    def log_p(self, x: Tensor | Located) -> Tensor:
+        """Return log p at points `[n, *batch, *event]`, -inf outside its support."""
+        return full_precision(log_density(self.p, x, self.contains_support, self._shape(x)))
+
+    def _shape(self, x: Tensor | Located) -> torch.Size:
+        """Return the shape of a log-density at points: one number a draw and batch element."""
+        return located(x).x.shape[:1] + self.q.batch_shape
 
 
 @dataclass(frozen=True)

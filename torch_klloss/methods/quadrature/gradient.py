@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_klloss.distributions.supports import has_moving_support
+from torch_klloss.distributions.tensors import tensors_of
 from torch_klloss.methods.quadrature.certificate import Certificate, plain_integrals
 from torch_klloss.methods.quadrature.coordinates import Coordinate
 from torch_klloss.methods.quadrature.integrand import Integrand
@@ -16,6 +17,7 @@ from torch_klloss.methods.quadrature.remainder import tail_integrals
 from torch_klloss.methods.quadrature.rules import weigh
 from torch_klloss.methods.quadrature.state import State
 from torch_klloss.numerics.elementary import e2
+from torch_klloss.numerics.versions import Versions
 
 
 def with_gradient(f: Integrand, certificates: Sequence[Certificate], value: Tensor) -> Tensor:
@@ -108,12 +110,14 @@ class _LazyGradient(torch.autograd.Function):
     def forward(ctx: Any, value: Tensor, f: Integrand, certificates: list[Certificate], *tensors: Tensor) -> Tensor:
         """Return the value; the tensors of f that need a gradient follow in the order of `Integrand.select`."""
         ctx.f, ctx.certificates = f, certificates
+        ctx.versions = Versions((*tensors_of(f.q), *tensors_of(f.p)))
         ctx.save_for_backward(*tensors)
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return the derivatives with respect to the tensors."""
+        ctx.versions.check()
         (grad,) = grads
         indices = [certificate.state.index for certificate in ctx.certificates]
         if torch.is_grad_enabled():  # the derivative is to be differentiated again
