@@ -16,7 +16,9 @@ from torch.distributions import (
     TransformedDistribution,
     Uniform,
 )
+from torch.distributions.relaxed_categorical import ExpRelaxedCategorical
 
+from torch_klloss import AutoKL
 from torch_klloss.distributions.densities import log_density
 from torch_klloss.distributions.stated_supports import is_discrete, support_of
 from torch_klloss.distributions.supports import (
@@ -24,6 +26,7 @@ from torch_klloss.distributions.supports import (
     contained,
     has_moving_support,
 )
+from torch_klloss.methods import MonteCarlo, Quadrature
 
 HALF = torch.tensor(0.5)
 
@@ -103,6 +106,21 @@ CONTAINED = {
     "more counts": (dist.Poisson(1.0), dist.Binomial(3, HALF), False),
     "simplex": (dist.Dirichlet(torch.ones(3)), dist.Dirichlet(torch.ones(3)), True),
     "squashed in its interval": (transformed(Normal(0.0, 1.0), SigmoidTransform()), Uniform(0.0, 1.0), True),
+    "line in a shifted half-line": (
+        Normal(0.0, 1.0),
+        transformed(dist.Gamma(1.0, 1.0), AffineTransform(1.0, 2.0)),
+        False,
+    ),
+    "shifted half-line in line": (
+        transformed(dist.Gamma(1.0, 1.0), AffineTransform(1.0, 2.0)),
+        Normal(0.0, 1.0),
+        True,
+    ),
+    "line in the logarithms of an interval": (
+        Normal(0.0, 1.0),
+        transformed(Uniform(0.5, 1.0), ExpTransform().inv),
+        False,
+    ),
     "independent": (Independent(Normal(torch.zeros(2), 1.0), 1), dist.Dirichlet(torch.ones(2)), False),
     "simplex in space": (dist.Dirichlet(torch.ones(2)), dist.MultivariateNormal(torch.zeros(2), torch.eye(2)), False),
 }
@@ -115,6 +133,65 @@ def test_containment_is_decided_where_it_can_be(q, p, expected):
         assert answer.unique().tolist() == [expected]
     else:
         assert answer is expected
+
+
+def vectors() -> dict[str, dist.Distribution]:
+    """Return laws of three numbers, by the surface that they lie on."""
+    base = Independent(Normal(torch.zeros(2), 1.0), 1)
+    return {
+        "space": Independent(Normal(torch.zeros(3), 1.0), 1),
+        "Gaussian": dist.MultivariateNormal(torch.zeros(3), torch.eye(3)),
+        "mixture": dist.MixtureSameFamily(
+            dist.Categorical(torch.ones(2)), dist.MultivariateNormal(torch.zeros(2, 3), torch.eye(3))
+        ),
+        "flow": transformed(
+            dist.MultivariateNormal(torch.zeros(3), torch.eye(3)), AffineTransform(1.0, 2.0, event_dim=1)
+        ),
+        "simplex": dist.Dirichlet(torch.ones(3)),
+        "relaxed": dist.RelaxedOneHotCategorical(HALF, logits=torch.zeros(3)),
+        "sticks": transformed(base, dist.StickBreakingTransform()),
+        "log-simplex": ExpRelaxedCategorical(HALF, logits=torch.zeros(3)),
+        "log-simplexes": dist.MixtureSameFamily(
+            dist.Categorical(torch.ones(2)), ExpRelaxedCategorical(HALF, logits=torch.zeros(2, 3))
+        ),
+    }
+
+
+def matrices() -> dict[str, dist.Distribution]:
+    """Return laws of 3 x 3 matrices."""
+    return {
+        "space": Independent(Normal(torch.zeros(3, 3), 1.0), 2),
+        "correlation": dist.LKJCholesky(3, 1.0),
+        "symmetric": dist.Wishart(torch.tensor(12.0), torch.eye(3)),
+        "simplexes": Independent(dist.Dirichlet(torch.ones(3, 3)), 1),
+        "log-simplexes": Independent(ExpRelaxedCategorical(HALF, logits=torch.zeros(3, 3)), 1),
+    }
+
+
+SURFACE = {name: name for name in ("log-simplex", "correlation", "symmetric")} | {
+    "space": "space", "Gaussian": "space", "mixture": "space", "flow": "space",
+    "simplex": "simplex", "relaxed": "simplex", "sticks": "simplex", "simplexes": "simplex",
+    "log-simplexes": "log-simplex",
+}  # fmt: skip
+PAIRS_OF_SURFACES = [(group, a, b) for group in (vectors, matrices) for a in group() for b in group()]
+
+
+@pytest.mark.filterwarnings("ignore:Singular sample")  # of torch's Wishart
+@pytest.mark.parametrize(("group", "a", "b"), PAIRS_OF_SURFACES)
+def test_a_surface_without_volume_in_the_others_space_makes_the_kl_infinite(group, a, b):
+    q, p = group()[a], group()[b]
+    if SURFACE[a] == SURFACE[b]:
+        assert contained(q, p) is not False
+        return
+    assert contained(q, p) is False
+    for method in (MonteCarlo(4), MonteCarlo(4, gradient="none"), AutoKL(fallback=[Quadrature(), MonteCarlo(2)])):
+        assert method.estimate(q, p).value == math.inf
+
+
+def test_images_of_a_surface_are_not_told_apart():
+    shifted = [transformed(dist.Dirichlet(torch.ones(3)), AffineTransform(loc, 2.0, event_dim=1)) for loc in (0.0, 0.0)]
+    assert contained(*shifted) is None
+    assert contained(shifted[0], Independent(Normal(torch.zeros(3), 1.0), 1)) is False
 
 
 def test_containment_is_decided_for_every_batch_element():

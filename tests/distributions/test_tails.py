@@ -7,7 +7,8 @@ import torch
 import torch.distributions as dist
 from torch import tensor
 
-from torch_klloss.distributions.tails import Tail, declare_tails, is_infinite, tails_of
+from torch_klloss.distributions.logistic import Logistic
+from torch_klloss.distributions.tails import Tail, declare_tails, is_infinite, is_infinite_by_tails, tails_of
 
 NORMAL = dist.Normal(0.0, 1.0)
 ORDERS = tensor([0.5, 1.0, 1.5, 2.0, 2.5, 3.0])
@@ -153,3 +154,61 @@ def test_the_variance_is_not_known_without_a_common_structure():
     assert is_infinite(normals, normals, power=2) is not None
     assert is_infinite(dist.MultivariateNormal(torch.zeros(2), torch.eye(2)), normals, power=2) is None
     assert not is_infinite(dist.LogNormal(0.0, 1.0), dist.LogNormal(0.0, 1.0), power=2)
+
+
+LINE = [
+    dist.Normal(0.0, 1.0),
+    dist.Laplace(0.0, ORDERS),
+    dist.StudentT(ORDERS),
+    dist.Gumbel(0.0, 1.5),
+    Logistic(0.0, ORDERS),
+    dist.TransformedDistribution(dist.Gumbel(0.0, 1.5), [dist.AffineTransform(0.0, -1.0)]),
+]
+MAPS = {
+    "exp": [dist.ExpTransform()],
+    "sigmoid": [dist.SigmoidTransform()],
+    "tanh": [dist.TanhTransform()],
+    "softplus": [dist.SoftplusTransform()],
+    "falling": [dist.AffineTransform(1.0, -2.0)],
+    "power of exp": [dist.ExpTransform(), dist.PowerTransform(tensor(-0.5))],
+    "sigmoid in an interval": [dist.SigmoidTransform(), dist.AffineTransform(1.0, 3.0)],
+    "there and back": [dist.SigmoidTransform(), dist.SigmoidTransform().inv],
+    "composed": [dist.ComposeTransform([dist.ExpTransform(), dist.AffineTransform(0.0, 0.5)]), dist.ExpTransform().inv],
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_a_shared_bijection_leaves_finite_what_is_finite(name):
+    """The KL is the same for both, so that the tails of the images must not say otherwise."""
+    decided = 0
+    for q in LINE:
+        for p in LINE:
+            images = [dist.TransformedDistribution(d, MAPS[name], validate_args=False) for d in (q, p)]
+            tails = [tails_of(image) for image in images]
+            if None in tails:
+                continue
+            found = is_infinite_by_tails(*images, *tails)
+            if found is None:
+                continue
+            decided += 1
+            assert found.expand(6).tolist() == is_infinite(q, p).expand(6).tolist(), (q, p)
+    assert decided >= 8
+
+
+@pytest.mark.parametrize("shape", [0.5, 1.0, 1.7])
+def test_the_tails_of_an_image_are_those_of_the_family_that_it_is(shape):
+    """E^c is a Weibull, log E a reflected Gumbel, exp(E) a Pareto, logit U a Logistic, for E exponential, U uniform."""
+    a = tensor(shape)
+    same = [
+        (dist.TransformedDistribution(dist.Exponential(1.0), [dist.PowerTransform(a)]), dist.Weibull(1.0, 1 / a)),
+        (dist.TransformedDistribution(dist.Exponential(a), [dist.ExpTransform()]), dist.Pareto(1.0, a)),
+        (dist.TransformedDistribution(dist.Uniform(0.0, 1.0), [dist.SigmoidTransform().inv]), Logistic(0.0, 1.0)),
+        (
+            dist.RelaxedBernoulli(a, logits=tensor(0.0)),
+            dist.TransformedDistribution(Logistic(0.0, 1 / a), [dist.SigmoidTransform()]),
+        ),
+    ]
+    for image, family in same:
+        for found, expected in zip(tails_of(image), tails_of(family), strict=True):
+            pairs = [(torch.as_tensor(x), torch.as_tensor(y)) for x, y in zip(found, expected, strict=True)]
+            assert all(torch.allclose(x.float(), y.float()) for x, y in pairs), (image, found, expected)

@@ -213,11 +213,12 @@ def _stretch(tail: Tail, factor: Tensor) -> Tail:
 
 
 def _exponentiate(tail: Tail, rate: float) -> Tail:
-    """Return the tail of exp(rate y)."""
+    """Return the tail of exp(rate y); one that is heavier than an exponential becomes too heavy for a `Tail`."""
     growth, speed = torch.as_tensor(tail.growth), torch.as_tensor(tail.speed)
     double = growth.isinf()
     light = torch.where(speed > rate, math.inf, torch.where(speed < rate, 0.0, math.nan))
-    return Tail(tail.rate / rate, torch.where(double, light, 0.0), torch.where(double, speed / rate, 0.0))
+    order = torch.where(torch.as_tensor(tail.rate) == 0, math.nan, tail.rate / rate)
+    return Tail(order, torch.where(double, light, 0.0), torch.where(double, speed / rate, 0.0))
 
 
 def _lower(tail: Tail, rate: float) -> Tail:

@@ -46,8 +46,8 @@ class Quadrature(BaseMethod):
     whole batch is refused with a `NotCertifiedError`. `KLEstimate.error_bound` is the checked estimate of the error:
     from how fast the integrand's expansion converges, whether q adds up to 1 over the nodes, and how well the tails
     beyond them are known. No set of points can rule out a spike between them. An infinite KL is determined from the
-    supports, from declared tails (`torch_klloss.distributions.declare_tails`) and, for families without declared
-    tails, from the slope of the integrand at distances of 1e±100.
+    supports, from declared tails (`torch_klloss.distributions.declare_tails`), which are followed through transforms,
+    and, for families without declared tails, from a power law of the integrand at the ends of float64.
 
     The gradient is the gradient of the sum, whose nodes move with the ends of q's support and with nothing else. It is
     as accurate as the value, for the parameters of q and of p alike, even if the support of q depends on them. Near

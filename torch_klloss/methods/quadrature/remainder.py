@@ -19,6 +19,7 @@ _NUM_BISECTIONS = 16
 _BACK = 0.05, 1e-3  # in t, to see whether the integrand falls: by then a double exponential has not begun to grow
 _ALIKE = 0.05
 _EXCESS = 10.0  # times the mass: the scan is coarse
+_CAUTION = 4.0  # a safety factor
 _NEGLIGIBLE = -39.0  # log of 1e-17
 
 
@@ -152,10 +153,10 @@ def _polynomial(mass: Tensor, factor: Tensor, noise: Tensor) -> tuple[Tensor, Te
     # A relative error of the rate changes the n-th term by n + 1 times as much.
     # Eight roundings, of noise · rate each, meet in the third difference, which is divided by rate³.
     orders = torch.arange(1, 5, device=terms.device).reshape(-1, *(1,) * (terms.dim() - 1))
-    error = (
+    error = _CAUTION * (
         terms[-1].abs()
-        + mass[-1] / rate * first.abs() * 8 * noise * rate / rate**3
-        + 4 * change * (terms.abs() * orders).sum(0)
+        + mass[-1] / rate * first.abs() * 2 * noise * rate / rate**3
+        + change * (terms.abs() * orders).sum(0)
     )
     return terms.sum(0), torch.where(rate.isfinite(), error, torch.inf)
 
@@ -164,7 +165,7 @@ def _exponential(terms: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Return the last term over the rate at which the terms fall, and the error from the change of this rate."""
     rate, change = _rates(terms, noise)
     rest = terms[-1] / rate
-    return rest, torch.where(rate.isfinite(), 4 * rest.abs() * change, torch.inf)
+    return rest, torch.where(rate.isfinite(), _CAUTION * rest.abs() * change, torch.inf)
 
 
 def _rates(terms: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
