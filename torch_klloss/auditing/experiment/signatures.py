@@ -331,9 +331,7 @@ _SIGNATURES = (
         "(p_logstd - q_logstd + 0.5 * ((2 * q_logstd).exp() + (q_mean - p_mean)**2) / (2 * p_logstd).exp() - 0.5)"
         ".sum(-1).mean()",
     ),
-    _of_two_normals(
-        "var", "0.5 * ((p_var / q_var).log() + (q_var + (q_mean - p_mean)**2) / p_var - 1).sum(-1).mean()"
-    ),
+    _of_two_normals("var", "0.5 * ((p_var / q_var).log() + (q_var + (q_mean - p_mean)**2) / p_var - 1).sum(-1).mean()"),
     _of_normals(
         "log_probs",
         ("log_q", "log_p"),

@@ -13,8 +13,8 @@ The parts of a right computation:
 - `weight`, `log q`, `log p` (categorical): the parts of Σ q (log q - log p), and `summand`, the function of these;
   `outcomes`: the sum over a Bernoulli's two.
 - `bound` (analytic, categorical): takes the elements and the layout, and returns the core.
-- `latent`, `batch`, `steps`, `scale` (all): a factor, as powers of the latent and batch size and of the number of steps,
-  and a constant; `repeated`: whether every example gets its batch's; see `fit.py`.
+- `latent`, `batch`, `steps`, `scale` (all): a factor, as powers of the latent and batch size and of the number of
+  steps, and a constant; `repeated`: whether every example gets its batch's; see `fit.py`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def misread(subject: Subject, parts: Parts) -> ProbedPair:
     pair: Any = subject.pair
     if "spread" in parts and (spread := subject.signature.spread) is not None:
         logvars = {"q.": "q_logvar", "p.": "p_logvar", "": "q_logvar"}
-        given = {name: subject.leaves[side + spread] for side, name in logvars.items() if side + spread in subject.leaves}
+        given = {
+            name: subject.leaves[side + spread] for side, name in logvars.items() if side + spread in subject.leaves
+        }
         pair = replace(pair, **{name: LOG_VARIANCE[parts["spread"]](leaf) for name, leaf in given.items()})
     believed: ProbedPair = parts.get("pair", lambda given: given)(pair)
     return believed

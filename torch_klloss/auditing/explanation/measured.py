@@ -137,7 +137,9 @@ def _clamps(subject: Subject, observation: Observation) -> Iterator[tuple[Mistak
         if at is not None:
             bounds.append(f"{side}={float(FROM_LOG_VARIANCE[spread](torch.tensor(at, dtype=torch.float64))):.4g}")
     what = f"it clamps the {word} at ordinary values: {', '.join(bounds)}"
-    fix = "Clamp farther out, such as log-variances at ±20, or not at all: beyond the clamp the spread gets no gradient."
+    fix = (
+        "Clamp farther out, such as log-variances at ±20, or not at all: beyond the clamp the spread gets no gradient."
+    )
     for names in (("q_logvar",), ("q_logvar", "p_logvar")):
         parts = {"pair": partial(_clamped, names=names, low=low, high=high)}
         yield _mistake("clamped-spread", what, fix, parts), parts
@@ -191,7 +193,12 @@ def _priors(subject: Subject, observation: Observation) -> Iterator[tuple[Mistak
     what = f"its prior is Normal({mean:.4g}, {std:.4g}) and not the standard Normal"
     what = what.replace("(-0,", "(0,")
     parts = {"pair": partial(_with_prior, mean=mean, logvar=2 * math.log(std))}
-    yield _mistake("another-prior", what, "Say so, or take the standard Normal; for a prior of its own: fn(q, p).", parts), parts
+    yield (
+        _mistake(
+            "another-prior", what, "Say so, or take the standard Normal; for a prior of its own: fn(q, p).", parts
+        ),
+        parts,
+    )
 
 
 def _with_prior(n: Normals, *, mean: float, logvar: float) -> Normals:

@@ -98,7 +98,9 @@ def _beside_padding(evidence: Evidence, references: References) -> Comparison | 
             continue
         parts = reference.layout.split(candidate.core.elements)
         kept = [masked_totals(*both) for both in zip(parts, evidence.masks, strict=True)]
-        everything = [masked_totals(part, torch.ones_like(mask)) for part, mask in zip(parts, evidence.masks, strict=True)]
+        everything = [
+            masked_totals(part, torch.ones_like(mask)) for part, mask in zip(parts, evidence.masks, strict=True)
+        ]
         means = [k["the sum over the batch"] / size for k, size in zip(kept, sizes, strict=True)]
         got, kl = float(evidence.values[0].double().sum()), float(kept[0]["the mean over the batch"])
         for words in kept[0]:

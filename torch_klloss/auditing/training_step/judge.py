@@ -126,7 +126,9 @@ class Judge:
             if comparison is not None and comparison.verdict == "right":
                 comparison = replace(comparison, pair=pair, where=where)
                 masks = (None, *runs.masks[:1])
-                if not (comparison.is_formula and all(gradient_differs(self.runs.module, number, pair, m) for m in masks)):
+                if not (
+                    comparison.is_formula and all(gradient_differs(self.runs.module, number, pair, m) for m in masks)
+                ):
                     return comparison
                 words = "its value is the KL's and its gradient is not: a parameter of q is detached on the way"
                 mistakes = ("parameter-without-gradient",)

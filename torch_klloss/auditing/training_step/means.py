@@ -64,7 +64,9 @@ class Means:
         if id:
             return Comparison("wrong", f"{_WHAT[id]}: {known}", pair, GIVEN, ratio / count * kl, kl, (id,))
         known = f"the mean of {len(rows)} runs is within a standard error of {100 * error / count:.2g} %"
-        return Comparison("right", f"it is an estimate of the KL, {words}: {known}", pair, GIVEN, ratio / count * kl, kl)
+        return Comparison(
+            "right", f"it is an estimate of the KL, {words}: {known}", pair, GIVEN, ratio / count * kl, kl
+        )
 
     def _run_often(self) -> None:
         end = time.monotonic() + _SECONDS

@@ -35,7 +35,12 @@ def _masks(value: NamedValue, batch: int, steps: int) -> Iterator[Tensor]:
     if words & _LENGTH_WORDS and t.shape == (batch,) and not t.is_floating_point() and t.dtype is not torch.bool:
         if bool(((t >= 0) & (t <= steps)).all()):
             yield torch.arange(steps) < t[:, None]
-    elif words & _MASK_WORDS and not words & _OTHER_MASKS and t.numel() == batch * steps and t.shape[:2] == (batch, steps):
+    elif (
+        words & _MASK_WORDS
+        and not words & _OTHER_MASKS
+        and t.numel() == batch * steps
+        and t.shape[:2] == (batch, steps)
+    ):
         t = t.reshape(batch, steps)
         if bool(((t == 0) | (t == 1)).all()):
             mask = t == 1
@@ -68,4 +73,6 @@ def _mean_of_means(steps: Tensor, lengths: Tensor) -> Tensor:
 def is_near(value: Tensor, expected: Tensor) -> bool:
     """Return whether a number of the step is what is expected, up to the rounding of float32."""
     flat, wanted = value.detach().double().cpu().reshape(-1), expected.reshape(-1)
-    return flat.shape == wanted.shape and torch.allclose(flat, wanted, rtol=_TOLERANCE, atol=1e-6 * float(wanted.abs().max()))
+    return flat.shape == wanted.shape and torch.allclose(
+        flat, wanted, rtol=_TOLERANCE, atol=1e-6 * float(wanted.abs().max())
+    )

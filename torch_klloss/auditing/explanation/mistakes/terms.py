@@ -22,7 +22,9 @@ _FORM = "The KL to the standard Normal is ½ (μ² + σ² - 1 - log σ²), summe
 _GENERAL = "The KL of two Normals is log(σp/σq) + (σq² + (μq - μp)²) / (2 σp²) - ½, summed over the latent dimensions."
 
 
-def _term(id: str, what: str, wrong: str, parts: dict[str, Term], signature: str = "mean_logvar", *, is_multiple: bool = False) -> Mistake:
+def _term(
+    id: str, what: str, wrong: str, parts: dict[str, Term], signature: str = "mean_logvar", *, is_multiple: bool = False
+) -> Mistake:
     sampled = parts if id.startswith("log-term") else None  # log σ is a term of log q(x) too
     only = _ANY_P if signature == "distributions" else _STANDARD_P if "log" in parts and not sampled else None
     if only is None and not is_multiple:
