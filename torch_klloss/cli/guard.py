@@ -8,6 +8,7 @@ import os
 import select
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 
 _PR_SET_PDEATHSIG = 1  # of Linux
@@ -24,7 +25,9 @@ def guarded(command: Callable[[], int], seconds: float) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     receiving, sending = os.pipe()
-    child = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # other threads of this process only wait
+        child = os.fork()
     if child == 0:
         os.close(receiving)
         _run_and_exit(command, sending)

@@ -67,8 +67,8 @@ time. A loss that draws its own samples takes some seconds; `budget=` is the num
 
 The signature of a loss is determined from the names of its parameters, or stated by `signature=`; parameters with a
 default keep it. A loss with other arguments gets an adapter:
-`audit(fn, signature=lambda fn, q, p: fn(q.loc, q.scale, p.loc, p.scale))` with q and p two `Normal`s. In a shell it is a
-function of the file: `--adapter FUNCTION`, or `--adapter FILE.py:FUNCTION`.
+`audit(fn, signature=lambda fn, q, p: fn(q.loc, q.scale, p.loc, p.scale))` with q and p two `Normal`s. In a shell it is
+a function of the file: `--adapter FUNCTION`, or `--adapter FILE.py:FUNCTION`.
 
 Names of policies determine q too. The log-probabilities of an old or behaviour policy (`old_log_prob`, `b_logprobs`,
 `mb_logprobs`) are q's, whose actions they are of, against a new one's; those of a policy are q's against a reference's

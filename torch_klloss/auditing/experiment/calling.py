@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from torch_klloss.auditing.experiment.containment import CHANGED_BY_LOSSES, OutOfTimeError, without_forks
+from torch_klloss.auditing.experiment.containment import CHANGED_BY_LOSSES, OutOfTimeError, check_time, without_forks
 from torch_klloss.auditing.experiment.parameters import Binding
 from torch_klloss.auditing.experiment.signatures import Leaves
 from torch_klloss.distributions.simplify import flatten_independent
@@ -64,6 +64,7 @@ def reply_to(fn: Callable[..., Any], binding: Binding, leaves: Leaves, *, watche
     try:
         with without_forks():
             value = fn(*arguments)
+        check_time()
     except OutOfTimeError:
         raise
     except BaseException as error:  # a loss may exit, and may interrupt

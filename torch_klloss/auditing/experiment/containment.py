@@ -9,6 +9,7 @@ import random
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -89,12 +90,34 @@ def limited(seconds: float | None) -> Iterator[None]:
     """
     if seconds is None:
         yield
-    elif threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer"):
-        with _alarm(seconds):
+        return
+    ends = _ends.of_blocks
+    ends.append(time.monotonic() + seconds)
+    try:
+        with _alarm(seconds) if _may_use_signals() else _asynchronous(seconds):
             yield
-    else:
-        with _asynchronous(seconds):
-            yield
+    finally:
+        ends.pop()
+
+
+class _Ends(threading.local):
+    """The ends of the limited blocks of each thread."""
+
+    def __init__(self) -> None:
+        self.of_blocks: list[float] = []
+
+
+_ends = _Ends()
+
+
+def check_time() -> None:
+    """Raise `OutOfTimeError` where the time has ended, and the user's code has taken the error of that."""
+    if any(time.monotonic() > end for end in _ends.of_blocks):
+        raise OutOfTimeError
+
+
+def _may_use_signals() -> bool:
+    return threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
 
 
 @contextlib.contextmanager

@@ -208,4 +208,4 @@ def categorical(pair: Categoricals, layout: Layout, parts: Parts) -> Core:
         if terms.dim() > 1:  # a Bernoulli's two outcomes
             terms = parts.get("outcomes", lambda both: both.sum(0))(terms)
         elements = elements + share * terms
-    return parts.get("bound", _summed)(elements, layout)  # type: ignore[no-any-return]
+    return parts.get("bound", _summed)(elements, layout)
