@@ -74,7 +74,7 @@ def analytic(pair: Normals, layout: Layout, parts: Parts) -> Core:
         n = pair.swapped if is_swapped else pair
         terms = (parts.get(name, term)(n) for name, term in TERMS.items())
         elements = elements + weight * sum(terms)
-    return parts.get("bound", _summed)(elements, layout)  # type: ignore[no-any-return]
+    return parts.get("bound", _summed)(elements, layout)
 
 
 def _summed(elements: Tensor, layout: Layout) -> Core:
