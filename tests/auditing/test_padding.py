@@ -15,6 +15,17 @@ def steps_of(mu, logvar):
     return 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum(-1)
 
 
+def as_named(name, n, real):
+    """What a step holds under a name."""
+    if name == "lengths":
+        return n
+    if name == "noise_mask":
+        return torch.rand(real.shape) < 0.5
+    if name == "padding_mask":
+        return ~real
+    return real.float() if name == "mask" else None
+
+
 def report_on(kl_of, *, mask="mask", lengths=LENGTHS):
     """The report on a step with a mask of this name, whose KL is computed from the KL of each step and the mask."""
 
@@ -27,16 +38,10 @@ def report_on(kl_of, *, mask="mask", lengths=LENGTHS):
         def training_step(self, batch, batch_idx):
             x, n = batch
             real = torch.arange(x.shape[1]) < n[:, None]
-            forms = {
-                "lengths": n,
-                "padding_mask": ~real,
-                "mask": real.float(),
-                "noise_mask": torch.rand(real.shape) < 0.5,
-            }
-            named = {mask: forms.get(mask)}
+            held = {mask: as_named(mask, n, real)}
             mu, logvar = self.enc(x).chunk(2, -1)
             kl_loss = kl_of(steps_of(mu, logvar), real)
-            return kl_loss + 0 * len(named)
+            return kl_loss + 0 * len(held)
 
     torch.manual_seed(1)
     return audit_module(Model(), (torch.randn(6, 7, 5), lengths))
