@@ -80,6 +80,8 @@ class MadeLoss:
         terms = torch.zeros_like(pair.q_mean)
         for weight, n in self._directions(pair):
             terms = terms + weight * sum(self.parts.get(name, right)(n) for name, right in _TERMS.items())
+        if self.signature == "multivariate":
+            terms = terms.reshape(arguments[0].mean.shape)
         return terms, terms.shape[-1]
 
     def _estimate(self, arguments: tuple[Any, ...]) -> tuple[Tensor, int]:
@@ -87,6 +89,9 @@ class MadeLoss:
         if self.signature == "log_probs":
             return integrand(*arguments), 1
         pair = self._normals(arguments)
+        if self.signature == "multivariate":
+            flat = pair.q_mean, pair.q_logvar, pair.p_mean, pair.p_logvar
+            pair = Normals(*(part.reshape(arguments[0].mean.shape) for part in flat))
         total: Any = 0
         for weight, n in self._directions(pair):
             x = arguments[0] if self.signature == "samples" else self._draw(n)
@@ -175,7 +180,8 @@ def _unmixed(q: Any, p: Any) -> MixedNormals:
     moments = []
     for d in (q, p):
         covariance = inverse @ d.covariance_matrix @ inverse.mT
-        moments += [(inverse @ d.mean[..., None])[..., 0], covariance.diagonal(dim1=-2, dim2=-1).log()]
+        diagonal = covariance.diagonal(dim1=-2, dim2=-1)
+        moments += [(inverse @ d.mean[..., None]).reshape(-1), diagonal.log().reshape(-1)]
     return MixedNormals(*moments, Layout((shape,)), [mixing(shape).to(q.mean)])
 
 
