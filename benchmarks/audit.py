@@ -90,6 +90,7 @@ class Case:
         reduction: of the examples.
         joint: whether densities are summed over the latent dimensions first.
         is_example: whether it is the catalogue's own line.
+        num_dims: of the arguments.
     """
 
     signature: str
@@ -99,6 +100,7 @@ class Case:
     reduction: Reduction = "mean"
     joint: bool = False
     is_example: bool = False
+    num_dims: int = 2
 
     @property
     def ids(self) -> frozenset[str]:
@@ -126,7 +128,7 @@ def example(mistake: Mistake) -> Case:
     loss: Loss = eval(f"lambda {', '.join(signature.roles)}: {mistake.wrong}", scope)
     draws = any(word in mistake.wrong for word in ("randn", "rand_like", "sample("))
     form = SAMPLED if draws or signature.given_samples else CATEGORICAL if signature.categorical else ANALYTIC
-    return Case(mistake.signature, form, (mistake,), loss, is_example=True)
+    return Case(mistake.signature, form, (mistake,), loss, is_example=True, num_dims=mistake.num_dims)
 
 
 def forms(signature: str) -> tuple[str, ...]:
@@ -232,6 +234,8 @@ def check() -> list[str]:
             if not (near(right, kl) if form == SAMPLED else same(outputs(right, signature), kl)):
                 wrong.append(f"the {form} loss of {signature} without a mistake is not the KL")
     for mistake in VALUE_MISTAKES:
+        if mistake.num_dims != 2:
+            continue  # the losses here are made in two
         own = example(mistake)
         tried = (made(own.signature, (mistake,), own.form, joint=joint) for joint in (False, True))
         agrees = same_on_average if "draws" in (mistake.sampled or {}) else same_on_draws
@@ -306,7 +310,8 @@ def row_of(case: Case) -> Row:
     """Audit one wrong loss."""
     begin = time.perf_counter()
     try:
-        report = audit(case.loss, signature=case.signature)  # type: ignore[arg-type]
+        num_dims = case.num_dims if case.num_dims != 2 else None
+        report = audit(case.loss, signature=case.signature, num_dims=num_dims)  # type: ignore[arg-type]
     except Exception as error:  # no loss may cause one
         report = AuditReport(
             "", case.signature, "not judged", reason=f"the audit raises {type(error).__name__}: {error}"

@@ -10,7 +10,7 @@ if __name__ == "__main__":
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a pipe in a legacy encoding gets '?' for '‖', not a traceback
     try:
-        status = main()
+        status = main(own_process=True)
         sys.stdout.flush()
     except (
         BrokenPipeError

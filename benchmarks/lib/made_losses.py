@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, softplus
 
 from torch_klloss.auditing import Mistake
-from torch_klloss.auditing.experiment.probes import Bernoullis, Categoricals, Layout, Normals
-from torch_klloss.auditing.experiment.signatures import SIGNATURES
+from torch_klloss.auditing.experiment.probes import Bernoullis, Categoricals, Layout, MixedNormals, Normals
+from torch_klloss.auditing.experiment.signatures import SIGNATURES, mixing
 from torch_klloss.auditing.explanation.mistake import ANALYTIC, CATEGORICAL, SAMPLED
 
 Loss = Callable[..., Tensor]
@@ -34,6 +34,7 @@ _LOG_VARIANCE: Mapping[str | None, Callable[[Tensor], Tensor]] = {
     "logstd": lambda logstd: 2 * logstd,
     "var": lambda var: var.log(),
     "logvar": lambda logvar: logvar,
+    "rho": lambda rho: 2 * softplus(rho).log(),
 }
 _TERMS: Mapping[str, Callable[[Normals], Tensor]] = {
     "log": lambda n: ((0.5 * n.p_logvar).exp() / (0.5 * n.q_logvar).exp()).log(),
@@ -79,6 +80,8 @@ class MadeLoss:
         terms = torch.zeros_like(pair.q_mean)
         for weight, n in self._directions(pair):
             terms = terms + weight * sum(self.parts.get(name, right)(n) for name, right in _TERMS.items())
+        if self.signature == "multivariate":
+            terms = terms.reshape(arguments[0].mean.shape)
         return terms, terms.shape[-1]
 
     def _estimate(self, arguments: tuple[Any, ...]) -> tuple[Tensor, int]:
@@ -86,6 +89,9 @@ class MadeLoss:
         if self.signature == "log_probs":
             return integrand(*arguments), 1
         pair = self._normals(arguments)
+        if self.signature == "multivariate":
+            flat = pair.q_mean, pair.q_logvar, pair.p_mean, pair.p_logvar
+            pair = Normals(*(part.reshape(arguments[0].mean.shape) for part in flat))
         total: Any = 0
         for weight, n in self._directions(pair):
             x = arguments[0] if self.signature == "samples" else self._draw(n)
@@ -136,17 +142,25 @@ class MadeLoss:
         return total, q.shape[-1]
 
     def _normals(self, arguments: tuple[Any, ...]) -> Normals:
-        if SIGNATURES[self.signature].roles == ("q", "p"):
+        taken = self.parts.get("spread", SIGNATURES[self.signature].spread)
+        if self.signature == "multivariate":
+            pair = _unmixed(*arguments)
+        elif SIGNATURES[self.signature].roles == ("q", "p"):
             q, p = arguments
             pair = Normals(q.mean, 2 * q.stddev.log(), p.mean, 2 * p.stddev.log())
+        elif len(arguments) == 4:
+            q_mean, q_spread, p_mean, p_spread = arguments
+            pair = Normals(q_mean, _LOG_VARIANCE[taken](q_spread), p_mean, _LOG_VARIANCE[taken](p_spread))
         else:
             mean, spread = arguments[-2:]
             zero = torch.zeros_like(mean)
-            taken = self.parts.get("spread", SIGNATURES[self.signature].spread)
             pair = Normals(mean, _LOG_VARIANCE[taken](spread), zero, zero)
         return self.parts.get("pair", lambda given: given)(pair)
 
     def _scores(self, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        if self.signature.startswith("uniform_"):
+            (given,) = arguments
+            return given.log() if self.signature == "uniform_probs" else given, torch.zeros_like(given)
         one, other = arguments
         if self.signature == "kl_div":
             return other.log(), one
@@ -157,6 +171,18 @@ class MadeLoss:
     def _directions(self, pair: Any) -> Iterable[tuple[float, Any]]:
         for weight, is_swapped in self.parts.get("direction", ((1.0, False),)):
             yield weight, pair.swapped if is_swapped else pair
+
+
+def _unmixed(q: Any, p: Any) -> MixedNormals:
+    """Return the pair before the map that makes its covariances full, with the map."""
+    shape = tuple(q.mean.shape)
+    inverse = torch.linalg.inv(mixing(shape)).to(q.mean)
+    moments = []
+    for d in (q, p):
+        covariance = inverse @ d.covariance_matrix @ inverse.mT
+        diagonal = covariance.diagonal(dim1=-2, dim2=-1)
+        moments += [(inverse @ d.mean[..., None]).reshape(-1), diagonal.log().reshape(-1)]
+    return MixedNormals(*moments, Layout((shape,)), [mixing(shape).to(q.mean)])
 
 
 def _log_normal(x: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:

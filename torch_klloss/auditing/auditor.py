@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from torch_klloss.auditing.experiment.calling import CallError, isolated
+from torch_klloss.auditing.experiment.containment import OutOfTimeError, limited, preserved_state
 from torch_klloss.auditing.experiment.observation import WrongShapeError
 from torch_klloss.auditing.experiment.parameters import (
     OTHER_FAMILIES,
@@ -37,6 +38,7 @@ def audit(
     budget: int = 1280,
     gradient: bool = True,
     num_dims: int | None = None,
+    timeout: float | None = None,
 ) -> AuditReport:
     """Find out whether a hand-written KL is right, and if not, what it computes.
 
@@ -64,6 +66,7 @@ def audit(
             sharper, with the square root.
         gradient: whether the gradient is judged; if not, a number for logging, without gradient, is right too.
         num_dims: of the arguments, such as 3 for [batch, time, latent]; by default two, and others where two raise.
+        timeout: the seconds after which a loss that has not been judged will not be; by default none.
 
     Returns:
         The findings; printed, they read as a paragraph. A loss that cannot be called, or returns no number, gets a
@@ -85,14 +88,25 @@ def audit(
     if not callable(fn):
         raise TypeError(f"audit takes a loss that can be called, got {type(fn).__name__}.")
     name = name_of(fn)
-    fn = isolated(fn)
+    try:
+        with preserved_state(), limited(timeout):
+            return _of_isolated(isolated(fn), name, signature, Settings(seed, budget, gradient, num_dims))
+    except OutOfTimeError:
+        if timeout is None:
+            raise  # it is the caller's limit
+        return AuditReport(name, "auto", "not judged", reason=f"it was not judged within {timeout:g} s")
+
+
+def _of_isolated(
+    fn: Callable[..., Any], name: str, signature: SignatureName | Adapter, settings: Settings
+) -> AuditReport:
     if callable(signature):
         fn, signature = adapted(signature, fn), "distributions"
     try:
         bindings = bindings_to_try(fn, signature)
     except SignatureError as error:
         return AuditReport(name, "auto", "not judged", reason=f"could not run: {error}".rstrip("."))
-    return _audit(fn, name, bindings, Settings(seed, budget, gradient, num_dims))
+    return _audit(fn, name, bindings, settings)
 
 
 def name_of(fn: Callable[..., Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch_klloss.auditing.experiment.calling import CallError
 from torch_klloss.auditing.experiment.observation import Subject, observe
 from torch_klloss.auditing.explanation.candidates import right_core, unbiased_on_samples
 from torch_klloss.auditing.explanation.fit import best_fits
+from torch_klloss.distributions.families import diagonal_normal, standard_normal_like
+from torch_klloss.losses import AutoKL
 
 _SEED = 0
 
@@ -25,6 +28,9 @@ def right_line(subject: Subject) -> str:
 
 
 _OR = ", or with torch_klloss: "
+_OURS = {"AutoKL": AutoKL, "diagonal_normal": diagonal_normal, "standard_normal_like": standard_normal_like}
+_TORCH = {"torch": torch, "F": torch.nn.functional, "math": math}
+_SCOPE: dict[str, Any] = {**_OURS, **_TORCH, "torch_klloss": SimpleNamespace(**_OURS)}
 
 
 def _for_dimensions(line: str, subject: Subject) -> str:
@@ -45,10 +51,7 @@ def _is_right(line: str, subject: Subject) -> bool:
 
 def loss_of(line: str, names: tuple[str, ...]) -> Callable[..., Any]:
     """Return the loss that a line computes from parameters of these names; statements come first, with semicolons."""
-    import torch_klloss
-
-    scope: dict[str, Any] = {name: getattr(torch_klloss, name) for name in torch_klloss.__all__}
-    scope |= {"torch": torch, "F": torch.nn.functional, "math": math, "torch_klloss": torch_klloss}
+    scope = {**_SCOPE}
     *statements, value = line.split("; ")
     exec("\n    ".join([f"def loss({', '.join(names)}):", *statements, f"return {value}"]), scope)
     loss: Callable[..., Any] = scope["loss"]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
 import json
 import sys
-import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
 from torch_klloss.auditing import AuditReport, audit
+from torch_klloss.auditing.experiment.calling import described
+from torch_klloss.auditing.experiment.containment import OutOfTimeError, limited, preserved_state
 from torch_klloss.auditing.experiment.signatures import SignatureName
-from torch_klloss.cli.console import InputError, json_safe, parse_count, parse_seed, writing
+from torch_klloss.cli.console import InputError, json_safe, parse_count, parse_seconds, parse_seed, writing
 from torch_klloss.cli.loading import LoadError, loaded
 
 
@@ -36,6 +39,19 @@ def add_command(commands: Any) -> None:
         default="auto",
         metavar="NAME",
         help=f"arguments of the loss: {', '.join(get_args(SignatureName))}; auto goes by the names of its parameters",
+    )
+    parser.add_argument(
+        "--adapter",
+        metavar="[FILE.py:]FUNCTION",
+        help="a function adapter(fn, q, p) that calls the loss with what it takes of two torch Normals q and p, as "
+        "`return fn(q.loc, q.scale, p.loc, p.scale)`; in place of --signature",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=parse_seconds,
+        default=60.0,
+        metavar="SECONDS",
+        help="after which it ends with status 2 (60)",
     )
     parser.add_argument(
         "--seed", type=parse_seed, default=0, metavar="S", help="of the probes and of the loss's draws (0)"
@@ -64,21 +80,7 @@ def run(args: argparse.Namespace) -> int:
             args.write_docs.write_text(markdown(), encoding="utf-8")
         return 0
     print(f"imports and runs {args.target.rpartition(':')[0] or args.target}", file=sys.stderr)
-    try:
-        with loaded(args.target) as fn:
-            report = audit(
-                fn,
-                signature=args.signature,
-                seed=args.seed,
-                budget=args.budget,
-                gradient=not args.no_gradient,
-                num_dims=args.num_dims,
-            )
-    except LoadError as error:
-        raise InputError(str(error)) from error
-    except Exception:  # a fault of the audit must not leave with the status of a wrong loss
-        traceback.print_exc()
-        return 2
+    report = _report(args)
     if args.json:
         print(json.dumps(json_safe(report.to_dict()), indent=2, allow_nan=False))
     if report.verdict == "not judged":
@@ -88,6 +90,41 @@ def run(args: argparse.Namespace) -> int:
     if args.figure is not None:
         _save_points(report, args.figure)
     return 0 if report.ok else 1
+
+
+def _report(args: argparse.Namespace) -> AuditReport:
+    """Load the loss, and the adapter if there is one, and audit it within the limit of time.
+
+    Raises:
+        InputError: if it cannot be loaded, or the time ends before.
+    """
+    try:
+        with preserved_state(), limited(args.timeout), loaded(args.target) as fn, _adapter(args) as adapter:
+            return audit(
+                fn,
+                signature=adapter or args.signature,
+                seed=args.seed,
+                budget=args.budget,
+                gradient=not args.no_gradient,
+                num_dims=args.num_dims,
+            )
+    except LoadError as error:
+        raise InputError(str(error)) from error
+    except OutOfTimeError as error:
+        raise InputError(f"{args.target} was not judged within {args.timeout:g} s: --timeout gives it more") from error
+    except Exception as error:  # a fault of the audit must not leave with the status of a wrong loss
+        raise InputError(f"the audit itself raises {described(error)}") from error
+
+
+@contextlib.contextmanager
+def _adapter(args: argparse.Namespace) -> Iterator[Callable[..., Any] | None]:
+    """Give the function adapter(fn, q, p) that `--adapter` names, of the loss's own file where it names no other."""
+    if args.adapter is None:
+        yield None
+        return
+    source = args.target.rpartition(":")[0]
+    with loaded(args.adapter if ":" in args.adapter else f"{source}:{args.adapter}") as adapter:
+        yield adapter
 
 
 def _save_points(report: AuditReport, path: Path) -> None:

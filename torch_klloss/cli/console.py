@@ -32,6 +32,17 @@ def parse_seed(text: str) -> int:
     return int(text)
 
 
+def parse_seconds(text: str) -> float:
+    """Return the positive number of seconds that an option gives."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < 1e6:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0 and below a million, got {text!r}")
+    return seconds
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Raise an InputError if the block cannot write to the path."""

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from torch_klloss import __version__
 from torch_klloss.cli import audit, compare, demo, pairs
 from torch_klloss.cli.console import InputError
+from torch_klloss.cli.guard import guarded
 
 COMMANDS = (demo.add_command, compare.add_command, pairs.add_command, audit.add_command)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, own_process: bool = False) -> int:
     """Run a command and return its exit status: 0 for success, 1 for a missing optional package, 2 for bad input.
 
     The status of `audit` is its answer: 0 means that the loss is right, 1 that it is wrong, and 2 that it could not be
@@ -24,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Args:
         argv: the arguments, by default the process's.
+        own_process: whether a command that runs a user's file does so in a process of its own.
 
     Raises:
         SystemExit: by argparse, with status 2, for options that do not exist or do not parse.
@@ -39,6 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.run is None:
         parser.print_help()
         return 0
+    if own_process and getattr(args, "target", None) is not None:
+        return guarded(lambda: _status_of(args), args.timeout)
+    return _status_of(args)
+
+
+def _status_of(args: argparse.Namespace) -> int:
     try:
         status: int | None = args.run(args)
     except InputError as error:

@@ -13,6 +13,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from torch_klloss.auditing.experiment.calling import described
+from torch_klloss.auditing.experiment.containment import OutOfTimeError, without_forks
+
 _NAME = "__audited__"  # like "__main__" for a script: a file called torch.py shadows nothing
 
 
@@ -89,11 +92,14 @@ def _imported(source: str, path: Path | None) -> ModuleType:
 @contextlib.contextmanager
 def _load_errors_from(doing: str) -> Iterator[None]:
     try:
-        yield
+        with without_forks():
+            yield
     except LoadError:
         raise
-    except (Exception, SystemExit) as error:  # the user's code may raise anything, and may exit
-        raise LoadError(f"{doing} raises {type(error).__name__}: {error}") from error
+    except OutOfTimeError:
+        raise
+    except BaseException as error:  # the user's code may raise anything, and may exit
+        raise LoadError(f"{doing} raises {described(error)}") from error
 
 
 def _found(module: ModuleType, name: str, source: str) -> Callable[..., Any]:

@@ -67,11 +67,16 @@ time. A loss that draws its own samples takes some seconds; `budget=` is the num
 
 The signature of a loss is determined from the names of its parameters, or stated by `signature=`; parameters with a
 default keep it. A loss with other arguments gets an adapter:
-`audit(fn, signature=lambda fn, q, p: fn(q.loc, q.scale, p.loc, p.scale))` with q and p two `Normal`s.
+`audit(fn, signature=lambda fn, q, p: fn(q.loc, q.scale, p.loc, p.scale))` with q and p two `Normal`s. In a shell it is
+a function of the file: `--adapter FUNCTION`, or `--adapter FILE.py:FUNCTION`.
+
+Names of policies determine q too. The log-probabilities of an old or behaviour policy (`old_log_prob`, `b_logprobs`,
+`mb_logprobs`) are q's, whose actions they are of, against a new one's; those of a policy are q's against a reference's
+(`ref_logprobs`). Of two distributions or logits with such names, either may be q; the report says which.
 
 {signatures}
 
-`num_dims=3` calls the loss with [batch, time, latent].
+`num_dims=3` calls the loss with [batch, time, latent]. `timeout=60` ends the audit of a loss that takes longer.
 
 ## A whole training step
 
@@ -99,6 +104,7 @@ parts of it, finds the KLs by the functions called and the names of variables, a
 ## What is not a mistake
 
 - The sum over the batch in place of its mean; a value for each example, or for each element.
+- Of classes [batch, tokens, classes] the mean over the tokens, in nats a token.
 - Rearranged terms, other names, float32 alone, an `eps` of 1e-8 inside a logarithm.
 - A weight β that the caller states: audit `functools.partial(my_kl, beta=1.0)`, and the KL is judged.
 - A negative estimate from one sample: the mean of the estimates is judged.
@@ -187,7 +193,7 @@ def measurement(mistake: Mistake) -> Measurement:
 def _measurement(mistake: Mistake, width: Width, num_calls: int) -> Measurement:
     """Call the line at the first probe, `[batch, latent]`."""
     signature, loss = SIGNATURES[mistake.signature], loss_of(mistake)
-    layout, drawn = signature.draw(_SEED, rank=2, width=width)
+    layout, drawn = signature.draw(_SEED, rank=mistake.num_dims, width=width)
     leaves = {name: layout.split(leaf)[0] for name, leaf in drawn.items()}
     kl, gradient = _kl(signature, leaves, Layout(layout.shapes[:1]))
     reference = gradient if mistake.gradient else {}
@@ -247,6 +253,8 @@ def _section(module: ModuleType) -> str:
 
 def _entry(mistake: Mistake) -> str:
     right = SIGNATURES[mistake.signature].right.partition(", or with torch_klloss")[0]
+    if mistake.num_dims > 2:
+        right = right.replace(".sum(-1)", ".flatten(1).sum(-1)")
     lines = [
         f"### {mistake.id}",
         _filled(f"{sentence(mistake.what)} {_EXPLAINED.get(mistake.id, '')}"),

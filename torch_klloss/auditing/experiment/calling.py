@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from torch_klloss.auditing.experiment.containment import CHANGED_BY_LOSSES, OutOfTimeError, check_time, without_forks
 from torch_klloss.auditing.experiment.parameters import Binding
 from torch_klloss.auditing.experiment.signatures import Leaves
+from torch_klloss.distributions.simplify import flatten_independent
 from torch_klloss.rng import private_rng
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -58,10 +60,14 @@ def reply_to(fn: Callable[..., Any], binding: Binding, leaves: Leaves, *, watche
     arguments = binding.arguments({name: leaf.clone() for name, leaf in leaves.items()})  # as outputs of a network are
     before = [_snapshot(argument) for argument in arguments] if watched else []
     stream = torch.get_rng_state() if watched else None
-    state = [get() for _, get, _ in _GLOBAL_STATE]
+    state = [get() for _, get, _ in CHANGED_BY_LOSSES]
     try:
-        value = fn(*arguments)
-    except (Exception, SystemExit) as error:
+        with without_forks():
+            value = fn(*arguments)
+        check_time()
+    except OutOfTimeError:
+        raise
+    except BaseException as error:  # a loss may exit, and may interrupt
         raise CallError(f"it raises {described(error)}") from error
     finally:
         disturbed = _restore(state)
@@ -79,16 +85,11 @@ def reply_to(fn: Callable[..., Any], binding: Binding, leaves: Leaves, *, watche
     return Reply(value.detach().double().cpu(), gradients, detached, changed, drew, after_stream)
 
 
-_GLOBAL_STATE: tuple[tuple[str, Callable[[], Any], Callable[[Any], Any]], ...] = (
-    ("torch's default dtype", torch.get_default_dtype, torch.set_default_dtype),
-    ("whether torch records gradients", torch.is_grad_enabled, torch.set_grad_enabled),
-    ("torch's number of threads", torch.get_num_threads, torch.set_num_threads),
-)
-
-
 def _restore(state: list[Any]) -> list[str]:
     """Restore torch's global state, and return what the loss had changed."""
-    disturbed = [(word, put, old) for (word, get, put), old in zip(_GLOBAL_STATE, state, strict=True) if get() != old]
+    disturbed = [
+        (word, put, old) for (word, get, put), old in zip(CHANGED_BY_LOSSES, state, strict=True) if get() != old
+    ]
     for _, put, old in disturbed:
         put(old)
     return [word for word, *_ in disturbed]
@@ -109,7 +110,9 @@ def _gradients(value: Tensor, leaves: Leaves) -> dict[str, Tensor | None]:
     try:
         weighted = (value * weights_like(value).to(value.dtype)).sum()
         found = torch.autograd.grad(weighted, list(wanted.values()), allow_unused=True)
-    except Exception as error:
+    except OutOfTimeError:
+        raise
+    except BaseException as error:
         raise CallError(f"its backward pass raises {described(error)}") from error
     return {name: None if grad is None else grad.double() for name, grad in zip(wanted, found, strict=True)}
 
@@ -130,7 +133,10 @@ def _check(value: Any) -> None:
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text."""
-    return (str(error).strip().splitlines() or ["(no message)"])[0]
+    try:
+        return (str(error).strip().splitlines() or ["(no message)"])[0]
+    except Exception as other:
+        return f"(its message raises {type(other).__name__})"
 
 
 def described(error: BaseException) -> str:
@@ -142,7 +148,7 @@ def _snapshot(argument: Any) -> dict[str, Tensor]:
     if isinstance(argument, Tensor):
         return {"": argument.detach().clone()}
     if isinstance(argument, Distribution):
-        base = getattr(argument, "base_dist", argument)
+        base, _ = flatten_independent(argument)
         return {name: base.__dict__[name].detach().clone() for name in base.arg_constraints if name in base.__dict__}
     return {}
 

@@ -73,7 +73,8 @@ def moment_of(name: str) -> list[tuple[str, tuple[str, ...]]]:
 
 # --- the policies of reinforcement learning ---------------------------------------------------------------------------
 
-_BEHAVIOUR = _set("old prev previous behavior behaviour b mb rollout rollouts buffer stored sampling sampled collected")
+_BATCHES = _set("b mb")  # as prefixes: what was stored while acting
+_BEHAVIOUR = _set("old prev previous behavior behaviour rollout rollouts buffer stored sampling sampled collected")
 _CURRENT = _set("new now updated current curr cur policy pi pis model actor online target student")
 _REFERENCE = _set("ref reference sft base frozen init initial pretrained anchor prior teacher")
 _STANDINGS = ((4, Q_WORDS - {"z", "latent"}), (0, P_WORDS - {"prior", "pri"}), (3, _BEHAVIOUR), (1, _REFERENCE))
@@ -93,7 +94,8 @@ def standing_of(words: Sequence[str]) -> int:
     Actions come from the old or behaviour policy, which a new one is compared with; tokens come from the policy, which
     is compared with a reference.
     """
-    return next((standing for standing, known in _STANDINGS if known & set(words)), 2)
+    found = next((standing for standing, known in _STANDINGS if known & set(words)), 2)
+    return 3 if found == 2 and set(words[:1]) & _BATCHES else found
 
 
 def log_prob_words(name: str) -> tuple[str, ...] | None:
@@ -101,7 +103,9 @@ def log_prob_words(name: str) -> tuple[str, ...] | None:
     words = words_of(name)
     found: list[str] = []
     is_log_prob = False
-    for word in words:
+    for index, word in enumerate(words):
+        if index and word in _BATCHES:
+            continue  # log_prob_b is that of b
         match = _LOG_PROB.fullmatch(word)
         is_log_prob |= match is not None
         found += [word] if match is None else [part for part in match.groups() if part]
@@ -112,7 +116,7 @@ def words_of_kind(name: str, kind: str) -> tuple[str, ...] | None:
     """Return the other words of the name of a distribution or of its logits; None of a name that is neither."""
     words = words_of(name)
     policies = _BEHAVIOUR | _CURRENT | _REFERENCE
-    saying = _KINDS[kind] if kind == "logits" else _KINDS[kind] | policies - {"b", "mb"}
-    if not set(words) <= policies | _KINDS[kind] | _NEUTRAL or not saying & set(words):
+    saying = _KINDS[kind] if kind == "logits" else _KINDS[kind] | policies
+    if not set(words) <= policies | _BATCHES | _KINDS[kind] | _NEUTRAL or not saying & set(words):
         return None
     return tuple(word for word in words if word not in _KINDS[kind] - {"policy", "pi"})

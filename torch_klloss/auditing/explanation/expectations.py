@@ -13,8 +13,8 @@ The parts of a right computation:
 - `weight`, `log q`, `log p` (categorical): the parts of Σ q (log q - log p), and `summand`, the function of these;
   `outcomes`: the sum over a Bernoulli's two.
 - `bound` (analytic, categorical): takes the elements and the layout, and returns the core.
-- `latent`, `batch`, `steps`, `scale` (all): a factor, as powers of the latent and batch size and of the number of steps,
-  and a constant; `repeated`: whether every example gets its batch's; see `fit.py`.
+- `latent`, `batch`, `steps`, `scale` (all): a factor, as powers of the latent and batch size and of the number of
+  steps, and a constant; `repeated`: whether every example gets its batch's; see `fit.py`.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def analytic(pair: Normals, layout: Layout, parts: Parts) -> Core:
         n = pair.swapped if is_swapped else pair
         terms = (parts.get(name, term)(n) for name, term in TERMS.items())
         elements = elements + weight * sum(terms)
-    return parts.get("bound", _summed)(elements, layout)  # type: ignore[no-any-return]
+    return parts.get("bound", _summed)(elements, layout)
 
 
 def _summed(elements: Tensor, layout: Layout) -> Core:
@@ -208,4 +208,4 @@ def categorical(pair: Categoricals, layout: Layout, parts: Parts) -> Core:
         if terms.dim() > 1:  # a Bernoulli's two outcomes
             terms = parts.get("outcomes", lambda both: both.sum(0))(terms)
         elements = elements + share * terms
-    return parts.get("bound", _summed)(elements, layout)  # type: ignore[no-any-return]
+    return parts.get("bound", _summed)(elements, layout)

@@ -71,7 +71,7 @@ class Bound:
 
     def __call__(self, elements: Tensor, layout: Layout) -> Core:
         """Return the value of every example."""
-        limit = partial(_LIMITS[self.kind], bound=self.at)
+        limit = self._limit
         if self.level == "element":
             return Core(layout.examples(limit(elements)), limit(elements))
         examples = layout.examples(elements)
@@ -82,6 +82,9 @@ class Bound:
             return Core(layout.examples(means), means)
         factor = self._factor(layout)
         return Core((limit(layout.means(examples) * factor) / factor)[layout.probe_of_example])
+
+    def _limit(self, values: Tensor) -> Tensor:
+        return _LIMITS[self.kind](values, self.at)
 
     def total(self, elements: Tensor, layout: Layout) -> float:
         """Return the sum of the values of all probes, reduced."""
@@ -177,9 +180,11 @@ def _last_right(subject: Subject, observation: Observation, farthest: float) -> 
 
 def _priors(subject: Subject, observation: Observation) -> Iterator[tuple[Mistake, Parts]]:
     """Yield the Normal that the loss has for its prior in place of the standard one, by least squares."""
-    if subject.signature.categorical or not subject.signature.standard:
+    if not subject.signature.standard:
         return
     n, layout = subject.pair, subject.layout
+    if not isinstance(n, Normals):
+        return
     terms = (n.q_logvar, n.q_var, n.q_mean.square(), n.q_mean, torch.ones_like(n.q_mean))
     design = torch.stack([layout.means(layout.examples(term)) for term in terms], dim=1)
     values = torch.zeros(len(layout.shapes), dtype=torch.float64)

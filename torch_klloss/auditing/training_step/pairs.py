@@ -15,6 +15,7 @@ from torch_klloss.auditing.training_step.names import is_kl_name, is_of_data, le
 from torch_klloss.auditing.training_step.record import FunctionRecord, NamedValue
 from torch_klloss.distributions.checks import check_pair
 from torch_klloss.distributions.families import standard_normal_like
+from torch_klloss.distributions.simplify import diagonal_normal_of
 from torch_klloss.distributions.tensors import tensors_of
 
 
@@ -90,8 +91,8 @@ def _pairs_called(record: FunctionRecord, distributions: list[NamedValue]) -> li
 
 
 def _is_standard(d: Distribution) -> bool:
-    base = getattr(d, "base_dist", d)
-    return isinstance(base, Normal) and bool((base.loc == 0).all()) and bool((base.scale == 1).all())
+    normal = diagonal_normal_of(d)
+    return normal is not None and bool((normal.loc == 0).all()) and bool((normal.scale == 1).all())
 
 
 def _pairs_named(distributions: list[NamedValue]) -> list[Pair]:
@@ -108,7 +109,7 @@ def _pairs_named(distributions: list[NamedValue]) -> list[Pair]:
         for p in [*alike, *(p for p in ps if p not in alike)]:
             if p.value is not q.value and _fit(q.value, p.value):
                 found.append(Pair(f"{q.label} and {p.label}", q.value, p.value))
-        if not alike and isinstance(getattr(q.value, "base_dist", q.value), Normal):
+        if not alike and diagonal_normal_of(q.value) is not None:
             found.append(Pair(f"{q.label} and the standard Normal", q.value, standard_normal_like(q.value)))
     return sorted(found, key=lambda pair: "standard Normal" in pair.label)
 
@@ -150,7 +151,7 @@ def _moments(values: Sequence[NamedValue]) -> Iterator[_Moments]:
             if kind == "mean" or its_rest != rest or spread.value.shape != mean.value.shape:
                 continue
             side, key = side_of(mean.role), level_of(rest)
-            label = f"{mean.label} and {spread.label}"
+            label = f"{mean.label} and {spread.label}{' (through softplus)' * (kind == 'rho')}"
             if kind in ("std", "var") and bool((spread.value < 0).any()):
                 for other in ("logvar", "logstd"):
                     note = f"{label} (negative, read as {other})"

@@ -31,8 +31,7 @@ from torch_klloss.auditing.training_step.record import (
     values_of,
 )
 from torch_klloss.closed_forms import kl_divergence
-from torch_klloss.distributions.checks import check_pair
-from torch_klloss.losses import KLLoss
+from torch_klloss.losses import Call, KLLoss
 
 _FRAMEWORKS = frozenset(
     ["torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "torchmetrics", "numpy"]
@@ -109,14 +108,13 @@ class Watcher:
         self._called: dict[int, list[tuple[Distribution, Distribution]]] = {}
         self._points: dict[int, list[Tensor]] = {}
         self._counts: dict[CodeType, int] = {}
+        self._paths: dict[KLLoss, str] = {}
 
     def run(self, batch: Any, batch_idx: int) -> None:
         """Run the step and record it."""
-        handles = [
-            m.register_forward_hook(self._hook(path), with_kwargs=True)
-            for path, m in self._module.named_modules()
-            if isinstance(m, KLLoss)
-        ]
+        self._paths = {m: path for path, m in self._module.named_modules() if isinstance(m, KLLoss)}
+        for loss in self._paths:
+            loss.add_observer(self)
         module: Any = self._module
         takes = _num_arguments(module.training_step)
         before = sys.getprofile()
@@ -128,8 +126,8 @@ class Watcher:
                 self.error = error
             finally:
                 sys.setprofile(before)
-                for handle in handles:
-                    handle.remove()
+                for loss in self._paths:
+                    loss.remove_observer(self)
         self._take_logged()
 
     def is_kl(self, name: str) -> bool:
@@ -208,18 +206,15 @@ class Watcher:
             if (record := by_frame.get(id(frame))) is not None:
                 self._add(record, NamedValue(f"log({name!r})", name, value), own=True, line=line)
 
-    def _hook(self, path: str) -> Callable[..., None]:
-        def hook(module: KLLoss, args: Any, kwargs: Any, output: Any) -> None:
-            with contextlib.suppress(Exception):
-                q, p = (*args, *(kwargs[name] for name in ("q", "p") if name in kwargs))[:2]
-                examples = check_pair(q, p)[: module.batch_dims].numel()
-                divisor = 1 if module.reduction == "mean" else examples
-                caller = self._users.caller(sys._getframe(1))
-                where = "training_step" if caller is None else location(caller, caller.f_lineno)
-                per_example = float(output.detach().sum()) / divisor
-                self.loss_calls.append(LossCall(path, where, q, p, output, per_example))
-
-        return hook
+    def observe(self, call: Call) -> None:
+        """Record the KL that one of this library's losses has computed, as its observer."""
+        with contextlib.suppress(Exception):
+            num_examples = call.batch.elements[: call.batch.num_example_dims].numel()
+            divisor = 1 if call.reduction == "mean" else num_examples
+            caller = self._users.caller(sys._getframe(1))
+            where = "training_step" if caller is None else location(caller, caller.f_lineno)
+            per_example = float(call.value.sum()) / divisor
+            self.loss_calls.append(LossCall(self._paths[call.loss], where, call.q, call.p, call.value, per_example))
 
 
 def _pair_of_kl_div(arguments: Mapping[str, Any]) -> tuple[Distribution, Distribution]:

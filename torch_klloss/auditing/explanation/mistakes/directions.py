@@ -8,7 +8,7 @@ from torch import Tensor
 
 from torch_klloss.auditing.experiment.probes import Categoricals, MixedNormals, Normals
 from torch_klloss.auditing.experiment.signatures import SIGNATURES
-from torch_klloss.auditing.explanation.expectations import REVERSE
+from torch_klloss.auditing.explanation.expectations import REVERSE, TERMS
 from torch_klloss.auditing.explanation.mistake import Mistake
 
 _BOTH = ((1.0, False), (1.0, True))
@@ -26,7 +26,9 @@ def _marginals(n: MixedNormals) -> Normals:
     return n.marginals
 
 
-def _trace_of_diagonals(n: MixedNormals) -> Tensor:
+def _trace_of_diagonals(n: Normals) -> Tensor:
+    if not isinstance(n, MixedNormals):  # together with a mistake that leaves no covariances
+        return TERMS["variance"](n)
     q, p = n.cholesky_diagonals
     return 0.5 * (q / p).square()
 
