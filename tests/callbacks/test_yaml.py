@@ -8,7 +8,6 @@ from torch_klloss import AutoKL, KLLoss
 from torch_klloss.methods import ClosedForm, Enumeration, MixtureBound, MonteCarlo, Quadrature
 from torch_klloss.samplers import IID, Antithetic, Sobol, Stratified
 
-
 # What jsonargparse deprecates is of its own import.
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 
