@@ -163,6 +163,7 @@ def test_the_kl_to_the_uniform_law_takes_one_tensor():
     assert audit(to_uniform).ok
     assert audit(lambda qy: (qy * (qy.log() + torch.tensor(float(qy.shape[-1])).log())).sum(-1)).ok
     assert audit(lambda log_probs: to_uniform(log_probs), signature="uniform_log_probs").ok
+    assert all(audit(to_uniform, signature=name).ok for name in ("logits", "categorical"))
     assert audit(lambda logits: to_uniform(logits) / logits.shape[-1]).mistakes[0].id == "mean-over-latent"
     entropy = audit(lambda probs: (probs * probs.log()).sum(-1).mean())
     assert entropy.mistakes[0].id == "negative-entropy"

@@ -74,7 +74,8 @@ def bindings_to_try(fn: Callable[..., Any], signature: str) -> list[Binding]:
         )
     names = _parameter_names(fn)
     if signature != "auto":
-        chosen = SIGNATURES[signature]
+        of_one = _OF_ONE_TENSOR.get(signature, signature) if len(names) == 1 else signature
+        chosen = SIGNATURES[of_one]
         by_name = [one for one in (*_of_policies(names), *_of_four_tensors(names)) if one.signature is chosen]
         order = _order(chosen, names) or (by_name[0].order if by_name else tuple(range(len(chosen.roles))))
         bindings = [Binding(chosen, order, names or chosen.roles)]
@@ -105,6 +106,8 @@ def _bindings_by_name(names: tuple[str, ...], fn: Callable[..., Any]) -> list[Bi
     return found if found[0].note or {one.signature.name for one in found} <= _BOTH_OF_RHO else found[:1]
 
 
+# Of a loss of one tensor p is the uniform law.
+_OF_ONE_TENSOR = {"logits": "uniform_logits", "categorical": "uniform_logits", "log_probs": "uniform_log_probs"}
 _BOTH_OF_RHO = frozenset({"mean_logstd", "mean_rho"})  # rho is a logarithm to some, and what softplus takes to others
 
 

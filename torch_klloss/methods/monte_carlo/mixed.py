@@ -9,7 +9,6 @@ than the gradient that they correct, which leaves it unbiased.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -162,7 +161,7 @@ def _sample(
     leaves = {key: t.detach().requires_grad_() for key, t in own.items()}
     with torch.enable_grad():
         copy = copy_with(rows, lambda t, *_: leaves.get(id(t), t))
-        log_ratio, log_score, x = _terms(copy, pair.log_p, plan.sampler)
+        log_ratio, log_score, x = _terms(copy, pair, plan.sampler)
         rounded.see(0, x)
         wrt = list(leaves.values())
         grads, scores = _grads(log_ratio, wrt), _grads(log_score, wrt)
@@ -176,7 +175,7 @@ def _sample(
     return log_ratio, carrier
 
 
-def _terms(q: Distribution, log_p: Callable[[Located], Tensor], sampler: Sampler) -> tuple[Tensor, Tensor, Located]:
+def _terms(q: Distribution, pair: PreparedPair, sampler: Sampler) -> tuple[Tensor, Tensor, Located]:
     """Return the log-ratio at a draw of every row, log q at the same point, which is fixed, and the point.
 
     The first two are `[S, *batch]`.
@@ -186,7 +185,7 @@ def _terms(q: Distribution, log_p: Callable[[Located], Tensor], sampler: Sampler
     else:
         draw = prepare_by_component(sampler, q, 1, differentiable=True).part(0, 1)
         points, x = draw.points, draw.x
-    log_ratio = (points.weights * (log_density_within(q, x) - log_p(x))).sum(0)
+    log_ratio = (points.weights * (log_density_within(q, x) - pair.log_p(x, q.batch_shape))).sum(0)
     return log_ratio, (points.weights.detach() * log_density_within(q, fixed(x))).sum(0), x
 
 

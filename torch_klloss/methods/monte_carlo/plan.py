@@ -40,15 +40,17 @@ class PreparedPair:
 
     def log_q(self, x: Tensor | Located) -> Tensor:
         """Return log q at points of its own, `[n, *batch, *event]`."""
-        return full_precision(log_density_within(self.q, x, self._shape(x)))
+        return full_precision(log_density_within(self.q, x, located(x).x.shape[:1] + self.q.batch_shape))
 
-    def log_p(self, x: Tensor | Located) -> Tensor:
-        """Return log p at points `[n, *batch, *event]`, -inf outside its support."""
-        return full_precision(log_density(self.p, x, self.contains_support, self._shape(x)))
+    def log_p(self, x: Tensor | Located, batch_shape: torch.Size | None = None) -> Tensor:
+        """Return log p at points `[n, *batch, *event]`, -inf outside its support.
 
-    def _shape(self, x: Tensor | Located) -> torch.Size:
-        """Return the shape of a log-density at points: one number a draw and batch element."""
-        return located(x).x.shape[:1] + self.q.batch_shape
+        Args:
+            x: the points.
+            batch_shape: of the points, by default q's.
+        """
+        shape = located(x).x.shape[:1] + (self.q.batch_shape if batch_shape is None else batch_shape)
+        return full_precision(log_density(self.p, x, self.contains_support, shape))
 
 
 @dataclass(frozen=True)
