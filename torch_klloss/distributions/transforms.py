@@ -123,5 +123,5 @@ def is_same(a: Tensor | float, b: Tensor | float) -> bool:
         return True
     if not (isinstance(a, Tensor) or isinstance(b, Tensor)):
         return a == b
-    learned = any(isinstance(x, Tensor) and x.requires_grad for x in (a, b))
-    return not learned and not is_traced() and bool((a == b).all())  # type: ignore[union-attr]
+    unknown = any(isinstance(x, Tensor) and (x.requires_grad or x.is_meta) for x in (a, b))  # learned, or no values
+    return not unknown and not is_traced() and bool((a == b).all())  # type: ignore[union-attr]

@@ -135,7 +135,7 @@ _Made = tuple[Distribution, list[Transform]] | None
 
 
 def _has_small(least: float, *parameters: Tensor) -> bool:
-    return is_traced() or any(bool((t < least).any()) for t in parameters)
+    return is_traced() or any(not t.is_cpu or bool((t < least).any()) for t in parameters)
 
 
 def _from_log_gamma(q: Gamma) -> _Made:

@@ -94,7 +94,7 @@ class _Terms:
         with torch.no_grad():
             for start, stop in self.plan.chunks():
                 draw = self.draws(start, stop)
-                part = draw.split(self._log_q(draw.x) - self.pair.log_p(draw.x)).sum(0)
+                part = draw.split(self._log_q(draw.x) - self.pair.log_p(draw.x, self.pair.q.batch_shape)).sum(0)
                 total = total.to(part) + part
         self.mean = total / self.plan.num_samples
 
@@ -122,10 +122,10 @@ class _Terms:
             return self._score_terms(draw.fixed())
         if self.gradient == "sticking_the_landing":
             log_q = gradients.without_score(log_q, self._log_q(fixed(x)))
-        return (log_q.detach() if self.gradient == "none" else log_q) - self.pair.log_p(x)
+        return (log_q.detach() if self.gradient == "none" else log_q) - self.pair.log_p(x, self.pair.q.batch_shape)
 
     def _score_terms(self, draw: Draw) -> Tensor:
-        log_p, log_q = self.pair.log_p(draw.x), self._log_q(draw.x)
+        log_p, log_q = self.pair.log_p(draw.x, self.pair.q.batch_shape), self._log_q(draw.x)
         if self.plan.value == "entropy":
             log_score = self.pair.log_q(draw.x)
         else:

@@ -185,7 +185,7 @@ def _terms(q: Distribution, pair: PreparedPair, sampler: Sampler) -> tuple[Tenso
     else:
         draw = prepare_by_component(sampler, q, 1, differentiable=True).part(0, 1)
         points, x = draw.points, draw.x
-    log_ratio = (points.weights * (log_density_within(q, x) - pair.log_p(x, q.batch_shape))).sum(0)
+    log_ratio = (points.weights * (log_density_within(q, x) - pair.log_p(x))).sum(0)
     return log_ratio, (points.weights.detach() * log_density_within(q, fixed(x))).sum(0), x
 
 

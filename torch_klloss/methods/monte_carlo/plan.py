@@ -43,13 +43,13 @@ class PreparedPair:
         return full_precision(log_density_within(self.q, x, located(x).x.shape[:1] + self.q.batch_shape))
 
     def log_p(self, x: Tensor | Located, batch_shape: torch.Size | None = None) -> Tensor:
-        """Return log p at points `[n, *batch, *event]`, -inf outside its support.
+        """Return log p at points, -inf outside its support.
 
         Args:
-            x: the points.
-            batch_shape: of the points, by default q's.
+            x: the points, `[…, *batch, *event]`.
+            batch_shape: of the points `[n, *batch, *event]`, where their event may differ from q's declared one.
         """
-        shape = located(x).x.shape[:1] + (self.q.batch_shape if batch_shape is None else batch_shape)
+        shape = None if batch_shape is None else located(x).x.shape[:1] + batch_shape
         return full_precision(log_density(self.p, x, self.contains_support, shape))
 
 

@@ -42,11 +42,11 @@ class RoundedDraws:
             self._shares[start] = on_end.to(x.x.dtype).sum(0)
 
     def trusted(self, std_error: Tensor | None, num_draws: int, peeled: int) -> Tensor | None:
-        """Return the standard error, NaN where draws were rounded, with a warning that says how many."""
+        """Return the standard error, NaN where draws were rounded; on the CPU a warning says how many."""
         if not self._shares:
             return std_error
         share = sum_last(torch.stack(list(self._shares.values())).sum(0), peeled) / num_draws
-        if not is_traced() and bool((share > 0).any()):
+        if share.is_cpu and not is_traced() and bool((share > 0).any()):
             warnings.warn(
                 f"{share.mean().item():.2g} of the draws of {type_name(self._q)} were rounded to an end of its "
                 "support, where the densities are lost: the value is not reliable, and has no standard error. Use "
