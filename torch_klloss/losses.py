@@ -31,7 +31,7 @@ from torch_klloss.methods.first_of import Refuse, WarnFirst
 from torch_klloss.methods.monte_carlo.method import Gradient, Value
 from torch_klloss.methods.monte_carlo.mixed import MixedGradient
 from torch_klloss.numerics.arguments import check_generator
-from torch_klloss.numerics.tracing import without_autocast
+from torch_klloss.numerics.tracing import is_in_backward, without_autocast
 from torch_klloss.reduction import Batch, ReductionName, check_reduction, expand_mask, is_zero, reduce, reduce_estimate
 from torch_klloss.rng import RngState, rng_state
 from torch_klloss.samplers import Sampler
@@ -138,7 +138,7 @@ class KLLoss(nn.Module):
                 inside of a network of q or p, such as a flow's, where it cannot be replaced.
             NotImplementedError: if the method has no route for the pair.
         """
-        if self.observers and not self._random_states:  # called past the hooks
+        if self._is_observed():  # called past the hooks
             observed: Tensor = torch.compiler.disable(self._observed)(
                 partial(KLLoss.forward, self), q, p, mask, generator
             )
@@ -169,7 +169,7 @@ class KLLoss(nn.Module):
     def estimate(self, q: Distribution, p: Distribution, generator: torch.Generator | None = None) -> KLEstimate:
         """Return the unreduced `KLEstimate`, of the broadcast batch shape, without mask and reduction."""
         check_generator(generator)
-        if self.observers and not self._random_states:  # not part of a call
+        if self._is_observed():  # not part of a call
             return torch.compiler.disable(self._observed)(
                 lambda q, p, mask, generator: self.estimate(q, p, generator), q, p, None, generator
             )
@@ -274,6 +274,10 @@ class KLLoss(nn.Module):
             random_state = self._random_states.pop()
             if value is not None:  # else the call has raised
                 self._tell_reduced(*_arguments(*args, **kwargs)[:3], value, random_state)
+
+    def _is_observed(self) -> bool:
+        """Return whether there are observers that no hook is going to tell; a checkpoint's repetition is not told."""
+        return bool(self.observers) and not self._random_states and not is_in_backward()
 
     def _observed(self, compute: Callable[..., Any], q: Any, p: Any, mask: Any, generator: Any) -> Any:
         """Compute a value or an estimate that no hook sees, and tell the observers."""

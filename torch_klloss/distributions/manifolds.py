@@ -43,9 +43,9 @@ def are_singular(q: Distribution, p: Distribution) -> bool:
 
 def _manifold(d: Distribution) -> _Manifold:
     """Return the surface that d's mass lies on; of codimension 0 if it fills the space, or d is discrete."""
-    numel = d.event_shape.numel()
-    if is_discrete(d):
+    if is_discrete(d) or (not d.event_shape and is_of_torch(d)):
         return _Manifold(0)
+    numel = d.event_shape.numel()
     if isinstance(d, (Independent, MixtureSameFamily)):
         inner = d.base_dist if isinstance(d, Independent) else d.component_distribution
         part = _manifold(inner)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -43,12 +44,18 @@ def innermost(support: constraints.Constraint) -> Any:
 
 def is_of_torch(d: Distribution) -> bool:
     """Return whether support and density of d, and of its parts, are those of a class of torch or of this library."""
-    for name in ("support", "log_prob"):
-        stated = next(cls for cls in type(d).__mro__ if name in vars(cls))
-        if name in vars(d) or not stated.__module__.startswith(_OWN):
-            return False
-    parts = (getattr(d, name, None) for name in ("base_dist", "component_distribution"))
+    held = vars(d)
+    cls: Any = type(d)
+    if not _is_class_of_torch(cls) or "support" in held or "log_prob" in held:
+        return False
+    parts = (held.get(name) for name in ("base_dist", "component_distribution", "_component_distribution"))
     return all(is_of_torch(part) for part in parts if isinstance(part, Distribution))
+
+
+@cache
+def _is_class_of_torch(cls: type) -> bool:
+    stated = (next(parent for parent in cls.__mro__ if name in vars(parent)) for name in ("support", "log_prob"))
+    return all(parent.__module__.startswith(_OWN) for parent in stated)
 
 
 def believed_support(d: Distribution) -> constraints.Constraint | None:

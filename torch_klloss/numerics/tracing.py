@@ -1,4 +1,4 @@
-"""Detection of torch.compile, torch.func, forward-mode AD and autocast, by torch's private API."""
+"""Detection of torch.compile, torch.func, forward-mode AD, backward passes and autocast, by torch's private API."""
 
 from __future__ import annotations
 
@@ -46,6 +46,11 @@ def is_func_transformed() -> bool:
 def is_forward_mode() -> bool:
     """Return whether forward-mode AD is active."""
     return torch.autograd.forward_ad._current_level >= 0
+
+
+def is_in_backward() -> bool:
+    """Return whether autograd runs a backward pass, which repeats the forward of a checkpoint."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def is_autocast_enabled() -> bool:

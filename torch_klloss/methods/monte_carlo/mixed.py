@@ -162,7 +162,7 @@ def _sample(
     with torch.enable_grad():
         copy = copy_with(rows, lambda t, *_: leaves.get(id(t), t))
         log_ratio, log_score, x = _terms(copy, pair, plan.sampler)
-        rounded.see(0, x)
+        rounded.see(0, x, draw_dims=2)
         wrt = list(leaves.values())
         grads, scores = _grads(log_ratio, wrt), _grads(log_score, wrt)
     if not (torch.is_grad_enabled() and reaches_others(log_ratio, wrt)):

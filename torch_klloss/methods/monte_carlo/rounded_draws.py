@@ -33,13 +33,13 @@ class RoundedDraws:
         self._q, self._ends = q, _open_ends(q)
         self._shares: dict[int, Tensor] = {}
 
-    def see(self, start: int, x: Located) -> None:
-        """Count some draws, the first of which has this number."""
+    def see(self, start: int, x: Located, draw_dims: int = 1) -> None:
+        """Count some draws, which the first dimensions index; the first one has this number."""
         if self._ends is not None:
             on_end = _is_on(self._ends, x)
             events = len(self._q.event_shape)
             on_end = on_end.flatten(-events).any(-1) if events else on_end
-            self._shares[start] = on_end.to(x.x.dtype).sum(0)
+            self._shares[start] = on_end.to(x.x.dtype).sum(tuple(range(draw_dims)))
 
     def trusted(self, std_error: Tensor | None, num_draws: int, peeled: int) -> Tensor | None:
         """Return the standard error, NaN where draws were rounded; on the CPU a warning says how many."""
