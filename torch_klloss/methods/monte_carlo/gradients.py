@@ -41,8 +41,8 @@ class Draw:
 def null_ratio(log_q: Tensor) -> Tensor:
     """Return q(x)/q₀(x) - 1 at fixed points x, where q₀ is q with its parameters as they are now.
 
-    The value is 0 and the gradient is the score (0 where log q is not finite). Over draws of q₀ the mean is 0 for every q, so that the derivatives of
-    every order have mean zero; those of log q have not, from the second on.
+    The value is 0 and the gradient is the score (0 where log q is not finite). Over draws of q₀ the mean is 0 for every
+    q, so that the derivatives of every order have mean zero; those of log q have not, from the second on.
     """
     log_q = torch.where(log_q.isfinite(), log_q, 0.0)
     return torch.expm1(log_q - log_q.detach())
