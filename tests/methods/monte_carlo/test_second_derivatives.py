@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from torch.distributions import Categorical, Distribution, MixtureSameFamily, Normal, kl_divergence
+from torch.distributions import Categorical, Distribution, MixtureSameFamily, Normal, StudentT, kl_divergence
 
 from tests.flows import FLOWS, plain
 from torch_klloss import kl_from_log_probs
@@ -208,3 +208,30 @@ def test_from_log_probs(behavior, gradient, value):
         return (probability * kl).sum()
 
     assert_same_curvature(estimate, lambda theta: kl_divergence(*categoricals(theta)), LOGITS)
+
+
+@CHUNKS
+def test_with_a_quadratic_that_is_integrated(chunk_size):
+    def students(theta):
+        return Normal(theta[0], theta[1].exp()), StudentT(6.0, theta[2], theta[3].exp())
+
+    estimate, sampled = (over_noise(2, students, 12, value=v, chunk_size=chunk_size) for v in ("taylor", "log_ratio"))
+    assert_same_curvature(estimate, sampled, NORMALS)
+
+
+@pytest.mark.parametrize(
+    "options", [{"gradient": "mixed"}, {"value": "control_variate"}], ids=lambda o: str(*o.values())
+)
+def test_they_are_refused_where_derivatives_are_taken_ahead(options):
+    leaves = [t.clone().requires_grad_() for t in NORMALS]
+    q, p = Normal(leaves[0], leaves[1].exp()), Normal(leaves[2], leaves[3].exp())
+    value = MonteCarlo(16, **options).estimate(q, p).value
+    by_p = torch.autograd.grad(value, leaves[2:], create_graph=True)
+    torch.autograd.grad(by_p[1], leaves[2:], retain_graph=True)  # those of a fixed q
+    for first, leaf in itertools.product(by_p, leaves[:2]):
+        with pytest.raises(NotImplementedError, match="gradient='pathwise'"):
+            torch.autograd.grad(first, leaf, allow_unused=True, retain_graph=True)
+    with pytest.raises(NotImplementedError, match="gradient='pathwise'"):
+        by_p[1].backward(retain_graph=True)
+    with pytest.raises(NotImplementedError, match="gradient='pathwise'"):
+        torch.autograd.grad(value, leaves[:2], create_graph=True)

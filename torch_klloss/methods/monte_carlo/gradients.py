@@ -6,9 +6,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
+from torch_klloss.distributions.densities import log_density_within
 from torch_klloss.distributions.located import Located
 from torch_klloss.distributions.maps import fixed
+from torch_klloss.distributions.reach import has_path
+from torch_klloss.distributions.tensors import is_transparent
 from torch_klloss.samplers import Points
 from torch_klloss.samplers.components import ComponentDraw
 
@@ -32,6 +36,13 @@ class Draw:
     def split(self, t: Tensor) -> Tensor:
         """Return `[n K, *batch]` as `[n, K, *batch]` for K components; t itself without components."""
         return t if self.by_component is None else t.unflatten(0, (-1, self.by_component.num_components))
+
+    def has_path(self, q: Distribution, log_q: Tensor) -> bool:
+        """Return whether the points carry a gradient to every parameter of q; of a mixture, of its components."""
+        if self.by_component is None:
+            return has_path(q, self.x.x, log_q)
+        component, x = self.by_component.component, self.by_component.drawn
+        return is_transparent(component) or has_path(component, x.x, log_density_within(component, x))
 
     def fixed(self) -> Draw:
         """Return the draw with points that carry no gradient."""

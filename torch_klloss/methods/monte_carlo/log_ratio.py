@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from torch_klloss.distributions.densities import log_density_within
 from torch_klloss.distributions.located import Located
 from torch_klloss.distributions.maps import fixed
-from torch_klloss.distributions.reach import has_path
 from torch_klloss.distributions.supports import check_log_prob
-from torch_klloss.distributions.tensors import full_precision, is_transparent
+from torch_klloss.distributions.tensors import full_precision
 from torch_klloss.methods.monte_carlo.chunks import Expectation, expectation_in_chunks
 from torch_klloss.methods.monte_carlo.gradients import REPARAMETERISED, Draw, advantage, by_score, null_ratio
 from torch_klloss.methods.monte_carlo.plan import Plan, PreparedPair
@@ -81,7 +79,7 @@ class _Terms:
     def _settle(self, draw: Draw, log_q: Tensor) -> None:
         """Settle on the score function where the draws have no path, or raise a NotImplementedError."""
         self.is_settled = True
-        if self.gradient in REPARAMETERISED and not _has_path(self.pair.q, draw, log_q):
+        if self.gradient in REPARAMETERISED and not draw.has_path(self.pair.q, log_q):
             self.gradient = self.plan.gradient_without_path(self.pair.q)
         if self.gradient == "score_function" and self.plan.num_samples > 1:
             self.check_independent()
@@ -145,14 +143,6 @@ class _Terms:
 
     def _log_q(self, x: Located) -> Tensor:
         return full_precision(-self.pair.q.entropy()) if self.plan.value == "entropy" else self.pair.log_q(x)
-
-
-def _has_path(q: Distribution, draw: Draw, log_q: Tensor) -> bool:
-    """Return whether the draws carry a gradient to every parameter; of a mixture, those of its components."""
-    if draw.by_component is None:
-        return has_path(q, draw.x.x, log_q)
-    component, x = draw.by_component.component, draw.by_component.drawn
-    return is_transparent(component) or has_path(component, x.x, log_density_within(component, x))
 
 
 def _number(log_ratio: Tensor, value: str) -> Tensor:
