@@ -33,7 +33,7 @@ def has_hidden_parameters(d: Distribution) -> bool:
 
 
 def hidden_parameters(d: Distribution) -> list[Tensor]:
-    """Return the leaves, none of them a tensor of d, that log d has a gradient to; none where that cannot be found out."""
+    """Return the leaves that are no tensors of d and that log d has a gradient to; none where that is unknown."""
     if is_transparent(d) or is_traced():
         return []
     with suppress(NotImplementedError):

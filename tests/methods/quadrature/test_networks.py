@@ -29,7 +29,7 @@ class Given(Distribution):
         log_scale, shift = self.parameters().unbind(-1)
         return Normal(shift, log_scale.exp(), validate_args=False)
 
-    def rsample(self, sample_shape=torch.Size()):
+    def rsample(self, sample_shape=()):
         return self.normal().rsample(sample_shape)
 
     def log_prob(self, value):
@@ -39,7 +39,7 @@ class Given(Distribution):
 class WithoutDraws(Given):
     has_rsample = False
 
-    def rsample(self, sample_shape=torch.Size()):
+    def rsample(self, sample_shape=()):
         raise NotImplementedError
 
 

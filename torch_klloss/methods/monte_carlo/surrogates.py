@@ -20,10 +20,9 @@ from torch_klloss.numerics.dimensions import sum_after, sum_last
 from torch_klloss.numerics.graph import leaves_of
 from torch_klloss.numerics.once import differentiable_once
 
-
 ONCE = (
-    "MonteCarlo(value='control_variate'), value='taylor' and gradient='mixed' take derivatives ahead of the backward pass, "
-    "which cannot be differentiated again (create_graph=True); use value='log_ratio' with gradient='pathwise'."
+    "MonteCarlo(value='control_variate') and gradient='mixed' take derivatives ahead of the backward pass, which "
+    "cannot be differentiated again (create_graph=True); use value='log_ratio' with gradient='pathwise'."
 )
 
 
