@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from torch_klloss.methods.monte_carlo.gradients import by_score, null_ratio
 from torch_klloss.methods.monte_carlo.tail_diagnostics import may_have_heavy_tail
 from torch_klloss.numerics.arguments import check_dim, check_number, check_tensors, check_word
 from torch_klloss.numerics.tracing import is_traced
@@ -181,11 +182,15 @@ class _Samples(NamedTuple):
         return log_ratio * self.log_weight.exp()
 
     def gradient_terms(self, gradient: str | None) -> Tensor:
-        """Return terms whose value is zero and whose gradient is the one asked for."""
+        """Return terms whose value is zero, and whose derivatives have the mean of those asked for."""
         if gradient == "none":
             return torch.zeros_like(self.log_q)
-        by_q = 1.0 if gradient in (None, "pathwise") else self._advantage(baseline=gradient == "score_function")
-        return self.log_weight.exp() * (by_q * _zero(self.log_q) - _zero(self.log_p))
+        if gradient in (None, "pathwise"):
+            return self.log_weight.exp() * (_zero(self.log_q) - _zero(self.log_p))
+        score = null_ratio(self.log_q)
+        log_ratio = score.log1p() - _zero(self.log_p)
+        terms = by_score(log_ratio, self.log_q, self._advantage(baseline=gradient == "score_function"))
+        return self.log_weight.exp() * (terms - score)
 
     def _advantage(self, baseline: bool) -> Tensor:
         """Return log q - log p, less its mean over the other samples if `baseline`."""

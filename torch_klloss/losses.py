@@ -15,7 +15,7 @@ from torch.distributions import Distribution
 from torch.utils.hooks import RemovableHandle
 
 from torch_klloss.distributions.checks import check_pair, type_name
-from torch_klloss.distributions.reach import check_dropped
+from torch_klloss.distributions.reach import check_dropped, hidden_parameters
 from torch_klloss.distributions.tensors import (
     device_of,
     dtype_of,
@@ -442,7 +442,7 @@ class AutoKL(KLLoss):
 def _no_gradient(q: Distribution, p: Distribution) -> Tensor:
     """Return zero, connected to the parameters of q and p with zero gradient, even where they are NaN."""
     zero = torch.zeros((), dtype=dtype_of(in_full_precision(q)), device=device_of(q))
-    for t in (*tensors_of(q), *tensors_of(p)):
+    for t in (*tensors_of(q), *tensors_of(p), *hidden_parameters(q), *hidden_parameters(p)):
         if t.requires_grad:
             zero = zero + torch.where(torch.zeros_like(t, dtype=torch.bool), t, 0.0).sum()
     return zero

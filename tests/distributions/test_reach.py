@@ -246,3 +246,15 @@ def test_what_a_density_derives_from_parameters_that_move_the_draw_needs_no_path
         x = q.rsample((2,))
         assert has_path(q, x, q.log_prob(x))
         assert not has_path(q, x.detach() + 0 * loc, q.log_prob(x))
+
+
+@EACH
+@pytest.mark.parametrize("side", ["q", "p"])
+@pytest.mark.parametrize("bad", [0.0, math.nan])
+def test_a_loss_without_examples_is_connected_to_the_network_with_a_zero_gradient(flow, side, bad):
+    net, c = network(), (context() + bad).requires_grad_()
+    pair = (flow(net, c), standard()) if side == "q" else (standard(), flow(net, c))
+    loss = MonteCarloKL(4, reduction="sum")(*pair, mask=torch.zeros(8, dtype=torch.bool))
+    loss.backward()
+    assert loss == 0
+    assert all(torch.equal(t.grad, torch.zeros_like(t)) for t in net.parameters())

@@ -209,3 +209,62 @@ def test_any_posterior_that_can_be_sampled_will_do():
     q = MultivariateNormal(torch.zeros(4, 2), torch.eye(2))
     value = IWAELoss(8)(lambda z: Normal(z, 1.0), torch.zeros(4, 2), q, standard_normal_like(q))
     assert value.isfinite()
+
+
+def exact_curvature(points=201):
+    """Return the second derivatives of the bound of K = 2 samples, by the trapezoidal rule over both draws' noise."""
+    noise = torch.linspace(-8, 8, points, dtype=torch.float64)
+    density = Normal(0.0, 1.0).log_prob(noise).exp() * (noise[1] - noise[0])
+
+    def bound(theta):
+        likelihood, x, q, p = model(*theta.reshape(4, 1, 1))
+        z = (q.base_dist.loc + q.base_dist.scale * noise.unsqueeze(-1)).unsqueeze(1)
+        log_weight = (likelihood(z).log_prob(x) + p.log_prob(z) - q.log_prob(z)).squeeze(-1)
+        pairs = torch.logaddexp(log_weight.unsqueeze(0), log_weight.unsqueeze(1)) - math.log(2)
+        return -(density.unsqueeze(0) * density.unsqueeze(1) * pairs).sum()
+
+    return torch.func.hessian(bound)(torch.cat(leaves()).detach().flatten())
+
+
+def second_derivatives(gradient, of, by, n=100_000):
+    """Return one second derivative for each of n copies."""
+    parameters = leaves(n)
+    torch.manual_seed(0)
+    value = IWAELoss(2, gradient=gradient, reduction="sum")(*model(*parameters))
+    (first,) = torch.autograd.grad(value, parameters[of], create_graph=True)
+    return torch.autograd.grad(first.sum(), parameters[by])[0]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own derivatives are scripts
+@pytest.mark.parametrize("gradient", ["doubly_reparameterized", "pathwise"])
+def test_second_derivatives_are_unbiased_or_refused(gradient):
+    exact = exact_curvature()
+    for of, by in itertools.product(range(4), repeat=2):
+        if gradient == "doubly_reparameterized" and min(of, by) < 2:  # one of them is q's
+            with pytest.raises(NotImplementedError, match="gradient='pathwise'"):
+                second_derivatives(gradient, of, by, n=2)
+        else:
+            found = second_derivatives(gradient, of, by)
+            assert abs(found.mean() - exact[of, by]) < 5 * found.std() / len(found) ** 0.5 + 1e-9
+
+
+def test_a_graph_of_the_gradient_that_is_not_used_changes_nothing():
+    def gradients(**options):
+        parameters = leaves(3)
+        torch.manual_seed(0)
+        return torch.autograd.grad(IWAELoss(4)(*model(*parameters)), parameters, **options)
+
+    for found, expected in zip(gradients(create_graph=True), gradients(), strict=True):
+        assert torch.equal(found, expected)
+
+    def value(*parameters):
+        torch.manual_seed(0)
+        return IWAELoss(4)(*model(*parameters))
+
+    parameters = [t.detach() for t in leaves(3)]
+    for found, expected in zip(torch.func.grad(value, argnums=(0, 1, 2, 3))(*parameters), gradients(), strict=True):
+        torch.testing.assert_close(found, expected)
+    with pytest.raises(NotImplementedError, match="gradient='pathwise'"):
+        torch.func.hessian(value)(*parameters)
+    with pytest.raises(NotImplementedError, match="gradient='pathwise'"):
+        torch.func.jvp(value, tuple(parameters), tuple(parameters))

@@ -179,6 +179,20 @@ def test_balancing_reaches_a_mixture_prior_that_is_sampled():
     assert torch.allclose(balanced_by_locs, 0.8 * by_locs, rtol=1e-4, atol=1e-6)
 
 
+def test_a_balanced_gradient_may_have_a_graph_and_is_not_differentiated_again():
+    x, leaves = torch.zeros(N, 1), [torch.rand(N, LATENT).requires_grad_() for _ in range(4)]
+
+    def gradients(**options):
+        q, p = (Independent(Normal(mean, scale + 0.5), 1) for mean, scale in (leaves[:2], leaves[2:]))
+        return torch.autograd.grad(ELBOLoss(balance=0.8)(Normal(x, 1.0), x, q, p).loss, leaves, **options)
+
+    plain, graphed = gradients(), gradients(create_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, graphed, strict=True))
+    for gradient in graphed:
+        with pytest.raises(NotImplementedError, match="balance=None"):
+            torch.autograd.grad(gradient.sum(), leaves, retain_graph=True, allow_unused=True)
+
+
 def test_balancing_with_a_fixed_prior_warns():
     mean, logvar = posterior()
     x, loss = torch.zeros(N, 1), ELBOLoss(balance=0.8)

@@ -34,7 +34,7 @@ from torch_klloss.distributions.impossible import is_impossible
 from torch_klloss.distributions.located import Located, located, log1m_power
 from torch_klloss.distributions.maps import log_slope, preimage
 from torch_klloss.distributions.pushforward import is_a
-from torch_klloss.distributions.stated_supports import believed_support, innermost, is_discrete
+from torch_klloss.distributions.stated_supports import believed_support, innermost, is_discrete, support_of
 from torch_klloss.distributions.supports import Bounds, bounds_of, is_within, log_prob_at, takes_integers
 from torch_klloss.distributions.tensors import dtype_of, unvalidated
 from torch_klloss.distributions.transforms import parts_of
@@ -109,6 +109,12 @@ def _moved_inside(
         inside = inside | contains_support
     mask = inside.reshape(inside.shape + (1,) * event_dims)
     return inside, x.inside(mask, _interior_point(support, bounds, x.x))
+
+
+def point_inside(d: Distribution, x: Tensor) -> Tensor:
+    """Return points inside the support of d, of the shape of x; x itself if none is known."""
+    support = support_of(d)
+    return x if support is None else _interior_point(support, bounds_of(d), x).to(x)
 
 
 def _interior_point(support: constraints.Constraint, bounds: Bounds | None, x: Tensor) -> Tensor:

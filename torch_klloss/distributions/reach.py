@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from torch_klloss.distributions.tensors import copy_with, device_of, is_transparent, log_prob_of_a_draw, tensors_of
-from torch_klloss.numerics.graph import Edge, edge_of, edges_below
+from torch_klloss.numerics.graph import Edge, edge_of, edges_below, leaves_of
 from torch_klloss.numerics.tracing import is_traced
 from torch_klloss.rng import private_rng
 
@@ -25,12 +26,25 @@ def has_hidden_parameters(d: Distribution) -> bool:
         return False
     if is_traced():
         return True
-    fixed = copy_with(d, lambda t, *_: t.detach())
     try:
-        with torch.enable_grad():
-            return log_prob_of_a_draw(fixed).requires_grad
+        return _log_prob_of_fixed(d).requires_grad
     except NotImplementedError:
         return True
+
+
+def hidden_parameters(d: Distribution) -> list[Tensor]:
+    """Return the leaves that are no tensors of d and that log d has a gradient to; none where that is unknown."""
+    if is_transparent(d) or is_traced():
+        return []
+    with suppress(NotImplementedError):
+        return list(leaves_of(_log_prob_of_fixed(d)))
+    return []
+
+
+def _log_prob_of_fixed(d: Distribution) -> Tensor:
+    """Return log d at a draw, with a gradient to what is no tensor of d alone."""
+    with torch.enable_grad():
+        return log_prob_of_a_draw(copy_with(d, lambda t, *_: t.detach()))
 
 
 def log_prob_with_fixed_parameters(d: Distribution, x: Tensor) -> Tensor:

@@ -21,10 +21,17 @@ from torch_klloss.elbo.batches import batch_of
 from torch_klloss.elbo.likelihoods import negative_log_prob
 from torch_klloss.numerics.arguments import check_generator, check_integer, check_tensors
 from torch_klloss.numerics.dimensions import sum_after
+from torch_klloss.numerics.once import constant_in, differentiable_once
+from torch_klloss.numerics.tracing import is_forward_mode
 from torch_klloss.reduction import Batch, ReductionName, check_reduction
 from torch_klloss.rng import draw_seed, private_rng
 
 IWAEGradient = Literal["doubly_reparameterized", "pathwise", "none"]
+
+_ONCE = (
+    "IWAELoss(gradient='doubly_reparameterized') has a gradient to q that cannot be differentiated again, and none in "
+    "forward mode; use gradient='pathwise'."
+)
 
 
 class IWAELoss(nn.Module):
@@ -35,7 +42,7 @@ class IWAELoss(nn.Module):
     the prior's parameters and to q's:
 
     - "doubly_reparameterized": to q's parameters Σ w̃_k² ∂log w_k/∂z_k ∂z_k/∂φ with the normalised weights w̃; its
-      signal-to-noise ratio does not vanish with K.
+      signal-to-noise ratio does not vanish with K. It cannot be differentiated again by what q depends on.
     - "pathwise": through the bound itself; to q's parameters its signal-to-noise ratio falls as 1/√K.
     - "none": no gradient to q; for a q that has no `rsample`, and for evaluation.
 
@@ -130,7 +137,7 @@ class IWAELoss(nn.Module):
         kept_dims = 1 + len(batch.elements)
         log_weight = sum_after(log_likelihood, kept_dims) + sum_after(log_ratio, kept_dims)
         if gradient == "doubly_reparameterized" and z.requires_grad:
-            _square_weights(z, log_weight)
+            log_weight = _with_squared_weights(z, log_weight)
         bound = log_weight.logsumexp(0) - math.log(self.num_samples)
         if batch.weights is not None:
             check_dropped(bound, batch.weights != 0, q, p)
@@ -176,6 +183,8 @@ class IWAELoss(nn.Module):
                 f"IWAELoss(gradient='doubly_reparameterized') would be biased for {type_name(q)}, whose support moves "
                 "with its parameters; use gradient='pathwise'."
             )
+        if self.gradient == "doubly_reparameterized" and is_forward_mode():
+            raise NotImplementedError(_ONCE)
         return self.gradient
 
     def extra_repr(self) -> str:
@@ -183,8 +192,9 @@ class IWAELoss(nn.Module):
         return f"num_samples={self.num_samples}, gradient={self.gradient!r}, reduction={self.reduction!r}"
 
 
-def _square_weights(z: Tensor, log_weight: Tensor) -> None:
-    """Multiply the gradient to z, which contains the weights w̃, by w̃ once more."""
+def _with_squared_weights(z: Tensor, log_weight: Tensor) -> Tensor:
+    """Return log w, and multiply the gradient to z, which contains the weights w̃, by w̃ once more."""
     weights = log_weight.detach().softmax(0)
     weights = weights.reshape(weights.shape + (1,) * (z.dim() - weights.dim()))
-    z.register_hook(lambda grad: weights.to(grad.dtype) * grad)
+    z.register_hook(lambda grad: constant_in(weights.to(grad.dtype) * grad, grad, _ONCE))
+    return differentiable_once(log_weight, z, _ONCE)

@@ -15,8 +15,11 @@ from torch.distributions import Distribution, constraints
 from torch_klloss.distributions.reach import has_hidden_parameters
 from torch_klloss.distributions.tensors import copy_with, tensors_of
 from torch_klloss.numerics.arguments import check_integer
+from torch_klloss.numerics.once import constant_in
 
 FreeNatsPer = Literal["example", "dimension", "group"]
+
+_ONCE = "ELBOLoss(balance=...) scales derivatives of the KL that cannot be differentiated again; use balance=None."
 
 
 @dataclass(frozen=True)
@@ -177,4 +180,4 @@ class _ScaleGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.factor, None
+        return constant_in(grad * ctx.factor, grad, _ONCE), None

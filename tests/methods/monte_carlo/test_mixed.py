@@ -10,6 +10,7 @@ from torch.distributions import (
     Beta,
     Categorical,
     Dirichlet,
+    Distribution,
     Gamma,
     Gumbel,
     Independent,
@@ -179,3 +180,81 @@ def test_too_few_draws_and_chunks_are_refused():
         MonteCarlo(8, gradient="mixed", chunk_size=4)
     with pytest.raises(ValueError, match=r"decay must lie strictly between 0 and 1, got 1\.0"):
         MixedGradient(1.0)
+
+
+class Moved(Normal):
+    """A Normal that a network moves: its loc is none of its tensors."""
+
+    def __init__(self, shift, loc, scale):
+        self.shift = shift
+        super().__init__(loc, scale, validate_args=False)
+
+    def expand(self, batch_shape, _instance=None):
+        new = self._get_checked_instance(Moved, _instance)
+        new.shift = self.shift
+        return super().expand(batch_shape, new)
+
+    def rsample(self, sample_shape=()):
+        return super().rsample(sample_shape) + self.shift()
+
+    def log_prob(self, value):
+        return super().log_prob(value - self.shift())
+
+
+class Computed(Normal):
+    """A Normal without tensors."""
+
+    def __init__(self, parameters, batch_shape):
+        self.parameters = parameters
+        Distribution.__init__(self, batch_shape, validate_args=False)
+
+    loc = property(lambda self: self.parameters()[0].expand(self.batch_shape))
+    scale = property(lambda self: self.parameters()[1].expand(self.batch_shape))
+
+    def expand(self, batch_shape, _instance=None):
+        return Computed(self.parameters, torch.Size(batch_shape))
+
+
+class Detached(Moved):
+    """The same with draws that carry no gradient to the network."""
+
+    def expand(self, batch_shape, _instance=None):
+        return Detached(self.shift, self.loc.expand(batch_shape), self.scale.expand(batch_shape))
+
+    def rsample(self, sample_shape=()):
+        return Normal.rsample(self, sample_shape) + self.shift().detach()
+
+
+HIDDEN = {
+    "beside its tensors": lambda t, one: Moved(lambda: t, 0 * one, one),
+    "beside tensors that learn": lambda t, one: Moved(lambda: t, (0 * one).requires_grad_(), one.requires_grad_()),
+    "without tensors": lambda t, one: Computed(lambda: (t, one[:1]), one.shape),
+    "in a component": lambda t, one: MixtureSameFamily(
+        Categorical(logits=torch.zeros(len(one), 2, dtype=F64)),
+        Moved(lambda: t, torch.zeros(len(one), 2, dtype=F64), torch.ones(len(one), 2, dtype=F64)),
+    ),
+}
+
+
+@pytest.mark.parametrize("memory", [False, True])
+@pytest.mark.parametrize("name", HIDDEN)
+def test_parameters_that_no_tensor_shows_get_their_gradient(name, memory):
+    n = 20_000
+    t, one = torch.tensor(0.7, dtype=F64, requires_grad=True), torch.ones(n, dtype=F64)
+    p = Normal(torch.tensor(0.3, dtype=F64), 1.5)
+    torch.manual_seed(0)
+    method = MonteCarlo(16, gradient=MixedGradient() if memory else "mixed")
+    value = method.estimate(HIDDEN[name](t, one), p).value.mean()
+    (found,) = torch.autograd.grad(value, t)
+    spread = 1 / 1.5**2 / (16 * n) ** 0.5  # of the pathwise gradient (t + noise - 0.3) / 1.5²
+    assert abs(found - 0.4 / 1.5**2) < 5 * spread
+
+
+@pytest.mark.parametrize("mixture", [False, True])
+def test_draws_without_a_path_are_refused(mixture):
+    t, zero = torch.tensor(0.7, dtype=F64, requires_grad=True), torch.zeros(3, 2, dtype=F64)
+    q = Detached(lambda: t, zero, zero + 1)
+    if mixture:
+        q = MixtureSameFamily(Categorical(logits=zero), q)
+    with pytest.raises(NotImplementedError, match=r"draws of q\.rsample that carry a gradient to every parameter"):
+        MonteCarlo(8, gradient="mixed").estimate(q, Normal(torch.tensor(0.3, dtype=F64), 1.5))

@@ -6,9 +6,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
+from torch_klloss.distributions.densities import log_density_within
 from torch_klloss.distributions.located import Located
 from torch_klloss.distributions.maps import fixed
+from torch_klloss.distributions.reach import has_path
+from torch_klloss.distributions.tensors import is_transparent
 from torch_klloss.samplers import Points
 from torch_klloss.samplers.components import ComponentDraw
 
@@ -33,36 +37,51 @@ class Draw:
         """Return `[n K, *batch]` as `[n, K, *batch]` for K components; t itself without components."""
         return t if self.by_component is None else t.unflatten(0, (-1, self.by_component.num_components))
 
+    def has_path(self, q: Distribution, log_q: Tensor) -> bool:
+        """Return whether the points carry a gradient to every parameter of q; of a mixture, of its components."""
+        if self.by_component is None:
+            return has_path(q, self.x.x, log_q)
+        component, x = self.by_component.component, self.by_component.drawn
+        return is_transparent(component) or has_path(component, x.x, log_density_within(component, x))
+
     def fixed(self) -> Draw:
         """Return the draw with points that carry no gradient."""
         return replace(self, points=replace(self.points, log_q=None), x=fixed(self.x))
 
 
-def without_score(log_q: Tensor, at_fixed_points: Tensor) -> Tensor:
-    """Return log q with a gradient through the points alone.
+def null_ratio(log_q: Tensor) -> Tensor:
+    """Return q(x)/q₀(x) - 1 at fixed points x, where q₀ is q with its parameters as they are now.
 
-    Args:
-        log_q: at the points.
-        at_fixed_points: the same at points without a gradient; its value cancels, its gradient is the score.
+    The value is 0 and the gradient is the score (0 where log q is not finite). Over draws of q₀ the mean is 0 for every
+    q, so that the derivatives of every order have mean zero; those of log q have not, from the second on.
     """
-    score = torch.where(at_fixed_points.isfinite(), at_fixed_points, 0.0)
-    return log_q - (score - score.detach())
+    log_q = torch.where(log_q.isfinite(), log_q, 0.0)
+    return torch.expm1(log_q - log_q.detach())
 
 
-def score_function(draw: Draw, log_ratio: Tensor, log_score: Tensor, num_draws: int, mean: Tensor | None) -> Tensor:
-    """Return the terms with the score-function gradient; from two draws on, the other draws are the baseline.
+def by_score(log_ratio: Tensor, log_score: Tensor, advantage: Tensor) -> Tensor:
+    """Return the log-ratio at fixed points, with a mean whose derivatives of every order are those over moving points.
 
     Args:
-        draw: points of q or of its components, without a gradient.
-        log_ratio: log q - log p there, `[n, *batch]`, with every gradient but the score's.
-        log_score: the log-density that they were drawn from.
+        log_ratio: log q - log p, `[n, *batch]`, with its own gradient.
+        log_score: the log-density that the points were drawn from.
+        advantage: log q - log p less a baseline that does not depend on the point; finite, and without a gradient.
+    """
+    finite = torch.where(log_ratio.isfinite(), log_ratio, 0.0)
+    return log_ratio + (advantage + finite - finite.detach()) * null_ratio(log_score)
+
+
+def advantage(draw: Draw, log_ratio: Tensor, num_draws: int, mean: Tensor | None) -> Tensor:
+    """Return log q - log p less the mean of the other draws, from two draws on; without a gradient.
+
+    Args:
+        draw: points of q or of its components.
+        log_ratio: log q - log p there, `[n, *batch]`.
         num_draws: S; these draws may be a part of them.
         mean: of the log-ratio over all draws, `[*batch]`, or `[K, *batch]` for K components; None if these are all.
     """
     each = draw.split(log_ratio.detach())
-    advantage = _leave_one_out(each, each.mean(0) if mean is None else mean, num_draws).reshape(log_score.shape)
-    finite = torch.where(log_score.isfinite(), log_score, 0.0)
-    return log_ratio + advantage * (finite - finite.detach())
+    return _leave_one_out(each, each.mean(0) if mean is None else mean, num_draws).reshape(log_ratio.shape)
 
 
 def _leave_one_out(log_ratio: Tensor, mean: Tensor, num_draws: int) -> Tensor:

@@ -11,15 +11,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from torch_klloss.distributions.densities import log_density_within
 from torch_klloss.distributions.located import Located
 from torch_klloss.distributions.maps import fixed
-from torch_klloss.distributions.reach import has_path
 from torch_klloss.distributions.supports import check_log_prob
-from torch_klloss.distributions.tensors import full_precision, is_transparent
-from torch_klloss.methods.monte_carlo import gradients
+from torch_klloss.distributions.tensors import full_precision
 from torch_klloss.methods.monte_carlo.chunks import Expectation, expectation_in_chunks
-from torch_klloss.methods.monte_carlo.gradients import REPARAMETERISED, Draw
+from torch_klloss.methods.monte_carlo.gradients import REPARAMETERISED, Draw, advantage, by_score, null_ratio
 from torch_klloss.methods.monte_carlo.plan import Plan, PreparedPair
 from torch_klloss.methods.monte_carlo.rounded_draws import RoundedDraws
 from torch_klloss.methods.monte_carlo.tail_diagnostics import may_have_heavy_tail
@@ -62,19 +59,27 @@ class _Terms:
     def evaluate(self, start: int, stop: int) -> tuple[Points, Tensor]:
         """Return the points of these draws, and the terms there."""
         draw = self.draws(start, stop)
-        points, terms = draw.points, self._terms(draw)
+        points, (terms, score) = draw.points, self._terms(draw)
         self.rounded.see(start, draw.x)
         if self.gradient == "none":
-            points = Points(points.x, points.weights.detach(), points.num_replicates)
-        if self.plan.value not in NUMBERS:
+            points = replace(points, weights=points.weights.detach())
+        if self.plan.value not in NUMBERS and score is None:
             return points, terms
-        self.seen[start] = terms.detach()
-        return _renumbered(points, terms, self.plan.value)
+        weights, ratio = points.weights, terms.detach()
+        if self.plan.value in NUMBERS:
+            self.seen[start] = ratio
+            terms = torch.where(ratio.isfinite(), terms, 0.0)
+        terms = weights * terms  # a gradient flows through the weights of a mixture's components as well
+        if score is not None:
+            terms = terms - weights.detach() * score
+        if self.plan.value in NUMBERS:
+            terms = weights.detach() * _number(ratio, self.plan.value) + terms - terms.detach()
+        return replace(points, weights=torch.ones_like(weights)), terms
 
     def _settle(self, draw: Draw, log_q: Tensor) -> None:
         """Settle on the score function where the draws have no path, or raise a NotImplementedError."""
         self.is_settled = True
-        if self.gradient in REPARAMETERISED and not _has_path(self.pair.q, draw, log_q):
+        if self.gradient in REPARAMETERISED and not draw.has_path(self.pair.q, log_q):
             self.gradient = self.plan.gradient_without_path(self.pair.q)
         if self.gradient == "score_function" and self.plan.num_samples > 1:
             self.check_independent()
@@ -110,7 +115,8 @@ class _Terms:
         bad = bad.flatten(-self.pair.peeled).any(-1) if self.pair.peeled else bad
         return torch.where(bad, math.nan, std_error)
 
-    def _terms(self, draw: Draw) -> Tensor:
+    def _terms(self, draw: Draw) -> tuple[Tensor, Tensor | None]:
+        """Return the log-ratio, and what to take off it with fixed weights, whose derivatives have mean zero."""
         x, log_q = draw.x, draw.points.log_q
         if log_q is None or self.plan.value == "entropy":
             log_q = self._log_q(x)
@@ -120,39 +126,28 @@ class _Terms:
             self._settle(draw, log_q)
         if self.gradient == "score_function":
             return self._score_terms(draw.fixed())
-        if self.gradient == "sticking_the_landing":
-            log_q = gradients.without_score(log_q, self._log_q(fixed(x)))
-        return (log_q.detach() if self.gradient == "none" else log_q) - self.pair.log_p(x, self.pair.q.batch_shape)
+        score = null_ratio(self._log_q(fixed(x))) if self.gradient == "sticking_the_landing" else None
+        log_p = self.pair.log_p(x, self.pair.q.batch_shape)
+        return (log_q.detach() if self.gradient == "none" else log_q) - log_p, score
 
-    def _score_terms(self, draw: Draw) -> Tensor:
-        log_p, log_q = self.pair.log_p(draw.x, self.pair.q.batch_shape), self._log_q(draw.x)
+    def _score_terms(self, draw: Draw) -> tuple[Tensor, Tensor | None]:
+        log_p, log_q, score = self.pair.log_p(draw.x, self.pair.q.batch_shape), self._log_q(draw.x), None
         if self.plan.value == "entropy":
             log_score = self.pair.log_q(draw.x)
         else:
             log_score = log_q if draw.by_component is None else draw.by_component.log_component()
-            log_q = log_q.detach()
-        return gradients.score_function(draw, log_q - log_p, log_score, self.plan.num_samples, self.mean)
+            score = null_ratio(log_q)
+            log_q = log_q.detach() + score.log1p()  # by way of one node, where their gradients cancel without rounding
+        log_ratio = log_q - log_p
+        return by_score(log_ratio, log_score, advantage(draw, log_ratio, self.plan.num_samples, self.mean)), score
 
     def _log_q(self, x: Located) -> Tensor:
         return full_precision(-self.pair.q.entropy()) if self.plan.value == "entropy" else self.pair.log_q(x)
 
 
-def _has_path(q: Distribution, draw: Draw, log_q: Tensor) -> bool:
-    """Return whether the draws carry a gradient to every parameter; of a mixture, those of its components."""
-    if draw.by_component is None:
-        return has_path(q, draw.x.x, log_q)
-    component, x = draw.by_component.component, draw.by_component.drawn
-    return is_transparent(component) or has_path(component, x.x, log_density_within(component, x))
-
-
-def _renumbered(points: Points, log_ratio: Tensor, value: str) -> tuple[Points, Tensor]:
-    """Return terms with the value of k2 or k3, and the gradient of the log-ratio."""
-    ratio = log_ratio.detach()
-    number = ratio**2 / 2 if value == "k2" else torch.expm1(-ratio) + ratio
-    # Weights included: a gradient flows through the weights of a mixture's components as well.
-    kept = points.weights * torch.where(ratio.isfinite(), log_ratio, 0.0)
-    terms = points.weights.detach() * number + kept - kept.detach()
-    return Points(points.x, torch.ones_like(points.weights), points.num_replicates), terms
+def _number(log_ratio: Tensor, value: str) -> Tensor:
+    """Return the terms of k2 or k3."""
+    return log_ratio**2 / 2 if value == "k2" else torch.expm1(-log_ratio) + log_ratio
 
 
 def _prepare(q: Distribution, plan: Plan) -> Callable[[int, int], Draw]:

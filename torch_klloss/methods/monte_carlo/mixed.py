@@ -22,11 +22,13 @@ from torch_klloss.distributions.located import Located
 from torch_klloss.distributions.maps import fixed
 from torch_klloss.distributions.tensors import copy_with, tensors_of
 from torch_klloss.methods.monte_carlo.chunks import Expectation
+from torch_klloss.methods.monte_carlo.gradients import Draw
 from torch_klloss.methods.monte_carlo.options import HELD_OUT
 from torch_klloss.methods.monte_carlo.plan import Plan, PreparedPair
 from torch_klloss.methods.monte_carlo.rounded_draws import RoundedDraws
-from torch_klloss.methods.monte_carlo.surrogates import reaches_others, zero_with_gradient
+from torch_klloss.methods.monte_carlo.surrogates import ONCE, reaches_others, zero_with_gradient
 from torch_klloss.numerics.dimensions import sum_after, sum_last
+from torch_klloss.numerics.once import differentiable_once
 from torch_klloss.samplers import IID, Points, Sampler
 from torch_klloss.samplers.components import mixture_of, prepare_by_component
 from torch_klloss.samplers.origins import prepare_located
@@ -161,7 +163,7 @@ def _sample(
     leaves = {key: t.detach().requires_grad_() for key, t in own.items()}
     with torch.enable_grad():
         copy = copy_with(rows, lambda t, *_: leaves.get(id(t), t))
-        log_ratio, log_score, x = _terms(copy, pair, plan.sampler)
+        log_ratio, log_score, x = _terms(copy, pair, plan)
         rounded.see(0, x, draw_dims=2)
         wrt = list(leaves.values())
         grads, scores = _grads(log_ratio, wrt), _grads(log_score, wrt)
@@ -171,25 +173,32 @@ def _sample(
     if torch.is_grad_enabled():
         for t, grad in zip(own.values(), _corrected(grads, scores, state, carrier.dim()), strict=True):
             if t.requires_grad:
+                log_ratio = differentiable_once(log_ratio, t, ONCE) if log_ratio.requires_grad else log_ratio
                 carrier = carrier + sum_after(zero_with_gradient(t, grad).mean(0), carrier.dim())
     return log_ratio, carrier
 
 
-def _terms(q: Distribution, pair: PreparedPair, sampler: Sampler) -> tuple[Tensor, Tensor, Located]:
+def _terms(q: Distribution, pair: PreparedPair, plan: Plan) -> tuple[Tensor, Tensor, Located]:
     """Return the log-ratio at a draw of every row, log q at the same point, which is fixed, and the point.
 
     The first two are `[S, *batch]`.
     """
     if mixture_of(q) is None:
-        points, x = prepare_located(sampler, q, 1, differentiable=True).part(0, 1)
+        draw = Draw(*prepare_located(plan.sampler, q, 1, differentiable=True).part(0, 1))
     else:
-        draw = prepare_by_component(sampler, q, 1, differentiable=True).part(0, 1)
-        points, x = draw.points, draw.x
-    log_ratio = (points.weights * (log_density_within(q, x) - pair.log_p(x))).sum(0)
-    return log_ratio, (points.weights.detach() * log_density_within(q, fixed(x))).sum(0), x
+        drawn = prepare_by_component(plan.sampler, q, 1, differentiable=True).part(0, 1)
+        draw = Draw(drawn.points, drawn.x, drawn)
+    x, weights = draw.x, draw.points.weights
+    log_q = log_density_within(q, x)
+    if not draw.has_path(q, log_q):
+        plan.gradient_without_path(q)
+    log_ratio = (weights * (log_q - pair.log_p(x))).sum(0)
+    return log_ratio, (weights.detach() * log_density_within(q, fixed(x))).sum(0), x
 
 
 def _grads(rows: Tensor, wrt: list[Tensor]) -> list[Tensor]:
+    if not wrt:  # a class that keeps its parameters elsewhere
+        return []
     return list(torch.autograd.grad(rows.sum(), wrt, retain_graph=True, allow_unused=True, materialize_grads=True))
 
 
@@ -203,9 +212,9 @@ def _corrected(grads: list[Tensor], scores: list[Tensor], state: MixedGradient |
         state.update(moments)
     if earlier is not None:
         return [g - _predicted(c, m.to(g), pooled) for g, c, m in zip(grads, controls, earlier, strict=True)]
-    half = len(grads[0]) // 2
-    if half < HELD_OUT // 2:
+    if not grads or len(grads[0]) < HELD_OUT:
         return grads
+    half = len(grads[0]) // 2
     return [_held_out(g, c, half, pooled) for g, c in zip(grads, controls, strict=True)]
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+import torch
 from torch.distributions import Distribution
 
 from torch_klloss.distributions.checks import type_name
 from torch_klloss.distributions.simplify import diagonal_normal_of
+from torch_klloss.distributions.tensors import unvalidated
 from torch_klloss.numerics.tracing import is_forward_mode, is_func_transformed
 from torch_klloss.samplers.components import mixture_of
 
@@ -68,7 +70,8 @@ def _has_entropy(q: Distribution) -> bool:
     if mixture_of(q) is not None:
         return False
     try:
-        q.entropy()
+        with torch.no_grad():
+            unvalidated(q).entropy()  # of a copy, or q keeps what torch computes on first use
     except NotImplementedError:
         return False
     return True

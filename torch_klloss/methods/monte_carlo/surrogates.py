@@ -18,6 +18,12 @@ from torch import Tensor
 
 from torch_klloss.numerics.dimensions import sum_after, sum_last
 from torch_klloss.numerics.graph import leaves_of
+from torch_klloss.numerics.once import differentiable_once
+
+ONCE = (
+    "MonteCarlo(value='control_variate') and gradient='mixed' take derivatives ahead of the backward pass, which "
+    "cannot be differentiated again (create_graph=True); use value='log_ratio' with gradient='pathwise'."
+)
 
 
 @dataclass(frozen=True)
@@ -126,6 +132,8 @@ def with_score(log_prob: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         score = _derivative(value.sum(), leaf)
     if not (torch.is_grad_enabled() and reaches_others(value, [leaf])):
         value = value.detach()
+    elif x.requires_grad:
+        value = differentiable_once(value, x, ONCE)
     if x.requires_grad:
         value = value + sum_after(zero_with_gradient(x, score), value.dim())
     return value, score
@@ -147,11 +155,7 @@ class _OnceDifferentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         if torch.is_grad_enabled():
-            raise NotImplementedError(
-                "MonteCarlo(value='control_variate') and gradient='mixed' take derivatives ahead of the backward pass, "
-                "which cannot be differentiated again (create_graph=True); use value='log_ratio' with "
-                "gradient='pathwise'."
-            )
+            raise NotImplementedError(ONCE)
         return grad
 
 

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, MixtureSameFamily, VonMises
 
-from torch_klloss.distributions.densities import log_density
+from torch_klloss.distributions.checks import type_name
+from torch_klloss.distributions.densities import log_density, point_inside
 from torch_klloss.distributions.supports import bounds_of
-from torch_klloss.distributions.tensors import NotSelectableError, flattened, in_float64, select, unvalidated
+from torch_klloss.distributions.tensors import (
+    NotSelectableError,
+    copy_with,
+    device_of,
+    flattened,
+    in_float64,
+    is_transparent,
+    select,
+    unvalidated,
+)
 
 
 @dataclass(frozen=True)
@@ -89,10 +100,52 @@ class Integrand:
 
 
 def integrand(q: Distribution, p: Distribution, contains_support: bool | None, batch_shape: torch.Size) -> Integrand:
-    """Return the integrand of a pair in any precision, with its batch made flat if possible."""
-    q, p = unvalidated(in_float64(q)), unvalidated(in_float64(p))
+    """Return the integrand of a pair in any precision, with its batch made flat if possible.
+
+    Raises:
+        NotImplementedError: if q or p cannot be evaluated in float64.
+    """
+    q, p = _in_float64(q), _in_float64(p)
+    with suppress(NotSelectableError):
+        flat_q, flat_p = flattened(q, batch_shape), flattened(p, batch_shape)
+        if _can_be_selected(flat_q) and _can_be_selected(flat_p):
+            return Integrand(flat_q, flat_p, contains_support, flat_q.batch_shape, True)
+    return Integrand(q, p, contains_support, batch_shape, False)
+
+
+def _in_float64(d: Distribution) -> Distribution:
+    wide = unvalidated(in_float64(d))
+    if is_transparent(d):
+        return wide
     try:
-        q, p = flattened(q, batch_shape), flattened(p, batch_shape)
-    except NotSelectableError:
-        return Integrand(q, p, contains_support, batch_shape, False)
-    return Integrand(q, p, contains_support, q.batch_shape, True)
+        with torch.no_grad():
+            wide.log_prob(_point_inside(wide))
+    except RuntimeError as error:
+        raise NotImplementedError(
+            f"Quadrature evaluates densities in float64, which {type_name(d)} does not take ({error}): build it with a "
+            "network in float64, by .double(), or use MonteCarloKL."
+        ) from error
+    return wide
+
+
+def _can_be_selected(d: Distribution) -> bool:
+    """Return whether the tensors of a flat d determine its elements, and its gradients end at them.
+
+    A network behind a transform may be given an example each beforehand, where no copy reaches it.
+    """
+    if is_transparent(d):
+        return True
+    x, index = _point_inside(d), torch.arange(max(1, d.batch_shape[0] - 1), device=device_of(d)).flip(0)
+    fixed = copy_with(select(d, index), lambda t, *_: t.detach())
+    try:
+        with torch.enable_grad():
+            part = fixed.log_prob(x[index])
+    except RuntimeError:  # torch's error for shapes that do not match
+        return False
+    if part.requires_grad or part.shape != index.shape:
+        return False
+    return torch.allclose(part, d.log_prob(x)[index], rtol=1e-12, atol=0, equal_nan=True)
+
+
+def _point_inside(d: Distribution) -> Tensor:
+    return point_inside(d, torch.zeros(d.batch_shape, dtype=torch.float64, device=device_of(d)))
