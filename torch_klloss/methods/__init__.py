@@ -5,7 +5,7 @@ from torch_klloss.methods.closed_form import ClosedForm
 from torch_klloss.methods.enumeration import Enumeration
 from torch_klloss.methods.first_of import FirstOf
 from torch_klloss.methods.mixture_bound import MixtureBound
-from torch_klloss.methods.monte_carlo import MixedGradient, MonteCarlo
+from torch_klloss.methods.monte_carlo import MixedGradient, MonteCarlo, RoundedDrawsWarning
 from torch_klloss.methods.quadrature import Quadrature
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "MonteCarlo",
     "NotCertifiedError",
     "Quadrature",
+    "RoundedDrawsWarning",
 ]
