@@ -1,9 +1,11 @@
 """`import torch_klloss` needs torch alone, and changes nothing global."""
 
+import os
+
 import pytest
 
 import torch_klloss
-from tests.processes import run
+from tests.processes import output, run
 
 OPTIONAL = ["lightning", "pytorch_lightning", "matplotlib", "scipy", "sklearn", "rich", "pyro", "mpmath", "hypothesis"]
 
@@ -54,3 +56,29 @@ print(json.dumps(before == state()))
 
 def test_every_public_name_is_there():
     assert all(getattr(torch_klloss, name).__doc__ for name in torch_klloss.__all__)
+
+
+FORK = """
+import os, signal, time, torch, torch_klloss
+import torch_klloss.auditing
+
+def child():
+    pid = os.fork()
+    if pid == 0:
+        torch.ones(2_000_000).exp().sum()  # in several threads
+        os._exit(0)
+    for _ in range(200):
+        if os.waitpid(pid, os.WNOHANG)[0]:
+            return True
+        time.sleep(0.05)
+    os.kill(pid, signal.SIGKILL)
+    return False
+
+print(child())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_process_that_has_imported_the_library_can_be_forked():
+    """OpenMP's threads are not in the copy, which waits for them for ever."""
+    assert output("-W", "ignore", "-c", FORK, env={"OMP_NUM_THREADS": "2"}).strip() == "True"

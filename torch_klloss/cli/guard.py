@@ -11,6 +11,8 @@ import sys
 import warnings
 from collections.abc import Callable
 
+import torch
+
 _PR_SET_PDEATHSIG = 1  # of Linux
 _GRACE = 5.0  # seconds between the command's own limit of time and the end of its process
 
@@ -55,6 +57,7 @@ def _run_and_exit(command: Callable[[], int], sending: int) -> None:
     try:
         os.setpgid(0, 0)
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # it ends with its parent
+        torch.set_num_threads(1)  # the parent's other threads are not there, and OpenMP would wait for them for ever
         status = command()
         sys.stdout.flush()
     except BaseException as error:

@@ -17,7 +17,12 @@ def gauss_legendre(num_nodes: int) -> tuple[Tensor, Tensor]:
     """
     k = torch.arange(1, num_nodes, dtype=torch.float64)
     off_diagonal = k / (4 * k**2 - 1).sqrt()
-    nodes, vectors = torch.linalg.eigh(torch.diag(off_diagonal, 1) + torch.diag(off_diagonal, -1))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a process in which OpenMP has started its threads cannot be forked any more
+    try:
+        nodes, vectors = torch.linalg.eigh(torch.diag(off_diagonal, 1) + torch.diag(off_diagonal, -1))
+    finally:
+        torch.set_num_threads(threads)
     return nodes, 2 * vectors[0] ** 2
 
 
