@@ -22,7 +22,7 @@ from torch.distributions import (
 
 
 def is_impossible(d: Distribution, x: Tensor) -> Tensor | None:
-    """Return where d, given by probabilities of exactly 0 or 1, has no mass, `[*sample, *batch]`; None if everywhere.
+    """Return where d, given by probabilities of exactly 0 or 1, has no mass, `[*sample, *batch]`; None for nowhere.
 
     Args:
         d: the distribution.
