@@ -16,7 +16,7 @@ TEST := $(RUN) -m pytest --numprocesses auto --dist worksteal
 DOCTESTS := --doctest-modules --doctest-glob '*.md' torch_klloss README.md docs
 
 LANE ?= quick
-SELECT_quick := -m "not scripts and not exhaustive and not long" --cases 8
+SELECT_quick := -m "not scripts and not exhaustive and not long" --cases 3
 SELECT_ci := -m "not exhaustive" $(DOCTESTS) tests
 
 .PHONY: demo test test-all references lint bench clean

@@ -137,6 +137,7 @@ print(json.dumps([out[0], out[1]]))
 """
 
 
+@pytest.mark.long
 def test_ranks_with_one_seed_draw_the_same_noise_and_with_generators_of_their_own_do_not():
     (same, own, seeded), (other_same, other_own, other_seeded) = run(RANKS)
     assert same == other_same

@@ -302,6 +302,7 @@ def test_it_writes_the_page(capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "status"), [("weighted_twice", 1), ("plain_mean", 0)])
+@pytest.mark.long
 def test_the_example_says_in_a_shell_what_the_readme_shows(name, status):
     target = f"examples/audit_my_kl.py:{name}"
     command = [sys.executable, "-m", "torch_klloss", "audit", target]

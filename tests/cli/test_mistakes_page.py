@@ -90,6 +90,7 @@ def page():
     return text
 
 
+@pytest.mark.long
 def test_the_page_in_docs_is_current(page):
     assert page == PAGE.read_text(), "run python -m torch_klloss audit --write-docs docs/mistakes.md"
 

@@ -142,6 +142,7 @@ def differentiate_twice(reference, q, p, kl):
     assert torch.autograd.gradgradcheck(kl, params, atol=1e-4 if "Gumbel" in reference.name else 1e-5)
 
 
+@pytest.mark.long
 def test_compile_makes_one_graph_with_the_same_values_and_gradients_in_a_fresh_process():
     script = """
         import json, torch

@@ -120,6 +120,7 @@ def test_vmap_gives_what_a_batch_gives(reference, monkeypatch):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.long
 def test_compile_makes_one_graph_with_the_same_values_and_gradients_in_a_fresh_process():
     script = """
         import json, torch

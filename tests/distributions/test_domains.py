@@ -159,5 +159,6 @@ print(json.dumps(value.isnan().tolist()))
 """
 
 
+@pytest.mark.long
 def test_a_compiled_kl_is_nan_as_well():
     assert run(COMPILED) == [True, False]

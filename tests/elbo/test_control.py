@@ -141,6 +141,7 @@ print(json.dumps(same))
 """
 
 
+@pytest.mark.long
 def test_a_compiled_controller_skips_such_a_step_too():
     assert run(COMPILED) == [True, True]
 

@@ -101,6 +101,7 @@ def compiled_gaps():
 
 
 @pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.long
 def test_a_compiled_loss_is_the_eager_one(compiled_gaps, name):
     assert max(compiled_gaps[name]) < 64 * torch.finfo(torch.float32).eps
 

@@ -387,6 +387,7 @@ print(json.dumps(peak(MonteCarloKL(%s), %s)))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak of the resident memory from /proc")
+@pytest.mark.long
 def test_the_resident_memory_of_chunks_is_that_of_steps_with_as_many_draws():
     steps = in_a_new_process(RESIDENT % ("64", 8))
     assert in_a_new_process(RESIDENT % ("512, chunk_size=64", 1)) <= 1.2 * steps
