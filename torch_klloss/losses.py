@@ -147,10 +147,18 @@ class KLLoss(nn.Module):
         if mask is not None and is_zero((mask != 0).sum()):
             value = _no_gradient(q, p).expand(mask.shape)
         else:
-            value = self.estimate(q, p, generator=generator).value
+            value = self._per_example(q, p, generator)
         if mask is not None:
             check_dropped(value, mask != 0, q, p)
         return reduce(value, self.reduction, self.batch_dims, mask)
+
+    def _per_example(self, q: Distribution, p: Distribution, generator: torch.Generator | None) -> Tensor:
+        """Return the KL of every example, `[*examples]`."""
+        check_generator(generator)
+        batch_shape, method = check_pair(q, p), as_method(self.method)
+        q, p = pair_in_full_precision(q, p)
+        with without_autocast(device_of(q)):
+            return method.value_checked(q, p, batch_shape, max(0, len(batch_shape) - self.batch_dims), generator)
 
     def drop_masked(
         self, q: Distribution, p: Distribution, mask: Tensor | None

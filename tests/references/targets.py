@@ -71,7 +71,7 @@ def target(reference: Reference, dtype: torch.dtype) -> Target:
     if is_given_by_covariance(reference):
         return Target(16, "ulp", "cond(Σ)/√KL")
     if dtype == torch.float32:
-        return Target(4, "ulp")
+        return Target(8, "ulp")
     if issubclass(reference.type_q, MATRIX):
         is_low_rank = issubclass(LowRankMultivariateNormal, (reference.type_q, reference.type_p))
         return Target(16, "ulp", "cond(Σ)" if is_low_rank else "cond(L)")

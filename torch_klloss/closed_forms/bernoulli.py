@@ -78,7 +78,7 @@ def shift_between(q: Tensor, p: Tensor, infinity: float) -> tuple[Tensor, Tensor
 
 def _probs_kl(q_probs: Tensor, p_probs: Tensor, series: bool) -> Tensor:
     q, p = q_probs.double(), p_probs.double()
-    return gkl(q, p, q - p, series=series) + gkl(1 - q, 1 - p, p - q, series=series)
+    return gkl(q, p, q - p) + gkl(1 - q, 1 - p, p - q)
 
 
 def _probs_partials(needs: Sequence[bool], q: Tensor, p: Tensor) -> Sequence[Tensor | None]:

@@ -57,7 +57,7 @@ def _probs_kl(q_probs: Tensor, p_probs: Tensor, series: bool) -> Tensor:
     The normalisation may bring float32 weights nearer to one another than they are, hence the series for all.
     """
     q, p, gap, _, _ = _shares(q_probs, p_probs)
-    return gkl(q, p, gap, series=True).sum(-1, keepdim=True)
+    return gkl(q, p, gap).sum(-1, keepdim=True)
 
 
 def _probs_partials(q_probs: Tensor, p_probs: Tensor, kl: Tensor, series: bool) -> tuple[Tensor, Tensor]:
@@ -132,7 +132,7 @@ def _kl_of(r: _Ratios, series: bool) -> Tensor:
     """
     z = r.ratio - torch.where(r.is_small, r.mean, r.log_norm)
     is_near = (z.abs() < 1) & (r.q > 0)
-    terms = torch.where(is_near, r.q * e2(z.clamp(-1, 1), series=series), -r.q * (1 + z)).sum(-1, keepdim=True)
+    terms = torch.where(is_near, r.q * e2(z.clamp(-1, 1)), -r.q * (1 + z)).sum(-1, keepdim=True)
     far = torch.where(is_near, 0.0, r.p).sum(-1, keepdim=True)
     small_terms, small_far = torch.where(r.is_small, terms, 0.0), torch.where(r.is_small, far, 0.0)
     return torch.where(r.is_small, torch.log1p(small_terms) - torch.log1p(-small_far), terms + far)

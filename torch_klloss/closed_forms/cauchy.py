@@ -8,46 +8,41 @@ import torch
 from torch import Tensor
 from torch.distributions import Cauchy, HalfCauchy
 
-from torch_klloss.closed_forms.registry import register_kl
-from torch_klloss.numerics.custom_gradient import custom_gradient
-from torch_klloss.numerics.elementary import common_dtype
+from torch_klloss.closed_forms.formula import register_formula
+from torch_klloss.numerics.blocks import Derivatives
+from torch_klloss.numerics.elementary import widened
 
 
-@register_kl(Cauchy, Cauchy)
-def _cauchy_cauchy(q: Cauchy, p: Cauchy) -> Tensor:
+@register_formula(Cauchy, "loc", "scale")
+def kl(
+    needs: Sequence[bool], q_loc: Tensor, q_scale: Tensor, p_loc: Tensor, p_scale: Tensor
+) -> tuple[Tensor, Derivatives]:
     """log(1 + ((σq - σp)² + (μq - μp)²) / (4 σq σp)).
 
     References:
         *A closed-form formula for the Kullback-Leibler divergence between Cauchy distributions* (Chyzak and
         Nielsen, 2019).
     """
-    return _kl(q.loc, q.scale, p.loc, p.scale)
-
-
-@register_kl(HalfCauchy, HalfCauchy)
-def _half_cauchy_half_cauchy(q: HalfCauchy, p: HalfCauchy) -> Tensor:
-    """By symmetry, the KL of the two Cauchy distributions around 0."""
-    return _cauchy_cauchy(q.base_dist, p.base_dist)
-
-
-def _partials(
-    needs: Sequence[bool], q_loc: Tensor, q_scale: Tensor, p_loc: Tensor, p_scale: Tensor
-) -> Sequence[Tensor | None]:
-    q_scale, p_scale = q_scale.double(), p_scale.double()
+    distance, q_scale, p_scale = widened(q_loc - p_loc), widened(q_scale), widened(p_scale)
+    gap = q_scale - p_scale
+    value = torch.log1p((gap / q_scale * (gap / p_scale) + distance / q_scale * (distance / p_scale)) / 4)
+    if not any(needs):
+        return value, (None,) * 4
     total = q_scale + p_scale
-    x = (q_scale - p_scale) / total
-    r = (q_loc.double() - p_loc.double()) / total
+    x, r = gap / total, distance / total
     square = r * r
     by_q_loc = 2 * r / (total * (1 + square)) if needs[0] or needs[2] else None
     by_p_loc = -by_q_loc if by_q_loc is not None and needs[2] else None
     by_q_scale = (x - square) / (q_scale * (1 + square)) if needs[1] else None
     by_p_scale = -(x + square) / (p_scale * (1 + square)) if needs[3] else None
-    return by_q_loc, by_q_scale, by_p_loc, by_p_scale
+    return value, (by_q_loc if needs[0] else None, by_q_scale, by_p_loc, by_p_scale)
 
 
-@custom_gradient(_partials)
-def _kl(q_loc: Tensor, q_scale: Tensor, p_loc: Tensor, p_scale: Tensor) -> Tensor:
-    q, p = q_scale.double(), p_scale.double()
-    gap, distance = q - p, q_loc.double() - p_loc.double()
-    x = (gap / q * (gap / p) + distance / q * (distance / p)) / 4
-    return torch.log1p(x).to(common_dtype(q_loc, q_scale, p_loc, p_scale))
+@register_formula(HalfCauchy, "scale")
+def half_kl(needs: Sequence[bool], q_scale: Tensor, p_scale: Tensor) -> tuple[Tensor, Derivatives]:
+    """log(1 + (σq - σp)² / (4 σq σp)): by symmetry, the KL of the two Cauchy distributions around 0."""
+    q_scale, p_scale = widened(q_scale), widened(p_scale)
+    gap = q_scale - p_scale
+    x = gap / (q_scale + p_scale) if any(needs) else gap
+    value = torch.log1p(gap / q_scale * (gap / p_scale) / 4)
+    return value, (x / q_scale if needs[0] else None, -x / p_scale if needs[1] else None)

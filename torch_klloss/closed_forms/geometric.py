@@ -15,7 +15,7 @@ from torch_klloss.closed_forms.registry import register_kl
 from torch_klloss.distributions.given import GIVEN, Given, both_as_given
 from torch_klloss.numerics.custom_gradient import custom_gradient
 from torch_klloss.numerics.elementary import (
-    ABOVE_MINUS_ONE,
+    above_minus_one,
     common_dtype,
     has_float64,
     log_ratio,
@@ -87,7 +87,7 @@ def _log_failures(given: Given, q: Tensor, p: Tensor) -> Tensor:
     q, p = log_odds(q, given.q_is_probs), log_odds(p, given.p_is_probs)
     p, shift, _ = shift_between(q, p, infinity=HUGE)
     # The clamp acts where 1 - p is far below 1 - q, and what it changes is multiplied by nearly 0.
-    growth = (torch.sigmoid(q) * torch.expm1(shift.clamp(max=LARGEST))).clamp_min(ABOVE_MINUS_ONE)
+    growth = (torch.sigmoid(q) * torch.expm1(shift.clamp(max=LARGEST))).clamp_min(above_minus_one(shift))
     ratio = -torch.log1p(growth)
     if may_fall_to(-shift, -LARGEST):
         far = (logsigmoid(-p) - logsigmoid(-q)).clamp(-BOUND, BOUND)

@@ -60,7 +60,7 @@ def _kl(q_loc: Tensor, q_scale: Tensor, p_loc: Tensor, p_scale: Tensor) -> Tenso
     r, x, m = q_scale / p_scale, (q_scale - p_scale) / p_scale, (q_loc - p_loc) / p_scale
     log_gamma, second = log_gamma_and_bregman(r, x)
     w = log_gamma - m
-    first = e2(w, series=exact)
+    first = e2(w)
     if exact:
         lost_r = quotient_error(q_scale, p_scale, r)
         lost_m = quotient_error(q_loc - p_loc, p_scale, m) + difference_error(q_loc, p_loc) / p_scale

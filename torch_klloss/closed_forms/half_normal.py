@@ -8,27 +8,14 @@ import torch
 from torch import Tensor
 from torch.distributions import HalfNormal
 
-from torch_klloss.closed_forms.registry import register_kl
-from torch_klloss.numerics.custom_gradient import custom_gradient
-from torch_klloss.numerics.elementary import common_dtype, has_float64, isd
+from torch_klloss.closed_forms.formula import register_formula
+from torch_klloss.numerics.blocks import Derivatives
+from torch_klloss.numerics.elementary import excess
 
 
-@register_kl(HalfNormal, HalfNormal)
-def _half_normal_half_normal(q: HalfNormal, p: HalfNormal) -> Tensor:
+@register_formula(HalfNormal, "scale")
+def kl(needs: Sequence[bool], q_scale: Tensor, p_scale: Tensor) -> tuple[Tensor, Derivatives]:
     """½ x² + x - log(1 + x) with x = (σq - σp)/σp: the KL of the two Normals around 0."""
-    return _kl(q.scale, p.scale)
-
-
-def _partials(needs: Sequence[bool], q_scale: Tensor, p_scale: Tensor) -> Sequence[Tensor | None]:
-    q_scale, p_scale = q_scale.double(), p_scale.double()
-    x = (q_scale - p_scale) / p_scale
+    _, x, spread = excess(q_scale, p_scale)
     by_q = x / p_scale + x / q_scale if needs[0] else None
-    return by_q, -x * (2 + x) / p_scale if needs[1] else None
-
-
-@custom_gradient(_partials)
-def _kl(q_scale: Tensor, p_scale: Tensor) -> Tensor:
-    q, p = q_scale.double(), p_scale.double()
-    x = (q - p) / p
-    value = torch.addcmul(isd(q, p, series=has_float64(q_scale, p_scale)), x, x, value=0.5)
-    return value.to(common_dtype(q_scale, p_scale))
+    return torch.addcmul(spread, x, x, value=0.5), (by_q, -x * (2 + x) / p_scale if needs[1] else None)

@@ -8,25 +8,14 @@ import torch
 from torch import Tensor
 from torch.distributions import Pareto
 
-from torch_klloss.closed_forms.registry import register_kl
-from torch_klloss.numerics.custom_gradient import custom_gradient
-from torch_klloss.numerics.elementary import at_least, common_dtype, isd
-
-
-@register_kl(Pareto, Pareto)
-def _pareto_pareto(q: Pareto, p: Pareto) -> Tensor:
-    """αp log(sq/sp) + αp/αq - 1 - log(αp/αq) of the scales s and the exponents α; inf where sq < sp.
-
-    Both parts are ≥ 0. There q starts below p's support, and the gradient is 0.
-    """
-    return _kl(q.scale, q.alpha, p.scale, p.alpha)
+from torch_klloss.closed_forms.formula import register_formula
+from torch_klloss.numerics.elementary import at_least, isd
 
 
 def _partials(
     needs: Sequence[bool], q_scale: Tensor, q_alpha: Tensor, p_scale: Tensor, p_alpha: Tensor
 ) -> Sequence[Tensor | None]:
     outside = q_scale < p_scale
-    q_scale, q_alpha, p_scale, p_alpha = (t.double() for t in (q_scale, q_alpha, p_scale, p_alpha))
     x = (p_alpha - q_alpha) / q_alpha
     partials = (
         p_alpha / q_scale if needs[0] else None,
@@ -37,8 +26,12 @@ def _partials(
     return tuple(None if d is None else torch.where(outside, 0.0, d) for d in partials)
 
 
-@custom_gradient(_partials)
-def _kl(q_scale: Tensor, q_alpha: Tensor, p_scale: Tensor, p_alpha: Tensor) -> Tensor:
-    gap = q_scale.double() - p_scale.double()
-    value = p_alpha.double() * torch.log1p(at_least(gap / p_scale.double(), 0.0)) + isd(p_alpha, q_alpha)
-    return torch.where(gap < 0, torch.inf, value).to(common_dtype(q_scale, q_alpha, p_scale, p_alpha))
+@register_formula(Pareto, "scale", "alpha", partials=_partials)
+def kl(q_scale: Tensor, q_alpha: Tensor, p_scale: Tensor, p_alpha: Tensor) -> Tensor:
+    """αp log(sq/sp) + αp/αq - 1 - log(αp/αq) of the scales s and the exponents α; inf where sq < sp.
+
+    Both parts are ≥ 0. There q starts below p's support, and the gradient is 0.
+    """
+    gap = q_scale - p_scale
+    value = torch.addcmul(isd(p_alpha, q_alpha), p_alpha, torch.log1p(at_least(gap / p_scale, 0.0)))
+    return torch.where(gap < 0, torch.inf, value)

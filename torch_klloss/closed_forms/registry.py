@@ -5,6 +5,7 @@ The library keeps a table of its own and asks it together with torch's; torch's 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,7 +17,7 @@ from torch.distributions import Distribution
 from torch.distributions.kl import _KL_REGISTRY as _TORCH_RULES
 
 from torch_klloss.distributions.checks import check_common_measure, check_pair, type_name
-from torch_klloss.distributions.domains import nan_outside
+from torch_klloss.distributions.domains import where_outside
 from torch_klloss.distributions.simplify import peel, simplify
 from torch_klloss.distributions.tensors import HALF, dtype_of, in_floating_point, pair_in_full_precision
 from torch_klloss.estimate import NoRouteError, NotCertifiedError
@@ -86,7 +87,8 @@ def register_kl(
         supports: says for which instances (q, p) the rule has a formula; without it, `has_closed_form` finds out
             by running the rule. May also be set as the attribute `supports` of the rule.
         summed: computes (q, p, n): the KL summed over its last n dimensions, where that can be done faster than by the
-            rule followed by a sum. It is taken for a pair that was stripped of an `Independent`.
+            rule followed by a sum. It is taken for a pair that was stripped of an `Independent`, and for dimensions
+            that a loss sums.
 
     Raises:
         TypeError: if one of the types is not a subclass of `torch.distributions.Distribution`.
@@ -234,22 +236,31 @@ def find_rule(q: Distribution, p: Distribution) -> Match | None:
     return None
 
 
-def evaluate(resolution: Resolution, batch_shape: torch.Size) -> Tensor:
-    """Return the rule's KL, summed over what was peeled, in the broadcast batch shape of the pair."""
-    match, q, p, num_summed, _ = resolution
-    summed = getattr(match.rule, "summed", None) if num_summed else None
+def evaluate(resolution: Resolution, batch_shape: torch.Size, num_summed: int = 0) -> Tensor:
+    """Return the KL in the broadcast batch shape of the pair, summed over so many of its last dimensions."""
+    match, q, p, peeled, _ = resolution
     try:
-        if summed is not None:
-            value = summed(q, p, num_summed)
-        else:
-            value = match.rule(q, p) if match.is_ours else _call_torch(match.rule, q, p)
-            value = sum_last(nan_outside(_of_shape(value, q, p, match), q, p), num_summed)
+        value = _by_rule(match, q, p, peeled + num_summed, batch_shape)
     except NotImplementedError as error:
         rival = match.rival()
         if rival is None:
             refuse(q, p, because=str(error))
-        return evaluate(resolution._replace(match=rival), batch_shape)
-    return value if value.shape == batch_shape else value.expand(batch_shape)
+        return evaluate(resolution._replace(match=rival), batch_shape, num_summed)
+    shape = batch_shape[: len(batch_shape) - num_summed]
+    return value if value.shape == shape else value.expand(shape)
+
+
+def _by_rule(match: Match, q: Distribution, p: Distribution, num_summed: int, batch_shape: torch.Size) -> Tensor:
+    """Return the rule's KL of the simple pair, NaN outside of the parameters' domains, summed."""
+    summed, outside = getattr(match.rule, "summed", None), where_outside(q, p)
+    if summed is not None and num_summed and outside is None:
+        value: Tensor = summed(q, p, num_summed)
+        return value
+    value = match.rule(q, p) if match.is_ours else _call_torch(match.rule, q, p)
+    value = _of_shape(value, q, p, match)
+    if outside is not None:
+        value = torch.where(outside.to(value.device), math.nan, value)
+    return sum_last(value, num_summed)
 
 
 def _of_shape(value: Tensor, q: Distribution, p: Distribution, match: Match) -> Tensor:

@@ -62,7 +62,7 @@ def _kl(q_scale: Tensor, q_shape: Tensor, p_scale: Tensor, p_shape: Tensor) -> T
     log_gamma, second = log_gamma_and_bregman(r, x)
     log_power = p_shape * log_scales
     w = log_gamma + log_power
-    first = e2(w, series=exact)
+    first = e2(w)
     if exact:
         ratio = q_scale / p_scale
         lost_log = quotient_error(q_scale, p_scale, ratio) / ratio * p_shape

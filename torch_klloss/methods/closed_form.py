@@ -52,10 +52,21 @@ class ClosedForm(BaseMethod):
             ValueError: if q is discrete and p continuous, or the reverse; if a class's own `log_prob` returns another
                 shape than one number for each point and batch element.
         """
+        return KLEstimate(self.value_checked(q, p, batch_shape, 0), exact=True, method=self.name)
+
+    def value_checked(
+        self,
+        q: Distribution,
+        p: Distribution,
+        batch_shape: torch.Size,
+        num_summed: int,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return the exact KL, summed over so many of its last dimensions; raises as `estimate_checked`."""
         resolution = resolve(q, p)
         if resolution is None or not _keep_densities(resolution):
             refuse(q, p)
-        return KLEstimate(evaluate(resolution, batch_shape), exact=True, method=self.name)
+        return evaluate(resolution, batch_shape, num_summed)
 
     def supports(self, q: Distribution, p: Distribution) -> bool:
         """Return whether the pair has a closed form."""

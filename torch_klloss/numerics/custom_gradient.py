@@ -1,106 +1,154 @@
-"""Custom gradients: hand-written derivatives, faster than recording every operation and as accurate as the formula."""
+"""Formulas with a hand-written derivative: one runner for all of them, on every device and in every mode of torch.
+
+A kernel computes the values of a formula and its partial derivatives, which have most operations in common. The
+runner computes both at once: whole tensors where these are small or on an accelerator, blocks that stay in the cache on
+the CPU, with the sum over the last dimensions taken on the way. The way back is then one product a parameter. Under
+`torch.compile`, which fuses both ways itself, and `torch.func` the way back computes the derivatives anew; in forward
+mode the values are plain operations.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from torch_klloss.numerics.tracing import is_func_transformed, needs_plain_operations
+from torch_klloss.numerics.blocks import Derivatives, evaluate
+from torch_klloss.numerics.dimensions import sum_last
+from torch_klloss.numerics.elementary import common_dtype
+from torch_klloss.numerics.tracing import is_forward_mode, is_traced
 
 Value = Callable[..., Tensor]
-Partials = Callable[..., Sequence[Tensor | None]]
+Partials = Callable[..., Derivatives]
+Kernel = Callable[..., tuple[Tensor, Derivatives]]
 
 
-def custom_gradient(partials: Partials) -> Callable[[Value], Value]:
-    """Give an elementwise formula of tensors a hand-written derivative.
+class Formula(Protocol):
+    """A formula of tensors that broadcast, `[*batch, *event]` each, with values `[*batch]`."""
+
+    def __call__(self, *tensors: Tensor, num_summed: int = 0) -> Tensor:
+        """Return the values, summed over the last `num_summed` batch dimensions."""
+        ...
+
+
+def custom_gradient(partials: Partials, *, event_dims: int = 0) -> Callable[[Value], Formula]:
+    """Give a formula of tensors a hand-written derivative.
 
     Args:
         partials: called with the tuple of flags that says which derivatives are needed and then with the formula's
-            tensors, it returns one derivative a tensor, None where none is needed. It is made of torch
-            operations, so that it can be differentiated again.
+            tensors, it returns one derivative a tensor, None where none is needed. It is made of torch operations, so
+            that it can be differentiated again.
+        event_dims: as in `formula_of`.
 
     Returns:
-        A decorator. The decorated formula takes tensors that broadcast, works under `torch.func`, and is plain torch
-        operations in forward mode and under `torch.compile`, which fuses them better.
+        A decorator for the function that computes the values.
     """
 
-    def decorator(value: Value) -> Value:
-        def pull_back(needs: Sequence[bool], grad: Tensor, *tensors: Tensor) -> tuple[Tensor | None, ...]:
-            derivatives = partials(needs, *tensors)
-            return tuple(
-                None if d is None else _unbroadcast(grad * d, t) for d, t in zip(derivatives, tensors, strict=True)
-            )
+    def decorator(value: Value) -> Formula:
+        def kernel(needs: Sequence[bool], *tensors: Tensor) -> tuple[Tensor, Derivatives]:
+            return value(*tensors), partials(needs, *tensors) if any(needs) else [None for _ in tensors]
 
-        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-            if torch.is_grad_enabled():  # a second derivative is wanted: every operation is recorded
-                return pull_back(ctx.needs_input_grad, grad, *ctx.saved_tensors)
-            return in_blocks(partial(pull_back, ctx.needs_input_grad), grad, *ctx.saved_tensors)
-
-        def forward_and_save(ctx: Any, *tensors: Tensor) -> Tensor:
-            ctx.save_for_backward(*tensors)
-            (result,) = in_blocks(lambda *block: (value(*block),), *tensors)
-            return torch.as_tensor(result)
-
-        def save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            ctx.save_for_backward(*inputs)
-
-        # A call of the form that torch.func needs takes three times as long.
-        eager: Any = type(
-            "Formula",
-            (torch.autograd.Function,),
-            {"forward": staticmethod(forward_and_save), "backward": staticmethod(backward)},
-        )
-        functional: Any = type(
-            "FunctionalFormula",
-            (torch.autograd.Function,),
-            {
-                "forward": staticmethod(value),
-                "setup_context": staticmethod(save),
-                "backward": staticmethod(backward),
-                "generate_vmap_rule": True,
-            },
-        )
-
-        def formula(*tensors: Tensor) -> Tensor:
-            if needs_plain_operations():
-                return value(*tensors)
-            form = functional if is_func_transformed() else eager
-            result: Tensor = form.apply(*tensors)
-            return result
-
-        return formula
+        return formula_of(kernel, event_dims=event_dims)
 
     return decorator
 
 
-def in_blocks(
-    function: Callable[..., Sequence[Tensor | None]], *tensors: Tensor, size: int = 2**15
-) -> tuple[Tensor | None, ...]:
-    """Return what a function of the rows returns, computed in blocks whose intermediates stay in the cache.
+def formula_of(kernel: Kernel, *, event_dims: int = 0) -> Formula:
+    """Make the formula that a kernel computes.
 
-    One block where the tensors are small, differ in shape, have no rows, or are not on the CPU.
+    Args:
+        kernel: called with the tuple of flags that says which derivatives are needed and then with tensors of one dtype
+            that broadcast, it returns their values and one derivative a tensor, None where none is needed. It is made
+            of torch operations, so that it can be differentiated again. A derivative is a tensor of its own or the very
+            parameter that it belongs to. What is computed in float64 is rounded to the dtype of the tensors.
+        event_dims: how many of the last dimensions of its tensors the formula takes as one event; it is elementwise in
+            all others.
     """
-    first = tensors[0]
-    if first.dim() < 2:
-        return tuple(function(*tensors))
-    rows = max(1, size // max(1, first[:1].numel()))
-    if first.numel() <= 2 * size or len(first) <= rows or any(t.shape != first.shape or not t.is_cpu for t in tensors):
-        return tuple(function(*tensors))
-    results: list[Tensor | None] = []
-    for i, block in enumerate(zip(*(t.split(rows) for t in tensors), strict=True)):
-        part = function(*block)
-        if i == 0:
-            results = [None if p is None else p.new_empty((len(first), *p.shape[1:])) for p in part]
-        for result, p in zip(results, part, strict=True):
-            if result is not None and p is not None:
-                result[i * rows : i * rows + len(p)] = p
-    return tuple(results)
+
+    def value(*tensors: Tensor) -> Tensor:
+        return kernel([False for _ in tensors], *tensors)[0]
+
+    def pull_back(needs: Sequence[bool], grad: Tensor, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+        _, partials = kernel(needs, *tensors)
+        return [
+            None if d is None else _unbroadcast(_with_event(grad, event_dims) * d, t)
+            for d, t in zip(partials, tensors, strict=True)
+        ]
+
+    def forward(ctx: Any, num_summed: int, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.num_summed = num_summed
+        result, ctx.partials = evaluate(partial(kernel, ctx.needs_input_grad[1:]), tensors, event_dims, num_summed)
+        return result
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad, needs, tensors = _with_event(grad, ctx.num_summed), ctx.needs_input_grad[1:], ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is wanted: every operation is recorded
+            return None, *pull_back(needs, grad, tensors)
+        # The first way back writes over what was kept; another, through a retained graph, computes it again.
+        partials, ctx.partials = ctx.partials, None
+        if partials is None:
+            _, partials = evaluate(partial(kernel, needs), tensors, event_dims, 0)
+        grad = _with_event(grad, event_dims)
+        return None, *[
+            None if d is None else _unbroadcast(d * grad if d is t or d.shape != t.shape else d.mul_(grad), t)
+            for d, t in zip(partials, tensors, strict=True)
+        ]
+
+    def save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    def functional_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return tuple(pull_back(ctx.needs_input_grad, grad, ctx.saved_tensors))
+
+    # A call of the form that torch.func needs takes three times as long.
+    eager: Any = type(
+        "Formula", (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    )
+    functional: Any = type(
+        "FunctionalFormula",
+        (torch.autograd.Function,),
+        {
+            "forward": staticmethod(value),
+            "setup_context": staticmethod(save),
+            "backward": staticmethod(functional_backward),
+            "generate_vmap_rule": True,
+        },
+    )
+
+    def formula(*tensors: Tensor, num_summed: int = 0) -> Tensor:
+        tensors = _in_common_dtype(tensors)
+        if is_forward_mode():
+            return sum_last(value(*tensors), num_summed)
+        if is_traced():
+            return sum_last(functional.apply(*tensors), num_summed)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            result: Tensor = eager.apply(num_summed, *tensors)
+            return result
+        with torch.no_grad():
+            none = [False for _ in tensors]
+            return evaluate(partial(kernel, none), tensors, event_dims, num_summed)[0]
+
+    return formula
+
+
+def _with_event(grad: Tensor, event_dims: int) -> Tensor:
+    """Return `[*dims]` as `[*dims, 1, …]`, so that it multiplies every entry of an event."""
+    return grad[(..., *(None,) * event_dims)] if event_dims else grad
 
 
 def _unbroadcast(grad: Tensor, like: Tensor) -> Tensor:
     grad = grad if grad.shape == like.shape else grad.sum_to_size(like.shape)
     return grad if grad.dtype == like.dtype else grad.to(like.dtype)
+
+
+def _in_common_dtype(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return the tensors in one dtype, to which a number without dimensions counts as well."""
+    dtype = tensors[0].dtype
+    if all(t.dtype == dtype for t in tensors):
+        return tensors
+    dtype = common_dtype(*tensors)
+    return tuple(t.to(dtype) for t in tensors)

@@ -1,51 +1,96 @@
 """Building blocks of the elementary closed forms: each ≥ 0, exactly 0 at equality, and accurate near it.
 
-They compute in float64 whatever comes in. A float32 number has a relative distance of at least 6e-8 from its
-neighbours, which float64 subtracts without a series; only float64 itself needs one near equality.
+They compute in the dtype of what comes in, with about five units in the last place of it, by operations that are quick
+on every device: no branch on data, and on the CPU no `where`, which costs there as much as twenty additions.
+
+A function f with f(1) = 0 whose series is good between a half and two is computed as f(r) = near(c) + far(r, c), with
+c = clamp(r, ½, 2) and a second term that is exactly 0 where r = c. The derivative does not depend on that of `clamp`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from torch_klloss.numerics.tracing import is_traced, needs_plain_operations
+from torch_klloss.numerics.tracing import is_traced, needs_plain_operations, without_func
 
+# Of (artanh(s)/s - 1)/s², in s²: minimax for |s| ≤ ⅓, that is for ratios from a half to two; relative errors 5e-7,
+# of a term that is a ninth of the whole, and 1e-16.
+_ARTANH = {
+    torch.float32: (0.3333331961, 0.2000390271, 0.1411462936, 0.1345224958),
+    torch.float64: (
+        0.3333333333333333,
+        0.2000000000000802,
+        0.14285714283362436,
+        0.1111111137803498,
+        0.0909089375112116,
+        0.07692812043242968,
+        0.06656631300983523,
+        0.060047091905802,
+        0.04379156062166165,
+        0.08126792782243371,
+    ),
+}
+# Of (exp(x) - 1 - x)/x²: minimax for |x| ≤ 1, relative errors 1e-7 and 1e-17.
+_EXP = {
+    torch.float32: (0.5, 0.1666669729, 0.04166669721, 0.008330886169, 0.001388644774, 0.0002032904191, 2.52884349e-05),
+    torch.float64: (
+        0.5,
+        0.16666666666666666,
+        0.04166666666666609,
+        0.008333333333333299,
+        0.0013888888888981404,
+        0.00019841269841324198,
+        2.4801587246096818e-05,
+        2.7557319191381816e-06,
+        2.755733506893373e-07,
+        2.5052117695907823e-08,
+        2.0874435575864273e-09,
+        1.6057679623801638e-10,
+        1.1639194124150522e-11,
+        7.746178593018827e-13,
+    ),
+}
 # A parameter below this counts as this much in the derivative of a logarithm, which stays finite at 0.
-TINY = 1e-280
-ABOVE_MINUS_ONE = -1 + 2.0**-53
-# Of x - log(1 + x), in s² with s = x/(2 + x); good to 1e-16 for |s| ≤ 0.2.
-_ARTANH = tuple(1 / k for k in range(3, 23, 2))
-_MAX_S = 0.2
-# Of (t coth(t/2) - 2)/t², in t²: 2 B_2k/(2k)! with the Bernoulli numbers; good to 1e-16 for |t| ≤ 1.
-_COTH = (
-    1 / 6,
-    -1 / 360,
-    1 / 15120,
-    -1 / 604800,
-    1 / 23950080,
-    -691 / 653837184000,
-    1 / 37362124800,
-    -3617 / 5335311421440000,
-    43867 / 2554547108585472000,
-    -174611 / 401428831349145600000,
-)
+_TINY = {torch.float32: 1e-30, torch.float64: 1e-280}
 
 
 def horner(x: Tensor, coefficients: Sequence[float]) -> Tensor:
     """Return the polynomial of x whose coefficients are given from the constant one up."""
-    if needs_plain_operations():  # a compiler prefers numbers, which cost eager mode an operation each
-        value = torch.full_like(x, coefficients[-1])
-        for c in reversed(coefficients[:-1]):
+    if type(x) is not Tensor or not x.is_cpu or needs_plain_operations():
+        value = x * coefficients[-1] + coefficients[-2]
+        for c in reversed(coefficients[:-2]):
             value = value * x + c
         return value
-    *lower, value = x.new_tensor(coefficients).unbind()
+    *lower, value = _constants(tuple(coefficients), x.dtype)  # one operation a coefficient, not two
     for constant in reversed(lower):
         value = torch.addcmul(constant, value, x)
     return value
+
+
+@cache
+def _constants(coefficients: tuple[float, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    with torch.inference_mode(False), without_func():
+        return torch.tensor(coefficients, dtype=dtype).unbind()
+
+
+def tiny(x: Tensor) -> float:
+    """Return what a parameter below it counts as, in the derivative of a logarithm, which stays finite at 0."""
+    return _TINY[x.dtype]
+
+
+def largest(x: Tensor) -> float:
+    """Return the largest finite number of the dtype of x."""
+    return torch.finfo(x.dtype).max
+
+
+def above_minus_one(x: Tensor) -> float:
+    """Return the number next to -1, at which log(1 + x) is finite."""
+    return torch.finfo(x.dtype).eps / 2 - 1
 
 
 def has_float64(*tensors: Tensor) -> bool:
@@ -100,7 +145,7 @@ def within(x: Tensor, low: float, high: float) -> Tensor:
 
 
 def log_ratio(a: Tensor, b: Tensor, gap: Tensor) -> Tensor:
-    """Return log(a/b) of a, b ≥ 0 in float64, given gap = a - b before it was rounded; a bound, not inf, at zero.
+    """Return log(a/b) of a, b ≥ 0, given gap = a - b before it was rounded; a bound, not inf, at zero.
 
     The logarithm is taken of 1 plus the gap over the smaller of the two, which loses no digits however near or far
     they are.
@@ -108,104 +153,111 @@ def log_ratio(a: Tensor, b: Tensor, gap: Tensor) -> Tensor:
     sign = sign_of(gap)
     is_differentiated = torch.is_grad_enabled() or needs_plain_operations()  # where a tie must not be split
     smaller = torch.where(sign > 0, b, a) if is_differentiated else torch.minimum(a, b)
-    return sign * torch.log1p(sign * gap / smaller.clamp_min(TINY))
+    return sign * torch.log1p(sign * gap / smaller.clamp_min(tiny(gap)))
 
 
-def isd(a: Tensor, b: Tensor, *, series: bool | None = None) -> Tensor:
-    """Return the Itakura-Saito divergence a/b - 1 - log(a/b) of positive a and b, in float64.
+def widened(x: Tensor) -> Tensor:
+    """Return x in the dtype to compute in: float64 for float32 on the CPU in eager mode, else its own.
 
-    Args:
-        a: the numerator.
-        b: the denominator.
-        series: whether a and b may be nearer to one another than float32 numbers can be; by default, whether one of
-            them is in float64.
+    Two float32 numbers have a relative distance of at least 6e-8, or none, which float64 subtracts without a series,
+    and few operations count more there than narrow numbers.
+    """
+    return x.double() if has_digits_to_spare(x) else x
+
+
+def has_digits_to_spare(x: Tensor) -> bool:
+    """Return whether `widened` gives x digits that it does not have."""
+    return x.dtype == torch.float32 and x.is_cpu and not is_traced()
+
+
+def excess(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return r = a/b, x = r - 1 and x - log(1 + x) ≥ 0 of positive a and b, all widened."""
+    if has_digits_to_spare(a):
+        ratio = a.double() / b.double()
+        x = ratio - 1
+        return ratio, x, x - torch.log(ratio)  # both of the rounded ratio, whose rounding drops out
+    ratio, x = a / b, (a - b) / b
+    return ratio, x, lag(x, ratio)
+
+
+def isd(a: Tensor, b: Tensor) -> Tensor:
+    """Return the Itakura-Saito divergence a/b - 1 - log(a/b) of positive a and b.
 
     References:
         *Analysis synthesis telephony based on the maximum likelihood method* (Itakura and Saito, 1968).
     """
-    series = has_float64(a, b) if series is None else series
-    a, b = a.double(), b.double()
-    gap = a - b
-    x = gap / b
-    # log(b/a) rather than -log(1 + x), for an a far below b; far above it the clamp vanishes beside x.
-    far = x + torch.log1p((-gap / a).clamp_min(ABOVE_MINUS_ONE))
-    if not series:
-        return far
-    s = gap / (a + b)
-    return torch.where(s.abs() < _MAX_S, _x_minus_log1p_near_zero(x, s), far)
+    return excess(a, b)[2]
+
+
+def lag(x: Tensor, ratio: Tensor) -> Tensor:
+    """Return x - log(1 + x) ≥ 0 of x > -1, given 1 + x as well, with the digits that it has where x is near -1.
+
+    With s = x/(2 + x), log(1 + x) = 2 artanh(s) and x - 2s = xs.
+    """
+    near = x.clamp(-0.5, 1.0)
+    s = near / (near + 2)
+    square = s * s
+    lead = torch.addcmul(near, square, horner(square, _ARTANH[x.dtype]), value=-2)
+    rest = (ratio / ratio.clamp(0.5, 2.0)).clamp_max(largest(x))
+    return torch.addcmul((x - near) - torch.log(rest), s, lead)
 
 
 def isd_from_gap(gap: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Return a/b - 1 - log(a/b) for a, b > 0, given gap = a - b, which is known better than a and b are."""
-    x = gap / b
-    s = gap / (a + b)  # log(a/b) = 2 artanh(s), and x = 2s/(1 - s)
-    square = s * s
-    near = s * (x - 2 * square * horner(square, _ARTANH))
-    far = x - torch.sign(gap) * torch.log1p(gap.abs() / torch.minimum(a, b))
-    return torch.where(square < 1 / 25, near, far)
+    return lag(gap / b, a / b)
 
 
-def gkl(a: Tensor, b: Tensor, gap: Tensor, *, series: bool) -> Tensor:
-    """Return the generalised KL divergence a log(a/b) - a + b of a, b ≥ 0 in float64; inf where only b is 0.
+def gkl(a: Tensor, b: Tensor, gap: Tensor) -> Tensor:
+    """Return the generalised KL divergence a log(a/b) - a + b of a, b ≥ 0; inf where only b is 0.
+
+    It is a (x - log(1 + x)) with x = (b - a)/a where b is near a, and as written in what b has beyond that.
 
     Args:
         a: the first measure.
         b: the second one.
         gap: a - b, from before a and b were rounded.
-        series: whether a and b may be nearer to one another than float32 numbers can be.
     """
-    # Where a is far below b, the logarithm and its clamp vanish beside b.
-    value = a * torch.log1p((gap / b.clamp_min(TINY)).clamp_min(ABOVE_MINUS_ONE)) - gap
-    if series:
-        s = gap / (a + b).clamp_min(TINY)
-        square = s * s
-        near = s * torch.addcmul(gap, a * square, horner(square, _ARTANH), value=2)
-        value = torch.where(s.abs() < _MAX_S, near, value)
+    least, half = torch.finfo(a.dtype).smallest_normal * torch.finfo(a.dtype).eps, 0.5 * a
+    near_gap, near_b = torch.clamp(gap, -a, half), torch.clamp(b, half, 2 * a)
+    x = -near_gap / a.clamp_min(least)
+    s = x / (x + 2)
+    square = s * s
+    lead = s * torch.addcmul(x, square, horner(square, _ARTANH[x.dtype]), value=-2)
+    ratio = (b.clamp_min(least) / near_b.clamp_min(least)).clamp_max(largest(b))
+    value = torch.addcmul(near_gap - gap, a, lead - torch.log(ratio))
     return torch.where((b == 0) & (a > 0), torch.inf, value) if may_fall_to(b, 0) else value
 
 
 def gkl_of_log_ratio(q: Tensor, p: Tensor, z: Tensor) -> Tensor:
-    """Return q log(q/p) - q + p, given a finite z = log(p/q) as well, in float64.
+    """Return q log(q/p) - q + p, given a finite z = log(p/q) as well.
 
     The two forms agree; the first keeps its digits near equality and the second where p is far above q.
     """
-    return torch.where(z.abs() < 1, q * _e2_near_zero(z), torch.addcmul(p - q, q, z, value=-1))
+    near = z.clamp(-1, 1)
+    lead = near * near * horner(near, _EXP[z.dtype])
+    return torch.where(z.abs() < 1, q * lead, torch.addcmul(p - q, q, z, value=-1))
 
 
 def x_minus_log1p(x: Tensor) -> Tensor:
-    """Return x - log(1 + x) ≥ 0 of x > -1 in float64."""
-    s = x / (2 + x)
-    return torch.where(s.abs() < _MAX_S, _x_minus_log1p_near_zero(x, s), x - torch.log1p(x))
+    """Return x - log(1 + x) ≥ 0 of x > -1."""
+    return lag(x, 1 + x)
 
 
-def e2(x: Tensor, *, series: bool = True) -> Tensor:
-    """Return exp(x) - 1 - x ≥ 0 in float64.
-
-    Near zero it is x² (1 - x g)/(2 - x + x² g) with x coth(x/2) = 2 + x² g, whose series converges fast.
-
-    Args:
-        x: any float64 numbers.
-        series: whether all digits of float64 are needed. Otherwise ten suffice, and three terms of
-            x²/2 + x³/6 + x⁴/24 + … give them up to where the difference is as good.
-    """
-    if not series:
-        near = x * x * (0.5 + x * (1 / 6 + x * (1 / 24)))
-        return torch.where(x.abs() < 2.0**-10, near, torch.expm1(x) - x)
-    return torch.where(x.abs() < 1, _e2_near_zero(x), torch.expm1(x) - x)
+def e2(x: Tensor) -> Tensor:
+    """Return exp(x) - 1 - x ≥ 0."""
+    near = x.clamp(-1, 1)
+    lead = horner(near, _EXP[x.dtype])
+    return torch.addcmul((torch.exp(x) - torch.exp(near)) - (x - near), near * near, lead)
 
 
-def _e2_near_zero(x: Tensor) -> Tensor:
-    """Return exp(x) - 1 - x of |x| < 1, and something finite elsewhere."""
-    x = x.clamp(-1, 1)
-    square = x * x
-    g = horner(square, _COTH)
-    return square * (1 - x * g) / torch.addcmul(2 - x, square, g)
-
-
-def _x_minus_log1p_near_zero(x: Tensor, s: Tensor) -> Tensor:
-    """With s = x/(2 + x), log(1 + x) = 2 artanh s and x = 2s/(1 - s): xs - 2s³ (1/3 + s²/5 + s⁴/7 + …)."""
-    square = s * s
-    return s * torch.addcmul(x, square, horner(square, _ARTANH), value=-2)
+def growth(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x, exp(x) - 1 and exp(x) - 1 - x ≥ 0, all widened."""
+    if has_digits_to_spare(x):
+        x = x.double()
+        grown = torch.expm1(x)
+        return x, grown, (grown - x).clamp_min(0)
+    lead = e2(x)
+    return x, lead + x, lead
 
 
 def infinity(*parameters: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from torch_klloss.numerics.custom_gradient import custom_gradient
 from torch_klloss.numerics.elementary import (
-    TINY,
     at_least,
     at_most,
     e2,
@@ -21,6 +20,7 @@ from torch_klloss.numerics.elementary import (
     horner,
     isd_from_gap,
     log_ratio,
+    tiny,
     x_minus_log1p,
 )
 from torch_klloss.numerics.error_free import product_error, product_gap, quotient_error, sum_error
@@ -53,7 +53,7 @@ def _gkl_partials(needs: Sequence[bool], a: Tensor, b: Tensor, gap: Tensor) -> S
 @custom_gradient(_gkl_partials)
 def generalised_kl(a: Tensor, b: Tensor, gap: Tensor) -> Tensor:
     """Return a log(a/b) - a + b ≥ 0, given gap = a - b from before a and b were rounded."""
-    return gkl(a, b, gap, series=True)
+    return gkl(a, b, gap)
 
 
 @custom_gradient(lambda needs, a, b, gap: (gap / b / a, -gap / b / b, None))
@@ -231,7 +231,7 @@ def _series(t: Tensor, factors: list[float]) -> Tensor:
 
 def uniform_log_drop(low: Tensor, width: Tensor) -> Tensor:
     """Return log(high) - E[log x] in [0, 1]: 1 - low/width log(high/low), 1 where low is 0."""
-    ratio = width / at_least(low, TINY)
+    ratio = width / at_least(low, tiny(low))
     near = at_most(ratio, 1.0)
     far = 1 - low / width * torch.log1p(at_least(ratio, 1.0))
     return torch.where(ratio < 1, log1p_lag(near) / near, far)

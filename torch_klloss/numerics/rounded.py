@@ -16,7 +16,7 @@ from typing import Union
 import torch
 from torch import Tensor
 
-from torch_klloss.numerics.elementary import ABOVE_MINUS_ONE, at_least
+from torch_klloss.numerics.elementary import above_minus_one, at_least
 from torch_klloss.numerics.error_free import difference_error
 from torch_klloss.numerics.lgamma import binet_trigamma
 from torch_klloss.numerics.moments import stirling_slope
@@ -139,7 +139,7 @@ def _trigamma(x: Tensor) -> Tensor:
 exp = elementwise(torch.exp, torch.exp)
 expm1 = elementwise(torch.expm1, torch.exp)
 log = elementwise(torch.log, torch.reciprocal)
-log1p = elementwise(lambda t: torch.log1p(at_least(t, ABOVE_MINUS_ONE)), lambda t: 1 / (1 + t))
+log1p = elementwise(lambda t: torch.log1p(at_least(t, above_minus_one(t))), lambda t: 1 / (1 + t))
 """log(1 + x), kept away from x = -1."""
 erf = elementwise(torch.erf, lambda t: 2 / math.sqrt(math.pi) * torch.exp(-t * t))
 atan = elementwise(torch.atan, lambda t: 1 / (1 + t * t))

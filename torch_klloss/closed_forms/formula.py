@@ -1,0 +1,51 @@
+"""Registration of a closed form that is one formula of the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.distributions import Distribution
+
+from torch_klloss.closed_forms.registry import register_kl
+from torch_klloss.numerics.custom_gradient import Formula, Partials, custom_gradient, formula_of
+
+
+def register_formula(
+    cls: type[Distribution], *names: str, partials: Partials | None = None, event_dims: int = 0
+) -> Callable[[Any], Formula]:
+    """Register the decorated function as the closed form of two members of a family.
+
+    It takes the parameters of q and then those of p, and the runner of `formula_of` executes it, with the sum over
+    latent dimensions taken on the way.
+
+    Args:
+        cls: the family.
+        names: the attributes that hold the parameters.
+        partials: the derivatives by all parameters, as `custom_gradient` takes them; without them the function is a
+            kernel, which takes the flags first and returns them too.
+        event_dims: how many of the last dimensions of the parameters make up an event.
+    """
+
+    def decorator(function: Any) -> Formula:
+        if partials is None:
+            formula = formula_of(function, event_dims=event_dims)
+        else:
+            formula = custom_gradient(partials, event_dims=event_dims)(function)
+
+        def summed(q: Distribution, p: Distribution, num_summed: int) -> Tensor:
+            return formula(*_parameters(q, names), *_parameters(p, names), num_summed=num_summed)
+
+        def rule(q: Distribution, p: Distribution) -> Tensor:
+            return summed(q, p, 0)
+
+        rule.__doc__ = function.__doc__
+        register_kl(cls, cls, summed=summed)(rule)
+        return formula
+
+    return decorator
+
+
+def _parameters(d: Distribution, names: Sequence[str]) -> list[Tensor]:
+    return [getattr(d, name) for name in names]

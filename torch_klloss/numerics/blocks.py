@@ -1,0 +1,78 @@
+"""Blocks of tensors that broadcast: an elementwise formula computed in parts whose intermediates stay in the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from torch_klloss.numerics.dimensions import sum_last
+
+Derivatives = Sequence["Tensor | None"]
+Index = tuple[slice, ...]
+
+BLOCK = 2**14  # elements a thread: two dozen tensors of so many stay in the second cache of a core
+
+
+def are_large(tensors: Sequence[Tensor]) -> bool:
+    """Return whether blocks pay: one of the tensors is large, and all are on the CPU."""
+    return max([t.numel() for t in tensors]) > 2 * BLOCK and all(t.is_cpu for t in tensors)
+
+
+def evaluate(
+    kernel: Callable[..., tuple[Tensor, Derivatives]], tensors: Sequence[Tensor], event_dims: int, num_summed: int
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Return the values of a formula, summed, and its partial derivatives in each element, in the tensors' dtype.
+
+    Args:
+        kernel: called with tensors, it returns values and derivatives; elementwise but for the event.
+        tensors: `[*dims, *event]` each, or broadcasting to it.
+        event_dims: the number of event dimensions.
+        num_summed: how many of the last dimensions of `[*dims]` the values are summed over.
+    """
+    dtype = tensors[0].dtype
+    if not are_large(tensors):
+        value, partials = kernel(*tensors)
+        return sum_last(value, num_summed).to(dtype), [None if d is None else d.to(dtype) for d in partials]
+    shape = torch.broadcast_shapes(*[t.shape for t in tensors])
+    dims = shape[: len(shape) - event_dims]
+    num_kept, total, results = len(dims) - num_summed, None, [None for _ in tensors]
+    for index in _blocks(dims, BLOCK * torch.get_num_threads() // max(1, shape[len(dims) :].numel())):
+        value, partials = kernel(*[_part(t, index, len(shape)) for t in tensors])
+        value = sum_last(value, num_summed)
+        if total is None:
+            total = value.new_zeros(dims[:num_kept])
+            results = [None if d is None else tensors[0].new_empty(shape) for d in partials]
+        if len(index) > num_kept:
+            total[index[:num_kept]] += value
+        else:
+            total[index] = value
+        for result, d in zip(results, partials, strict=True):
+            if result is not None:
+                result[index] = d
+    return torch.as_tensor(total, dtype=dtype), results
+
+
+def _part(t: Tensor, index: Index, num_dims: int) -> Tensor:
+    """Return what a block of leading dimensions holds of a tensor that broadcasts to `num_dims` dimensions."""
+    missing = num_dims - t.dim()
+    if missing == 0 and len(index) == 1 and len(t) > 1:
+        return t[index[0]]
+    return t[tuple(s if t.shape[i] > 1 else slice(None) for i, s in enumerate(index[missing:]))]
+
+
+def _blocks(dims: Sequence[int], size: int) -> Iterator[Index]:
+    """Yield slices that cut a shape into blocks of at most `size` elements, if its dimensions can be cut so small."""
+    if not dims:
+        yield ()
+        return
+    rest = 1
+    for n in dims[1:]:
+        rest *= n
+    if rest <= size or len(dims) == 1:
+        step = max(1, size // max(1, rest))
+        yield from ((slice(start, start + step),) for start in range(0, dims[0], step))
+        return
+    for i in range(dims[0]):
+        yield from ((slice(i, i + 1), *tail) for tail in _blocks(dims[1:], size))
