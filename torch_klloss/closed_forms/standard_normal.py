@@ -15,18 +15,20 @@ from torch_klloss.numerics.dimensions import sum_last
 from torch_klloss.numerics.elementary import growth
 
 
-def _kernel(needs: Sequence[bool], loc: Tensor, logvar: Tensor) -> tuple[Tensor, Derivatives]:
+def kernel(needs: Sequence[bool], loc: Tensor, logvar: Tensor) -> tuple[Tensor, Derivatives]:
+    """Return ½ (μ² + exp(v) - 1 - v), from the log-variance v as it was given, and its derivatives.
+
+    Both terms are ≥ 0.
+
+    References:
+        *Auto-encoding variational Bayes* (Kingma and Welling, 2014), appendix B.
+    """
     _, grown, lead = growth(logvar)
     value = torch.addcmul(lead.to(loc.dtype), loc, loc) / 2
     return value, (loc if needs[0] else None, grown / 2 if needs[1] else None)
 
 
-kl = formula_of(_kernel)
-"""½ (μ² + exp(v) - 1 - v), from the mean and the log-variance v as they were given: two terms, each ≥ 0.
-
-References:
-    *Auto-encoding variational Bayes* (Kingma and Welling, 2014), appendix B.
-"""
+kl = formula_of(kernel)
 
 
 def _summed(q: LogVarNormal, p: StandardNormal, num_summed: int) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 
+from torch_klloss.closed_forms import standard_normal
 from torch_klloss.distributions.checks import check_pair, type_name
 from torch_klloss.distributions.families import LogVarNormal, StandardNormal
 from torch_klloss.distributions.reach import check_dropped
@@ -88,7 +89,7 @@ def _divergence(
 ) -> Divergence:
     moments = moments_of(q, p)
     if moments is not None and is_plain_normal(kl, *moments) and not _is_extreme(*moments):
-        terms: Tensor = _NormalTerms.apply(*moments)
+        terms = standard_normal.kl(*moments)
         call_hooks(kl, q, p, batch)
         return Divergence(terms, terms)
     _warn_of_extreme_logvar(q)
@@ -164,28 +165,6 @@ def _split(
         return kl.estimate(q, p, generator).value
     with private_rng(0, device_of(q)):
         return kl.estimate(q, p).value
-
-
-class _NormalTerms(torch.autograd.Function):
-    """Compute ½ (μ² + exp(v) - 1 - v), with the difference in float64: near v = 0 float32 would need a series."""
-
-    @staticmethod
-    def forward(ctx: Any, loc: Tensor, logvar: Tensor) -> Tensor:
-        wide = logvar.double()
-        growth = torch.expm1(wide)
-        ctx.save_for_backward(loc, logvar)
-        ctx.growth = growth.float()
-        return growth.sub_(wide).clamp_(min=0).float().addcmul_(loc, loc).mul_(0.5)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        loc, logvar = ctx.saved_tensors
-        by_loc = grad * loc if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return by_loc, None
-        # A second derivative needs the first one in the graph.
-        growth = logvar.expm1() if torch.is_grad_enabled() else ctx.growth
-        return by_loc, (grad * 0.5) * growth
 
 
 def _is_extreme(mean: Tensor, logvar: Tensor) -> bool:

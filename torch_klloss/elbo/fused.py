@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.nn import functional
 
+from torch_klloss.closed_forms import standard_normal
 from torch_klloss.elbo.divergence import is_out_of_bounds, is_plain_normal
 from torch_klloss.elbo.likelihoods import LikelihoodName, log_bernoulli
 from torch_klloss.elbo.terms import ELBOTerms
 from torch_klloss.losses import KLLoss
 from torch_klloss.numerics.tracing import is_autocast_enabled
 
-_ENOUGH = 0.02  # nats a dimension: above it, exp(v) - 1 - v is accurate enough in float32
 _SUM = 2  # reduction="sum" in torch's own kernels
 
 
@@ -74,15 +74,11 @@ class _PlainELBO(torch.autograd.Function):
         ctx.save_for_backward(recon, x, mean, logvar)
         ctx.settings = beta, likelihood, count
         ctx.set_materialize_grads(False)
-        ctx.growth = torch.expm1(logvar)
-        each = _sum((ctx.growth - logvar).addcmul_(mean, mean), batch_dims)
-        smallest = each.amin().item()  # NaN where a parameter is
-        if Distribution._validate_args and (math.isnan(smallest) or is_out_of_bounds(logvar)):
+        value, (_, by_logvar) = standard_normal.kernel((False, True), mean, logvar)
+        ctx.by_logvar = by_logvar.to(logvar.dtype)
+        each = _sum(value, batch_dims).div_(count)
+        if Distribution._validate_args and (math.isnan(each.sum().item()) or is_out_of_bounds(logvar)):
             raise _ExtremePosteriorError
-        if not smallest > 2 * count * _ENOUGH:
-            wide = logvar.double()
-            each = _sum(torch.expm1(wide).sub_(wide).clamp_(min=0).float().addcmul_(mean, mean), batch_dims)
-        each.mul_(0.5 / count)
         reconstruction, kl = _SUMMED_NLL[likelihood](recon, x).div_(count), each.sum()
         return torch.add(reconstruction, kl, alpha=beta), reconstruction, kl, each
 
@@ -98,12 +94,12 @@ class _PlainELBO(torch.autograd.Function):
         to_nll = _added((to_loss, 1 / count), (by_nll, 1 / count))
         to_kl = _added((to_loss, beta / count), (to_kl, 1 / count), (by_each, 1 / count))
         # A second derivative needs the first one in the graph.
-        growth = logvar.expm1() if torch.is_grad_enabled() else ctx.growth
+        each_by_logvar = logvar.expm1() / 2 if torch.is_grad_enabled() else ctx.by_logvar
         by_recon = None if to_nll is None or not needs_recon else _NLL_GRADIENT[likelihood](to_nll, recon, x)
         if to_kl is None:
             return by_recon, *(None,) * 6
         by_mean = mean * to_kl if needs_mean else None
-        by_logvar = growth * (0.5 * to_kl) if needs_logvar else None
+        by_logvar = each_by_logvar * to_kl if needs_logvar else None
         return by_recon, None, by_mean, by_logvar, *(None,) * 3
 
 
