@@ -147,11 +147,14 @@ def kl_divergence(q: Distribution, p: Distribution) -> Tensor:
         tensor(0.5000)
     """
     batch_shape = check_pair(q, p)
-    dtype = dtype_of(q, p)
-    resolution = resolve(*pair_in_full_precision(q, p))
+    full_q, full_p = pair_in_full_precision(q, p)
+    resolution = resolve(full_q, full_p)
     if resolution is None:
         refuse(q, p)
     value = evaluate(resolution, batch_shape)
+    if full_q is q and full_p is p:
+        return value
+    dtype = dtype_of(q, p)
     return value.to(dtype) if dtype in HALF else value
 
 

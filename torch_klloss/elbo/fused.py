@@ -75,7 +75,7 @@ class _PlainELBO(torch.autograd.Function):
         ctx.settings = beta, likelihood, count
         ctx.set_materialize_grads(False)
         value, (_, by_logvar) = standard_normal.kernel((False, True), mean, logvar)
-        ctx.by_logvar = by_logvar.to(logvar.dtype)
+        ctx.by_logvar = torch.as_tensor(by_logvar, dtype=logvar.dtype)
         each = _sum(value, batch_dims).div_(count)
         if Distribution._validate_args and (math.isnan(each.sum().item()) or is_out_of_bounds(logvar)):
             raise _ExtremePosteriorError

@@ -17,29 +17,40 @@ BLOCK = 2**14  # elements a thread: two dozen tensors of so many stay in the sec
 
 def are_large(tensors: Sequence[Tensor]) -> bool:
     """Return whether blocks pay: one of the tensors is large, and all are on the CPU."""
-    return max([t.numel() for t in tensors]) > 2 * BLOCK and all(t.is_cpu for t in tensors)
+    for t in tensors:
+        if t.numel() > 2 * BLOCK:
+            return all(t.is_cpu for t in tensors)
+    return False
 
 
 def evaluate(
-    kernel: Callable[..., tuple[Tensor, Derivatives]], tensors: Sequence[Tensor], event_dims: int, num_summed: int
-) -> tuple[Tensor, list[Tensor | None]]:
+    kernel: Callable[..., tuple[Tensor, Derivatives]],
+    needs: Sequence[bool],
+    tensors: Sequence[Tensor],
+    event_dims: int,
+    num_summed: int,
+) -> tuple[Tensor, Derivatives]:
     """Return the values of a formula, summed, and its partial derivatives in each element, in the tensors' dtype.
 
     Args:
-        kernel: called with tensors, it returns values and derivatives; elementwise but for the event.
+        kernel: called with the flags and tensors, it returns values and derivatives; elementwise but for the event.
+        needs: which derivatives are needed.
         tensors: `[*dims, *event]` each, or broadcasting to it.
         event_dims: the number of event dimensions.
         num_summed: how many of the last dimensions of `[*dims]` the values are summed over.
     """
     dtype = tensors[0].dtype
     if not are_large(tensors):
-        value, partials = kernel(*tensors)
-        return sum_last(value, num_summed).to(dtype), [None if d is None else d.to(dtype) for d in partials]
+        value, partials = kernel(needs, *tensors)
+        value = value if num_summed == 0 else sum_last(value, num_summed)
+        value = value if value.dtype is dtype else value.to(dtype)
+        return value, [d if d is None or d.dtype is dtype else d.to(dtype) for d in partials]
     shape = torch.broadcast_shapes(*[t.shape for t in tensors])
     dims = shape[: len(shape) - event_dims]
-    num_kept, total, results = len(dims) - num_summed, None, [None for _ in tensors]
+    num_kept, total = len(dims) - num_summed, None
+    results: list[Tensor | None] = [None for _ in tensors]
     for index in _blocks(dims, BLOCK * torch.get_num_threads() // max(1, shape[len(dims) :].numel())):
-        value, partials = kernel(*[_part(t, index, len(shape)) for t in tensors])
+        value, partials = kernel(needs, *[_part(t, index, len(shape)) for t in tensors])
         value = sum_last(value, num_summed)
         if total is None:
             total = value.new_zeros(dims[:num_kept])
@@ -49,7 +60,7 @@ def evaluate(
         else:
             total[index] = value
         for result, d in zip(results, partials, strict=True):
-            if result is not None:
+            if result is not None and d is not None:
                 result[index] = d
     return torch.as_tensor(total, dtype=dtype), results
 

@@ -10,7 +10,6 @@ mode the values are plain operations.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -81,7 +80,7 @@ def formula_of(kernel: Kernel, *, event_dims: int = 0) -> Formula:
     def forward(ctx: Any, num_summed: int, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
         ctx.num_summed = num_summed
-        result, ctx.partials = evaluate(partial(kernel, ctx.needs_input_grad[1:]), tensors, event_dims, num_summed)
+        result, ctx.partials = evaluate(kernel, ctx.needs_input_grad[1:], tensors, event_dims, num_summed)
         return result
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -91,12 +90,9 @@ def formula_of(kernel: Kernel, *, event_dims: int = 0) -> Formula:
         # The first way back writes over what was kept; another, through a retained graph, computes it again.
         partials, ctx.partials = ctx.partials, None
         if partials is None:
-            _, partials = evaluate(partial(kernel, needs), tensors, event_dims, 0)
+            _, partials = evaluate(kernel, needs, tensors, event_dims, 0)
         grad = _with_event(grad, event_dims)
-        return None, *[
-            None if d is None else _unbroadcast(d * grad if d is t or d.shape != t.shape else d.mul_(grad), t)
-            for d, t in zip(partials, tensors, strict=True)
-        ]
+        return None, *[None if d is None else _scaled(d, grad, t) for d, t in zip(partials, tensors, strict=True)]
 
     def save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
@@ -121,16 +117,17 @@ def formula_of(kernel: Kernel, *, event_dims: int = 0) -> Formula:
 
     def formula(*tensors: Tensor, num_summed: int = 0) -> Tensor:
         tensors = _in_common_dtype(tensors)
-        if is_forward_mode():
-            return sum_last(value(*tensors), num_summed)
         if is_traced():
+            if is_forward_mode():
+                return sum_last(value(*tensors), num_summed)
             return sum_last(functional.apply(*tensors), num_summed)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            result: Tensor = eager.apply(num_summed, *tensors)
-            return result
+        if torch.is_grad_enabled():
+            for t in tensors:
+                if t.requires_grad:
+                    result: Tensor = eager.apply(num_summed, *tensors)
+                    return result
         with torch.no_grad():
-            none = [False for _ in tensors]
-            return evaluate(partial(kernel, none), tensors, event_dims, num_summed)[0]
+            return evaluate(kernel, [False for _ in tensors], tensors, event_dims, num_summed)[0]
 
     return formula
 
@@ -138,6 +135,13 @@ def formula_of(kernel: Kernel, *, event_dims: int = 0) -> Formula:
 def _with_event(grad: Tensor, event_dims: int) -> Tensor:
     """Return `[*dims]` as `[*dims, 1, …]`, so that it multiplies every entry of an event."""
     return grad[(..., *(None,) * event_dims)] if event_dims else grad
+
+
+def _scaled(derivative: Tensor, grad: Tensor, parameter: Tensor) -> Tensor:
+    """Return the gradient to a parameter, written over its derivative where that has its size."""
+    if derivative.shape == parameter.shape and derivative is not parameter:
+        return derivative.mul_(grad)
+    return _unbroadcast(derivative * grad, parameter)
 
 
 def _unbroadcast(grad: Tensor, like: Tensor) -> Tensor:
@@ -148,7 +152,8 @@ def _unbroadcast(grad: Tensor, like: Tensor) -> Tensor:
 def _in_common_dtype(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Return the tensors in one dtype, to which a number without dimensions counts as well."""
     dtype = tensors[0].dtype
-    if all(t.dtype == dtype for t in tensors):
-        return tensors
-    dtype = common_dtype(*tensors)
-    return tuple(t.to(dtype) for t in tensors)
+    for t in tensors:
+        if t.dtype is not dtype:
+            dtype = common_dtype(*tensors)
+            return tuple(t.to(dtype) for t in tensors)
+    return tensors
