@@ -9,30 +9,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Dirichlet
 
-from torch_klloss.closed_forms.registry import register_kl
-from torch_klloss.numerics.custom_gradient import custom_gradient
-from torch_klloss.numerics.elementary import at_least, common_dtype, isd_from_gap, log_ratio
+from torch_klloss.closed_forms.formula import register_formula
+from torch_klloss.numerics.elementary import at_least, isd_from_gap, log_ratio
 from torch_klloss.numerics.lgamma import SHIFT, binet_digamma_difference, binet_trigamma, bregman, stirling_bregman
-
-
-@register_kl(Dirichlet, Dirichlet)
-def _dirichlet_dirichlet(q: Dirichlet, p: Dirichlet) -> Tensor:
-    """S KL(mean of p‖mean of q) + Σ B(pᵢ, qᵢ) - B(S, T), with S and T the sums of p and q and B of `bregman`.
-
-    The last term nearly equals the one of p's largest component, and is subtracted from it before either is rounded.
-    Computed in float64, whatever the dtype of the parameters.
-
-    References:
-        *Rényi divergence measures for commonly used univariate continuous distributions* (Gil, Alajaji and Linder,
-        2013), for the KL that this rearranges.
-    """
-    return dirichlet_kl(q.concentration, p.concentration).squeeze(-1)
-
-
-def dirichlet_kl(q: Tensor, p: Tensor) -> Tensor:
-    """Return the KL of the Dirichlets of concentrations q and p, `[*batch, K]` each, as `[*batch, 1]`."""
-    # Without the dimension in front, `in_blocks` would cut q and p into blocks whose values are not of their size.
-    return _kl(q.unsqueeze(0), p.unsqueeze(0)).squeeze(0)
 
 
 def _partials(needs: Sequence[bool], q: Tensor, p: Tensor) -> Sequence[Tensor | None]:
@@ -49,11 +28,20 @@ def _partials(needs: Sequence[bool], q: Tensor, p: Tensor) -> Sequence[Tensor | 
     return by_q, by_p
 
 
-@custom_gradient(_partials)
-def _kl(q: Tensor, p: Tensor) -> Tensor:
+@register_formula(Dirichlet, "concentration", partials=_partials, event_dims=1)
+def kl(q: Tensor, p: Tensor) -> Tensor:
+    """S KL(mean of p‖mean of q) + Σ B(pᵢ, qᵢ) - B(S, T), with S and T the sums of p and q and B of `bregman`.
+
+    The last term nearly equals the one of p's largest component, and is subtracted from it before either is rounded.
+    Computed in float64, whatever the dtype of the parameters.
+
+    References:
+        *Rényi divergence measures for commonly used univariate continuous distributions* (Gil, Alajaji and Linder,
+        2013), for the KL that this rearranges.
+    """
     rest, top = _split(*(t.double().movedim(-1, 0) for t in torch.broadcast_tensors(q, p)))
     value = bregman(rest.p, rest.q).sum(0) + _means_and_top(rest, top)
-    return at_least(value, 0.0).unsqueeze(-1).to(common_dtype(q, p))
+    return at_least(value, 0.0)
 
 
 class _Pair(NamedTuple):

@@ -8,7 +8,7 @@ from torch.distributions import Beta, ContinuousBernoulli, Uniform
 
 from torch_klloss.closed_forms.cross_family.registration import cross_family, nowhere
 from torch_klloss.closed_forms.cross_family.to_half_line import beta_exponential
-from torch_klloss.closed_forms.dirichlet import dirichlet_kl
+from torch_klloss.closed_forms import dirichlet
 from torch_klloss.numerics.constants import HALF_LOG_2PI
 from torch_klloss.numerics.elementary import at_least, at_most, log_ratio, magnitude, within
 from torch_klloss.numerics.error_free import product_gap
@@ -47,7 +47,7 @@ def _beta_continuous_bernoulli(a: Tensor, b: Tensor, log_odds: Tensor) -> Tensor
 
 
 def _beta_beta(a: Tensor, b: Tensor, p_a: Tensor, p_b: Tensor) -> Tensor:
-    return dirichlet_kl(torch.stack((a, b), -1), torch.stack((p_a, p_b), -1)).squeeze(-1)
+    return dirichlet.kl(torch.stack((a, b), -1), torch.stack((p_a, p_b), -1))
 
 
 def _beyond_beta(low: Tensor, high: Tensor, *_: Tensor) -> Tensor:
