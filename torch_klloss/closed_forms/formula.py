@@ -9,11 +9,22 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from torch_klloss.closed_forms.registry import register_kl
-from torch_klloss.numerics.custom_gradient import Formula, Partials, custom_gradient, formula_of
+from torch_klloss.numerics.custom_gradient import (
+    Formula,
+    Kernel,
+    Partials,
+    custom_gradient,
+    formula_of,
+    quick_or_careful,
+)
 
 
 def register_formula(
-    cls: type[Distribution], *names: str, partials: Partials | None = None, event_dims: int = 0
+    cls: type[Distribution],
+    *names: str,
+    partials: Partials | None = None,
+    quick: Kernel | None = None,
+    event_dims: int = 0,
 ) -> Callable[[Any], Formula]:
     """Register the decorated function as the closed form of two members of a family.
 
@@ -25,12 +36,14 @@ def register_formula(
         names: the attributes that hold the parameters.
         partials: the derivatives by all parameters, as `custom_gradient` takes them; without them the function is a
             kernel, which takes the flags first and returns them too.
+        quick: a kernel for parameters that are not at their ends, as `quick_or_careful` takes it.
         event_dims: how many of the last dimensions of the parameters make up an event.
     """
 
     def decorator(function: Any) -> Formula:
         if partials is None:
-            formula = formula_of(function, event_dims=event_dims)
+            kernel = function if quick is None else quick_or_careful(quick, function)
+            formula = formula_of(kernel, event_dims=event_dims)
         else:
             formula = custom_gradient(partials, event_dims=event_dims)(function)
 

@@ -9,28 +9,31 @@ from torch import Tensor
 from torch.distributions import Poisson
 
 from torch_klloss.closed_forms.formula import register_formula
-from torch_klloss.numerics.elementary import gkl, log_ratio, may_fall_to
+from torch_klloss.numerics.blocks import Derivatives
+from torch_klloss.numerics.elementary import gkl_and_log, may_fall_to
 
 
-def _partials(needs: Sequence[bool], q_rate: Tensor, p_rate: Tensor) -> Sequence[Tensor | None]:
-    by_q = by_p = None
-    gap = q_rate - p_rate
-    if needs[0]:
-        by_q = log_ratio(q_rate, p_rate, gap)
-    if needs[1]:
-        if may_fall_to(p_rate, 0):
-            is_zero = p_rate == 0
-            at_zero = (q_rate == 0).to(gap.dtype)
-            by_p = torch.where(is_zero, at_zero, -gap / torch.where(is_zero, 1.0, p_rate))
-        else:
-            by_p = -gap / p_rate
-    return by_q, by_p
+def _quick(needs: Sequence[bool], q_rate: Tensor, p_rate: Tensor) -> tuple[Tensor, Derivatives]:
+    ratio = p_rate / q_rate
+    x, log = ratio - 1, torch.log(ratio)
+    return q_rate * (x - log), (-log if needs[0] else None, x / ratio if needs[1] else None)
 
 
-@register_formula(Poisson, "rate", partials=_partials)
-def kl(q_rate: Tensor, p_rate: Tensor) -> Tensor:
+@register_formula(Poisson, "rate", quick=_quick)
+def kl(needs: Sequence[bool], q_rate: Tensor, p_rate: Tensor) -> tuple[Tensor, Derivatives]:
     """λq log(λq/λp) - λq + λp, with 0 log 0 = 0: λp where λq = 0, inf where only λp = 0.
 
     The derivative by λq is log(λq/λp), kept finite at 0.
     """
-    return gkl(q_rate, p_rate, q_rate - p_rate)
+    gap = q_rate - p_rate
+    value, log = gkl_and_log(q_rate, p_rate, gap)
+    return value, (-log if needs[0] else None, _by_p(gap, q_rate, p_rate) if needs[1] else None)
+
+
+def _by_p(gap: Tensor, q_rate: Tensor, p_rate: Tensor) -> Tensor:
+    """Return 1 - λq/λp; where λp = 0, what it is for λq = 0 in its neighbourhood, and 0 where the KL is infinite."""
+    if not may_fall_to(p_rate, 0):
+        return -gap / p_rate
+    is_zero = p_rate == 0
+    at_zero = (q_rate == 0).to(gap.dtype)
+    return torch.where(is_zero, at_zero, -gap / torch.where(is_zero, 1.0, p_rate))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from torch_klloss.numerics.blocks import Derivatives, evaluate
 from torch_klloss.numerics.dimensions import sum_last
-from torch_klloss.numerics.elementary import common_dtype
+from torch_klloss.numerics.elementary import common_dtype, has_digits_to_spare, may_be_infinite
 from torch_klloss.numerics.tracing import is_forward_mode, is_traced
 
 Value = Callable[..., Tensor]
@@ -53,6 +53,25 @@ def custom_gradient(partials: Partials, *, event_dims: int = 0) -> Callable[[Val
         return formula_of(kernel, event_dims=event_dims)
 
     return decorator
+
+
+def quick_or_careful(quick: Kernel, careful: Kernel) -> Kernel:
+    """Return a kernel that is quick where it can be, and careful at the ends of parameters.
+
+    Args:
+        quick: computes in float64 what was given in float32, where that has digits to spare. What it returns is taken
+            if every value is finite; it need not be right otherwise.
+        careful: computes everything else, in the dtype of its tensors.
+    """
+
+    def kernel(needs: Sequence[bool], *tensors: Tensor) -> tuple[Tensor, Derivatives]:
+        if not has_digits_to_spare(tensors[0]):
+            return careful(needs, *tensors)
+        wide = [t.double() for t in tensors]
+        value, partials = quick(needs, *wide)
+        return careful(needs, *wide) if may_be_infinite(value) else (value, partials)
+
+    return kernel
 
 
 def formula_of(kernel: Kernel, *, event_dims: int = 0) -> Formula:

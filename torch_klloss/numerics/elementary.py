@@ -55,6 +55,7 @@ _EXP = {
         7.746178593018827e-13,
     ),
 }
+_SMALL_RATIO = 1e-36  # a float32 with all of its digits, whose reciprocal is one as well
 # A parameter below this counts as this much in the derivative of a logarithm, which stays finite at 0.
 _TINY = {torch.float32: 1e-30, torch.float64: 1e-280}
 
@@ -109,6 +110,11 @@ def common_dtype(*tensors: Tensor) -> torch.dtype:
 def may_fall_to(x: Tensor, bound: float) -> bool:
     """Return whether the case of x at or below the bound must be computed: x reaches it, or cannot be read."""
     return is_traced() or not x.is_cpu or not (x.numel() == 0 or x.amin().item() > bound)
+
+
+def may_be_negative(x: Tensor) -> bool:
+    """Return whether the case of a negative x must be computed: there is one, or x cannot be read."""
+    return is_traced() or not x.is_cpu or (x.numel() > 0 and x.amin().item() < 0)
 
 
 def may_be_infinite(x: Tensor) -> bool:
@@ -210,12 +216,18 @@ def isd_from_gap(gap: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def gkl(a: Tensor, b: Tensor, gap: Tensor) -> Tensor:
     """Return the generalised KL divergence a log(a/b) - a + b of a, b ≥ 0; inf where only b is 0.
 
-    It is a (x - log(1 + x)) with x = (b - a)/a where b is near a, and as written in what b has beyond that.
-
     Args:
         a: the first measure.
         b: the second one.
         gap: a - b, from before a and b were rounded.
+    """
+    return gkl_and_log(a, b, gap)[0]
+
+
+def gkl_and_log(a: Tensor, b: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `gkl` and log(b/a), which is kept finite at zeros.
+
+    The first is a (x - log(1 + x)) with x = (b - a)/a where b is near a, and as written in what b has beyond that.
     """
     least, half = torch.finfo(a.dtype).smallest_normal * torch.finfo(a.dtype).eps, 0.5 * a
     near_gap, near_b = torch.clamp(gap, -a, half), torch.clamp(b, half, 2 * a)
@@ -223,9 +235,18 @@ def gkl(a: Tensor, b: Tensor, gap: Tensor) -> Tensor:
     s = x / (x + 2)
     square = s * s
     lead = s * torch.addcmul(x, square, horner(square, _ARTANH[x.dtype]), value=-2)
-    ratio = (b.clamp_min(least) / near_b.clamp_min(least)).clamp_max(largest(b))
-    value = torch.addcmul(near_gap - gap, a, lead - torch.log(ratio))
-    return torch.where((b == 0) & (a > 0), torch.inf, value) if may_fall_to(b, 0) else value
+    rest = _log_of_quotient(b.clamp_min(least), near_b.clamp_min(least))
+    value = torch.addcmul(near_gap - gap, a, lead - rest)
+    value = torch.where((b == 0) & (a > 0), torch.inf, value) if may_fall_to(b, 0) else value
+    return value, (x - lead) + rest
+
+
+def _log_of_quotient(a: Tensor, b: Tensor) -> Tensor:
+    """Return log(a/b), exactly 0 for equal a and b, where float32 cannot hold a quotient as small as that."""
+    ratio = (a / b).clamp_max(largest(a))
+    if a.dtype == torch.float64:
+        return torch.log(ratio)
+    return torch.log(ratio.clamp_min(_SMALL_RATIO)) + torch.log((a / _SMALL_RATIO / b).clamp_max(1))
 
 
 def gkl_of_log_ratio(q: Tensor, p: Tensor, z: Tensor) -> Tensor:
