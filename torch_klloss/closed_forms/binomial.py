@@ -2,33 +2,71 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.distributions import Binomial
 
-from torch_klloss.closed_forms.bernoulli import trial_kl
 from torch_klloss.closed_forms.registry import register_kl
-from torch_klloss.distributions.given import both_as_given
-from torch_klloss.numerics.elementary import common_dtype
+from torch_klloss.closed_forms.trials import Trial, careful_trial, quick_trial
+from torch_klloss.distributions.given import GIVEN, Given, both_as_given
+from torch_klloss.numerics.blocks import Derivatives
+from torch_klloss.numerics.custom_gradient import formula_of, quick_or_careful
+from torch_klloss.numerics.dimensions import sum_last
+from torch_klloss.numerics.elementary import may_fall_to
 from torch_klloss.numerics.tracing import is_traced
 
 
-@register_kl(Binomial, Binomial)
+def _quick(
+    given: Given, needs: Sequence[bool], count: Tensor, q: Tensor, p: Tensor
+) -> tuple[Tensor, Derivatives] | None:
+    one = quick_trial(given, *needs[1:], q, p)
+    return None if one is None else _repeated(needs[0], count, one)
+
+
+def _careful(given: Given, needs: Sequence[bool], count: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Derivatives]:
+    return _repeated(needs[0], count, careful_trial(given, *needs[1:], q, p))
+
+
+def _repeated(by_count: bool, count: Tensor, one: Trial) -> tuple[Tensor, Derivatives]:
+    """Return the KL of so many trials; without any there is none, be it infinite for one."""
+    value = torch.where(count == 0, 0.0, count * one.value) if may_fall_to(count, 0) else count * one.value
+    by_q, by_p = (d if d is None else count * d for d in (one.by_q, one.by_p))
+    return value, (one.value if by_count else None, by_q, by_p)
+
+
+_KL = {given: formula_of(quick_or_careful(partial(_quick, given), partial(_careful, given))) for given in GIVEN}
+
+
+def _summed(q: Binomial, p: Binomial, num_summed: int) -> Tensor:
+    q_param, p_param, given = both_as_given(q, p)
+    if _are_equal(q.total_count, p.total_count):
+        return _KL[given](p.total_count, q_param, p_param, num_summed=num_summed)
+    succeeds = q_param > (0 if given.q_is_probs else -torch.inf)
+    fewer = succeeds & (q.total_count < p.total_count)
+    if not is_traced() and fewer.is_cpu and bool(fewer.any()):
+        raise NotImplementedError("q has fewer trials than p; a sum over q's support is exact: Enumeration()")
+    value = torch.where(
+        succeeds & (q.total_count > p.total_count), torch.inf, _KL[given](p.total_count, q_param, p_param)
+    )
+    return sum_last(torch.where(fewer, torch.nan, value), num_summed)
+
+
+def _are_equal(a: Tensor, b: Tensor) -> bool:
+    """Return whether the numbers are known to be equal: they are one tensor, or can be read."""
+    return a is b or (a.is_cpu and b.is_cpu and not is_traced() and bool((a == b).all()))
+
+
+@register_kl(Binomial, Binomial, summed=_summed)
 def _binomial_binomial(q: Binomial, p: Binomial) -> Tensor:
     """The KL of one trial times their number; inf where q has more trials than p.
 
     The number does not matter for a q that never succeeds. Where q has fewer trials than p there is no closed form;
-    under `torch.compile` and `torch.func`, where values cannot be read, such an element is NaN.
+    where values cannot be read, under `torch.compile` and `torch.func` and on accelerators, such an element is NaN.
 
     Raises:
         NotImplementedError: if q has fewer trials than p somewhere.
     """
-    q_param, p_param, given = both_as_given(q, p)
-    succeeds = q_param > (0 if given.q_is_probs else -torch.inf)
-    fewer = succeeds & (q.total_count < p.total_count)
-    if not (is_traced() or fewer.is_meta) and bool(fewer.any()):
-        raise NotImplementedError("q has fewer trials than p; a sum over q's support is exact: Enumeration()")
-    value = p.total_count.double() * trial_kl(q_param, p_param, given)
-    value = torch.where(p.total_count == 0, 0.0, value)
-    value = torch.where(succeeds & (q.total_count > p.total_count), torch.inf, value)
-    return torch.where(fewer, torch.nan, value).to(common_dtype(q_param, p_param))
+    return _summed(q, p, 0)

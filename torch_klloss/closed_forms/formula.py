@@ -11,8 +11,8 @@ from torch.distributions import Distribution
 from torch_klloss.closed_forms.registry import register_kl
 from torch_klloss.numerics.custom_gradient import (
     Formula,
-    Kernel,
     Partials,
+    QuickKernel,
     custom_gradient,
     formula_of,
     quick_or_careful,
@@ -23,7 +23,7 @@ def register_formula(
     cls: type[Distribution],
     *names: str,
     partials: Partials | None = None,
-    quick: Kernel | None = None,
+    quick: QuickKernel | None = None,
     event_dims: int = 0,
 ) -> Callable[[Any], Formula]:
     """Register the decorated function as the closed form of two members of a family.

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.distributions.relaxed_bernoulli import LogitRelaxedBernoulli
 
 from torch_klloss.closed_forms.alike import where_alike
-from torch_klloss.closed_forms.bernoulli import log_odds
 from torch_klloss.closed_forms.registry import register_kl
+from torch_klloss.closed_forms.trials import log_odds
 from torch_klloss.distributions.given import Given, both_as_given
 from torch_klloss.distributions.logistic import Logistic
 from torch_klloss.numerics.custom_gradient import custom_gradient
@@ -99,10 +99,10 @@ def _fraction(t: Tensor) -> Tensor:
 def _gap_of_log_odds(q_param: Tensor, p_param: Tensor, given: Given) -> tuple[Tensor, Tensor]:
     """Return the difference of the log-odds, and q's; probabilities are kept from 0 and 1, as torch keeps them."""
     q, p = (_inside(t) if is_probs else t for t, is_probs in zip((q_param, p_param), given, strict=True))
+    q, p = q.double(), p.double()
     q_odds, p_odds = log_odds(q, given.q_is_probs), log_odds(p, given.p_is_probs)
     if not (given.q_is_probs and given.p_is_probs):
         return q_odds - p_odds, q_odds
-    q, p = q.double(), p.double()
     return log_ratio(q, p, q - p) - log_ratio(1 - q, 1 - p, p - q), q_odds
 
 

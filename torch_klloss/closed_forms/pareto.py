@@ -26,7 +26,7 @@ def kl(
     _, x, value = excess(p_alpha, q_alpha)
     log = _log_of_scales(q_scale, p_scale, gap, outside)
     value = torch.addcmul(value, p_alpha.to(value.dtype), log)
-    partials = (
+    partials: Derivatives = (
         p_alpha / q_scale if needs[0] else None,
         -x / q_alpha if needs[1] else None,
         -p_alpha / p_scale if needs[2] else None,

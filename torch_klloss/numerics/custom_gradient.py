@@ -23,6 +23,7 @@ from torch_klloss.numerics.tracing import is_forward_mode, is_traced
 Value = Callable[..., Tensor]
 Partials = Callable[..., Derivatives]
 Kernel = Callable[..., tuple[Tensor, Derivatives]]
+QuickKernel = Callable[..., "tuple[Tensor, Derivatives] | None"]
 
 
 class Formula(Protocol):
@@ -55,12 +56,12 @@ def custom_gradient(partials: Partials, *, event_dims: int = 0) -> Callable[[Val
     return decorator
 
 
-def quick_or_careful(quick: Kernel, careful: Kernel) -> Kernel:
+def quick_or_careful(quick: QuickKernel, careful: Kernel) -> Kernel:
     """Return a kernel that is quick where it can be, and careful at the ends of parameters.
 
     Args:
         quick: computes in float64 what was given in float32, where that has digits to spare. What it returns is taken
-            if every value is finite; it need not be right otherwise.
+            if every value is finite; it may be None otherwise, or wrong.
         careful: computes everything else, in the dtype of its tensors.
     """
 
@@ -68,8 +69,8 @@ def quick_or_careful(quick: Kernel, careful: Kernel) -> Kernel:
         if not has_digits_to_spare(tensors[0]):
             return careful(needs, *tensors)
         wide = [t.double() for t in tensors]
-        value, partials = quick(needs, *wide)
-        return careful(needs, *wide) if may_be_infinite(value) else (value, partials)
+        found = quick(needs, *wide)
+        return careful(needs, *wide) if found is None or may_be_infinite(found[0]) else found
 
     return kernel
 

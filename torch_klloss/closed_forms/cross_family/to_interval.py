@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Beta, ContinuousBernoulli, Uniform
 
+from torch_klloss.closed_forms import dirichlet
 from torch_klloss.closed_forms.cross_family.registration import cross_family, nowhere
 from torch_klloss.closed_forms.cross_family.to_half_line import beta_exponential
-from torch_klloss.closed_forms import dirichlet
 from torch_klloss.numerics.constants import HALF_LOG_2PI
 from torch_klloss.numerics.elementary import at_least, at_most, log_ratio, magnitude, within
 from torch_klloss.numerics.error_free import product_gap
