@@ -16,12 +16,12 @@ from torch_klloss.numerics.custom_gradient import formula_of, quick_or_careful
 
 
 def _quick(given: Given, needs: Sequence[bool], q: Tensor, p: Tensor) -> tuple[Tensor, Derivatives] | None:
-    one = quick_trial(given, *needs, q, p)
+    one = quick_trial(given, needs[0], needs[1], q, p)
     return None if one is None else (one.value, (one.by_q, one.by_p))
 
 
 def _careful(given: Given, needs: Sequence[bool], q: Tensor, p: Tensor) -> tuple[Tensor, Derivatives]:
-    one = careful_trial(given, *needs, q, p)
+    one = careful_trial(given, needs[0], needs[1], q, p)
     return one.value, (one.by_q, one.by_p)
 
 

@@ -22,12 +22,12 @@ from torch_klloss.numerics.tracing import is_traced
 def _quick(
     given: Given, needs: Sequence[bool], count: Tensor, q: Tensor, p: Tensor
 ) -> tuple[Tensor, Derivatives] | None:
-    one = quick_trial(given, *needs[1:], q, p)
+    one = quick_trial(given, needs[1], needs[2], q, p)
     return None if one is None else _repeated(needs[0], count, one)
 
 
 def _careful(given: Given, needs: Sequence[bool], count: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Derivatives]:
-    return _repeated(needs[0], count, careful_trial(given, *needs[1:], q, p))
+    return _repeated(needs[0], count, careful_trial(given, needs[1], needs[2], q, p))
 
 
 def _repeated(by_count: bool, count: Tensor, one: Trial) -> tuple[Tensor, Derivatives]:

@@ -21,7 +21,7 @@ from torch_klloss.distributions.domains import where_outside
 from torch_klloss.distributions.simplify import peel, simplify
 from torch_klloss.distributions.tensors import HALF, dtype_of, in_floating_point, pair_in_full_precision
 from torch_klloss.estimate import NoRouteError, NotCertifiedError
-from torch_klloss.numerics.dimensions import sum_last
+from torch_klloss.numerics.dimensions import common_shape, sum_last
 
 Rule = Callable[[Any, Any], Tensor]
 Types = tuple[type[Distribution], type[Distribution]]
@@ -268,7 +268,7 @@ def _by_rule(match: Match, q: Distribution, p: Distribution, num_summed: int, ba
 
 def _of_shape(value: Tensor, q: Distribution, p: Distribution, match: Match) -> Tensor:
     """Return the value of a rule, which must have the broadcast batch shape: any other would be broadcast."""
-    shape = torch.broadcast_shapes(q.batch_shape, p.batch_shape)
+    shape = common_shape(q.batch_shape, p.batch_shape)
     if value.shape != shape:
         types = "‖".join(cls.__name__ for cls in match.types)
         raise ValueError(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from torch_klloss.numerics.dimensions import sum_last
+from torch_klloss.numerics.dimensions import common_shape, sum_last
 
 Derivatives = Sequence["Tensor | None"]
 Index = tuple[slice, ...]
@@ -45,7 +45,7 @@ def evaluate(
         value = value if num_summed == 0 else sum_last(value, num_summed)
         value = value if value.dtype is dtype else value.to(dtype)
         return value, [d if d is None or d.dtype is dtype else d.to(dtype) for d in partials]
-    shape = torch.broadcast_shapes(*[t.shape for t in tensors])
+    shape = common_shape(*[t.shape for t in tensors])
     dims = shape[: len(shape) - event_dims]
     num_kept, total = len(dims) - num_summed, None
     results: list[Tensor | None] = [None for _ in tensors]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -13,3 +14,9 @@ def sum_last(t: Tensor, dims: int) -> Tensor:
 def sum_after(t: Tensor, dims: int) -> Tensor:
     """Return t summed over all dimensions after the first `dims`; t itself where it has no others."""
     return sum_last(t, t.dim() - dims)
+
+
+def common_shape(*shapes: torch.Size) -> torch.Size:
+    """Return the shape that the shapes broadcast to; `torch.broadcast_shapes` takes its time even for equal ones."""
+    first = shapes[0]
+    return first if all(shape == first for shape in shapes) else torch.broadcast_shapes(*shapes)
