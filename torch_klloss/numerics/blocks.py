@@ -47,21 +47,22 @@ def evaluate(
         return value, [d if d is None or d.dtype is dtype else d.to(dtype) for d in partials]
     shape = common_shape(*[t.shape for t in tensors])
     dims = shape[: len(shape) - event_dims]
-    num_kept, total = len(dims) - num_summed, None
+    num_kept, total, cuts_sum = len(dims) - num_summed, None, False
     results: list[Tensor | None] = [None for _ in tensors]
     for index in _blocks(dims, BLOCK * torch.get_num_threads() // max(1, shape[len(dims) :].numel())):
         value, partials = kernel(needs, *[_part(t, index, len(shape)) for t in tensors])
         value = sum_last(value, num_summed)
         if total is None:
-            total = value.new_zeros(dims[:num_kept])
+            cuts_sum = len(index) > num_kept
+            total = value.new_zeros(dims[:num_kept]) if cuts_sum else tensors[0].new_empty(dims[:num_kept])
             results = [None if d is None else tensors[0].new_empty(shape) for d in partials]
-        if len(index) > num_kept:
+        if cuts_sum:
             total[index[:num_kept]] += value
         else:
-            total[index] = value
+            total[index].copy_(value)
         for result, d in zip(results, partials, strict=True):
             if result is not None and d is not None:
-                result[index] = d
+                result[index].copy_(d)
     return torch.as_tensor(total, dtype=dtype), results
 
 
