@@ -16,12 +16,13 @@ from torch.nn.functional import pad
 
 from torch_klloss.closed_forms.registry import register_kl
 from torch_klloss.distributions.tensors import dtype_of
-from torch_klloss.numerics.elementary import at_least, isd, x_minus_log1p
+from torch_klloss.numerics.elementary import at_least, widened
+from torch_klloss.numerics.moments import itakura_saito, log1p_lag
 from torch_klloss.numerics.tracing import is_traced
 
 _AnyNormal = MultivariateNormal | LowRankMultivariateNormal
 
-# Up to this dimension float32 is computed in float64. Beyond, a product of matrices in float64 takes two to three times
+# Up to this dimension float32 is computed in float64 on the CPU. Beyond, a product of matrices in float64 takes two to three times
 # as long, and only the cheap parts are: p's inverse factor, the diagonals and the means.
 _WIDE = 32
 # Matrices larger than this have lost no digits beside the identity.
@@ -38,15 +39,16 @@ def _mvn_mvn(q: _AnyNormal, p: _AnyNormal) -> Tensor:
 
     ‖Lp⁻¹Lq‖² = ‖I + E‖² = d + 2 tr E + ‖E‖²; both factors are lower triangular, so that Eᵢᵢ is the relative
     difference of their diagonals and Π (1 + Eᵢᵢ) the ratio of their determinants. The relative error is a small
-    multiple of eps · cond(Lp): of float64's eps for float32 factors of at most 32 dimensions, and of the factors' own
-    otherwise. A low-rank covariance gets a triangular factor: the other covariance has one of that size anyway.
+    multiple of eps · cond(Lp): of float64's eps for float32 factors of at most 32 dimensions on the CPU, and of the
+    factors' own otherwise. A low-rank covariance gets a triangular factor: the other covariance has one of that size anyway.
     """
     dtype = dtype_of(q, p)
     L_q, L_p = _scale_tril(q), _scale_tril(p)
-    ratio = isd(*(L.diagonal(dim1=-2, dim2=-1).double() for L in (L_q, L_p))).sum(-1)
-    distance = _solve(L_p.double(), (q.loc.double() - p.loc.double()).unsqueeze(-1))
-    inner = torch.float64 if q.event_shape[0] <= _WIDE else dtype
-    L_q, L_p = L_q.to(inner), L_p.to(inner)
+    diagonals = (widened(L.diagonal(dim1=-2, dim2=-1)) for L in (L_q, L_p))
+    ratio = _isd(*diagonals).sum(-1)
+    distance = _solve(widened(L_p), (widened(q.loc) - widened(p.loc)).unsqueeze(-1))
+    if q.event_shape[0] <= _WIDE:
+        L_q, L_p = widened(L_q), widened(L_p)
     return (ratio + (_spread(L_q, L_p) + _square(distance)) / 2).to(dtype)
 
 
@@ -98,8 +100,9 @@ def _solve(factor: Tensor, x: Tensor) -> Tensor:
 
 
 def _inverse(factor: Tensor) -> Tensor:
-    identity = torch.eye(factor.shape[-1], dtype=torch.float64, device=factor.device)
-    return torch.linalg.solve_triangular(factor.double(), identity, upper=False)
+    factor = widened(factor)
+    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    return torch.linalg.solve_triangular(factor, identity, upper=False)
 
 
 def _square(x: Tensor) -> Tensor:
@@ -109,10 +112,10 @@ def _square(x: Tensor) -> Tensor:
 
 
 def _scale_tril(d: _AnyNormal) -> Tensor:
-    """Return the Cholesky factor of the covariance: as given, or of WWᵀ + D in float64."""
+    """Return the Cholesky factor of the covariance: as given, or of WWᵀ + D, widened."""
     if isinstance(d, MultivariateNormal):
         return d._unbroadcasted_scale_tril
-    return _cholesky_of_sum(d._unbroadcasted_cov_factor.double(), d._unbroadcasted_cov_diag.double())
+    return _cholesky_of_sum(widened(d._unbroadcasted_cov_factor), widened(d._unbroadcasted_cov_diag))
 
 
 def _cholesky_of_sum(W: Tensor, D: Tensor) -> Tensor:
@@ -137,10 +140,12 @@ def _low_rank_low_rank(q: LowRankMultivariateNormal, p: LowRankMultivariateNorma
     The relative error is a small multiple of eps · cond(I + VVᵀ). Where that passes 1 the sum is noise, and no KL is
     below 0. With a rank of d/2 or more the matrices are taken as they are, of d x d.
     """
-    W_q, D_q, W_p, D_p = (t.double() for d in (q, p) for t in (d._unbroadcasted_cov_factor, d._unbroadcasted_cov_diag))
+    W_q, D_q, W_p, D_p = (
+        widened(t) for d in (q, p) for t in (d._unbroadcasted_cov_factor, d._unbroadcasted_cov_diag)
+    )
     V, B = _whitened_factors(W_q, W_p, D_p.sqrt().unsqueeze(-1))
     L = _cholesky_of_one_plus(V.mT @ V)
-    distance = _solve_one_plus(V, L, ((q.loc.double() - p.loc.double()) / D_p.sqrt()).unsqueeze(-1))
+    distance = _solve_one_plus(V, L, ((widened(q.loc) - widened(p.loc)) / D_p.sqrt()).unsqueeze(-1))
     is_low = 2 * V.shape[-1] < V.shape[-2]
     spread = _low_rank_spread(V, B, L, D_q, D_p) if is_low else _full_rank_spread(V, B, D_q, D_p)
     return at_least((spread + _square(distance)) / 2, 0.0).to(dtype_of(q, p))
@@ -162,7 +167,7 @@ def _low_rank_spread(V: Tensor, B: Tensor, L: Tensor, D_q: Tensor, D_p: Tensor) 
     change = VB + VB.mT + BB - U.mT @ (shrink.unsqueeze(-1) * U)
     rest = (torch.cholesky_solve(V.mT @ V, L) * BB).sum((-2, -1)) - _square(a @ B)
     rest = rest + (shrink * (b.square() + 2 * a * b - delta.unsqueeze(-2) * a.square()).sum(-2)).sum(-1)
-    near = _trace_minus_log_det(_conjugate(L, change), L, L_q) + isd(D_q, D_p).sum(-1) + rest
+    near = _trace_minus_log_det(_conjugate(L, change), L, L_q) + _isd(D_q, D_p).sum(-1) + rest
     log_det = (L_q.diagonal(dim1=-2, dim2=-1) / L.diagonal(dim1=-2, dim2=-1)).log().sum(-1) * 2
     trace = (D_q / D_p * (1 - a.square().sum(-2))).sum(-1) + _square(_solve_one_plus(V, L, U))
     far = trace - V.shape[-2] - (D_q / D_p).log().sum(-1) - log_det
@@ -193,9 +198,13 @@ def _trace_minus_log_det(gamma: Tensor, L: Tensor, L_q: Tensor) -> Tensor:
     return _square(E) + 2 * _x_minus_log_ratio(*diagonals).sum(-1)
 
 
+def _isd(a: Tensor, b: Tensor) -> Tensor:
+    return itakura_saito(a, b, a - b)
+
+
 def _x_minus_log_ratio(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Return x - log(1 + x), given a/b as 1 + x for an x near -1."""
-    return torch.where(x > -0.5, x_minus_log1p(x.clamp_min(-0.5)), x - (a / b).log())
+    return torch.where(x > -0.5, log1p_lag(x.clamp_min(-0.5)), x - (a / b).log())
 
 
 def _cholesky_of_one_plus(x: Tensor) -> Tensor:

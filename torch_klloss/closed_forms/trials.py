@@ -17,7 +17,7 @@ from torch_klloss.distributions.given import Given
 from torch_klloss.numerics.elementary import gkl_and_log, gkl_of_log_ratio, may_be_infinite, may_fall_to, sign_of
 
 # By dtype: the argument of an exponential, what stands for an infinite log-odds in a value, and in a derivative.
-LARGEST = {torch.float32: 86.0, torch.float64: 700.0}
+LARGEST = {torch.float32: 87.0, torch.float64: 700.0}
 HUGE = {torch.float32: 1e30, torch.float64: 1e100}
 BOUND = {torch.float32: 69.0, torch.float64: 645.0}
 _TOP = 3.0  # of exp(t), beyond which L and mt are far apart

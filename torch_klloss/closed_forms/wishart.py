@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.distributions import Wishart
 
 from torch_klloss.closed_forms.registry import register_kl
-from torch_klloss.numerics.elementary import common_dtype, isd_from_gap
+from torch_klloss.numerics.elementary import common_dtype
 from torch_klloss.numerics.lgamma import bregman
+from torch_klloss.numerics.moments import itakura_saito
 
 
 @register_kl(Wishart, Wishart)
@@ -39,7 +40,7 @@ def _stein(q_df: Tensor, q_factor: Tensor, p_df: Tensor, p_factor: Tensor) -> Te
     q_square, p_square = q_scale.square(), p_scale.square()
     # νq Lq² - νp Lp², split so that neither part exceeds the two
     cross = torch.where(df_gap < 0, df_gap * p_square + q_df * square_gap, df_gap * q_square + p_df * square_gap)
-    return off_diagonal + isd_from_gap(cross, q_df * q_square, p_df * p_square).sum(-1)
+    return off_diagonal + itakura_saito(q_df * q_square, p_df * p_square, cross).sum(-1)
 
 
 def _log_multigamma_excess(p: Tensor, q: Tensor, dim: int) -> Tensor:
@@ -51,5 +52,5 @@ def _log_multigamma_excess(p: Tensor, q: Tensor, dim: int) -> Tensor:
     gap = p - q
     shift = torch.arange(dim, dtype=p.dtype, device=p.device) / 2
     low_p, low_q = p - shift, q - shift
-    growth = low_p * isd_from_gap(-shift * gap, p * low_q, low_p * q) + shift * isd_from_gap(gap, p, q)
+    growth = low_p * itakura_saito(p * low_q, low_p * q, -shift * gap) + shift * itakura_saito(p, q, gap)
     return (bregman(low_p, low_q) + growth).sum(-1)

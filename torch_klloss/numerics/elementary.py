@@ -204,8 +204,9 @@ def lag(x: Tensor, ratio: Tensor) -> Tensor:
     s = near / (near + 2)
     square = s * s
     lead = torch.addcmul(near, square, horner(square, _ARTANH[x.dtype]), value=-2)
-    rest = (ratio / ratio.clamp(0.5, 2.0)).clamp_max(largest(x))
-    return torch.addcmul((x - near) - torch.log(rest), s, lead)
+    ratio = ratio.clamp_max(largest(x))
+    rest = torch.log(ratio) - torch.log(ratio.clamp(0.5, 2.0))  # a quotient's derivative would not be 0 near 1
+    return torch.addcmul((x - near) - rest, s, lead)
 
 
 def isd_from_gap(gap: Tensor, a: Tensor, b: Tensor) -> Tensor:
