@@ -15,6 +15,7 @@ from torch.distributions import (
 )
 from torch.distributions.transforms import _InverseTransform  # its _inv is the transform that it inverts
 
+from torch_klloss.numerics.devices import has_float64
 from torch_klloss.numerics.tracing import is_traced
 from torch_klloss.rng import private_rng
 
@@ -328,6 +329,24 @@ class NotSelectableError(Exception):
 def in_float64(d: Distribution) -> Distribution:
     """Return d with all of its floating-point tensors in float64."""
     return copy_with(d, lambda t, *_: t.double() if t.is_floating_point() else t)
+
+
+def on_host(*distributions: Distribution) -> list[Distribution]:
+    """Return distributions with all of their tensors on the CPU; gradients flow back to where they were.
+
+    Raises:
+        RuntimeError: torch's own error, if they are on two devices.
+    """
+    first, *others = [t for d in distributions for t in tensors_of(d) if t.dim()] or [torch.zeros(1)]
+    for t in others:
+        if t.device != first.device:
+            torch.add(first, t)  # which raises it, whatever their shapes are
+    return [copy_with(d, lambda t, *_: t.cpu()) for d in distributions]
+
+
+def lacks_float64(q: Distribution, p: Distribution) -> bool:
+    """Return whether the pair is on a device without float64."""
+    return not (has_float64(device_of(q)) and has_float64(device_of(p)))
 
 
 def flattened(d: Distribution, batch_shape: torch.Size) -> Distribution:

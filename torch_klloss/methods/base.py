@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch.distributions import Distribution
 
-from torch_klloss.distributions.checks import check_pair
-from torch_klloss.distributions.tensors import in_floating_point
+from torch_klloss.distributions.checks import check_pair, type_name
+from torch_klloss.distributions.tensors import device_of, in_floating_point, is_transparent, on_host
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.estimate import NotCertifiedError as NotCertifiedError  # methods raise it, and closed forms too
 
@@ -85,6 +85,26 @@ class BaseMethod(ABC):
     def route(self, q: Distribution, p: Distribution) -> str | None:
         """Return the route that the method would take on the pair; None where it would refuse it."""
         return self.name if self.supports(q, p) is not False else None
+
+
+def estimate_on_host(method: BaseMethod, q: Distribution, p: Distribution, batch_shape: torch.Size) -> KLEstimate:
+    """Return what a deterministic method gives of copies on the CPU, on the device of q.
+
+    It is how a method that computes in float64 runs where the device has none.
+
+    Raises:
+        NotImplementedError: if a network, which cannot be copied along, may be behind q or p.
+    """
+    device = device_of(q)
+    for d in (q, p):
+        if not is_transparent(d):
+            raise NotImplementedError(
+                f"{type(method).__name__} computes in float64, which {device} has not, and {type_name(d)} may hold "
+                "more than the tensors that can be copied to the CPU: use MonteCarloKL, or a pair on the CPU."
+            )
+    found = method.estimate_checked(*on_host(q, p), batch_shape)
+    bound = None if found.error_bound is None else found.error_bound.to(device)
+    return replace(found, value=found.value.to(device), error_bound=bound)
 
 
 @dataclass(frozen=True)

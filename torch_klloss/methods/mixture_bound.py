@@ -20,9 +20,9 @@ from torch.distributions import (
 from torch_klloss.distributions.checks import check_common_measure, type_name
 from torch_klloss.distributions.domains import nan_outside
 from torch_klloss.distributions.simplify import flatten_independent, peel
-from torch_klloss.distributions.tensors import dtype_of, with_batch_dim
+from torch_klloss.distributions.tensors import device_of, dtype_of, lacks_float64, with_batch_dim
 from torch_klloss.estimate import KLEstimate
-from torch_klloss.methods.base import BaseMethod
+from torch_klloss.methods.base import BaseMethod, estimate_on_host
 from torch_klloss.methods.closed_form import ClosedForm
 from torch_klloss.methods.enumeration.masses import Masses, kl_terms
 from torch_klloss.numerics.dimensions import sum_last
@@ -89,6 +89,8 @@ class MixtureBound(BaseMethod):
             ValueError: if q is discrete and p continuous, or the reverse.
         """
         check_common_measure(q, p)
+        if lacks_float64(q, p):
+            return estimate_on_host(self, q, p, batch_shape)
         inner_q, inner_p, peeled = peel(q, p)
         if not any(isinstance(d, MixtureSameFamily) for d in (inner_q, inner_p)):
             raise NotImplementedError(
@@ -112,7 +114,7 @@ class _Components(NamedTuple):
 def _components(d: Distribution) -> _Components:
     if isinstance(d, MixtureSameFamily):
         return _Components(d.component_distribution, d.mixture_distribution.logits.double().log_softmax(-1))
-    return _Components(with_batch_dim(d, 0), torch.zeros(1, dtype=torch.float64))
+    return _Components(with_batch_dim(d, 0), torch.zeros(1, dtype=torch.float64, device=device_of(d)))
 
 
 def _pairwise(f: _Components, g: _Components) -> Tensor:

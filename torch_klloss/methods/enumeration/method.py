@@ -13,9 +13,9 @@ from torch_klloss.distributions.checks import check_common_measure, type_name
 from torch_klloss.distributions.domains import nan_outside
 from torch_klloss.distributions.simplify import flatten_independent, peel
 from torch_klloss.distributions.supports import contained
-from torch_klloss.distributions.tensors import device_of, dtype_of
+from torch_klloss.distributions.tensors import device_of, dtype_of, lacks_float64
 from torch_klloss.estimate import KLEstimate
-from torch_klloss.methods.base import BaseMethod
+from torch_klloss.methods.base import BaseMethod, estimate_on_host
 from torch_klloss.methods.enumeration.counts import is_countable, sum_over_counts
 from torch_klloss.methods.enumeration.masses import has_masses, kl_terms, masses, zero_gradient_where_infinite
 from torch_klloss.methods.enumeration.support import align, support_points
@@ -80,6 +80,8 @@ class Enumeration(BaseMethod):
             ValueError: if p is continuous.
         """
         check_common_measure(q, p)
+        if lacks_float64(q, p):
+            return estimate_on_host(self, q, p, batch_shape)
         dtype = dtype_of(q, p)
         inner_q, inner_p, peeled = peel(q, p)
         if batch_shape.numel() == 0 and self.supports(q, p) is not False:

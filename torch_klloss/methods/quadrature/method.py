@@ -15,9 +15,9 @@ from torch_klloss.distributions.domains import nan_outside
 from torch_klloss.distributions.simplify import simplify
 from torch_klloss.distributions.stated_supports import is_discrete
 from torch_klloss.distributions.supports import bounds_of, contained
-from torch_klloss.distributions.tensors import device_of, dtype_of
+from torch_klloss.distributions.tensors import device_of, dtype_of, lacks_float64
 from torch_klloss.estimate import KLEstimate, NotCertifiedError
-from torch_klloss.methods.base import BaseMethod
+from torch_klloss.methods.base import BaseMethod, estimate_on_host
 from torch_klloss.methods.enumeration.method import Enumeration
 from torch_klloss.methods.quadrature.certificate import Certificate, refusal
 from torch_klloss.methods.quadrature.gradient import with_gradient
@@ -98,6 +98,8 @@ class Quadrature(BaseMethod):
             ValueError: if q is discrete and p continuous, or the reverse.
         """
         check_common_measure(q, p)
+        if lacks_float64(q, p):
+            return estimate_on_host(self, q, p, batch_shape)
         if is_discrete(q) and _SUM.supports(q, p) is not False:
             return _SUM.estimate_checked(q, p, batch_shape)
         inner_q, inner_p, peeled = simplify(q, p)

@@ -91,8 +91,16 @@ def ends_of(measure: Distribution, p: Distribution, shape: torch.Size) -> tuple[
     bounds = bounds_of(measure)
     if bounds is None:
         raise NotImplementedError(f"the support of {type(measure).__name__} is not known to be an interval.")
-    lower, upper = (torch.as_tensor(end, dtype=torch.float64).expand(shape) for end in (bounds.lower, bounds.upper))
+    device = device_of(measure)
+    lower, upper = (on_line(end, device).expand(shape) for end in (bounds.lower, bounds.upper))
     return lower, upper
+
+
+def on_line(end: Tensor | float, device: torch.device) -> Tensor:
+    """Return a number in float64 on a device."""
+    if isinstance(end, Tensor):
+        return end.to(device, torch.float64)
+    return torch.full((), end, dtype=torch.float64, device=device)
 
 
 def centre_and_scale(d: Distribution, shape: torch.Size, ends: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -131,7 +139,7 @@ def _property_or_nan(d: Distribution, name: str, shape: torch.Size) -> Tensor:
         value = getattr(d, name)
     except (AttributeError, NotImplementedError):
         value = torch.nan
-    return torch.as_tensor(value, dtype=torch.float64).detach().expand(shape)
+    return on_line(value, device_of(d)).detach().expand(shape)
 
 
 def panels_of(f: Integrand, coordinate: Coordinate, scan: Scan, num_nodes: int) -> Panels:
