@@ -13,12 +13,13 @@ from typing import Any, get_args
 
 import torch
 import torch.distributions as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution, Independent
 from torch.distributions import kl_divergence as torch_kl
 from torch.nn import functional
 
-from tests.closed_forms.test_registered_pairs import PAIRS
+from tests.closed_forms.test_registered_pairs import PAIRS, Pair
+from tests.families import FAMILIES
 from torch_klloss import (
     AnalyticKL,
     AutoKL,
@@ -27,6 +28,7 @@ from torch_klloss import (
     MonteCarloKL,
     QuadratureKL,
     diagonal_normal,
+    has_closed_form,
     kl_from_log_probs,
     samplers,
     schedules,
@@ -58,6 +60,7 @@ class Case:
         fixed: the indices of the tensors that are not differentiated by.
         waits: how often the host may wait beyond that, as a docstring says.
         exact: whether the result is no mean over draws.
+        module: a module with a state, of which the step is given a copy on the device.
     """
 
     name: str
@@ -67,14 +70,14 @@ class Case:
     fixed: Sequence[int] = field(hash=False, default=())
     waits: float = 0
     exact: bool = True
+    module: nn.Module | None = None
 
 
 # Closed forms.
 
 
-def closed_form(name: str) -> Case:
-    """Return the case of a registered pair."""
-    pair = PAIRS[name]
+def closed_form(name: str, pair: Pair) -> Case:
+    """Return the case of a pair that has one."""
     tensors = pair.parameters((N,), (N,))
     num_q = len(pair.q.spaces)
 
@@ -85,7 +88,14 @@ def closed_form(name: str) -> Case:
         except NotImplementedError:
             return zero(*t)
 
-    return Case(name, tensors, pair.kl, peer, [i for i in range(len(tensors)) if i not in pair.free])
+    fixed = [i for i in range(len(tensors)) if i not in pair.free]
+    return Case(name, tensors, pair.kl, peer, fixed, waits=int(name in IF_ALIKE))
+
+
+def has_form(pair: Pair) -> bool:
+    """Return whether a pair has a closed form."""
+    t = pair.parameters((N,), (N,))
+    return has_closed_form(pair.q.build(t[: len(pair.q.spaces)]), pair.p.build(t[len(pair.q.spaces) :]))
 
 
 def zero(*t: Tensor) -> Tensor:
@@ -93,9 +103,11 @@ def zero(*t: Tensor) -> Tensor:
     return torch.stack([part.float().sum() for part in t]).sum() * 0
 
 
-ALIKE = [name for name, pair in PAIRS.items() if pair.q.family.type is pair.p.family.type]
-UNLIKE = [name for name in PAIRS if name not in ALIKE]
-HALF = [name for name, pair in PAIRS.items() if pair.q.takes("half") and pair.p.takes("half")]
+# Have a closed form if a parameter of both is the same, for which they ask.
+IF_ALIKE = ("Kumaraswamy", "Logistic", "LogitRelaxedBernoulli", "NegativeBinomial", "RelaxedBernoulli")
+ALIKE = {family.name: pair for family in FAMILIES if has_form(pair := Pair.of(family, family))}
+UNLIKE = {name: pair for name, pair in PAIRS.items() if pair.q.family.type is not pair.p.family.type}
+HALF = [name for name, pair in (ALIKE | UNLIKE).items() if pair.q.takes("half") and pair.p.takes("half")]
 
 
 # Pairs for the losses.
@@ -131,6 +143,14 @@ def normals(*t: Tensor) -> tuple[Distribution, Distribution]:
 def vae(mean: Tensor, logvar: Tensor) -> tuple[Distribution, Distribution]:
     q = diagonal_normal(mean, logvar)
     return q, standard_normal_like(q)
+
+
+def scalar_prior(loc: Tensor, raw: Tensor) -> tuple[Distribution, Distribution]:
+    return normal(loc, raw), dist.Normal(0.0, 1.0, validate_args=False)
+
+
+def scalar_laplace_prior(loc: Tensor, raw: Tensor) -> tuple[Distribution, Distribution]:
+    return normal(loc, raw), dist.Laplace(0.0, 1.0, validate_args=False)
 
 
 def learned_prior(mean: Tensor, logvar: Tensor, loc: Tensor, raw: Tensor) -> tuple[Distribution, Distribution]:
@@ -186,6 +206,8 @@ def squashed(loc: Tensor, raw: Tensor, prior: Tensor) -> tuple[Distribution, Dis
 BUILDS: dict[str, tuple[Build, list[Tensor]]] = {
     "normals": (normals, numbers(*[(N, D)] * 4)),
     "vae": (vae, numbers((N, D), (N, D))),
+    "scalar prior": (scalar_prior, numbers((N, D), (N, D))),
+    "scalar laplace prior": (scalar_laplace_prior, numbers((N, D), (N, D))),
     "learned prior": (learned_prior, numbers((N, D), (N, D), (D,), (D,))),
     "laplace prior": (laplace_prior, numbers((N, D), (N, D), (D,))),
     "student prior": (student_prior, numbers((N, D), (N, D), (D,))),
@@ -202,7 +224,11 @@ BUILDS: dict[str, tuple[Build, list[Tensor]]] = {
 
 def by_hand(pair: str) -> Step:
     """Return the step that people write: the mean of log q - log p at a draw."""
-    build, _ = BUILDS[pair]
+    return drawn(BUILDS[pair][0])
+
+
+def drawn(build: Build) -> Step:
+    """Return the same step of a pair that a function builds."""
 
     def step(*t: Tensor) -> Tensor:
         q, p = build(*t)
@@ -215,7 +241,7 @@ def by_hand(pair: str) -> Step:
 def loss_case(name: str, loss: KLLoss, pair: str, **options: Any) -> Case:
     """Return the case of a loss."""
     build, tensors = BUILDS[pair]
-    return Case(f"{name}, {pair}", tensors, lambda *t: loss(*build(*t)), by_hand(pair), **options)
+    return Case(f"{name}, {pair}", tensors, lambda loss, *t: loss(*build(*t)), by_hand(pair), module=loss, **options)
 
 
 def masked_case(name: str, loss: KLLoss, mask: Tensor, exact: bool) -> Case:
@@ -228,12 +254,13 @@ def masked_case(name: str, loss: KLLoss, mask: Tensor, exact: bool) -> Case:
     return Case(name, tensors, lambda *t: loss(*vae(*t[:2]), mask=t[2]), peer, [2], exact=exact)
 
 
+WAITS = {"trials": 1}  # the number of trials is the number of terms
 WEIGHTS = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.0, 0.5], dtype=torch.float64)
 
 
 def losses() -> Iterator[Case]:
     for pair in BUILDS:
-        yield loss_case("AutoKL", AutoKL(), pair, exact=False)
+        yield loss_case("AutoKL", AutoKL(), pair, exact=False, waits=WAITS.get(pair, 0))
         yield loss_case("MonteCarloKL(8)", MonteCarloKL(8), pair, exact=False)
     yield loss_case("AnalyticKL", AnalyticKL(), "vae")
     for reduction in get_args(ReductionName):
@@ -252,6 +279,31 @@ def accepted(make: Callable[[], KLLoss]) -> KLLoss | None:
         return make()
     except ValueError:
         return None
+
+
+def families() -> Iterator[Case]:
+    """Every family that torch can draw, sampled."""
+    for family in FAMILIES:
+        pair, loss = Pair.of(family, family), MonteCarloKL(2)
+        if {"sample", "rsample"} & family.defects:
+            continue
+        tensors, num_q = pair.parameters((N,), (N,)), len(pair.q.spaces)
+        build = partial(built, pair, num_q)
+        fixed = [i for i in range(len(tensors)) if i not in pair.free]
+        yield Case(
+            f"{family.name}, sampled",
+            tensors,
+            lambda loss, *t, build=build: loss(*build(*t)),
+            drawn(build),
+            fixed,
+            exact=False,
+            module=loss,
+            waits={"InverseGamma": 1, "VonMises": 1, "RelaxedBernoulli": 4}.get(family.name, 0),
+        )
+
+
+def built(pair: Pair, num_q: int, *t: Tensor) -> tuple[Distribution, Distribution]:
+    return pair.q.build(t[:num_q]), pair.p.build(t[num_q:])
 
 
 def sampling() -> Iterator[Case]:
@@ -282,11 +334,11 @@ def deterministic() -> Iterator[Case]:
         yield loss_case("QuadratureKL", QuadratureKL(rtol=1e-4), pair, waits=math.inf)
     yield loss_case("Quadrature as a fallback", AutoKL([Quadrature(rtol=1e-4), MonteCarlo(8)]), "gamma", waits=math.inf)
     yield loss_case("Enumeration", KLLoss(Enumeration()), "classes")
-    yield loss_case("Enumeration", KLLoss(Enumeration()), "trials")
+    yield loss_case("Enumeration", KLLoss(Enumeration()), "trials", waits=1)  # for the number of trials
     yield loss_case("Enumeration", KLLoss(Enumeration()), "counts", waits=math.inf)
     for side in get_args(BoundSide):
         for pair in ("mixtures", "mixtures on the line"):
-            yield loss_case(f"MixtureBound({side!r})", KLLoss(MixtureBound(side)), pair)
+            yield loss_case(f"MixtureBound({side!r})", KLLoss(MixtureBound(side, num_iterations=32)), pair, waits=6)
 
 
 # The loss of a VAE.
@@ -306,23 +358,23 @@ def elbo_by_hand(recon: Tensor, mean: Tensor, logvar: Tensor, x: Tensor, *_: Ten
 
 
 def elbo_case(name: str, loss: ELBOLoss, likelihood: LikelihoodName = "bernoulli_logits", **options: Any) -> Case:
-    def step(recon: Tensor, mean: Tensor, logvar: Tensor, x: Tensor) -> Tensor:
+    def step(loss: ELBOLoss, recon: Tensor, mean: Tensor, logvar: Tensor, x: Tensor) -> Tensor:
         return loss.from_tensors(recon, x, mean, logvar, likelihood, step=3).loss
 
-    return Case(f"ELBOLoss: {name}", image_tensors(likelihood), step, elbo_by_hand, [3], **options)
+    return Case(f"ELBOLoss: {name}", image_tensors(likelihood), step, elbo_by_hand, [3], module=loss, **options)
 
 
 def elbo_of_distributions(name: str, loss: ELBOLoss, build: Build, tensors: list[Tensor]) -> Case:
     recon, *_, x = image_tensors("bernoulli_logits")
 
-    def step(recon: Tensor, x: Tensor, *t: Tensor) -> Tensor:
+    def step(loss: ELBOLoss, recon: Tensor, x: Tensor, *t: Tensor) -> Tensor:
         p_x = event(dist.Bernoulli(logits=recon, validate_args=False))
         return loss(p_x, x, *build(*t), step=3).loss
 
     def peer(recon: Tensor, x: Tensor, *t: Tensor) -> Tensor:
         return elbo_by_hand(recon, t[0], t[1], x)
 
-    return Case(f"ELBOLoss: {name}", [recon, x, *tensors], step, peer, [1])
+    return Case(f"ELBOLoss: {name}", [recon, x, *tensors], step, peer, [1], module=loss)
 
 
 ELBO_OPTIONS: dict[str, dict[str, Any]] = {
@@ -419,7 +471,10 @@ def log_probs() -> Iterator[Case]:
     log_q, log_p, log_b = numbers((8, N), (8, N), (8, N))
     steps: list[tuple[str, list[Tensor], dict[str, Any]]] = []
     for value in get_args(LogProbValue):
-        steps += [(f"{value}, {gradient}", [], {"value": value, "gradient": gradient}) for gradient in get_args(LogProbGradient)]
+        steps += [
+            (f"{value}, {gradient}", [], {"value": value, "gradient": gradient})
+            for gradient in get_args(LogProbGradient)
+        ]
     for level in get_args(Level):
         steps.append((level, [], {"token_dim": 1, "level": level, "gradient": "score_function"}))
     for name, extra, options in steps:
@@ -439,10 +494,11 @@ def log_prob_case(name: str, tensors: list[Tensor], options: dict[str, Any], thi
     return Case(f"kl_from_log_probs: {name}", tensors, step, peer, [2] if third else ())
 
 
-OTHERS = {case.name: case for make in (losses, sampling, deterministic, vaes, log_probs) for case in make()}
-GROUPS = {make.__name__: [case.name for case in make()] for make in (losses, sampling, deterministic, vaes, log_probs)}
+MAKERS = (losses, families, sampling, deterministic, vaes, log_probs)
+GROUPS = {make.__name__: {case.name: case for case in make()} for make in MAKERS}
+OTHERS = {name: case for group in GROUPS.values() for name, case in group.items()}
 
 
 def case(name: str) -> Case:
     """Return the case of a name."""
-    return OTHERS[name] if name in OTHERS else closed_form(name)
+    return OTHERS[name] if name in OTHERS else closed_form(name, (ALIKE | UNLIKE)[name])

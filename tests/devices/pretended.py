@@ -12,14 +12,13 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "pretend"
@@ -144,17 +143,19 @@ def is_pretended(device: Any) -> bool:
 def launch(func: Any, args: Any, kwargs: Any) -> Any:
     """Run an operation on the numbers, by the rules of the device."""
     name = func.overloadpacket.__name__
-    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    tensors = _tensors_in(args) + _tensors_in(kwargs.values())
     ours = [x for x in tensors if isinstance(x, PretendedTensor)]
     others = [x for x in tensors if not isinstance(x, PretendedTensor)]
     target = kwargs.get("device")
     if ours and name not in MOVES and any(x.dim() for x in others):
         raise RuntimeError(f"Expected all tensors to be on the same device, but found {NAME}:0 and cpu in {func}")
+    if name == "where" and ours and not isinstance(args[0], PretendedTensor):
+        raise RuntimeError(f"expected condition, x and y to be on the same device, but condition is on cpu in {func}")
     generator = kwargs.get("generator")
     if generator is not None and generator.device.type != NAME and name != "_to_copy":
         raise RuntimeError(f"Expected a '{NAME}' device type for generator but found '{generator.device.type}'")
     _count(func, name, args, bool(ours), others, target)
-    plain_args, plain = tree_map_only(PretendedTensor, lambda x: x.host, (args, dict(kwargs)))
+    plain_args, plain = _mapped(PretendedTensor, lambda x: x.host, (args, kwargs))
     if is_pretended(target):
         plain["device"] = torch.device("cpu")
     out = func(*plain_args, **plain)
@@ -163,8 +164,27 @@ def launch(func: Any, args: Any, kwargs: Any) -> Any:
         return out
     if name == "copy_" and not isinstance(args[0], PretendedTensor):
         return args[0]
-    wrapped = tree_map(lambda x: PretendedTensor(x) if isinstance(x, Tensor) else x, out)
-    return return_and_correct_aliasing(func, args, kwargs, wrapped)
+    return return_and_correct_aliasing(func, args, kwargs, _mapped(Tensor, PretendedTensor, out))
+
+
+def _mapped(kind: type, function: Callable[[Any], Any], x: Any) -> Any:
+    """Return nested arguments with a function applied to all of a kind."""
+    if isinstance(x, kind):
+        return function(x)
+    if type(x) in (tuple, list):
+        return type(x)([_mapped(kind, function, each) for each in x])
+    return {key: _mapped(kind, function, each) for key, each in x.items()} if type(x) is dict else x
+
+
+def _tensors_in(arguments: Iterable[Any]) -> list[Tensor]:
+    """Return the tensors among arguments of an operation, and in lists of them."""
+    found: list[Tensor] = []
+    for x in arguments:
+        if isinstance(x, Tensor):
+            found.append(x)
+        elif type(x) in (tuple, list):
+            found += _tensors_in(x)
+    return found
 
 
 def _count(func: Any, name: str, args: Any, has_ours: bool, others: list[Tensor], target: Any) -> None:
@@ -264,7 +284,11 @@ def _register() -> None:
         return target
 
     # What torch calls below any mode, as for torch.as_tensor(number, device=…).
-    for name, function in {"empty.memory_format": empty, "empty_strided": empty_strided, "_copy_from": copy_from}.items():
+    for name, function in {
+        "empty.memory_format": empty,
+        "empty_strided": empty_strided,
+        "_copy_from": copy_from,
+    }.items():
         library.impl(name, function, "PrivateUse1")
     _LIBRARIES.append(library)
 

@@ -102,8 +102,9 @@ def estimate_on_host(method: BaseMethod, q: Distribution, p: Distribution, batch
                 f"{type(method).__name__} computes in float64, which {device} has not, and {type_name(d)} may hold "
                 "more than the tensors that can be copied to the CPU: use MonteCarloKL, or a pair on the CPU."
             )
-    found = method.estimate_checked(*on_host(q, p), batch_shape)
-    bound = None if found.error_bound is None else found.error_bound.to(device)
+    host_q, host_p = on_host(q, p)
+    found = method.estimate_checked(host_q, host_p, batch_shape)
+    bound = None if found.error_bound is None else found.error_bound.to(found.value.dtype).to(device)
     return replace(found, value=found.value.to(device), error_bound=bound)
 
 

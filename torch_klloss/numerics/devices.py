@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,36 @@ def _tried_float64(kind: str) -> bool:
     else:
         _HAVE_FLOAT64[kind] = True
     return _HAVE_FLOAT64[kind]
+
+
+def scalar(number: Tensor | float, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a number, or a tensor, on a device, without a copy from the host where the number is Python's."""
+    if isinstance(number, Tensor):
+        return number.to(device, dtype)
+    return torch.full((), number, dtype=dtype, device=device)
+
+
+def on_one_device(*tensors: Tensor) -> list[Tensor]:
+    """Return the tensors with the numbers of the CPU, such as those of Normal(0.0, 1.0), on the device of the others.
+
+    They are added to a zero there, which does not wait as a copy would.
+    """
+    device = next((t.device for t in tensors if not t.is_cpu), None)
+    if device is None:
+        return list(tensors)
+    return [t + torch.zeros((), dtype=t.dtype, device=device) if t.is_cpu and t.dim() == 0 else t for t in tensors]
+
+
+def constant_on(device: torch.device, constant: Tensor) -> Tensor:
+    """Return a constant of the CPU on a device, where it is kept from the first call on."""
+    if device.type == "cpu":
+        return constant
+    return constant.to(device) if is_traced() else _kept(device, constant)
+
+
+@lru_cache(maxsize=64)
+def _kept(device: torch.device, constant: Tensor) -> Tensor:
+    return constant.to(device)
 
 
 def can_be_read(*tensors: Tensor) -> bool:

@@ -19,6 +19,7 @@ from torch_klloss.methods.base import BaseMethod, estimate_on_host
 from torch_klloss.methods.enumeration.counts import is_countable, sum_over_counts
 from torch_klloss.methods.enumeration.masses import has_masses, kl_terms, masses, zero_gradient_where_infinite
 from torch_klloss.methods.enumeration.support import align, support_points
+from torch_klloss.numerics.devices import scalar
 from torch_klloss.numerics.dimensions import sum_last
 
 
@@ -132,4 +133,4 @@ def _is_covered(p: Distribution, q: Distribution) -> Tensor | Literal[True] | No
         covered: bool | Tensor | None = q.total_count == p.total_count
     else:
         covered = contained(p, q)
-    return True if covered is True else None if covered is None else torch.as_tensor(covered, device=device_of(q))
+    return True if covered is True else None if covered is None else scalar(covered, device_of(q))

@@ -35,6 +35,7 @@ from torch_klloss.methods.monte_carlo.options import (
 )
 from torch_klloss.methods.monte_carlo.plan import Plan, PreparedPair
 from torch_klloss.numerics.arguments import check_integer
+from torch_klloss.numerics.devices import scalar
 from torch_klloss.rng import draw_seed, private_rng
 from torch_klloss.samplers import IID, Antithetic, Sampler, Sobol, Stratified
 from torch_klloss.samplers.components import mixture_of
@@ -173,7 +174,7 @@ class MonteCarlo(BaseMethod):
         sampled = self._sample(PreparedPair(q, p, inside, peeled), gradient, source)
         value, std_error = sampled.value, sampled.std_error
         if inside is not None and inside is not True:
-            inside = torch.as_tensor(inside, device=value.device).expand(shape)
+            inside = scalar(inside, value.device).expand(shape)
             value = torch.where(inside.flatten(-peeled).all(-1) if peeled else inside, value, math.inf)
         lacks = lacks_an_outcome(q, p)
         if lacks is not None:

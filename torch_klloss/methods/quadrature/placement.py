@@ -23,6 +23,7 @@ from torch_klloss.methods.quadrature.coordinates import Coordinate, Segment, Shi
 from torch_klloss.methods.quadrature.integrand import Integrand
 from torch_klloss.methods.quadrature.rules import ORDER, Panels
 from torch_klloss.methods.quadrature.scan import NUM_EVALUATIONS, NUM_POINTS, Scan, scan_support
+from torch_klloss.numerics.devices import scalar
 
 _MAX_SCANS = 12
 _EXTENT = 8.0  # standard deviations of a component that matter
@@ -92,15 +93,8 @@ def ends_of(measure: Distribution, p: Distribution, shape: torch.Size) -> tuple[
     if bounds is None:
         raise NotImplementedError(f"the support of {type(measure).__name__} is not known to be an interval.")
     device = device_of(measure)
-    lower, upper = (on_line(end, device).expand(shape) for end in (bounds.lower, bounds.upper))
+    lower, upper = (scalar(end, device, torch.float64).expand(shape) for end in (bounds.lower, bounds.upper))
     return lower, upper
-
-
-def on_line(end: Tensor | float, device: torch.device) -> Tensor:
-    """Return a number in float64 on a device."""
-    if isinstance(end, Tensor):
-        return end.to(device, torch.float64)
-    return torch.full((), end, dtype=torch.float64, device=device)
 
 
 def centre_and_scale(d: Distribution, shape: torch.Size, ends: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -139,7 +133,7 @@ def _property_or_nan(d: Distribution, name: str, shape: torch.Size) -> Tensor:
         value = getattr(d, name)
     except (AttributeError, NotImplementedError):
         value = torch.nan
-    return on_line(value, device_of(d)).detach().expand(shape)
+    return scalar(value, device_of(d), torch.float64).detach().expand(shape)
 
 
 def panels_of(f: Integrand, coordinate: Coordinate, scan: Scan, num_nodes: int) -> Panels:
