@@ -27,6 +27,7 @@ from torch_klloss.methods.monte_carlo.options import HELD_OUT
 from torch_klloss.methods.monte_carlo.plan import Plan, PreparedPair
 from torch_klloss.methods.monte_carlo.rounded_draws import RoundedDraws
 from torch_klloss.methods.monte_carlo.surrogates import ONCE, reaches_others, zero_with_gradient
+from torch_klloss.numerics.devices import can_be_read
 from torch_klloss.numerics.dimensions import sum_after, sum_last
 from torch_klloss.numerics.once import differentiable_once
 from torch_klloss.samplers import IID, Points, Sampler
@@ -101,6 +102,8 @@ class MixedGradient(nn.Module):
             return
         earlier = self.recall([m.shape for m in moments]) or [torch.zeros_like(m) for m in moments]
         is_finite = torch.stack([m.isfinite().all() for m in moments]).all()
+        if can_be_read(is_finite) and not is_finite:
+            return
         self.moments = [
             torch.where(is_finite, self.decay * old.to(new) + new, old.to(new))
             for old, new in zip(earlier, moments, strict=True)
