@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+from torch_klloss.numerics import devices
+
 NAME = "pretend"
 WAITS = {  # operations whose result, or its shape, depends on values on the device
     "_local_scalar_dense",
@@ -303,6 +305,7 @@ def pretended(*, float64: bool = True) -> Iterator[Counts]:
     if not _LIBRARIES:
         _register()
     COUNTS.float64 = float64
+    devices._HAVE_FLOAT64.pop(NAME, None)  # real devices do not change in this
     COUNTS.clear()
     with _Factories():
         yield COUNTS
