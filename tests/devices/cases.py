@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, get_args
 
@@ -60,6 +60,7 @@ class Case:
         fixed: the indices of the tensors that are not differentiated by.
         waits: how often the host may wait beyond that, as a docstring says.
         exact: whether the result is no mean over draws.
+        is_whole: whether the peer does all of it, and its kernels can be compared.
         module: a module with a state, of which the step is given a copy on the device.
     """
 
@@ -70,6 +71,7 @@ class Case:
     fixed: Sequence[int] = field(hash=False, default=())
     waits: float = 0
     exact: bool = True
+    is_whole: bool = True
     module: nn.Module | None = None
 
 
@@ -89,7 +91,16 @@ def closed_form(name: str, pair: Pair) -> Case:
             return zero(*t)
 
     fixed = [i for i in range(len(tensors)) if i not in pair.free]
-    return Case(name, tensors, pair.kl, peer, fixed, waits=int(name in IF_ALIKE))
+    return Case(name, tensors, pair.kl, peer, fixed, int(name in IF_ALIKE), is_whole=torch_has(pair))
+
+
+def torch_has(pair: Pair) -> bool:
+    """Return whether torch has a closed form of a pair too."""
+    try:
+        replace(pair, rule=torch_kl).kl(*pair.parameters((N,), (N,)))
+    except NotImplementedError:
+        return False
+    return True
 
 
 def has_form(pair: Pair) -> bool:
@@ -184,6 +195,10 @@ def counts(rate: Tensor, prior: Tensor) -> tuple[Distribution, Distribution]:
     return dist.Poisson(rate.exp(), validate_args=False), p
 
 
+def counts_against_numbers(rate: Tensor) -> tuple[Distribution, Distribution]:
+    return dist.Poisson(rate.exp(), validate_args=False), dist.NegativeBinomial(4.0, 0.3, validate_args=False)
+
+
 def trials(logits: Tensor, prior: Tensor) -> tuple[Distribution, Distribution]:
     q = dist.Binomial(torch.full_like(logits, 5).detach(), logits=logits, validate_args=False)
     return q, dist.Poisson(prior.exp(), validate_args=False)
@@ -215,6 +230,7 @@ BUILDS: dict[str, tuple[Build, list[Tensor]]] = {
     "beta": (betas, numbers((N, D), (N, D), (D,))),
     "classes": (categoricals, numbers((N, K), (K,))),
     "counts": (counts, numbers((N,), (N,))),
+    "counts against numbers": (counts_against_numbers, numbers((N,))),
     "trials": (trials, numbers((N, D), (D,))),
     "mixtures": (mixtures, numbers(*[(N, K), (N, K, D), (N, K, D)] * 2)),
     "mixtures on the line": (mixtures_on_the_line, numbers(*[(N, K), (N, K), (N, K)] * 2)),
@@ -330,12 +346,13 @@ def sampling() -> Iterator[Case]:
 
 def deterministic() -> Iterator[Case]:
     """Quadrature, sums, and bounds of mixtures."""
-    for pair in ("laplace prior", "student prior", "gamma", "beta", "mixtures on the line", "squashed"):
+    for pair in ("laplace prior", "scalar laplace prior", "student prior", "gamma", "mixtures on the line", "squashed"):
         yield loss_case("QuadratureKL", QuadratureKL(rtol=1e-4), pair, waits=math.inf)
     yield loss_case("Quadrature as a fallback", AutoKL([Quadrature(rtol=1e-4), MonteCarlo(8)]), "gamma", waits=math.inf)
     yield loss_case("Enumeration", KLLoss(Enumeration()), "classes")
     yield loss_case("Enumeration", KLLoss(Enumeration()), "trials", waits=1)  # for the number of trials
-    yield loss_case("Enumeration", KLLoss(Enumeration()), "counts", waits=math.inf)
+    for pair in ("counts", "counts against numbers"):
+        yield loss_case("Enumeration", KLLoss(Enumeration()), pair, waits=math.inf)
     for side in get_args(BoundSide):
         for pair in ("mixtures", "mixtures on the line"):
             yield loss_case(f"MixtureBound({side!r})", KLLoss(MixtureBound(side, num_iterations=32)), pair, waits=6)

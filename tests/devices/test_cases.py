@@ -8,6 +8,7 @@ import inspect
 import pytest
 
 from tests.devices.cases import ALIKE, ELBO_OPTIONS, HALF, OTHERS, UNLIKE
+from tests.devices.documentation import text, written
 from tests.processes import run
 from torch_klloss import ELBOLoss
 
@@ -46,3 +47,7 @@ def test_half_precision_does_as_well(dtype, float64):
 def test_every_option_of_the_vae_loss_is_in_a_case():
     options = {key for options in ELBO_OPTIONS.values() for key in options}
     assert set(inspect.signature(ELBOLoss.__init__).parameters) - {"self", "balance"} <= options
+
+
+def test_the_page_lists_what_needs_float64():
+    assert written() == text(), "python benchmarks/devices.py --write-docs"

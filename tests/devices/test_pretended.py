@@ -51,6 +51,16 @@ with pretended(float64=False):
     found["float64"] = raises(lambda: torch.ones(3, device=NAME).double())
     found["made in float64"] = raises(lambda: torch.zeros(3, dtype=torch.float64, device=NAME))
 
+from torch_klloss import AutoKL, kl_divergence
+
+for float64 in (True, False):
+    with pretended(float64=float64):
+        q = Normal(torch.zeros(3, device=NAME), torch.ones(3, device=NAME), validate_args=False)
+        found[f"two devices, float64={float64}"] = [
+            raises(lambda: kl(q, Normal(torch.zeros(3), torch.ones(3)))) for kl in (kl_divergence, AutoKL())
+        ]
+        found[f"numbers, float64={float64}"] = str(AutoKL()(q, Normal(0.0, 1.0)).device)
+
 tensors = BUILDS["vae"][1]
 mistakes = {
     "host": lambda a, b: (a + torch.ones(6, 3)).mean(),
@@ -93,6 +103,14 @@ def test_it_counts_waits_kernels_and_bytes(found):
     assert found["nothing"] == found["assignment"] == 0
     assert found["kernels"] == 2
     assert found["bytes"] == [8000, 4000]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("float64", [True, False])
+def test_parameters_on_two_devices_raise_the_error_of_torch_and_numbers_fit_every_device(found, float64):
+    for error in found[f"two devices, float64={float64}"]:
+        assert error.startswith("RuntimeError: Expected all tensors to be on the same device")
+    assert found[f"numbers, float64={float64}"] == "pretend:0"
 
 
 @pytest.mark.long

@@ -25,6 +25,7 @@ from torch_klloss.distributions.tensors import (
     in_floating_point,
     lacks_float64,
     on_host,
+    on_shared_device,
     pair_in_full_precision,
 )
 from torch_klloss.estimate import NoRouteError, NotCertifiedError
@@ -182,6 +183,7 @@ def has_closed_form(q: Distribution, p: Distribution) -> bool:
         (True, False)
     """
     batch_shape = check_pair(q, p)
+    q, p = on_shared_device(q, p)
     resolution = resolve(in_floating_point(q), in_floating_point(p))
     return resolution is not None and has_formula(resolution, batch_shape)
 

@@ -10,7 +10,7 @@ import torch
 from torch.distributions import Distribution
 
 from torch_klloss.distributions.checks import check_pair, type_name
-from torch_klloss.distributions.tensors import device_of, in_floating_point, is_transparent, on_host
+from torch_klloss.distributions.tensors import device_of, in_floating_point, is_transparent, on_host, on_shared_device
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.estimate import NotCertifiedError as NotCertifiedError  # methods raise it, and closed forms too
 
@@ -70,6 +70,7 @@ class BaseMethod(ABC):
             TypeError: if q or p is not a distribution.
         """
         batch_shape = check_pair(q, p)
+        q, p = on_shared_device(q, p)
         return self.estimate_checked(in_floating_point(q), in_floating_point(p), batch_shape, generator)
 
     @abstractmethod

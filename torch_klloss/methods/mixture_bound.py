@@ -47,6 +47,8 @@ class MixtureBound(BaseMethod):
       log Σ_b π_b exp(-KL(q_a‖q_b)) - H(q_a), E_qa[log p] from above by log Σ_b ω_b ∫ q_a p_b, and by
       -H(q_a) + log(Σ_b ω_b^α ∫ q_a^(1-α) p_b^α)/α for several α in (0, 1). Never below 0.
 
+    It is computed in float64; where the device has none, of copies on the CPU.
+
     Args:
         side: "upper" or "lower".
         num_iterations: the largest number of updates of the upper bound; they stop once it no longer falls.

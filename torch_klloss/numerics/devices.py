@@ -36,15 +36,9 @@ def scalar(number: Tensor | float, device: torch.device, dtype: torch.dtype | No
     return torch.full((), number, dtype=dtype, device=device)
 
 
-def on_one_device(*tensors: Tensor) -> list[Tensor]:
-    """Return the tensors with the numbers of the CPU, such as those of Normal(0.0, 1.0), on the device of the others.
-
-    They are added to a zero there, which does not wait as a copy would.
-    """
-    device = next((t.device for t in tensors if not t.is_cpu), None)
-    if device is None:
-        return list(tensors)
-    return [t + torch.zeros((), dtype=t.dtype, device=device) if t.is_cpu and t.dim() == 0 else t for t in tensors]
+def number_on(device: torch.device, number: Tensor) -> Tensor:
+    """Return a number of the CPU on a device: added to a zero there, which does not wait as a copy would."""
+    return number + torch.zeros((), dtype=number.dtype, device=device)
 
 
 def constant_on(device: torch.device, constant: Tensor) -> Tensor:

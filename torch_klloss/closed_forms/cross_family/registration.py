@@ -17,7 +17,7 @@ from torch_klloss.distributions.domains import where_outside
 from torch_klloss.distributions.tails import declared_tails, is_infinite_by_tails
 from torch_klloss.distributions.tensors import dtype_of
 from torch_klloss.estimate import NotCertifiedError
-from torch_klloss.numerics.devices import can_be_read, on_one_device
+from torch_klloss.numerics.devices import can_be_read
 from torch_klloss.numerics.elementary import infinity
 from torch_klloss.numerics.rounded import Rounded
 
@@ -111,8 +111,7 @@ def cross_family(
         @register_kl(type_q, type_p)
         def rule(q: Distribution, p: Distribution) -> Tensor:
             family_q, family_p = FAMILIES[type_q], FAMILIES[type_p]
-            given = on_one_device(*family_q.parameters_of(q), *family_p.parameters_of(p))
-            given = torch.broadcast_tensors(*given)
+            given = torch.broadcast_tensors(*family_q.parameters_of(q), *family_p.parameters_of(p))
             mask = _by_tails(type_q, q, type_p, p) if infinite is None else infinite(*given)
             outside, parameters = where_outside(q, p), given
             if outside is not None:

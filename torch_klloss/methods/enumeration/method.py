@@ -34,7 +34,8 @@ class Enumeration(BaseMethod):
     q's, the KL is `inf`.
 
     Probabilities are computed in float64 from the parameters as given, without a clamp, and the terms are ≥ 0, so that
-    a KL near zero keeps its digits.
+    a KL near zero keeps its digits; where the device has no float64, of copies on the CPU. On an accelerator the host
+    waits once for the number of trials of a Binomial, and some ten times to look at the tail of a sum over all counts.
 
     Args:
         max_support: the largest number of points of a finite support.

@@ -170,7 +170,7 @@ class MonteCarlo(BaseMethod):
         # Expanded before it is drawn from: batch elements do not share their noise.
         shape = check_pair(q, p) if peeled else batch_shape
         q = unvalidated(expand_to(q, shape))
-        source = nullcontext() if generator is None else private_rng(draw_seed(generator), device_of(q))
+        source = nullcontext() if generator is None else private_rng(draw_seed(generator, device_of(q)), device_of(q))
         sampled = self._sample(PreparedPair(q, p, inside, peeled), gradient, source)
         value, std_error = sampled.value, sampled.std_error
         if inside is not None and inside is not True:
