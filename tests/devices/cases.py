@@ -314,7 +314,7 @@ def families() -> Iterator[Case]:
             fixed,
             exact=False,
             module=loss,
-            waits={"InverseGamma": 1, "VonMises": 1, "RelaxedBernoulli": 4}.get(family.name, 0),
+            waits={"InverseGamma": 1, "VonMises": 1}.get(family.name, 0),
         )
 
 

@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
+from torch import Tensor
 from torch.distributions import Distribution
 
 from torch_klloss.distributions.checks import check_pair, type_name
 from torch_klloss.distributions.tensors import device_of, in_floating_point, is_transparent, on_host, on_shared_device
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.estimate import NotCertifiedError as NotCertifiedError  # methods raise it, and closed forms too
+from torch_klloss.numerics.dimensions import sum_last
 
 
 class Method(Protocol):
@@ -78,6 +80,17 @@ class BaseMethod(ABC):
         self, q: Distribution, p: Distribution, batch_shape: torch.Size, generator: torch.Generator | None = None
     ) -> KLEstimate:
         """Return what `estimate` does, of a pair that `check_pair` found to have this batch shape."""
+
+    def value_checked(
+        self,
+        q: Distribution,
+        p: Distribution,
+        batch_shape: torch.Size,
+        num_summed: int,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return the KL alone, summed over so many of its last dimensions: all that a training step needs."""
+        return sum_last(self.estimate_checked(q, p, batch_shape, generator).value, num_summed)
 
     def supports(self, q: Distribution, p: Distribution) -> bool | None:
         """Return whether the method takes the pair; None where only computing can tell."""
