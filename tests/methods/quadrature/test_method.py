@@ -490,6 +490,16 @@ def test_invalid_settings_are_refused(arguments, message):
         Quadrature(**arguments)
 
 
+def test_a_tolerance_below_the_rounding_of_the_result_is_refused():
+    q, p = Normal(torch.zeros(2), 1.0), StudentT(4.0)
+    with pytest.raises(
+        NotCertifiedError, match=r"cannot certify a result in torch.float32, which is rounded by 6.0e-08"
+    ):
+        QuadratureKL(rtol=1e-9)(q, p)
+    assert QuadratureKL(rtol=1e-7)(q, p) > 0
+    assert QuadratureKL(rtol=1e-9)(Normal(torch.zeros(2).double(), 1.0), StudentT(4.0)) > 0
+
+
 def test_neither_the_random_stream_nor_sample_nor_icdf_is_touched():
     class Silent(Normal):
         def sample(self, *args):
