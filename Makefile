@@ -1,6 +1,6 @@
 # make demo         train the digits VAE, answer the question, prevent a collapse, say where the figures are
-# make test         the test suite, of long sweeps some cases; LANE=ci takes every case, and adds the doctests, the wheel,
-#                   and every benchmark, example and command in short
+# make test         the test suite, of long sweeps some cases; LANE=ci takes all that show something of their own, and
+#                   adds the doctests, the wheel, and every benchmark, example and command in short
 # make test-all     the same with what is recorded computed anew, what repeats other tests, an empty environment
 # make references   record anew what tests/references takes long to compute
 # make lint         format, lint, types
