@@ -9,9 +9,9 @@ takes the KL, sums it over the latent dimensions, takes the mean over the batch,
 - "one-liner", for the VAE's pair, is the formula as it is usually written by hand;
 - "MonteCarloKL" is compared with the loop by hand: `rsample`, two `log_prob`, the mean.
 
-Values and gradients are checked against torch's in float64 first; a disagreement gives exit status 1, a missed target does
-not. Times are medians over rounds in which the peers take turns; a ratio is the median of the ratios within a round. One
-thread. `--compile` compares the compiled steps, at about 20 seconds a case.
+Values and gradients are checked against torch's in float64 first; a disagreement gives exit status 1, a missed target
+does not. Times are medians over rounds in which the peers take turns; a ratio is the median of the ratios within a
+round. One thread. `--compile` compares the compiled steps, at about 20 seconds a case.
 """
 
 from __future__ import annotations
@@ -236,10 +236,9 @@ def summary(rows: list[Row], size: tuple[int, int], native: list[str]) -> Iterat
             worst, name = max(found)
             middle, most = NATIVE[size] if is_native else (OTHERS, OTHERS)
             kind = "elementary" if is_native else "special functions"
-            yield (
-                f"{peer} ÷ torch at {label}, {kind}: median {median([r for r, _ in found]):.2f} (target {middle}), worst "
-                f"{worst:.2f} {name}" + (f" (target {most})" if most else "")
-            )
+            half, limit = median([r for r, _ in found]), f" (target {most})" if most else ""
+            spread = f"median {half:.2f} (target {middle}), worst {worst:.2f} {name}{limit}"
+            yield f"{peer} ÷ torch at {label}, {kind}: {spread}"
 
 
 def compiled_rows(size: tuple[int, int], chosen: list[Case], seconds: float) -> list[Row]:

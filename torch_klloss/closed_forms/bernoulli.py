@@ -34,7 +34,7 @@ def _summed(q: Bernoulli, p: Bernoulli, num_summed: int) -> Tensor:
     return KL[given](q_param, p_param, num_summed=num_summed)
 
 
-@register_kl(Bernoulli, Bernoulli, summed=_summed)
+@register_kl(Bernoulli, Bernoulli, summed=_summed, needs_float64=False)
 def _bernoulli_bernoulli(q: Bernoulli, p: Bernoulli) -> Tensor:
     """Σ q log(q/p) - q + p over the two outcomes: both terms are ≥ 0.
 

@@ -59,7 +59,7 @@ def _are_equal(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.is_cpu and b.is_cpu and not is_traced() and bool((a == b).all()))
 
 
-@register_kl(Binomial, Binomial, summed=_summed)
+@register_kl(Binomial, Binomial, summed=_summed, needs_float64=False)
 def _binomial_binomial(q: Binomial, p: Binomial) -> Tensor:
     """The KL of one trial times their number; inf where q has more trials than p.
 

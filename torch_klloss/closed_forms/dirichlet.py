@@ -28,7 +28,7 @@ def _partials(needs: Sequence[bool], q: Tensor, p: Tensor) -> Sequence[Tensor | 
     return by_q, by_p
 
 
-@register_formula(Dirichlet, "concentration", partials=_partials, event_dims=1)
+@register_formula(Dirichlet, "concentration", partials=_partials, event_dims=1, needs_float64=True)
 def kl(q: Tensor, p: Tensor) -> Tensor:
     """S KL(mean of p‖mean of q) + Σ B(pᵢ, qᵢ) - B(S, T), with S and T the sums of p and q and B of `bregman`.
 

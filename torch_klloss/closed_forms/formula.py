@@ -25,6 +25,7 @@ def register_formula(
     partials: Partials | None = None,
     quick: QuickKernel | None = None,
     event_dims: int = 0,
+    needs_float64: bool = False,
 ) -> Callable[[Any], Formula]:
     """Register the decorated function as the closed form of two members of a family.
 
@@ -38,6 +39,7 @@ def register_formula(
             kernel, which takes the flags first and returns them too.
         quick: a kernel for parameters that are not at their ends, as `quick_or_careful` takes it.
         event_dims: how many of the last dimensions of the parameters make up an event.
+        needs_float64: whether it computes in float64 on every device.
     """
 
     def decorator(function: Any) -> Formula:
@@ -54,7 +56,7 @@ def register_formula(
             return summed(q, p, 0)
 
         rule.__doc__ = function.__doc__
-        register_kl(cls, cls, summed=summed)(rule)
+        register_kl(cls, cls, summed=summed, needs_float64=needs_float64)(rule)
         return formula
 
     return decorator

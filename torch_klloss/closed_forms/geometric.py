@@ -25,7 +25,7 @@ def _summed(q: Geometric, p: Geometric, num_summed: int) -> Tensor:
     return KL[given](q_param, p_param, num_summed=num_summed)
 
 
-@register_kl(Geometric, Geometric, summed=_summed)
+@register_kl(Geometric, Geometric, summed=_summed, needs_float64=False)
 def _geometric_geometric(q: Geometric, p: Geometric) -> Tensor:
     """The KL of one trial times the mean number of trials, which is 1 over q's probability of success.
 

@@ -33,7 +33,7 @@ def _supports(q: Distribution, p: Distribution) -> bool:
     return is_mixed or simplified(q, p) is not None or _marginals_match(q, p)
 
 
-@register_kl(Independent, MultivariateNormal, supports=_supports)
+@register_kl(Independent, MultivariateNormal, supports=_supports, needs_float64=False)
 def _diagonal_mvn(q: Independent, p: MultivariateNormal) -> Tensor:
     """Σ isd(σᵢ, Lᵢᵢ) + ½ Σ (σᵢ/Lᵢᵢ - 1)² + ½ Σ_{i>j} (Mᵢⱼ σⱼ)² + ½ ‖M (μq - μp)‖² with M = L⁻¹, L the factor of p.
 
@@ -55,7 +55,7 @@ def _diagonal_mvn(q: Independent, p: MultivariateNormal) -> Tensor:
     return (_of_scales(scale, diagonal) + (below + distance) / 2).to(dtype_of(q, p))
 
 
-@register_kl(MultivariateNormal, Independent, supports=_supports)
+@register_kl(MultivariateNormal, Independent, supports=_supports, needs_float64=False)
 def _mvn_diagonal(q: MultivariateNormal, p: Independent) -> Tensor:
     """Σ isd(Lᵢᵢ, σᵢ) + ½ Σ (Lᵢᵢ/σᵢ - 1)² + ½ Σ_{i>j} (Lᵢⱼ/σᵢ)² + ½ Σ ((μq - μp)ᵢ/σᵢ)², L the factor of q.
 
@@ -74,8 +74,8 @@ def _mvn_diagonal(q: MultivariateNormal, p: Independent) -> Tensor:
     return (_of_scales(diagonal, scale) + (below + distance) / 2).to(dtype_of(q, p))
 
 
-@register_kl(Independent, LowRankMultivariateNormal, supports=_supports)
-@register_kl(LowRankMultivariateNormal, Independent, supports=_supports)
+@register_kl(Independent, LowRankMultivariateNormal, supports=_supports, needs_float64=False)
+@register_kl(LowRankMultivariateNormal, Independent, supports=_supports, needs_float64=False)
 def _diagonal_low_rank(q: Any, p: Any) -> Tensor:
     """The KL of two low-rank covariances, one of rank 0, by the capacitance matrix of r x r.
 

@@ -9,7 +9,7 @@ from torch.distributions import Multinomial
 from torch_klloss.closed_forms.registry import kl_divergence, register_kl
 
 
-@register_kl(Multinomial, Multinomial)
+@register_kl(Multinomial, Multinomial, needs_float64=False)
 def _multinomial_multinomial(q: Multinomial, p: Multinomial) -> Tensor:
     """The number of trials times the KL of one, a Categorical; inf, with a gradient of 0, where the numbers differ."""
     trial = kl_divergence(q._categorical, p._categorical)

@@ -22,8 +22,8 @@ from torch_klloss.numerics.tracing import is_traced
 
 _AnyNormal = MultivariateNormal | LowRankMultivariateNormal
 
-# Up to this dimension float32 is computed in float64 on the CPU. Beyond, a product of matrices in float64 takes two to three times
-# as long, and only the cheap parts are: p's inverse factor, the diagonals and the means.
+# Up to this dimension float32 is computed in float64 on the CPU. Beyond, a product of matrices in float64 takes two to
+# three times as long, and only the cheap parts are: p's inverse factor, the diagonals and the means.
 _WIDE = 32
 # Matrices larger than this have lost no digits beside the identity.
 _SMALL = 0.1
@@ -31,16 +31,16 @@ _SMALL = 0.1
 _FAR = 16.0
 
 
-@register_kl(LowRankMultivariateNormal, MultivariateNormal)
-@register_kl(MultivariateNormal, LowRankMultivariateNormal)
-@register_kl(MultivariateNormal, MultivariateNormal)
+@register_kl(LowRankMultivariateNormal, MultivariateNormal, needs_float64=False)
+@register_kl(MultivariateNormal, LowRankMultivariateNormal, needs_float64=False)
+@register_kl(MultivariateNormal, MultivariateNormal, needs_float64=False)
 def _mvn_mvn(q: _AnyNormal, p: _AnyNormal) -> Tensor:
     """½ ‖E‖² + Σ (Eᵢᵢ - log(1 + Eᵢᵢ)) + ½ ‖Lp⁻¹(μq - μp)‖² with E = Lp⁻¹(Lq - Lp): three terms, each ≥ 0.
 
     ‖Lp⁻¹Lq‖² = ‖I + E‖² = d + 2 tr E + ‖E‖²; both factors are lower triangular, so that Eᵢᵢ is the relative
     difference of their diagonals and Π (1 + Eᵢᵢ) the ratio of their determinants. The relative error is a small
     multiple of eps · cond(Lp): of float64's eps for float32 factors of at most 32 dimensions on the CPU, and of the
-    factors' own otherwise. A low-rank covariance gets a triangular factor: the other covariance has one of that size anyway.
+    factors' own otherwise. A low-rank covariance gets a triangular factor: the other one has one of that size anyway.
     """
     dtype = dtype_of(q, p)
     L_q, L_p = _scale_tril(q), _scale_tril(p)
@@ -127,7 +127,7 @@ def _cholesky_of_sum(W: Tensor, D: Tensor) -> Tensor:
     return R.mT * R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
 
 
-@register_kl(LowRankMultivariateNormal, LowRankMultivariateNormal)
+@register_kl(LowRankMultivariateNormal, LowRankMultivariateNormal, needs_float64=False)
 def _low_rank_low_rank(q: LowRankMultivariateNormal, p: LowRankMultivariateNormal) -> Tensor:
     """½ [tr Γ - log det(I + Γ) + Σ (δᵢ - log(1 + δᵢ)) + rest + (μq - μp)ᵀ Σp⁻¹ (μq - μp)], in O(d r²) operations.
 
@@ -140,9 +140,7 @@ def _low_rank_low_rank(q: LowRankMultivariateNormal, p: LowRankMultivariateNorma
     The relative error is a small multiple of eps · cond(I + VVᵀ). Where that passes 1 the sum is noise, and no KL is
     below 0. With a rank of d/2 or more the matrices are taken as they are, of d x d.
     """
-    W_q, D_q, W_p, D_p = (
-        widened(t) for d in (q, p) for t in (d._unbroadcasted_cov_factor, d._unbroadcasted_cov_diag)
-    )
+    W_q, D_q, W_p, D_p = (widened(t) for d in (q, p) for t in (d._unbroadcasted_cov_factor, d._unbroadcasted_cov_diag))
     V, B = _whitened_factors(W_q, W_p, D_p.sqrt().unsqueeze(-1))
     L = _cholesky_of_one_plus(V.mT @ V)
     distance = _solve_one_plus(V, L, ((widened(q.loc) - widened(p.loc)) / D_p.sqrt()).unsqueeze(-1))

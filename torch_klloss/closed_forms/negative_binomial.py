@@ -21,7 +21,7 @@ from torch_klloss.numerics.elementary import common_dtype, log_ratio, widened
 _BY_PROBS, _BY_LOG_ODDS = Given(q_is_probs=True, p_is_probs=True), Given(q_is_probs=False, p_is_probs=False)
 
 
-@register_kl(NegativeBinomial, NegativeBinomial)
+@register_kl(NegativeBinomial, NegativeBinomial, needs_float64=False)
 def _negative_binomial_negative_binomial(q: NegativeBinomial, p: NegativeBinomial) -> Tensor:
     """The number of failures times the KL of a Geometric, the count of successes before one failure.
 

@@ -19,7 +19,16 @@ from torch.distributions.kl import _KL_REGISTRY as _TORCH_RULES
 from torch_klloss.distributions.checks import check_common_measure, check_pair, type_name
 from torch_klloss.distributions.domains import where_outside
 from torch_klloss.distributions.simplify import peel, simplify
-from torch_klloss.distributions.tensors import HALF, dtype_of, in_floating_point, pair_in_full_precision
+from torch_klloss.distributions.tensors import (
+    HALF,
+    device_of,
+    dtype_of,
+    in_floating_point,
+    lacks_float64,
+    on_host,
+    on_shared_device,
+    pair_in_full_precision,
+)
 from torch_klloss.estimate import NoRouteError, NotCertifiedError
 from torch_klloss.numerics.dimensions import common_shape, sum_last
 
@@ -71,6 +80,7 @@ def register_kl(
     *,
     supports: Callable[[Any, Any], bool] | None = None,
     summed: Callable[[Any, Any, int], Tensor] | None = None,
+    needs_float64: bool | None = None,
 ) -> Callable[[_RuleT], _RuleT]:
     """Register the decorated function as the closed form of KL(q‖p) for q of `type_q` and p of `type_p`.
 
@@ -89,6 +99,8 @@ def register_kl(
         summed: computes (q, p, n): the KL summed over its last n dimensions, where that can be done faster than by the
             rule followed by a sum. It is taken for a pair that was stripped of an `Independent`, and for dimensions
             that a loss sums.
+        needs_float64: whether the rule computes in float64. On a device that has none it is then given a pair on the
+            CPU, and its result is brought to the device of q. By default the library's own rules do, and others do not.
 
     Raises:
         TypeError: if one of the types is not a subclass of `torch.distributions.Distribution`.
@@ -115,6 +127,8 @@ def register_kl(
             rule.supports = supports  # type: ignore[attr-defined]
         if summed is not None:
             rule.summed = summed  # type: ignore[attr-defined]
+        needed = rule.__module__.startswith("torch_klloss.") if needs_float64 is None else needs_float64
+        rule.needs_float64 = needed  # type: ignore[attr-defined]
         _RULES[type_q, type_p] = rule
         return rule
 
@@ -174,6 +188,7 @@ def has_closed_form(q: Distribution, p: Distribution) -> bool:
         (True, False)
     """
     batch_shape = check_pair(q, p)
+    q, p = on_shared_device(q, p)
     resolution = resolve(in_floating_point(q), in_floating_point(p))
     return resolution is not None and has_formula(resolution, batch_shape)
 
@@ -242,6 +257,10 @@ def find_rule(q: Distribution, p: Distribution) -> Match | None:
 def evaluate(resolution: Resolution, batch_shape: torch.Size, num_summed: int = 0) -> Tensor:
     """Return the KL in the broadcast batch shape of the pair, summed over so many of its last dimensions."""
     match, q, p, peeled, _ = resolution
+    if getattr(match.rule, "needs_float64", False) and lacks_float64(q, p):
+        host_q, host_p = on_host(q, p)
+        value = evaluate(resolution._replace(q=host_q, p=host_p), batch_shape, num_summed)
+        return value.to(device_of(q))
     try:
         value = _by_rule(match, q, p, peeled + num_summed, batch_shape)
     except NotImplementedError as error:

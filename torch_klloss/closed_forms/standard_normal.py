@@ -37,6 +37,6 @@ def _summed(q: LogVarNormal, p: StandardNormal, num_summed: int) -> Tensor:
     return sum_last(kl(q.loc, q.logvar).expand(torch.broadcast_shapes(q.batch_shape, p.batch_shape)), num_summed)
 
 
-@register_kl(LogVarNormal, StandardNormal, summed=_summed)
+@register_kl(LogVarNormal, StandardNormal, summed=_summed, needs_float64=False)
 def _log_var_normal_standard_normal(q: LogVarNormal, p: StandardNormal) -> Tensor:
     return _summed(q, p, 0)

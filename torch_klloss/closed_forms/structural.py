@@ -10,9 +10,14 @@ from torch_klloss.distributions.simplify import simplify
 
 
 @register_kl(InverseGamma, InverseGamma)
-@register_kl(LogNormal, LogNormal)
-def _of_the_bases(q: LogNormal | InverseGamma, p: LogNormal | InverseGamma) -> Tensor:
-    """The KL of the two Normals, whose exponential both are, or of the two Gammas, whose inverse both are."""
+def _inverse_gamma_inverse_gamma(q: InverseGamma, p: InverseGamma) -> Tensor:
+    """The KL of the two Gammas, whose inverse both are."""
+    return kl_divergence(q.base_dist, p.base_dist)
+
+
+@register_kl(LogNormal, LogNormal, needs_float64=False)
+def _log_normal_log_normal(q: LogNormal, p: LogNormal) -> Tensor:
+    """The KL of the two Normals, whose exponential both are."""
     return kl_divergence(q.base_dist, p.base_dist)
 
 

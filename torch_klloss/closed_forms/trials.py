@@ -123,7 +123,7 @@ def _by_probs(by_q: bool, by_p: bool, q: Tensor, p: Tensor) -> Trial:
     gap = q - p
     successes, log_r = gkl_and_log(q, p, gap)
     failures, log_s = gkl_and_log(1 - q, 1 - p, -gap)
-    slope_q, slope_p = log_s - log_r if by_q else None, None
+    slope_q, slope_p = (log_s - log_r).clamp(-BOUND[q.dtype], BOUND[q.dtype]) if by_q else None, None
     if by_q or by_p:
         variance = p * (1 - p)
         is_end = variance == 0 if may_fall_to(variance, 0) else None

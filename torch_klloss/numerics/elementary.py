@@ -62,21 +62,22 @@ _TINY = {torch.float32: 1e-30, torch.float64: 1e-280}
 
 def horner(x: Tensor, coefficients: Sequence[float]) -> Tensor:
     """Return the polynomial of x whose coefficients are given from the constant one up."""
-    if type(x) is not Tensor or not x.is_cpu or needs_plain_operations():
+    if needs_plain_operations():  # a compiler prefers numbers
         value = x * coefficients[-1] + coefficients[-2]
         for c in reversed(coefficients[:-2]):
             value = value * x + c
         return value
-    *lower, value = _constants(tuple(coefficients), x.dtype)  # one operation a coefficient, not two
+    *lower, value = _constants(tuple(coefficients), x.dtype, x.device)  # one operation a coefficient, not two
     for constant in reversed(lower):
         value = torch.addcmul(constant, value, x)
     return value
 
 
 @cache
-def _constants(coefficients: tuple[float, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+def _constants(coefficients: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """Return numbers on a device, which are written there without a copy that would be waited for."""
     with torch.inference_mode(False), without_func():
-        return torch.tensor(coefficients, dtype=dtype).unbind()
+        return tuple(torch.full((), c, dtype=dtype, device=device) for c in coefficients)
 
 
 def tiny(x: Tensor) -> float:
