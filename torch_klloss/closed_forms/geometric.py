@@ -15,9 +15,9 @@ from torch_klloss.closed_forms.trials import BOUND, HUGE, LARGEST, careful_trial
 from torch_klloss.distributions.given import GIVEN, Given, both_as_given
 from torch_klloss.numerics.blocks import Derivatives
 from torch_klloss.numerics.custom_gradient import formula_of, quick_or_careful
-from torch_klloss.numerics.elementary import above_minus_one, log_ratio, may_be_infinite, may_fall_to, sign_of
+from torch_klloss.numerics.elementary import above_minus_one, log_ratio, may_fall_to, sign_of
 
-_RARE = -40.0  # log-odds
+_FAR = 40.0  # between log-odds, so far that a difference of their functions keeps its digits
 
 
 def _summed(q: Geometric, p: Geometric, num_summed: int) -> Tensor:
@@ -57,47 +57,33 @@ def _quick_log_failures(given: Given, q: Tensor, p: Tensor) -> Tensor:
 
 
 def _careful(given: Given, needs: Sequence[bool], q: Tensor, p: Tensor) -> tuple[Tensor, Derivatives]:
-    q, p, may_overflow = _raised(given, q, p)
+    q, p = _raised(given, q, p)
     one = careful_trial(given, False, needs[1], q, p)
-    trials, by_param = _num_trials(given, q)
-    value = _times(one.value, trials, (q < -LARGEST[q.dtype]) if may_overflow else None)
-    by_q = _log_failures(given, q, p) * by_param if needs[0] else None
-    return value, (by_q, None if one.by_p is None else one.by_p * trials)
+    if given.q_is_probs:
+        trials = 1 / q
+        by_q = _log_failures(given, q, p) * trials * trials if needs[0] else None
+        return one.value * trials, (by_q, None if one.by_p is None else one.by_p * trials)
+    root = torch.exp((-q / 2).clamp(max=LARGEST[q.dtype]))  # of the mean number of failures, which may overflow
+    by_q = _log_failures(given, q, p) * root * root if needs[0] else None
+    value, by_p = (x if x is None else torch.addcmul(x, x * root, root) for x in (one.value, one.by_p))
+    return value, (by_q, by_p)
 
 
 KL = {given: formula_of(quick_or_careful(partial(_quick, given), partial(_careful, given))) for given in GIVEN}
 """The KL of two Geometrics, from the parameters that they are given by."""
 
 
-def _times(one: Tensor, trials: Tensor, is_rare: Tensor | None) -> Tensor:
-    """Return the KL of so many trials, inf where that of one is, or where q is too rare for trials to be counted."""
-    if is_rare is None and not may_be_infinite(one):
-        return one * trials
-    is_infinite = one.isinf() if is_rare is None else one.isinf() | (is_rare & (one > 0))
-    return torch.where(is_infinite, torch.inf, torch.where(is_infinite, 0.0, one) * trials)
-
-
-def _raised(given: Given, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor, bool]:
+def _raised(given: Given, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     """Return both parameters, raised where the exponential of two very rare successes would underflow.
 
-    Only their ratio matters. The third result is whether q, by its log-odds, may be so rare.
+    Only their ratio matters. They are raised by a whole number, which rounds neither.
     """
-    largest = LARGEST[q.dtype]
-    may_overflow = not given.q_is_probs and may_fall_to(q, -largest)
-    if given.p_is_probs or not may_overflow:
-        return q, p, may_overflow
+    rare = 27.0 - LARGEST[q.dtype]  # where the exponential still has all of its digits
+    if any(given) or not may_fall_to(q, rare):
+        return q, p
     likelier = torch.maximum(q, p)
-    raised_by = torch.where((q < -largest) & (likelier < _RARE), _RARE - likelier, 0.0)
-    return q + raised_by, p + raised_by, True
-
-
-def _num_trials(given: Given, q: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean number of trials, and minus its derivative by q's parameter."""
-    if given.q_is_probs:
-        trials = 1 / q
-        return trials, trials * trials
-    failures = torch.exp((-q).clamp(max=LARGEST[q.dtype]))
-    return 1 + failures, failures
+    raised_by = torch.where((q < rare) & (likelier < -_FAR), torch.trunc(-_FAR - likelier), 0.0)
+    return q + raised_by, p + raised_by
 
 
 def _log_failures(given: Given, q: Tensor, p: Tensor) -> Tensor:
@@ -106,12 +92,11 @@ def _log_failures(given: Given, q: Tensor, p: Tensor) -> Tensor:
         fails, ratio = 1 - p, log_ratio(1 - p, 1 - q, q - p)
         return torch.where((p == 1) & (q < 1), 0.0, ratio) if may_fall_to(fails, 0) else ratio
     q, p = log_odds(q, given.q_is_probs), log_odds(p, given.p_is_probs)
-    largest, bound = LARGEST[q.dtype], BOUND[q.dtype]
     p, shift, _ = shift_between(q, p, infinity=HUGE[q.dtype])
-    # The clamp acts where 1 - p is far below 1 - q, and what it changes is multiplied by nearly 0.
-    growth = (torch.sigmoid(q) * torch.expm1(shift.clamp(max=largest))).clamp_min(above_minus_one(shift))
+    # The lower clamp acts where 1 - p is far below 1 - q, and what it changes is multiplied by nearly 0.
+    growth = (torch.sigmoid(q) * torch.expm1(shift.clamp(max=_FAR))).clamp_min(above_minus_one(shift))
     ratio = -torch.log1p(growth)
-    if may_fall_to(-shift, -largest):
-        far = (logsigmoid(-p) - logsigmoid(-q)).clamp(-bound, bound)
-        ratio = torch.where(shift > largest, far, ratio)
+    if may_fall_to(-shift, -_FAR):
+        far = (logsigmoid(-p) - logsigmoid(-q)).clamp(-BOUND, BOUND)
+        ratio = torch.where(shift > _FAR, far, ratio)
     return ratio

@@ -74,8 +74,8 @@ def _mvn_diagonal(q: MultivariateNormal, p: Independent) -> Tensor:
     return (_of_scales(diagonal, scale) + (below + distance) / 2).to(dtype_of(q, p))
 
 
-@register_kl(Independent, LowRankMultivariateNormal, supports=_supports, needs_float64=False)
-@register_kl(LowRankMultivariateNormal, Independent, supports=_supports, needs_float64=False)
+@register_kl(Independent, LowRankMultivariateNormal, supports=_supports)
+@register_kl(LowRankMultivariateNormal, Independent, supports=_supports)
 def _diagonal_low_rank(q: Any, p: Any) -> Tensor:
     """The KL of two low-rank covariances, one of rank 0, by the capacitance matrix of r x r.
 
@@ -85,9 +85,9 @@ def _diagonal_low_rank(q: Any, p: Any) -> Tensor:
     base = _diagonal(q if isinstance(q, Independent) else p)
     if base is None:
         return _otherwise(q, p)
-    scale = _scale(base)
+    scale = _scale(base).double()
     is_nan = scale.isnan()  # no matrix with a NaN has a Cholesky factor
-    loc, variance = widened(base.loc), torch.where(is_nan, 1.0, scale).square()
+    loc, variance = base.loc.double(), torch.where(is_nan, 1.0, scale).square()
     diagonal = LowRankMultivariateNormal(loc, variance.new_zeros(loc.shape[-1], 1), variance, validate_args=False)
     value = kl_divergence(*(diagonal if isinstance(d, Independent) else d for d in (q, p)))
     return torch.where(is_nan.any(-1), torch.nan, value).to(dtype_of(q, p))

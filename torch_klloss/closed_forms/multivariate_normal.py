@@ -7,6 +7,8 @@ factor, and nothing here multiplies it out again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,25 +33,34 @@ _SMALL = 0.1
 _FAR = 16.0
 
 
-@register_kl(LowRankMultivariateNormal, MultivariateNormal, needs_float64=False)
-@register_kl(MultivariateNormal, LowRankMultivariateNormal, needs_float64=False)
 @register_kl(MultivariateNormal, MultivariateNormal, needs_float64=False)
-def _mvn_mvn(q: _AnyNormal, p: _AnyNormal) -> Tensor:
+def _mvn_mvn(q: MultivariateNormal, p: MultivariateNormal) -> Tensor:
     """½ ‖E‖² + Σ (Eᵢᵢ - log(1 + Eᵢᵢ)) + ½ ‖Lp⁻¹(μq - μp)‖² with E = Lp⁻¹(Lq - Lp): three terms, each ≥ 0.
 
     ‖Lp⁻¹Lq‖² = ‖I + E‖² = d + 2 tr E + ‖E‖²; both factors are lower triangular, so that Eᵢᵢ is the relative
     difference of their diagonals and Π (1 + Eᵢᵢ) the ratio of their determinants. The relative error is a small
     multiple of eps · cond(Lp): of float64's eps for float32 factors of at most 32 dimensions on the CPU, and of the
-    factors' own otherwise. A low-rank covariance gets a triangular factor: the other one has one of that size anyway.
+    factors' own otherwise.
     """
-    dtype = dtype_of(q, p)
-    L_q, L_p = _scale_tril(q), _scale_tril(p)
-    diagonals = (widened(L.diagonal(dim1=-2, dim2=-1)) for L in (L_q, L_p))
+    return _from_factors(q, p, q._unbroadcasted_scale_tril, p._unbroadcasted_scale_tril, widened)
+
+
+@register_kl(LowRankMultivariateNormal, MultivariateNormal)
+@register_kl(MultivariateNormal, LowRankMultivariateNormal)
+def _mvn_low_rank(q: _AnyNormal, p: _AnyNormal) -> Tensor:
+    """The KL of two MultivariateNormals, in float64.
+
+    The low-rank covariance gets a triangular factor: the other one has one of that size anyway.
+    """
+    return _from_factors(q, p, _scale_tril(q), _scale_tril(p), Tensor.double)
+
+
+def _from_factors(q: _AnyNormal, p: _AnyNormal, L_q: Tensor, L_p: Tensor, wide: Callable[[Tensor], Tensor]) -> Tensor:
+    diagonals = (wide(L.diagonal(dim1=-2, dim2=-1)) for L in (L_q, L_p))
     ratio = _isd(*diagonals).sum(-1)
-    distance = _solve(widened(L_p), (widened(q.loc) - widened(p.loc)).unsqueeze(-1))
-    if q.event_shape[0] <= _WIDE:
-        L_q, L_p = widened(L_q), widened(L_p)
-    return (ratio + (_spread(L_q, L_p) + _square(distance)) / 2).to(dtype)
+    distance = _solve(wide(L_p), (wide(q.loc) - wide(p.loc)).unsqueeze(-1))
+    inner = wide if q.event_shape[0] <= _WIDE else partial(Tensor.to, dtype=dtype_of(q, p))
+    return (ratio + (_spread(inner(L_q), inner(L_p)) + _square(distance)) / 2).to(dtype_of(q, p))
 
 
 def _spread(L_q: Tensor, L_p: Tensor) -> Tensor:
@@ -112,10 +123,10 @@ def _square(x: Tensor) -> Tensor:
 
 
 def _scale_tril(d: _AnyNormal) -> Tensor:
-    """Return the Cholesky factor of the covariance: as given, or of WWᵀ + D, widened."""
+    """Return the Cholesky factor of the covariance: as given, or of WWᵀ + D in float64."""
     if isinstance(d, MultivariateNormal):
         return d._unbroadcasted_scale_tril
-    return _cholesky_of_sum(widened(d._unbroadcasted_cov_factor), widened(d._unbroadcasted_cov_diag))
+    return _cholesky_of_sum(d._unbroadcasted_cov_factor.double(), d._unbroadcasted_cov_diag.double())
 
 
 def _cholesky_of_sum(W: Tensor, D: Tensor) -> Tensor:
@@ -127,7 +138,7 @@ def _cholesky_of_sum(W: Tensor, D: Tensor) -> Tensor:
     return R.mT * R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
 
 
-@register_kl(LowRankMultivariateNormal, LowRankMultivariateNormal, needs_float64=False)
+@register_kl(LowRankMultivariateNormal, LowRankMultivariateNormal)
 def _low_rank_low_rank(q: LowRankMultivariateNormal, p: LowRankMultivariateNormal) -> Tensor:
     """½ [tr Γ - log det(I + Γ) + Σ (δᵢ - log(1 + δᵢ)) + rest + (μq - μp)ᵀ Σp⁻¹ (μq - μp)], in O(d r²) operations.
 
@@ -140,10 +151,10 @@ def _low_rank_low_rank(q: LowRankMultivariateNormal, p: LowRankMultivariateNorma
     The relative error is a small multiple of eps · cond(I + VVᵀ). Where that passes 1 the sum is noise, and no KL is
     below 0. With a rank of d/2 or more the matrices are taken as they are, of d x d.
     """
-    W_q, D_q, W_p, D_p = (widened(t) for d in (q, p) for t in (d._unbroadcasted_cov_factor, d._unbroadcasted_cov_diag))
+    W_q, D_q, W_p, D_p = (t.double() for d in (q, p) for t in (d._unbroadcasted_cov_factor, d._unbroadcasted_cov_diag))
     V, B = _whitened_factors(W_q, W_p, D_p.sqrt().unsqueeze(-1))
     L = _cholesky_of_one_plus(V.mT @ V)
-    distance = _solve_one_plus(V, L, ((widened(q.loc) - widened(p.loc)) / D_p.sqrt()).unsqueeze(-1))
+    distance = _solve_one_plus(V, L, ((q.loc.double() - p.loc.double()) / D_p.sqrt()).unsqueeze(-1))
     is_low = 2 * V.shape[-1] < V.shape[-2]
     spread = _low_rank_spread(V, B, L, D_q, D_p) if is_low else _full_rank_spread(V, B, D_q, D_p)
     return at_least((spread + _square(distance)) / 2, 0.0).to(dtype_of(q, p))

@@ -16,10 +16,10 @@ from torch.nn.functional import logsigmoid
 from torch_klloss.distributions.given import Given
 from torch_klloss.numerics.elementary import gkl_and_log, gkl_of_log_ratio, may_be_infinite, may_fall_to, sign_of
 
-# By dtype: the argument of an exponential, what stands for an infinite log-odds in a value, and in a derivative.
+# By dtype: the argument of an exponential, and what stands for an infinite log-odds in a value; then in a derivative.
 LARGEST = {torch.float32: 87.0, torch.float64: 700.0}
 HUGE = {torch.float32: 1e30, torch.float64: 1e100}
-BOUND = {torch.float32: 69.0, torch.float64: 645.0}
+BOUND = 645.0
 _TOP = 3.0  # of exp(t), beyond which L and mt are far apart
 _NEAR = 2.0**-25  # of t: two log-odds near 0 may be nearer than that, where u has lost digits of their difference
 
@@ -123,7 +123,7 @@ def _by_probs(by_q: bool, by_p: bool, q: Tensor, p: Tensor) -> Trial:
     gap = q - p
     successes, log_r = gkl_and_log(q, p, gap)
     failures, log_s = gkl_and_log(1 - q, 1 - p, -gap)
-    slope_q, slope_p = (log_s - log_r).clamp(-BOUND[q.dtype], BOUND[q.dtype]) if by_q else None, None
+    slope_q, slope_p = (log_s - log_r).clamp(-BOUND, BOUND) if by_q else None, None
     if by_q or by_p:
         variance = p * (1 - p)
         is_end = variance == 0 if may_fall_to(variance, 0) else None
@@ -159,7 +159,7 @@ def _slopes_by_log_odds(
     given: Given, by_q: bool, by_p: bool, q: Tensor, p: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
     slope_q = slope_p = None
-    p, shift, _ = shift_between(q, p, infinity=BOUND[q.dtype])
+    p, shift, _ = shift_between(q, p, infinity=BOUND)
     if by_q:
         slope_q = -shift if given.q_is_probs else -torch.sigmoid(q) * torch.sigmoid(-q) * shift
     if by_p:

@@ -1,0 +1,61 @@
+"""Accuracy of the formulas that stay in float32, as accelerators and compiled graphs compute them."""
+
+import sys
+
+import pytest
+import torch
+from torch.distributions import kl_divergence as torch_kl
+
+from tests.references.harness import draw, errors_at
+from tests.references.targets import references, target
+from torch_klloss import kl_divergence
+from torch_klloss.closed_forms.registry import find_rule
+
+GRADIENT = 1e-5
+"""The largest error of a gradient entry, divided by the largest entry."""
+SMALL = 1e-28
+"""A KL below it may be made of numbers that float32 has few digits for, and that accelerators take for 0."""
+
+
+def is_native(reference):
+    pair = reference.build(*draw(reference, reference.regimes[0], torch.float32, 1))
+    match = find_rule(*pair)
+    return match is not None and not match.rule.needs_float64
+
+
+NATIVE = {reference.name: reference for reference in references() if is_native(reference)}
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Have nothing computed in float64 that was given in float32."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("torch_klloss") and hasattr(module, "has_digits_to_spare"):
+            monkeypatch.setattr(module, "has_digits_to_spare", lambda x: False)
+
+
+def test_all_families_of_elementary_formulas_are_native():
+    assert {"Normal", "Laplace", "Exponential", "Cauchy", "Pareto", "Uniform", "Poisson", "MultivariateNormal"} <= set(
+        NATIVE
+    )
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize(("name", "regime"), [(name, regime) for name, r in NATIVE.items() for regime in r.regimes])
+def test_values_and_gradients_in_float32_have_the_digits_that_were_promised(name, regime):
+    reference = NATIVE[name]
+    q, p = draw(reference, regime, torch.float32, 100)
+    errors = errors_at(reference, q, p)
+    used = target(reference, torch.float32).used(errors, reference, q, p)
+    assert max(u for u, kl in zip(used, errors.reference, strict=True) if kl == 0 or kl >= SMALL) <= 1
+    assert max(errors.gradient) <= GRADIENT
+    assert not any(value < 0 for value in errors.value)
+    if reference.type_q is reference.type_p:
+        assert not kl_divergence(*reference.build(q, q)).any()
+
+
+@pytest.mark.usefixtures("narrow")
+def test_the_targets_reject_a_formula_that_cancels_near_equality():
+    q, p = draw(NATIVE["Normal"], "near", torch.float32, 50)
+    errors = errors_at(NATIVE["Normal"], q, p, kl=torch_kl, with_gradient=False)
+    assert sum(u > 1 for u in target(NATIVE["Normal"], torch.float32).used(errors, NATIVE["Normal"], q, p)) > 40
