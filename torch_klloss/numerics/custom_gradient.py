@@ -51,7 +51,7 @@ def custom_gradient(partials: Partials, *, event_dims: int = 0) -> Callable[[Val
         def kernel(needs: Sequence[bool], *tensors: Tensor) -> tuple[Tensor, Derivatives]:
             return value(*tensors), partials(needs, *tensors) if any(needs) else [None for _ in tensors]
 
-        return formula_of(kernel, event_dims=event_dims)
+        return formula_of(kernel, event_dims=event_dims, partials=partials)
 
     return decorator
 
@@ -75,7 +75,7 @@ def quick_or_careful(quick: QuickKernel, careful: Kernel) -> Kernel:
     return kernel
 
 
-def formula_of(kernel: Kernel, *, event_dims: int = 0) -> Formula:
+def formula_of(kernel: Kernel, *, event_dims: int = 0, partials: Partials | None = None) -> Formula:
     """Make the formula that a kernel computes.
 
     Args:
@@ -85,16 +85,17 @@ def formula_of(kernel: Kernel, *, event_dims: int = 0) -> Formula:
             parameter that it belongs to. What is computed in float64 is rounded to the dtype of the tensors.
         event_dims: how many of the last dimensions of its tensors the formula takes as one event; it is elementwise in
             all others.
+        partials: the derivatives alone, where the kernel does not need the values for them.
     """
 
     def value(*tensors: Tensor) -> Tensor:
         return kernel([False for _ in tensors], *tensors)[0]
 
     def pull_back(needs: Sequence[bool], grad: Tensor, tensors: Sequence[Tensor]) -> list[Tensor | None]:
-        _, partials = kernel(needs, *tensors)
+        derivatives = kernel(needs, *tensors)[1] if partials is None else partials(needs, *tensors)
         return [
             None if d is None else _unbroadcast(_with_event(grad, event_dims) * d, t)
-            for d, t in zip(partials, tensors, strict=True)
+            for d, t in zip(derivatives, tensors, strict=True)
         ]
 
     def forward(ctx: Any, num_summed: int, *tensors: Tensor) -> Tensor:
@@ -108,11 +109,11 @@ def formula_of(kernel: Kernel, *, event_dims: int = 0) -> Formula:
         if torch.is_grad_enabled():  # a second derivative is wanted: every operation is recorded
             return None, *pull_back(needs, grad, tensors)
         # The first way back writes over what was kept; another, through a retained graph, computes it again.
-        partials, ctx.partials = ctx.partials, None
-        if partials is None:
-            _, partials = evaluate(kernel, needs, tensors, event_dims, 0)
+        derivatives, ctx.partials = ctx.partials, None
+        if derivatives is None:
+            _, derivatives = evaluate(kernel, needs, tensors, event_dims, 0)
         grad = _with_event(grad, event_dims)
-        return None, *[None if d is None else _scaled(d, grad, t) for d, t in zip(partials, tensors, strict=True)]
+        return None, *[None if d is None else _scaled(d, grad, t) for d, t in zip(derivatives, tensors, strict=True)]
 
     def save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
@@ -138,9 +139,8 @@ def formula_of(kernel: Kernel, *, event_dims: int = 0) -> Formula:
     def formula(*tensors: Tensor, num_summed: int = 0) -> Tensor:
         tensors = _in_common_dtype(tensors)
         if is_traced():
-            if is_forward_mode():
-                return sum_last(value(*tensors), num_summed)
-            return sum_last(functional.apply(*tensors), num_summed)
+            is_plain = is_forward_mode() or _is_only_a_value(tensors)
+            return sum_last(value(*tensors) if is_plain else functional.apply(*tensors), num_summed)
         if torch.is_grad_enabled():
             for t in tensors:
                 if t.requires_grad:
@@ -150,6 +150,11 @@ def formula_of(kernel: Kernel, *, event_dims: int = 0) -> Formula:
             return evaluate(kernel, [False for _ in tensors], tensors, event_dims, num_summed)[0]
 
     return formula
+
+
+def _is_only_a_value(tensors: Sequence[Tensor]) -> bool:
+    """Return whether the compiler sees that nobody asks for a derivative; it cannot trace a function of autograd then."""
+    return torch.compiler.is_compiling() and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
 
 def _with_event(grad: Tensor, event_dims: int) -> Tensor:
