@@ -1,6 +1,7 @@
 """Accuracy of the formulas that stay in float32, as accelerators and compiled graphs compute them."""
 
 import sys
+from itertools import compress
 
 import pytest
 import torch
@@ -47,8 +48,9 @@ def test_values_and_gradients_in_float32_have_the_digits_that_were_promised(name
     q, p = draw(reference, regime, torch.float32, 100)
     errors = errors_at(reference, q, p)
     used = target(reference, torch.float32).used(errors, reference, q, p)
-    assert max(u for u, kl in zip(used, errors.reference, strict=True) if kl == 0 or kl >= SMALL) <= 1
-    assert max(errors.gradient) <= GRADIENT
+    is_large = [kl == 0 or kl >= SMALL for kl in errors.reference]
+    assert max(compress(used, is_large)) <= 1
+    assert max(compress(errors.gradient, is_large)) <= GRADIENT
     assert not any(value < 0 for value in errors.value)
     if reference.type_q is reference.type_p:
         assert not kl_divergence(*reference.build(q, q)).any()

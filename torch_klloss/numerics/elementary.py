@@ -123,6 +123,11 @@ def may_be_infinite(x: Tensor) -> bool:
     return is_traced() or not x.is_cpu or not math.isfinite(x.sum().item())
 
 
+def _is_differentiated() -> bool:
+    """Return whether autograd may differentiate what is computed, instead of a hand-written derivative."""
+    return torch.is_grad_enabled() or needs_plain_operations()
+
+
 def sign_of(x: Tensor) -> Tensor:
     """Return 1 or -1, at zero one of them, with the derivative 0."""
     return torch.copysign(x.new_ones(()), x)
@@ -158,8 +163,7 @@ def log_ratio(a: Tensor, b: Tensor, gap: Tensor) -> Tensor:
     they are.
     """
     sign = sign_of(gap)
-    is_differentiated = torch.is_grad_enabled() or needs_plain_operations()  # where a tie must not be split
-    smaller = torch.where(sign > 0, b, a) if is_differentiated else torch.minimum(a, b)
+    smaller = torch.where(sign > 0, b, a) if _is_differentiated() else torch.minimum(a, b)  # a tie must not be split
     return sign * torch.log1p(sign * gap / smaller.clamp_min(tiny(gap)))
 
 
@@ -206,7 +210,11 @@ def lag(x: Tensor, ratio: Tensor) -> Tensor:
     square = s * s
     lead = torch.addcmul(near, square, horner(square, _ARTANH[x.dtype]), value=-2)
     ratio = ratio.clamp_max(largest(x))
-    rest = torch.log(ratio) - torch.log(ratio.clamp(0.5, 2.0))  # a quotient's derivative would not be 0 near 1
+    if _is_differentiated():  # x and 1 + x may be rounded to two sides of a bound
+        far = torch.log(ratio) - torch.log(ratio.detach().clamp(0.5, 2.0))
+        rest = torch.where(near == x, 0.0, far)
+    else:
+        rest = torch.log(ratio / ratio.clamp(0.5, 2.0))
     return torch.addcmul((x - near) - rest, s, lead)
 
 
@@ -232,7 +240,8 @@ def gkl_and_log(a: Tensor, b: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
     The first is a (x - log(1 + x)) with x = (b - a)/a where b is near a, and as written in what b has beyond that.
     """
     least, half = torch.finfo(a.dtype).smallest_normal * torch.finfo(a.dtype).eps, 0.5 * a
-    near_gap, near_b = torch.clamp(gap, -a, half), torch.clamp(b, half, 2 * a)
+    near_gap = torch.clamp(gap, -a, half)
+    near_b = torch.where(near_gap == gap, b, a - near_gap) if _is_differentiated() else torch.clamp(b, half, 2 * a)
     x = -near_gap / a.clamp_min(least)
     s = x / (x + 2)
     square = s * s
