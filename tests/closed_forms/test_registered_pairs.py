@@ -194,6 +194,7 @@ def test_vmap_gives_what_a_loop_gives(pair):
     parameters = pair.parameters((3,), (3,))
     loop = torch.stack([pair.kl(*(t[i] for t in parameters)) for i in range(3)])
     torch.testing.assert_close(torch.func.vmap(pair.kl)(*parameters), loop, rtol=1e-12, atol=1e-14)
+    assert torch.func.vmap(pair.kl)(*pair.parameters((3,), (3,), torch.float32)).dtype == torch.float32
 
 
 @every_pair

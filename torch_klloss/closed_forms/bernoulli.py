@@ -12,7 +12,8 @@ from torch_klloss.closed_forms.registry import register_kl
 from torch_klloss.closed_forms.trials import careful_trial, quick_trial
 from torch_klloss.distributions.given import GIVEN, Given, both_as_given
 from torch_klloss.numerics.blocks import Derivatives
-from torch_klloss.numerics.custom_gradient import formula_of, quick_or_careful
+from torch_klloss.numerics.custom_gradient import formula_of
+from torch_klloss.numerics.quick_kernels import quick_or_careful
 
 
 def _quick(given: Given, needs: Sequence[bool], q: Tensor, p: Tensor) -> tuple[Tensor, Derivatives] | None:

@@ -13,9 +13,10 @@ from torch_klloss.closed_forms.registry import register_kl
 from torch_klloss.closed_forms.trials import Trial, careful_trial, quick_trial
 from torch_klloss.distributions.given import GIVEN, Given, both_as_given
 from torch_klloss.numerics.blocks import Derivatives
-from torch_klloss.numerics.custom_gradient import formula_of, quick_or_careful
+from torch_klloss.numerics.custom_gradient import formula_of
 from torch_klloss.numerics.dimensions import sum_last
 from torch_klloss.numerics.elementary import may_fall_to
+from torch_klloss.numerics.quick_kernels import quick_or_careful
 from torch_klloss.numerics.tracing import is_traced
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -191,10 +190,15 @@ def _recorded(formula: Formula, partials: Partials) -> Callable[[Tensor, Tensor]
     return kl
 
 
-_FORMULAS: dict[Given, tuple[Formula, Partials]] = {
-    given: (_probs_kl, _probs_partials)
-    if all(given)
-    else (partial(_logits_kl, given), partial(_logits_partials, given))
-    for given in GIVEN
-}
+def _from_logits(given: Given) -> tuple[Formula, Partials]:
+    def formula(q_param: Tensor, p_param: Tensor, series: bool) -> Tensor:
+        return _logits_kl(given, q_param, p_param, series)
+
+    def partials(q_param: Tensor, p_param: Tensor, kl: Tensor, series: bool) -> tuple[Tensor, Tensor]:
+        return _logits_partials(given, q_param, p_param, kl, series)
+
+    return formula, partials
+
+
+_FORMULAS = {given: (_probs_kl, _probs_partials) if all(given) else _from_logits(given) for given in GIVEN}
 _RECORDED = {given: _recorded(*formulas) for given, formulas in _FORMULAS.items()}

@@ -9,21 +9,16 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from torch_klloss.closed_forms.registry import register_kl
-from torch_klloss.numerics.custom_gradient import (
-    Formula,
-    Partials,
-    QuickKernel,
-    custom_gradient,
-    formula_of,
-    quick_or_careful,
-)
+from torch_klloss.numerics.custom_gradient import Formula, Kernel, Partials, formula_of, kernel_of
+from torch_klloss.numerics.quick_kernels import Direct, Quick, direct_or_careful, quick_or_careful
 
 
 def register_formula(
     cls: type[Distribution],
     *names: str,
     partials: Partials | None = None,
-    quick: QuickKernel | None = None,
+    quick: Quick | None = None,
+    direct: Direct | None = None,
     event_dims: int = 0,
     needs_float64: bool = False,
 ) -> Callable[[Any], Formula]:
@@ -38,16 +33,18 @@ def register_formula(
         partials: the derivatives by all parameters, as `custom_gradient` takes them; without them the function is a
             kernel, which takes the flags first and returns them too.
         quick: a kernel for parameters that are not at their ends, as `quick_or_careful` takes it.
+        direct: a kernel for terms that do not cancel, as `direct_or_careful` takes it.
         event_dims: how many of the last dimensions of the parameters make up an event.
         needs_float64: whether it computes in float64 on every device.
     """
 
     def decorator(function: Any) -> Formula:
-        if partials is None:
-            kernel = function if quick is None else quick_or_careful(quick, function)
-            formula = formula_of(kernel, event_dims=event_dims)
-        else:
-            formula = custom_gradient(partials, event_dims=event_dims)(function)
+        kernel: Kernel = function if partials is None else kernel_of(function, partials)
+        if quick is not None:
+            kernel = quick_or_careful(quick, kernel)
+        if direct is not None:
+            kernel = direct_or_careful(direct, kernel)
+        formula = formula_of(kernel, event_dims=event_dims, partials=partials)
 
         def summed(q: Distribution, p: Distribution, num_summed: int) -> Tensor:
             return formula(*_parameters(q, names), *_parameters(p, names), num_summed=num_summed)

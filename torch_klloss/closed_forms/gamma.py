@@ -4,27 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.distributions import Gamma
 
-from torch_klloss.closed_forms.registry import register_kl
-from torch_klloss.numerics.custom_gradient import custom_gradient
-from torch_klloss.numerics.elementary import common_dtype, has_float64, isd_from_gap, log_ratio
+from torch_klloss.closed_forms.formula import register_formula
+from torch_klloss.numerics.blocks import Derivatives
+from torch_klloss.numerics.elementary import has_float64, isd_from_gap, log_ratio
 from torch_klloss.numerics.error_free import product_error
 from torch_klloss.numerics.lgamma import binet_digamma_difference, binet_trigamma, bregman
 
 
-@register_kl(Gamma, Gamma)
-def _gamma_gamma(q: Gamma, p: Gamma) -> Tensor:
-    """αp (m - 1 - log m) + B(αp, αq), with m the ratio of the means and B of `bregman`: two terms, each ≥ 0.
-
-    Computed in float64, whatever the dtype of the parameters.
-
-    References:
-        *Rényi divergence measures for commonly used univariate continuous distributions* (Gil, Alajaji and Linder,
-        2013), for the KL that this rearranges.
-    """
-    return _kl(q.concentration, q.rate, p.concentration, p.rate)
+def _direct(
+    needs: Sequence[bool], q_shape: Tensor, q_rate: Tensor, p_shape: Tensor, p_rate: Tensor
+) -> tuple[Tensor, Derivatives, Tensor]:
+    """Log Γ(αp)/Γ(αq) + (αq - αp) ψ(αq) - αp log r + αq (r - 1) of the ratio r of the rates."""
+    ratio, step, digamma = p_rate / q_rate, q_shape - p_shape, torch.digamma(q_shape)
+    log_ratio = torch.log(ratio)
+    terms = torch.lgamma(p_shape), -torch.lgamma(q_shape), step * digamma, -p_shape * log_ratio, q_shape * (ratio - 1)
+    size = sum((t.abs() for t in terms), p_shape + q_shape * ratio)
+    gap_over_rate = (q_shape * p_rate - p_shape * q_rate) / q_rate
+    derivatives = (
+        step * binet_trigamma(q_shape) + gap_over_rate / q_shape if needs[0] else None,
+        -gap_over_rate / q_rate if needs[1] else None,
+        torch.digamma(p_shape) - digamma - log_ratio if needs[2] else None,
+        gap_over_rate / p_rate if needs[3] else None,
+    )
+    return sum(terms[1:], terms[0]), derivatives, size
 
 
 def _partials(
@@ -42,11 +48,18 @@ def _partials(
     return by_q_shape, by_q_rate, by_p_shape, by_p_rate
 
 
-@custom_gradient(_partials)
+@register_formula(Gamma, "concentration", "rate", partials=_partials, direct=_direct, needs_float64=True)
 def _kl(q_shape: Tensor, q_rate: Tensor, p_shape: Tensor, p_rate: Tensor) -> Tensor:
+    """αp (m - 1 - log m) + B(αp, αq), with m the ratio of the means and B of `bregman`: two terms, each ≥ 0.
+
+    Computed in float64, whatever the dtype of the parameters.
+
+    References:
+        *Rényi divergence measures for commonly used univariate continuous distributions* (Gil, Alajaji and Linder,
+        2013), for the KL that this rearranges.
+    """
     alpha_q, alpha_p = q_shape.double(), p_shape.double()
-    kl = alpha_p * isd_from_gap(*_means(q_shape, q_rate, p_shape, p_rate)) + bregman(alpha_p, alpha_q)
-    return kl.to(common_dtype(q_shape, q_rate, p_shape, p_rate))
+    return alpha_p * isd_from_gap(*_means(q_shape, q_rate, p_shape, p_rate)) + bregman(alpha_p, alpha_q)
 
 
 def _means(q_shape: Tensor, q_rate: Tensor, p_shape: Tensor, p_rate: Tensor) -> tuple[Tensor, Tensor, Tensor]:

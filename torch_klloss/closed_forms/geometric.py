@@ -14,8 +14,9 @@ from torch_klloss.closed_forms.registry import register_kl
 from torch_klloss.closed_forms.trials import BOUND, HUGE, LARGEST, careful_trial, log_odds, quick_trial, shift_between
 from torch_klloss.distributions.given import GIVEN, Given, both_as_given
 from torch_klloss.numerics.blocks import Derivatives
-from torch_klloss.numerics.custom_gradient import formula_of, quick_or_careful
+from torch_klloss.numerics.custom_gradient import formula_of
 from torch_klloss.numerics.elementary import above_minus_one, log_ratio, may_fall_to, sign_of
+from torch_klloss.numerics.quick_kernels import quick_or_careful
 
 _FAR = 40.0  # between log-odds, so far that a difference of their functions keeps its digits
 
@@ -65,8 +66,8 @@ def _careful(given: Given, needs: Sequence[bool], q: Tensor, p: Tensor) -> tuple
         return one.value * trials, (by_q, None if one.by_p is None else one.by_p * trials)
     root = torch.exp((-q / 2).clamp(max=LARGEST[q.dtype]))  # of the mean number of failures, which may overflow
     by_q = _log_failures(given, q, p) * root * root if needs[0] else None
-    value, by_p = (x if x is None else torch.addcmul(x, x * root, root) for x in (one.value, one.by_p))
-    return value, (by_q, by_p)
+    by_p = None if one.by_p is None else torch.addcmul(one.by_p, one.by_p * root, root)
+    return torch.addcmul(one.value, one.value * root, root), (by_q, by_p)
 
 
 KL = {given: formula_of(quick_or_careful(partial(_quick, given), partial(_careful, given))) for given in GIVEN}

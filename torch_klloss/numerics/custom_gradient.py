@@ -17,13 +17,12 @@ from torch import Tensor
 
 from torch_klloss.numerics.blocks import Derivatives, evaluate
 from torch_klloss.numerics.dimensions import sum_last
-from torch_klloss.numerics.elementary import common_dtype, has_digits_to_spare, may_be_infinite
+from torch_klloss.numerics.elementary import common_dtype
 from torch_klloss.numerics.tracing import is_forward_mode, is_traced
 
 Value = Callable[..., Tensor]
 Partials = Callable[..., Derivatives]
 Kernel = Callable[..., tuple[Tensor, Derivatives]]
-QuickKernel = Callable[..., "tuple[Tensor, Derivatives] | None"]
 
 
 class Formula(Protocol):
@@ -48,29 +47,16 @@ def custom_gradient(partials: Partials, *, event_dims: int = 0) -> Callable[[Val
     """
 
     def decorator(value: Value) -> Formula:
-        def kernel(needs: Sequence[bool], *tensors: Tensor) -> tuple[Tensor, Derivatives]:
-            return value(*tensors), partials(needs, *tensors) if any(needs) else [None for _ in tensors]
-
-        return formula_of(kernel, event_dims=event_dims, partials=partials)
+        return formula_of(kernel_of(value, partials), event_dims=event_dims, partials=partials)
 
     return decorator
 
 
-def quick_or_careful(quick: QuickKernel, careful: Kernel) -> Kernel:
-    """Return a kernel that is quick where it can be, and careful at the ends of parameters.
-
-    Args:
-        quick: computes in float64 what was given in float32, where that has digits to spare. What it returns is taken
-            if every value is finite; it may be None otherwise, or wrong.
-        careful: computes everything else, in the dtype of its tensors.
-    """
+def kernel_of(value: Value, partials: Partials) -> Kernel:
+    """Return the kernel that computes values and derivatives apart."""
 
     def kernel(needs: Sequence[bool], *tensors: Tensor) -> tuple[Tensor, Derivatives]:
-        if not has_digits_to_spare(tensors[0]):
-            return careful(needs, *tensors)
-        wide = [t.double() for t in tensors]
-        found = quick(needs, *wide)
-        return careful(needs, *wide) if found is None or may_be_infinite(found[0]) else found
+        return value(*tensors), partials(needs, *tensors) if any(needs) else [None for _ in tensors]
 
     return kernel
 
@@ -89,7 +75,8 @@ def formula_of(kernel: Kernel, *, event_dims: int = 0, partials: Partials | None
     """
 
     def value(*tensors: Tensor) -> Tensor:
-        return kernel([False for _ in tensors], *tensors)[0]
+        result = kernel([False for _ in tensors], *tensors)[0]
+        return result if result.dtype is tensors[0].dtype else result.to(tensors[0].dtype)
 
     def pull_back(needs: Sequence[bool], grad: Tensor, tensors: Sequence[Tensor]) -> list[Tensor | None]:
         derivatives = kernel(needs, *tensors)[1] if partials is None else partials(needs, *tensors)
@@ -153,7 +140,7 @@ def formula_of(kernel: Kernel, *, event_dims: int = 0, partials: Partials | None
 
 
 def _is_only_a_value(tensors: Sequence[Tensor]) -> bool:
-    """Return whether the compiler sees that nobody asks for a derivative; it cannot trace a function of autograd then."""
+    """Return whether the compiler sees that nobody asks for a derivative: it traces no function of autograd then."""
     return torch.compiler.is_compiling() and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
 

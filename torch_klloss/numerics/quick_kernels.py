@@ -1,0 +1,69 @@
+"""Kernels that take a quick way where it has the digits, and a careful one elsewhere.
+
+What was given in float32 has half of its digits to spare in float64, on the CPU and in eager mode. There a formula may
+be computed as it is written, unless that cancels or a parameter is at its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from torch_klloss.numerics.blocks import Derivatives
+from torch_klloss.numerics.custom_gradient import Kernel
+from torch_klloss.numerics.elementary import has_digits_to_spare, may_be_infinite
+
+Quick = Callable[..., "tuple[Tensor, Derivatives] | None"]
+Direct = Callable[..., tuple[Tensor, Derivatives, Tensor]]
+
+LOST = 1e-8  # of the terms of a sum: what is smaller has lost half of float64's digits
+
+
+def quick_or_careful(quick: Quick, careful: Kernel) -> Kernel:
+    """Return a kernel that is quick where it can be, and careful at the ends of parameters.
+
+    Args:
+        quick: computes in float64. What it returns is taken if every value is finite; it may be None otherwise, or
+            wrong.
+        careful: computes everything else, in the dtype of its tensors.
+    """
+
+    def kernel(needs: Sequence[bool], *tensors: Tensor) -> tuple[Tensor, Derivatives]:
+        if not has_digits_to_spare(tensors[0]):
+            return careful(needs, *tensors)
+        wide = [t.double() for t in tensors]
+        found = quick(needs, *wide)
+        return careful(needs, *wide) if found is None or may_be_infinite(found[0]) else found
+
+    return kernel
+
+
+def direct_or_careful(direct: Direct, careful: Kernel) -> Kernel:
+    """Return a kernel that takes a sum as it is written, and is careful with the elements where terms cancel.
+
+    Args:
+        direct: computes in float64: the values, the derivatives, each in the full shape and in memory of its own, and
+            the sum of the terms' sizes, `[*dims]`.
+        careful: computes everything else, in the dtype of its tensors.
+    """
+
+    def kernel(needs: Sequence[bool], *tensors: Tensor) -> tuple[Tensor, Derivatives]:
+        if not has_digits_to_spare(tensors[0]):
+            return careful(needs, *tensors)
+        tensors = torch.broadcast_tensors(*(t.double() for t in tensors))
+        value, derivatives, size = direct(needs, *tensors)
+        lost = ~(value >= LOST * size)  # NaN as well
+        count = int(lost.sum())
+        if 2 * count > lost.numel():
+            return careful(needs, *tensors)
+        if count:
+            again, slopes = careful(needs, *(t[lost] for t in tensors))
+            value[lost] = again
+            for derivative, slope in zip(derivatives, slopes, strict=True):
+                if derivative is not None and slope is not None:
+                    derivative[lost] = slope
+        return value, derivatives
+
+    return kernel
