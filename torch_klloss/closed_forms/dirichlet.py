@@ -10,11 +10,20 @@ from torch import Tensor
 from torch.distributions import Dirichlet
 
 from torch_klloss.closed_forms.formula import register_formula
+from torch_klloss.numerics.blocks import Derivatives
 from torch_klloss.numerics.elementary import at_least, isd_from_gap, log_ratio
-from torch_klloss.numerics.lgamma import SHIFT, binet_digamma_difference, binet_trigamma, bregman, stirling_bregman
+from torch_klloss.numerics.lgamma import (
+    SHIFT,
+    binet_digamma_difference,
+    binet_trigamma,
+    bregman,
+    stirling_bregman,
+    trigamma,
+)
 
 
-def _partials(needs: Sequence[bool], q: Tensor, p: Tensor) -> Sequence[Tensor | None]:
+def partials(needs: Sequence[bool], q: Tensor, p: Tensor) -> Sequence[Tensor | None]:
+    """Return the derivatives of `value`."""
     by_q = by_p = None
     q, p = q.double(), p.double()
     gap = p - q
@@ -28,8 +37,23 @@ def _partials(needs: Sequence[bool], q: Tensor, p: Tensor) -> Sequence[Tensor | 
     return by_q, by_p
 
 
-@register_formula(Dirichlet, "concentration", partials=_partials, event_dims=1, needs_float64=True)
-def kl(q: Tensor, p: Tensor) -> Tensor:
+def direct(needs: Sequence[bool], q: Tensor, p: Tensor) -> tuple[Tensor, Derivatives, Tensor]:
+    """Σ log Γ(pᵢ)/Γ(qᵢ) - log Γ(T)/Γ(S) + Σ (qᵢ - pᵢ) (ψ(qᵢ) - ψ(S)), with S and T the sums of q and p."""
+    step, q_total, p_total = q - p, q.sum(-1), p.sum(-1)
+    of_each, of_total = torch.digamma(q), torch.digamma(q_total)
+    weights = step * (of_each - of_total.unsqueeze(-1))
+    logs = torch.lgamma(p), torch.lgamma(q), torch.lgamma(p_total), torch.lgamma(q_total)
+    kl = (logs[0] - logs[1] + weights).sum(-1) - (logs[2] - logs[3])
+    size = (logs[0].abs() + logs[1].abs() + weights.abs()).sum(-1) + (logs[2].abs() + logs[3].abs())
+    by_q = by_p = None
+    if needs[0]:
+        by_q = step * trigamma(q) - (step.sum(-1) * trigamma(q_total)).unsqueeze(-1)
+    if needs[1]:
+        by_p = torch.digamma(p) - of_each - (torch.digamma(p_total) - of_total).unsqueeze(-1)
+    return kl, (by_q, by_p), size
+
+
+def value(q: Tensor, p: Tensor) -> Tensor:
     """S KL(mean of p‖mean of q) + Σ B(pᵢ, qᵢ) - B(S, T), with S and T the sums of p and q and B of `bregman`.
 
     The last term nearly equals the one of p's largest component, and is subtracted from it before either is rounded.
@@ -40,8 +64,13 @@ def kl(q: Tensor, p: Tensor) -> Tensor:
         2013), for the KL that this rearranges.
     """
     rest, top = _split(*(t.double().movedim(-1, 0) for t in torch.broadcast_tensors(q, p)))
-    value = bregman(rest.p, rest.q).sum(0) + _means_and_top(rest, top)
-    return at_least(value, 0.0)
+    return at_least(bregman(rest.p, rest.q).sum(0) + _means_and_top(rest, top), 0.0)
+
+
+kl = register_formula(Dirichlet, "concentration", partials=partials, direct=direct, event_dims=1, needs_float64=True)(
+    value
+)
+"""The KL of two Dirichlets, from their concentrations."""
 
 
 class _Pair(NamedTuple):

@@ -151,9 +151,14 @@ def _with_event(grad: Tensor, event_dims: int) -> Tensor:
 
 def _scaled(derivative: Tensor, grad: Tensor, parameter: Tensor) -> Tensor:
     """Return the gradient to a parameter, written over its derivative where that has its size."""
-    if derivative.shape == parameter.shape and derivative is not parameter:
+    if derivative.shape == parameter.shape and derivative is not parameter and _broadcasts_to(grad, derivative):
         return derivative.mul_(grad)
     return _unbroadcast(derivative * grad, parameter)
+
+
+def _broadcasts_to(x: Tensor, like: Tensor) -> bool:
+    missing = like.dim() - x.dim()
+    return missing >= 0 and all(n == 1 or n == m for n, m in zip(x.shape, like.shape[missing:], strict=True))
 
 
 def _unbroadcast(grad: Tensor, like: Tensor) -> Tensor:

@@ -106,6 +106,11 @@ def binet_trigamma(x: Tensor) -> Tensor:
     return torch.where(small, steps, 0.0) + _trigamma_rest(far)
 
 
+def trigamma(x: Tensor) -> Tensor:
+    """Return ψ'(x) to nine digits, which is what torch has of it."""
+    return torch.polygamma(1, x)
+
+
 def _trigamma_rest(x: Tensor) -> Tensor:
     """Return ψ'(x) - 1/x for x ≥ 4: 1/(2x²) + S''(x)."""
     r = x.reciprocal()
