@@ -10,13 +10,17 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, OneHotCategorical
 
-from torch_klloss.closed_forms.categorical_blocks import Formula, Partials, kl_in_blocks
 from torch_klloss.closed_forms.registry import register_kl
 from torch_klloss.distributions.given import GIVEN, Given, both_as_given
 from torch_klloss.numerics.custom_gradient import custom_gradient
 from torch_klloss.numerics.elementary import common_dtype, e2, gkl, has_float64, log_ratio
 from torch_klloss.numerics.error_free import difference_error
-from torch_klloss.numerics.tracing import is_traced
+from torch_klloss.numerics.logit_sides import Dense
+from torch_klloss.numerics.softmax_divergence import divergence_of_logits
+from torch_klloss.numerics.softmax_pairs import KL
+
+Formula = Callable[[Tensor, Tensor, bool], Tensor]
+Partials = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
 
 _SMALL = 0.1  # a KL; below it the classes where q and p are far apart cannot hold all the mass
 _TINY = 1e-290
@@ -39,10 +43,10 @@ def _categorical_categorical(q: Categorical, p: Categorical) -> Tensor:
             f"q and p must have the same number of classes, got {q_param.shape[-1]} and {p_param.shape[-1]}; give the "
             "classes that one of them lacks a probability of 0 (a logit of -inf)."
         )
-    if is_traced() or not q_param.is_cpu:
-        return _RECORDED[given](q_param, p_param).squeeze(-1)
-    formula, partials = _FORMULAS[given]
-    return kl_in_blocks(q_param, p_param, formula, partials, are_logits=not any(given))
+    if any(given):
+        return _RECORDED[given](*torch.broadcast_tensors(q_param, p_param)).squeeze(-1)
+    q_logits, p_logits = torch.broadcast_tensors(q_param, p_param)
+    return divergence_of_logits(Dense(q_logits), Dense(p_logits), KL)
 
 
 @register_kl(OneHotCategorical, OneHotCategorical)
@@ -191,10 +195,10 @@ def _recorded(formula: Formula, partials: Partials) -> Callable[[Tensor, Tensor]
     return kl
 
 
-_FORMULAS: dict[Given, tuple[Formula, Partials]] = {
-    given: (_probs_kl, _probs_partials)
+_RECORDED = {
+    given: _recorded(_probs_kl, _probs_partials)
     if all(given)
-    else (partial(_logits_kl, given), partial(_logits_partials, given))
+    else _recorded(partial(_logits_kl, given), partial(_logits_partials, given))
     for given in GIVEN
+    if any(given)
 }
-_RECORDED = {given: _recorded(*formulas) for given, formulas in _FORMULAS.items()}
