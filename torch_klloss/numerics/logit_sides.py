@@ -9,6 +9,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+Reduce: TypeAlias = Callable[[Tensor], Tensor]
+
 _PANEL = 2**19  # logits of a head that exist at once on the CPU; elsewhere this part of them:
 _PARTS = 16
 

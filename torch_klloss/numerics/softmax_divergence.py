@@ -5,20 +5,17 @@ The logits are tensors, or products of hidden states and the weight of a head, w
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torch_klloss.numerics.elementary import common_dtype
-from torch_klloss.numerics.logit_sides import Dense, Gradient, Side, add_to_tensors, panels
+from torch_klloss.numerics.logit_sides import Dense, Gradient, Reduce, Side, add_to_tensors, panels
 from torch_klloss.numerics.softmax_pairs import Arithmetic, Terms, derivatives, rows_of
 from torch_klloss.numerics.softmax_tiles import Computed, Problem, compute, write_derivatives
 from torch_klloss.numerics.tracing import is_forward_mode, is_func_transformed, needs_plain_operations
-
-Reduce: TypeAlias = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -153,9 +150,9 @@ def _pull_back(
     assert rows is not None
     a, b = q.panel(rows), p.panel(rows)
     needed = [any(s.is_needed for s in sums) for sums in (by_q, by_p)]
-    outs = tuple(torch.empty_like(t) if need else None for t, need in zip((a, b), needed, strict=True))  # type: ignore[assignment]
-    write_derivatives(a, b, None, computed, grad, plan.problem, *outs)
-    for side, sums, out in zip((q, p), (by_q, by_p), outs, strict=True):
+    by_a, by_b = (torch.empty_like(t) if need else None for t, need in zip((a, b), needed, strict=True))
+    write_derivatives(a, b, None, computed, grad, plan.problem, by_a, by_b)
+    for side, sums, out in zip((q, p), (by_q, by_p), (by_a, by_b), strict=True):
         if out is not None:
             add_to_tensors(side, sums, rows, out if plan.keep is None else torch.where(plan.keep[rows], out, 0.0))
 
