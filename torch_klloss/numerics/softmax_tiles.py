@@ -28,7 +28,8 @@ from torch_klloss.numerics.softmax_pairs import (
 )
 
 _TILE = 2**15  # numbers of one tensor of a tile, so that a handful of its tensors fit into the cache of a core
-_CAREFUL_TILE = 2**13  # of the careful formula, which has three times as many tensors
+_BYTES = 2**17  # of such a tensor
+_CAREFUL_TILE = 2**12  # numbers of a tile of the careful formula, which has many more tensors, in float64
 _SHARE = 2**8  # of the logits, which are so many tiles elsewhere than on the CPU
 _FEWEST = 256  # classes from which on their roundings average out in float32
 _SPREAD = 2.0**-5  # the largest probability of a row whose roundings average out
@@ -267,7 +268,7 @@ def _quick(a: Tensor, b: Tensor, index: Tensor | None, problem: Problem, dtype: 
     tops = [tops_of(t, index, problem, torch.float64) for t in (a, b)]
     q_top, p_top = (_shift(top, dtype) for top in tops)
     sums = [torch.zeros_like(q_top) for _ in range(4)]
-    for tile in tiles_of(a, index, _TILE):
+    for tile in tiles_of(a, index, _BYTES // dtype.itemsize):
         _add(sums, tile.place, _sums(tile, a, b, q_top, p_top, problem, dtype))
     q_total, p_total, q_first, p_first = problem.total(torch.stack(sums))
     log_norm, offset = torch.log(p_total / q_total), p_top - q_top
@@ -351,7 +352,7 @@ def _write_quick(
     q_mean, p_mean = ((rows.centre + t) / problem.scale + offset for t in (-rows.by_q, rows.by_p))
     q_share, p_share = g / rows.q_total, g / rows.p_total
     factors = torch.stack((q_mean, p_mean, q_share, p_share)).to(dtype)
-    for tile in tiles_of(a, index, _TILE):
+    for tile in tiles_of(a, index, _BYTES // dtype.itemsize):
         q, p, ratio = _weights(tile, a, b, rows.q_top, rows.p_top, problem, dtype)
         q_mean, p_mean, q_share, p_share = factors[:, tile.place]
         q.mul_(q_share)
@@ -378,7 +379,7 @@ def _add_mixed_terms(
 ) -> Rows:
     """Return the rows with the terms, and with the means of the scores in `q_score` and `p_score`."""
     sums = [torch.zeros_like(rows.q_top) for _ in range(4)]
-    for tile in tiles_of(a, index, _TILE // 2):
+    for tile in tiles_of(a, index, _BYTES // dtype.itemsize // 2):
         q, p, *each = _scores(tile, a, b, rows, problem, dtype)
         _add(sums, tile.place, tuple((w * t).sum(-1, keepdim=True) for w, t in zip((q, p, q, p), each, strict=True)))
     by_q, by_p, q_score, p_score = problem.total(torch.stack(sums))
@@ -420,7 +421,7 @@ def _write_mixed(
     by_a: Tensor | None, by_b: Tensor | None,
 ) -> None:  # fmt: skip
     grad = grad * problem.scale
-    for tile in tiles_of(a, index, _TILE // 2):
+    for tile in tiles_of(a, index, _BYTES // dtype.itemsize // 2):
         q, p, _, _, q_score, p_score = _scores(tile, a, b, rows, problem, dtype)
         q_mean, p_mean, g = (t[tile.place].to(dtype) for t in (rows.q_score, rows.p_score, grad))
         if by_a is not None:
