@@ -122,6 +122,21 @@ def test_a_column_that_both_mask_drops_out_and_one_that_the_student_masks_is_inf
         assert grads_of(torch.where(value == math.inf, value * 0.5, value).sum(), student)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("least", [-math.inf, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("num_classes", [5, 600])
+def test_a_mixture_is_finite_where_only_one_side_has_a_class(num_classes, least):
+    teacher, student = torch.randn(3, num_classes), torch.randn(3, num_classes)
+    teacher[:, 1], student[:, 3] = least, least
+    for divergence in (JensenShannon(0.1), SkewKL(0.1), SkewKL(0.1, reverse=True)):
+        right = by_definition(divergence, teacher.clamp(min=-500), student.clamp(min=-500))
+        found = DistillationLoss(divergence, reduction="none")(student=student, teacher=teacher)
+        torch.testing.assert_close(found.double(), right, rtol=2e-6, atol=0)
+        terms = divergence.terms if divergence.terms.by_q else Terms(divergence.terms.by_p, divergence.terms.p_mix)
+        a, b = (teacher, student) if divergence.terms.by_q else (student, teacher)
+        single = rows_of(a, b, Arithmetic(), terms).value(terms).squeeze(-1)
+        torch.testing.assert_close(single.double(), right, rtol=2e-6, atol=0)
+
+
 @DIVERGENCES
 @pytest.mark.parametrize("fill", [math.nan, math.inf, 1e10])
 def test_padding_of_any_content_changes_no_bit(divergence, fill):
@@ -210,7 +225,7 @@ def test_nothing_valid_is_a_zero_on_the_graph_where_nothing_is_divided_by():
         value = loss(student=student, teacher=torch.randn(2, 3, 9), mask=mask, **options).sum()
         assert value == 0
         assert (grads_of(value, student)[0] == 0).all()
-    with pytest.raises(ValueError, match="no token of the batch is valid.*normalizer="):
+    with pytest.raises(ValueError, match=r"no token of the batch is valid.*normalizer="):
         DistillationLoss()(student=student, teacher=torch.randn(2, 3, 9), mask=mask)
 
 

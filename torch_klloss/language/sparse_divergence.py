@@ -52,7 +52,7 @@ def sparse_divergence(
     known = _known(teacher, picked)
     terms = divergence.terms
     if teacher.tail == "bucket":
-        tail = _tail(teacher, known, picked[..., -1:], terms)
+        tail = _tail(teacher, known, student.num_classes, terms)
         known = torch.cat((known, tail), -1)
     else:
         picked = picked[..., :-1]
@@ -63,7 +63,7 @@ def _known(teacher: SparseTeacher, like: Tensor) -> Tensor:
     return torch.where(teacher.valid, teacher.log_probs.to(like.dtype), -torch.inf)
 
 
-def _tail(teacher: SparseTeacher, known: Tensor, rest: Tensor, terms: Terms) -> Tensor:
+def _tail(teacher: SparseTeacher, known: Tensor, num_classes: int, terms: Terms) -> Tensor:
     """Return the logarithm of the teacher's tail mass.
 
     Where the mass has rounded to nothing, and the divergence would be infinite, it counts as half of its rounding.
@@ -72,8 +72,9 @@ def _tail(teacher: SparseTeacher, known: Tensor, rest: Tensor, terms: Terms) -> 
     tail = torch.log(-torch.expm1(mass))
     if terms.by_p and terms.p_mix == 1:
         least = torch.tensor(torch.finfo(teacher.log_probs.dtype).eps / 2).log().item()
-        tail = torch.where((rest == -torch.inf) | (tail > -torch.inf), tail, least)
-    return tail
+        tail = torch.where(tail > -torch.inf, tail, least)
+    is_whole = teacher.valid.sum(-1, keepdim=True) >= num_classes  # where the sum of all rounds to less than one
+    return torch.where(is_whole, -torch.inf, tail)
 
 
 def _sampled(student: OneSide, teacher: SampledTeacher, temperature: float, keep: Tensor | None) -> Found:

@@ -171,12 +171,13 @@ def sums_of_terms(w: Weights, a: Tensor, b: Tensor, rows: Rows, terms: Terms) ->
 
 
 def _sums_of_term(q: Tensor, p: Tensor, z: Tensor, mix: float, missed: Tensor) -> tuple[Tensor, ...]:
-    """Return the sums of q (exp ζ - 1 - ζ) and q ζ, of p far from q, of the missed classes; a mixture's means."""
+    """Return the sums of q (exp ζ - 1 - ζ), q (exp ζ - 1), of p far from q, of the missed classes; a mixture's means."""
     mixture, log_ratio, gap, score = _mixed(q, p, z, mix) if mix != 1 else (p, z, z, z)
     is_near = log_ratio.abs() < 1
-    terms = torch.where(is_near, q * _e2(log_ratio.clamp(-1, 1)), (mixture - q) - q * log_ratio)
+    near = q * _e2(log_ratio.clamp(-1, 1))
+    terms = torch.where(is_near, near, (mixture - q) - q * log_ratio)
     if mix == 1:
-        parts = terms, q * z, torch.where(is_near, 0.0, p), missed.to(q.dtype)
+        parts = terms, torch.where(is_near, near + q * z, p - q), torch.where(is_near, 0.0, p), missed.to(q.dtype)
     else:
         parts = terms, torch.zeros_like(q), p * gap, q * score
     return tuple(t.sum(-1, keepdim=True) for t in parts)
@@ -191,28 +192,30 @@ def _mixed(q: Tensor, p: Tensor, z: Tensor, mix: float) -> tuple[Tensor, ...]:
 
 def rows_of_sums(sums: tuple[Tensor, ...], rows: Rows, terms: Terms) -> Rows:
     """Return the rows with their two terms; after a KL also with the centre that it leads to."""
-    by_q, q_first, q_gap, q_score, by_p, p_first, p_gap, p_score = sums
+    by_q, q_excess, q_gap, q_score, by_p, p_excess, p_gap, p_score = sums
     centre = rows.centre
     if terms.by_p and terms.p_mix == 1:
-        by_p = _kl(by_p, p_first, p_gap, rows.is_small)
-        centre = rows.centre - (p_first + by_p)
+        by_p, error = _kl(by_p, p_excess, p_gap, rows.is_small)
+        centre = rows.centre - error
         by_p = _infinite_where(p_score > 0, by_p)
     if terms.by_q and terms.q_mix == 1:
-        by_q = _kl(by_q, q_first, q_gap, rows.is_small)
-        centre = rows.centre + (q_first + by_q)
+        by_q, error = _kl(by_q, q_excess, q_gap, rows.is_small)
+        centre = rows.centre + error
         by_q = _infinite_where(q_score > 0, by_q)
     return rows._replace(
         centre=centre, by_q=by_q, by_p=by_p, q_gap=q_gap, q_score=q_score, p_gap=p_gap, p_score=p_score
     )
 
 
-def _kl(second: Tensor, first: Tensor, far: Tensor, is_small: Tensor) -> Tensor:
-    """Return the KL from S₂ = Σ q (exp z - 1 - z) and S₁ = Σ q z, whatever constant z is off by.
+def _kl(terms: Tensor, excess: Tensor, far: Tensor, is_small: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the KL from S = Σ q (exp z - 1 - z) and X = Σ q (exp z - 1), and the constant c that z is off by.
 
-    With p itself in place of q exp z in the far classes, whose mass is P: exp(KL + S₁)(1 - P) = 1 + S₁ + S₂ - P.
+    With p itself in place of q exp z in the far classes, whose mass is P, exp(c)(1 - P) = 1 + X - P. The KL is
+    S - X + c.
     """
     far = torch.where(is_small > 0, far, 0.0)
-    return second - _x_minus_log1p(first + second - far) + _x_minus_log1p(-far)
+    near = excess - far
+    return terms - _x_minus_log1p(near) + _x_minus_log1p(-far), torch.log1p(near) - torch.log1p(-far)
 
 
 def _infinite_where(missed: Tensor, value: Tensor) -> Tensor:

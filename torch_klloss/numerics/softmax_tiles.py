@@ -116,6 +116,8 @@ def _is_worth_it(a: Tensor, dtype: torch.dtype, problem: Problem) -> bool:
     """Return whether a difference in the dtype is worth trying."""
     if dtype == torch.float64:
         return a.dtype != torch.float64
+    if problem.is_sharded:  # the shards must all try the same, whatever their size
+        return False
     is_power = math.frexp(problem.temperature)[0] == 0.5
     return a.dtype != torch.float64 and is_power and a.shape[-1] >= _FEWEST
 
