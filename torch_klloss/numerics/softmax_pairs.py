@@ -171,7 +171,7 @@ def sums_of_terms(w: Weights, a: Tensor, b: Tensor, rows: Rows, terms: Terms) ->
 
 
 def _sums_of_term(q: Tensor, p: Tensor, z: Tensor, mix: float, missed: Tensor) -> tuple[Tensor, ...]:
-    """Return the sums of q (exp ζ - 1 - ζ), q (exp ζ - 1), of p far from q, of the missed classes; a mixture's means."""
+    """Return the sums of q (exp ζ - 1 - ζ), q (exp ζ - 1), p far from q and the missed classes; a mixture's means."""
     mixture, log_ratio, gap, score = _mixed(q, p, z, mix) if mix != 1 else (p, z, z, z)
     is_near = log_ratio.abs() < 1
     near = q * _e2(log_ratio.clamp(-1, 1))
