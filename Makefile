@@ -1,6 +1,6 @@
 # make demo         train the digits VAE, answer the question, prevent a collapse, say where the figures are
-# make test         the test suite, of long sweeps some cases; LANE=ci takes every case, and adds the doctests, the wheel,
-#                   and every benchmark, example and command in short
+# make test         the test suite, of long sweeps some cases; LANE=ci takes all that show something of their own, and
+#                   adds the doctests, the wheel, and every benchmark, example and command in short
 # make test-all     the same with what is recorded computed anew, what repeats other tests, an empty environment
 # make references   record anew what tests/references takes long to compute
 # make lint         format, lint, types
@@ -10,14 +10,17 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= runs
 RUN := $(VENV)/bin/python
-PIP := $(RUN) -m pip install --quiet --constraint constraints.txt
+# What is imported is compiled then; all that torch brings would take a minute.
+PIP := $(RUN) -m pip install --quiet --no-compile --constraint constraints.txt
 # Workers take from each other's rest, since items take between a millisecond and a minute.
 TEST := $(RUN) -m pytest --numprocesses auto --dist worksteal
+# Set, as in many containers, it would make every process compile anew what it imports.
+unexport PYTHONDONTWRITEBYTECODE
 DOCTESTS := --doctest-modules --doctest-glob '*.md' torch_klloss README.md docs
 
 LANE ?= quick
 SELECT_quick := -m "not scripts and not exhaustive and not long" --cases 3
-SELECT_ci := -m "not exhaustive" $(DOCTESTS) tests
+SELECT_ci := -m "not exhaustive" --durations 15 $(DOCTESTS) tests
 
 .PHONY: demo test test-all references lint bench clean
 .DELETE_ON_ERROR:
@@ -33,7 +36,7 @@ test: $(VENV)/.dev
 	$(TEST) $(SELECT_$(LANE))
 
 test-all: $(VENV)/.dev
-	REFERENCES=anew $(TEST) $(DOCTESTS) tests
+	REFERENCES=anew HYPOTHESIS_PROFILE=all $(TEST) $(DOCTESTS) tests
 	.ci/wheel_alone $(VENV)
 
 references: $(VENV)/.dev

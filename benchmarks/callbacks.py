@@ -196,7 +196,7 @@ def main() -> int:
     torch.set_num_threads(1)
     quiet(".*have no `val_dataloader`.*")  # nothing but steps
     wrong = disagreements()
-    rows = measure(3 if arguments.quick else 30)
+    rows = measure(1 if arguments.quick else 30)
     show("digits VAE, batches of 128, one row a callback", rows, COLUMNS)
     for row in rows:
         if row["target"] is not None:

@@ -246,7 +246,7 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    rounds, num_runs = (3, 3) if arguments.quick else (20, NUM_RUNS)
+    rounds, num_runs = (1, 1) if arguments.quick else (20, NUM_RUNS)
     rows: list[Row] = []
     disagreements: list[str] = []
     for case in cases():

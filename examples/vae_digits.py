@@ -66,11 +66,11 @@ class Prior(nn.Module):
 
     def forward(self, q: Distribution) -> Distribution:
         """Return the prior with q's event shape."""
-        zeros = torch.zeros(q.event_shape)
+        zeros = torch.zeros_like(q.mean[0])  # on the device of q
         if self.kind == "laplace":
             return Independent(Laplace(zeros, 1.0), 1)
         if self.kind == "student-t":
-            return Independent(StudentT(torch.full(q.event_shape, 4.0)), 1)
+            return Independent(StudentT(zeros + 4.0), 1)
         if self.kind == "mixture":
             components = Independent(Normal(self.means, self.log_scales.exp()), 1)
             return MixtureSameFamily(Categorical(logits=self.logits), components)
@@ -205,11 +205,11 @@ def draw_images(model: VAE, images: Tensor) -> Figure:
     """Return the figure of images, their reconstructions, and samples from the prior."""
     model.eval()
     with torch.no_grad():
-        q = model.posterior(images)
+        q = model.posterior(images.to(model.device))
         prior = model.prior(q)
         z = prior.sample(q.batch_shape[: len(q.batch_shape) - len(prior.batch_shape)])
         rows = images, model.likelihood(q.mean).mean, model.likelihood(z).mean
-    return reconstruction_figure(*(row.view(-1, 8, 8) for row in rows))
+    return reconstruction_figure(*(row.cpu().view(-1, 8, 8) for row in rows))
 
 
 def draw_gap(rows: list[dict[str, float]], route: str, num_samples: int) -> Figure:
@@ -237,6 +237,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--latent-dim", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--beta", type=float, default=1.0, help="weight of the KL (default 1)")
+    parser.add_argument("--accelerator", default="auto", help="as in Lightning: auto, cpu, gpu, mps (default auto)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/vae_digits"), help="folder for the results")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
@@ -271,7 +272,8 @@ def main(argv: list[str] | None = None) -> None:
     gap = EstimatorGap(every_n_steps=10)
     trainer = pl.Trainer(
         max_epochs=args.epochs,
-        accelerator="cpu",
+        accelerator=args.accelerator,
+        devices=1,
         logger=[
             CSVLogger(args.out, name="csv", version=f"run_{len(list(args.out.glob('csv/*'))):03d}"),
             TensorBoardLogger(args.out, name="tensorboard"),

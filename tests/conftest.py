@@ -14,7 +14,8 @@ from tests.references import recorded
 torch.set_num_threads(1)  # small tensors are several times slower on two
 
 settings.register_profile("dev", max_examples=25, deadline=None)
-settings.register_profile("ci", max_examples=200, deadline=None, derandomize=True)
+settings.register_profile("ci", max_examples=50, deadline=None, derandomize=True)
+settings.register_profile("all", max_examples=200, deadline=None, derandomize=True)  # `make test-all`
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") == "true" else "dev"))
 
 

@@ -330,7 +330,7 @@ def _exp_of_normal(loc: Tensor, scale: Tensor, validate_args: bool | None = None
 
 
 def _standard_normal(like: Tensor, validate_args: bool | None = None) -> Distribution:
-    return StandardNormal(like.shape, dtype=like.dtype)
+    return StandardNormal(like.shape, dtype=like.dtype, device=like.device)
 
 
 def without(*abilities: str) -> frozenset[str]:

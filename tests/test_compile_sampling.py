@@ -57,21 +57,26 @@ torch.set_num_threads(1)
 from torch.distributions import Normal, StudentT
 from torch_klloss import MonteCarloKL
 mean, log_scale = torch.randn(4, 3, requires_grad=True), torch.zeros(4, 3, requires_grad=True)
-loss = MonteCarloKL(512, reduction="sum", **%r)
-def kl(mean, log_scale):
-    return loss(Normal(mean, log_scale.exp()), StudentT(torch.full((3,), 4.0)))
-compiled = torch.compile(kl, backend="aot_eager")(mean, log_scale)
-found = torch.autograd.grad(compiled, mean)[0]
-draws = torch.stack([torch.autograd.grad(kl(mean, log_scale), mean)[0] for _ in range(40)])
-print(json.dumps(((found - draws.mean(0)).abs() / draws.std(0)).max().item()))
+distances = []
+for options in %r:
+    torch.compiler.reset()
+    loss = MonteCarloKL(512, reduction="sum", **options)
+    def kl(mean, log_scale):
+        return loss(Normal(mean, log_scale.exp()), StudentT(torch.full((3,), 4.0)))
+    compiled = torch.compile(kl, backend="aot_eager")(mean, log_scale)
+    found = torch.autograd.grad(compiled, mean)[0]
+    draws = torch.stack([torch.autograd.grad(kl(mean, log_scale), mean)[0] for _ in range(40)])
+    distances.append(((found - draws.mean(0)).abs() / draws.std(0)).max().item())
+print(json.dumps(distances))
 """
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("options", [{"value": "control_variate"}, {"gradient": "mixed"}], ids=repr)
-def test_a_compiled_loss_breaks_its_graph_where_derivatives_are_taken_ahead(options):
-    # Distances in standard deviations; 6 holds for 12 of them with 39 degrees of freedom.
-    assert run(COMPILED % options) < 6
+def test_a_compiled_loss_breaks_its_graph_where_derivatives_are_taken_ahead():
+    distances = run(COMPILED % ([{"value": "control_variate"}, {"gradient": "mixed"}],))
+    assert len(distances) == 2
+    # In standard deviations; 6 holds for 12 of them with 39 degrees of freedom.
+    assert max(distances) < 6
 
 
 class Own:

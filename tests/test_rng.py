@@ -1,5 +1,7 @@
 """Random streams: private seeds, replay, and the caller's stream unchanged."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -37,7 +39,14 @@ def test_a_device_without_a_generator_works():
 def test_seeds_advance_their_generator_and_no_other():
     before = torch.get_rng_state()
     generator = torch.Generator().manual_seed(3)
-    seeds = [draw_seed(generator) for _ in range(3)]
+    seeds = [draw_seed(generator, CPU) for _ in range(3)]
     assert len(set(seeds)) == 3
-    assert seeds[0] == draw_seed(torch.Generator().manual_seed(3))
+    assert seeds[0] == draw_seed(torch.Generator().manual_seed(3), CPU)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_generator_of_the_cpu_serves_every_device_and_one_of_another_accelerator_is_refused():
+    assert draw_seed(torch.Generator().manual_seed(3), torch.device("cuda", 0)) >= 0
+    of_another = SimpleNamespace(device=torch.device("mps"))
+    with pytest.raises(ValueError, match=r"on the device of q, cuda:0; got one on mps"):
+        draw_seed(of_another, torch.device("cuda", 0))

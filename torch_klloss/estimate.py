@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torch_klloss.numerics.devices import scalar
 from torch_klloss.numerics.special import student_t_quantile
 
 
@@ -130,7 +131,7 @@ class KLEstimate:
             variance = total(variances)
             std_error = variance.sqrt()
             if dims and self.dof is not None:
-                each = torch.as_tensor(self.dof, dtype=variance.dtype, device=variance.device).expand(variances.shape)
+                each = scalar(self.dof, variance.device, variance.dtype).expand(variances.shape)
                 # Welch-Satterthwaite; where all errors are zero, the sum of the degrees of freedom.
                 dof = torch.where(variance == 0, total(each), variance**2 / total(variances**2 / each))
             if self.skewness is not None:

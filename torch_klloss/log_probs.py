@@ -12,7 +12,7 @@ from torch import Tensor
 from torch_klloss.methods.monte_carlo.gradients import by_score, null_ratio
 from torch_klloss.methods.monte_carlo.tail_diagnostics import may_have_heavy_tail
 from torch_klloss.numerics.arguments import check_dim, check_number, check_tensors, check_word
-from torch_klloss.numerics.tracing import is_traced
+from torch_klloss.numerics.devices import can_be_read
 from torch_klloss.reduction import expand_mask
 
 LogProbGradient = Literal["pathwise", "score_function", "k2", "none"]
@@ -221,7 +221,7 @@ def _zero(t: Tensor) -> Tensor:
 
 def _count(weights: Tensor) -> Tensor:
     total = weights.sum(0)
-    if not is_traced() and bool((total == 0).any()):
+    if can_be_read(total) and bool((total == 0).any()):
         raise ValueError(
             "the mask must leave at least one sample along dim, got one that leaves none; pass normalizer."
         )
@@ -234,7 +234,7 @@ def _warn_of_classes(log_q: Tensor, log_p: Tensor, dim: int, mask: Tensor | None
     None is given where the mean over the classes is what was meant: for classes along `dim` that q makes equally
     likely, or that a mask of weights weighs.
     """
-    if is_traced() or log_q.is_meta or log_q.numel() == 0 or (mask is not None and mask.dtype is not torch.bool):
+    if not can_be_read(log_q) or log_q.numel() == 0 or (mask is not None and mask.dtype is not torch.bool):
         return
     log_q, log_p = log_q.detach(), log_p.detach()
     for d, num_classes in enumerate(log_q.shape):

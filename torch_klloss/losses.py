@@ -31,7 +31,7 @@ from torch_klloss.methods.first_of import Refuse, WarnFirst
 from torch_klloss.methods.monte_carlo.method import Gradient, Value
 from torch_klloss.methods.monte_carlo.mixed import MixedGradient
 from torch_klloss.numerics.arguments import check_generator
-from torch_klloss.numerics.tracing import is_in_backward, without_autocast
+from torch_klloss.numerics.tracing import is_autocast_enabled, is_in_backward, without_autocast
 from torch_klloss.reduction import Batch, ReductionName, check_reduction, expand_mask, is_zero, reduce, reduce_estimate
 from torch_klloss.rng import RngState, rng_state
 from torch_klloss.samplers import Sampler
@@ -147,10 +147,21 @@ class KLLoss(nn.Module):
         if mask is not None and is_zero((mask != 0).sum()):
             value = _no_gradient(q, p).expand(mask.shape)
         else:
-            value = self.estimate(q, p, generator=generator).value
+            value = self._per_example(q, p, generator)
         if mask is not None:
             check_dropped(value, mask != 0, q, p)
         return reduce(value, self.reduction, self.batch_dims, mask)
+
+    def _per_example(self, q: Distribution, p: Distribution, generator: torch.Generator | None) -> Tensor:
+        """Return the KL of every example, `[*examples]`."""
+        check_generator(generator)
+        batch_shape, method = check_pair(q, p), as_method(self.method)
+        q, p = pair_in_full_precision(q, p)
+        num_summed = max(0, len(batch_shape) - self.batch_dims)
+        if not is_autocast_enabled():
+            return method.value_checked(q, p, batch_shape, num_summed, generator)
+        with without_autocast(device_of(q)):
+            return method.value_checked(q, p, batch_shape, num_summed, generator)
 
     def drop_masked(
         self, q: Distribution, p: Distribution, mask: Tensor | None

@@ -13,6 +13,7 @@ from torch.distributions import Distribution
 from torch_klloss.distributions.tensors import replace_examples
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.numerics.arguments import check_integer
+from torch_klloss.numerics.devices import can_be_read
 from torch_klloss.numerics.dimensions import sum_after
 
 ReductionName = Literal["mean", "sum", "none"]
@@ -53,7 +54,7 @@ def reduce(value: Tensor, reduction: str, batch_dims: int, mask: Tensor | None =
         mask: bool or weights, of the shape of the examples. An element of weight zero gives zero, even if NaN.
 
     Raises:
-        ValueError: if "mean" has no example, or a mask that sums to zero.
+        ValueError: if "mean" has no example, or a mask that sums to zero; that mean is NaN where `is_zero` cannot tell.
     """
     value = sum_after(value, batch_dims)
     if mask is not None:
@@ -99,13 +100,8 @@ def _check_not_empty(examples: Tensor) -> None:
 
 
 def is_zero(total: Tensor) -> bool:
-    """Return whether a number is zero; False while tracing and under vmap, where its value is unknown."""
-    if torch.compiler.is_compiling():
-        return False
-    try:
-        return bool(total == 0)
-    except RuntimeError:  # vmap and meta tensors have no value to branch on
-        return False
+    """Return whether a number is known to be zero; False while traced and on accelerators, which are not waited for."""
+    return can_be_read(total) and bool(total == 0)
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,19 @@ def replayed_rng(state: RngState, device: torch.device) -> Iterator[torch.Genera
         yield generator
 
 
-def draw_seed(generator: torch.Generator) -> int:
-    """Return a seed drawn from `generator`, which advances."""
+def draw_seed(generator: torch.Generator, device: torch.device) -> int:
+    """Return a seed for draws on a device, drawn from `generator`, which advances.
+
+    A generator of an accelerator is waited for; one of the CPU serves every device.
+
+    Raises:
+        ValueError: if the generator is of another accelerator than the device.
+    """
+    if generator.device.type not in ("cpu", device.type):
+        raise ValueError(
+            f"generator must be on the CPU, or on the device of q, {device}; got one on {generator.device}: "
+            "torch.Generator().manual_seed(0)."
+        )
     return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
 
 

@@ -82,20 +82,16 @@ def test_the_figures_of_a_gradient_are_along_the_kls():
     assert abs(other.slope + difference.slope - 1) < 5 * math.hypot(other.errors[1], difference.errors[1])
 
 
-@pytest.fixture(scope="module")
-def page():
-    state = torch.get_rng_state()
-    text = markdown()
-    assert torch.equal(torch.get_rng_state(), state)
-    return text
-
-
 @pytest.mark.long
-def test_the_page_in_docs_is_current(page):
+def test_the_page_in_docs_is_current():
+    state = torch.get_rng_state()
+    page = markdown()
+    assert torch.equal(torch.get_rng_state(), state)
     assert page == PAGE.read_text(), "run python -m torch_klloss audit --write-docs docs/mistakes.md"
 
 
-def test_every_mistake_has_its_heading_and_its_row_in_the_order_of_the_catalogue(page):
+def test_every_mistake_has_its_heading_and_its_row_in_the_order_of_the_catalogue():
+    page = PAGE.read_text()
     names = [mistake.id for mistake in CATALOGUE]
     assert names[0] == "weighted-twice"
     assert re.findall(r"^### (.+)$", page, re.MULTILINE) == names
@@ -104,5 +100,5 @@ def test_every_mistake_has_its_heading_and_its_row_in_the_order_of_the_catalogue
         assert f"# wrong, as {mistake.signature}\n{mistake.wrong}\n" in page
 
 
-def test_every_row_of_a_table_has_its_columns(page):
-    assert {len(row.split(" | ")) for row in page.splitlines() if row.startswith("| ")} == {2, 3}
+def test_every_row_of_a_table_has_its_columns():
+    assert {len(row.split(" | ")) for row in PAGE.read_text().splitlines() if row.startswith("| ")} == {2, 3}

@@ -18,6 +18,7 @@ from torch.distributions.kl import _KL_REGISTRY
 
 from tests.families import FAMILIES, Family, Space
 from tests.processes import chunks, run
+from tests.references import elementary, gamma_family
 from torch_klloss import kl_divergence
 from torch_klloss.closed_forms.cross_family.registration import FORMULAS
 from torch_klloss.closed_forms.registry import _RULES
@@ -110,6 +111,32 @@ PAIRS = {
 every_pair = pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
 
 
+OURS = [types for types in TYPES if types in _RULES and name_of(types) in PAIRS]
+
+
+def code_of(types: tuple[type[Distribution], type[Distribution]]) -> CodeType:
+    """Return the code that computes the KL of a pair: of its formula, or of its rule."""
+    return FORMULAS.get(types, _RULES[types]).__code__
+
+
+@cache
+def representatives() -> frozenset[str]:
+    """Return one pair of every function, and of one that computes many pairs enough that each of its families occurs.
+
+    The rule of infinite pairs, and the one that composes moments, are one function for many pairs, and depend on a
+    family by what they read of its parameters. Pairs of two families that are new come first, so that few suffice.
+    """
+    kept, seen = set(), set()
+    for num_new in (3, 2, 1):  # the function, and its families
+        for types in OURS:
+            code = code_of(types)
+            parts = {code, *((code, cls) for cls in types)}
+            if len(parts - seen) >= num_new:
+                kept.add(name_of(types))
+                seen |= parts
+    return frozenset(kept)
+
+
 def finite_sum(value: Tensor) -> Tensor:
     return torch.where(value.isfinite(), value, 0.0).sum()
 
@@ -118,8 +145,19 @@ def test_every_registered_type_has_instances():
     assert {cls for types in TYPES for cls in types} <= INSTANCES.keys(), "add an entry to tests/families.py"
 
 
-@pytest.mark.parametrize(("q_batch", "p_batch"), [((3,), (2, 1)), ((2, 1), (3,)), ((2, 3), ()), ((), (2, 3))])
-@every_pair
+BATCHES = [((3,), (2, 1)), ((2, 1), (3,)), ((2, 3), ()), ((), (2, 3))]
+
+
+def pairs_with_batches():
+    """Return the pairs with batch shapes: in every run all of a representative, and one of any other, in turn."""
+    for i, (name, pair) in enumerate(PAIRS.items()):
+        for j, batches in enumerate(BATCHES):
+            often = name in representatives() or i % len(BATCHES) == j
+            marks = [] if often else [pytest.mark.exhaustive]
+            yield pytest.param(pair, *batches, id=f"{name}-{j}", marks=marks)
+
+
+@pytest.mark.parametrize(("pair", "q_batch", "p_batch"), list(pairs_with_batches()))
 def test_batch_shapes_broadcast_to_the_kl_of_every_element(pair, q_batch, p_batch):
     of_q, of_p = pair.q.parameters(q_batch), pair.p.parameters(p_batch)
     value = pair.kl(*of_q, *of_p)
@@ -207,10 +245,11 @@ def test_the_sweep_rejects_the_shapes_of_torch(name):
 
 
 COMPILE = """
-import json, torch
+import gc, json, torch
 torch.set_num_threads(1)
 from tests.closed_forms.test_registered_pairs import PAIRS
 
+gc.freeze()  # a collection need not pass over what was imported
 wrong = {}
 for name in %r:
     pair = PAIRS[name]
@@ -223,54 +262,35 @@ for name in %r:
         wrong[name] = f"{type(error).__name__}: {error}"[:300]
 print(json.dumps(wrong))
 """
-NUM_CHUNKS = 4  # of which each pays about 4 s for a process of its own
 
-
-def code_of(types: tuple[type[Distribution], type[Distribution]]) -> CodeType:
-    """Return the code that computes the KL of a pair: of its formula, or of its rule."""
-    return FORMULAS.get(types, _RULES[types]).__code__
-
-
-@cache
-def alike() -> frozenset[str]:
-    """Return the pairs whose function others compile with the same q and with the same p.
-
-    The rule of infinite pairs, and the one that composes moments, are one function for many pairs. It depends on a
-    family by what it reads of its parameters: once as q and once as p shows that.
-    """
-    seen, skipped = set(), set()
-    for types in TYPES:
-        if types not in _RULES or name_of(types) not in PAIRS:
-            continue
-        roles = {(code_of(types), "q", types[0]), (code_of(types), "p", types[1])}
-        if roles <= seen:
-            skipped.add(name_of(types))
-        seen |= roles
-    return frozenset(skipped)
-
-
-def compiled(chunk: int, repetitions: bool) -> list[str]:
-    names = [name for name, pair in PAIRS.items() if pair.traced and (name in alike()) == repetitions]
-    return chunks(names, NUM_CHUNKS)[chunk]
+WITH_GRADIENTS = {name_of((r.type_q, r.type_p)) for r in (*elementary.REFERENCES, *gamma_family.REFERENCES)}
+"""The pairs that `test_elementary.py` and `test_gamma_family.py` compile, in every run."""
+TRACED = [name for name, pair in PAIRS.items() if pair.traced]
+IN_EVERY_RUN = [
+    name
+    for name in TRACED
+    if name not in WITH_GRADIENTS and (name in representatives() or name not in map(name_of, OURS))
+]
+THE_REST = [name for name in TRACED if name not in IN_EVERY_RUN]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("chunk", range(NUM_CHUNKS))
-def test_every_pair_compiles_to_one_graph_in_a_fresh_process(chunk):
-    assert run(COMPILE % compiled(chunk, repetitions=False)) == {}
+@pytest.mark.parametrize("names", chunks(IN_EVERY_RUN, 2), ids=["0", "1"])  # each pays 4 s for a process of its own
+def test_a_pair_of_every_function_compiles_to_one_graph_in_a_fresh_process(names):
+    assert run(COMPILE % names) == {}
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("chunk", range(NUM_CHUNKS))
-def test_a_pair_whose_function_others_compile_compiles_as_well(chunk):
-    assert run(COMPILE % compiled(chunk, repetitions=True)) == {}
+@pytest.mark.parametrize("names", chunks(THE_REST, 6), ids=map(str, range(6)))
+def test_every_other_pair_compiles_as_well(names):
+    assert run(COMPILE % names) == {}
 
 
-def test_every_function_is_compiled_with_each_of_its_families_on_either_side():
-    ours = [types for types in TYPES if types in _RULES and name_of(types) in PAIRS]
-    skipped = [types for types in ours if name_of(types) in alike()]
-    kept = [types for types in ours if name_of(types) not in alike()]
-    assert len(skipped) > 150
-    for side in (0, 1):
-        roles = [{(code_of(types), types[side]) for types in part} for part in (skipped, kept)]
-        assert roles[0] <= roles[1]
+def test_every_function_is_compiled_in_every_run_with_each_of_its_families():
+    def parts(pairs):
+        return {(code_of(types), cls) for types in pairs for cls in types}
+
+    traced = [types for types in OURS if name_of(types) in TRACED]
+    compiled = [types for types in traced if name_of(types) in WITH_GRADIENTS.union(IN_EVERY_RUN)]
+    assert parts(compiled) == parts(traced)
+    assert len(compiled) < len(traced) / 2

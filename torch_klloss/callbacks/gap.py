@@ -53,7 +53,7 @@ class Gap:
         """Return the reduced values; `all_ranks` sums a tensor over the ranks."""
         w, gaps = self.weights, self.gaps
         sums = all_ranks(
-            torch.stack([w.sum(), self.total, (w * self.references).sum(), (w * gaps).sum(), w.new_tensor(len(w))])
+            torch.stack([w.sum(), self.total, (w * self.references).sum(), (w * gaps).sum(), w.new_full((), len(w))])
         )
         weight, total, reference, gap, count = sums.tolist()
         spread = (w * (gaps - gap / (weight or math.nan))).square().sum() * count / (count - 1 or math.nan)

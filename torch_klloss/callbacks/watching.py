@@ -16,6 +16,7 @@ from torch_klloss.distributions.tensors import device_of
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.losses import Call, KLLoss
 from torch_klloss.methods import ClosedForm, Enumeration, FirstOf
+from torch_klloss.numerics.devices import has_float64
 from torch_klloss.rng import replayed_rng
 
 
@@ -295,5 +296,5 @@ def publish(trainer: Any, metrics: dict[str, float], step: int) -> None:
 
 
 def wide(t: Tensor) -> Tensor:
-    """Return the tensor in float64, or in float32 on Apple's devices, which have no float64."""
-    return t.float() if t.device.type == "mps" else t.double()
+    """Return the tensor in float64, or in float32 on a device without it."""
+    return t.double() if has_float64(t.device) else t.float()

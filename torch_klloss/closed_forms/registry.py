@@ -18,7 +18,16 @@ from torch.distributions.kl import _KL_REGISTRY as _TORCH_RULES
 from torch_klloss.distributions.checks import check_common_measure, check_pair, type_name
 from torch_klloss.distributions.domains import nan_outside
 from torch_klloss.distributions.simplify import peel, simplify
-from torch_klloss.distributions.tensors import HALF, dtype_of, in_floating_point, pair_in_full_precision
+from torch_klloss.distributions.tensors import (
+    HALF,
+    device_of,
+    dtype_of,
+    in_floating_point,
+    lacks_float64,
+    on_host,
+    on_shared_device,
+    pair_in_full_precision,
+)
 from torch_klloss.estimate import NoRouteError, NotCertifiedError
 from torch_klloss.numerics.dimensions import sum_last
 
@@ -70,6 +79,7 @@ def register_kl(
     *,
     supports: Callable[[Any, Any], bool] | None = None,
     summed: Callable[[Any, Any, int], Tensor] | None = None,
+    needs_float64: bool | None = None,
 ) -> Callable[[_RuleT], _RuleT]:
     """Register the decorated function as the closed form of KL(q‖p) for q of `type_q` and p of `type_p`.
 
@@ -87,6 +97,8 @@ def register_kl(
             by running the rule. May also be set as the attribute `supports` of the rule.
         summed: computes (q, p, n): the KL summed over its last n dimensions, where that can be done faster than by the
             rule followed by a sum. It is taken for a pair that was stripped of an `Independent`.
+        needs_float64: whether the rule computes in float64. On a device that has none it is then given a pair on the
+            CPU, and its result is brought to the device of q. By default the library's own rules do, and others do not.
 
     Raises:
         TypeError: if one of the types is not a subclass of `torch.distributions.Distribution`.
@@ -113,6 +125,8 @@ def register_kl(
             rule.supports = supports  # type: ignore[attr-defined]
         if summed is not None:
             rule.summed = summed  # type: ignore[attr-defined]
+        needed = rule.__module__.startswith("torch_klloss.") if needs_float64 is None else needs_float64
+        rule.needs_float64 = needed  # type: ignore[attr-defined]
         _RULES[type_q, type_p] = rule
         return rule
 
@@ -169,6 +183,7 @@ def has_closed_form(q: Distribution, p: Distribution) -> bool:
         (True, False)
     """
     batch_shape = check_pair(q, p)
+    q, p = on_shared_device(q, p)
     resolution = resolve(in_floating_point(q), in_floating_point(p))
     return resolution is not None and has_formula(resolution, batch_shape)
 
@@ -237,6 +252,9 @@ def find_rule(q: Distribution, p: Distribution) -> Match | None:
 def evaluate(resolution: Resolution, batch_shape: torch.Size) -> Tensor:
     """Return the rule's KL, summed over what was peeled, in the broadcast batch shape of the pair."""
     match, q, p, num_summed, _ = resolution
+    if getattr(match.rule, "needs_float64", False) and lacks_float64(q, p):
+        host_q, host_p = on_host(q, p)
+        return evaluate(resolution._replace(q=host_q, p=host_p), batch_shape).to(device_of(q))
     summed = getattr(match.rule, "summed", None) if num_summed else None
     try:
         if summed is not None:

@@ -11,11 +11,12 @@ from torch.distributions import VonMises
 
 from torch_klloss.closed_forms.registry import register_kl
 from torch_klloss.numerics.custom_gradient import custom_gradient
+from torch_klloss.numerics.devices import constant_on
 from torch_klloss.numerics.elementary import common_dtype, e2
 from torch_klloss.numerics.error_free import difference_error
 
 # tan(φ/2)² at the midpoints of 28 equal parts of [0, π]
-_NODES = tuple(math.tan(math.pi * (2 * i + 1) / 112) ** 2 for i in range(28))
+_NODES = torch.tensor([math.tan(math.pi * (2 * i + 1) / 112) ** 2 for i in range(28)], dtype=torch.float64)
 _MAX_TILT = 700.0  # beyond it a node has no weight, and its exponential would overflow
 _CHUNK = 512  # distributions at a time, so that their nodes fit into the cache
 
@@ -83,7 +84,7 @@ def _rule(kappa: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     The trapezoidal rule in φ with tan(θ/2) = tan(φ/2)/√(1 + s/10): it converges geometrically, and the map draws its
     points together as the density does. For κ from s to 4s, and for any κ up to 4, it is exact to 1e-16.
     """
-    tangents = torch.tensor(_NODES, dtype=kappa.dtype, device=kappa.device).view(-1, *(1,) * kappa.dim())
+    tangents = constant_on(kappa.device, _NODES).to(kappa.dtype).view(-1, *(1,) * kappa.dim())
     share = (1 + scale / 10 + tangents).reciprocal()
     versines = 2 * tangents * share
     weights = (1 + tangents) * share * torch.exp(-kappa * versines)

@@ -38,6 +38,7 @@ from torch_klloss.distributions.stated_supports import believed_support, innermo
 from torch_klloss.distributions.supports import Bounds, bounds_of, is_within, log_prob_at, takes_integers
 from torch_klloss.distributions.tensors import dtype_of, unvalidated
 from torch_klloss.distributions.transforms import parts_of
+from torch_klloss.numerics.devices import scalar
 from torch_klloss.numerics.dimensions import sum_last
 from torch_klloss.numerics.elementary import magnitude
 
@@ -127,7 +128,7 @@ def _interior_point(support: constraints.Constraint, bounds: Bounds | None, x: T
             return x
     if bounds is None:
         return x
-    lower, upper = (torch.as_tensor(end, dtype=x.dtype, device=x.device) for end in (bounds.lower, bounds.upper))
+    lower, upper = (scalar(end, x.device, x.dtype) for end in (bounds.lower, bounds.upper))
     return torch.where(lower.isfinite(), lower, torch.where(upper.isfinite(), upper, 0.0))
 
 

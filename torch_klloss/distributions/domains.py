@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Uniform, constraints
 
-from torch_klloss.numerics.tracing import constant_in_graphs, is_traced
+from torch_klloss.numerics.devices import can_be_read
+from torch_klloss.numerics.tracing import constant_in_graphs
 
 # What the relaxed families do not declare, and a Wishart not as a class.
 _UNDECLARED = {"temperature": constraints.positive, "scale_tril": constraints.lower_cholesky}
@@ -83,7 +84,7 @@ def _beyond(x: Tensor, domain: _Domain) -> Tensor | None:
     """Return where an entry lies outside of its interval, `[*batch]`; None for nowhere, where that can be read."""
     if domain.is_matrix:
         x = x.diagonal(dim1=-2, dim2=-1)
-    if x.is_cpu and not is_traced():
+    if can_be_read(x):
         above = domain.low == -math.inf or x.numel() == 0 or x.amin().item() >= domain.low
         if above and (domain.high == math.inf or x.numel() == 0 or x.amax().item() <= domain.high):
             return None

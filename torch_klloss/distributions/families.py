@@ -12,7 +12,7 @@ from torch.distributions.utils import lazy_property
 
 from torch_klloss.distributions.tensors import dtype_and_device_of
 from torch_klloss.numerics.arguments import check_tensors
-from torch_klloss.numerics.tracing import is_traced
+from torch_klloss.numerics.devices import can_be_read
 
 
 class LogVarNormal(Normal):
@@ -210,7 +210,5 @@ def _independent(base: Distribution, batch_dims: int) -> Independent:
 
 
 def _may_hold_nan(*tensors: Tensor) -> bool:
-    """Return whether a sum of the tensors is NaN: one pass, where an elementwise check takes three."""
-    if is_traced() or tensors[0].is_meta:
-        return False
-    return any(math.isnan(t.detach().sum().item()) for t in tensors)
+    """Return whether a sum of the tensors is NaN, if it can be read: one pass, an elementwise check takes three."""
+    return can_be_read(*tensors) and any(math.isnan(t.detach().sum().item()) for t in tensors)

@@ -28,6 +28,7 @@ from torch.nn.functional import logsigmoid, pad
 from torch_klloss.distributions.located import Located, log1m_power, log1mexp
 from torch_klloss.distributions.pushforward import is_positive
 from torch_klloss.distributions.tensors import tensors_of
+from torch_klloss.numerics.devices import can_be_read, scalar
 from torch_klloss.numerics.dimensions import sum_last
 
 _LOG_2 = math.log(2)
@@ -145,22 +146,31 @@ def _scaled(y: Located, f: Callable[[Any], Any], scale: Any, power: int) -> Loca
         return Located(x)
     size = scale.abs().log() if isinstance(scale, Tensor) else math.log(abs(scale))
     below, above = (None if log is None else (log + power * size).expand_as(x) for log in (y.log_below, y.log_above))
-    if is_positive(scale):
+    is_readable = not isinstance(scale, Tensor) or can_be_read(scale)
+    if is_readable and is_positive(scale):
         return Located(x, f(y.lower), f(y.upper), below, above)
-    if is_positive(-scale):
+    if is_readable and is_positive(-scale):
         return Located(x, f(y.upper), f(y.lower), above, below)
     below, above = (torch.zeros_like(x) if log is None else log for log in (below, above))  # of an infinite end
-    rises, ends = scale > 0, (f(y.lower), f(y.upper))
-    low, high = (torch.where(rises, ends[i], ends[1 - i]) for i in (0, 1))
+    rises = scale > 0
+    sign = torch.where(rises, 1.0, -1.0)
+    lower, upper = (_moved_end(f, scalar(end, x.device, x.dtype), sign) for end in (y.lower, y.upper))
+    low, high = torch.where(rises, lower, upper), torch.where(rises, upper, lower)
     return Located(x, low, high, torch.where(rises, below, above), torch.where(rises, above, below))
 
 
+def _moved_end(f: Callable[[Any], Any], end: Tensor, sign: Tensor) -> Tensor:
+    """Return the image of an end under an affine map; an infinite one has no derivative, not even NaN."""
+    infinite = end.isinf()
+    return torch.where(infinite, end.detach() * sign, f(torch.where(infinite, 0.0, end)))
+
+
 def _power(t: Any, y: Located) -> Located:
-    return _raised(y, torch.as_tensor(t.exponent, dtype=y.x.dtype, device=y.x.device))
+    return _raised(y, scalar(t.exponent, y.x.device, y.x.dtype))
 
 
 def _power_inverse(t: Any, x: Located) -> Located:
-    return _raised(x, 1 / torch.as_tensor(t.exponent, dtype=x.x.dtype, device=x.x.device))
+    return _raised(x, 1 / scalar(t.exponent, x.x.device, x.x.dtype))
 
 
 def _raised(y: Located, exponent: Tensor) -> Located:
@@ -173,7 +183,7 @@ def _raised(y: Located, exponent: Tensor) -> Located:
 
 
 def _power_slope(t: Any, y: Located, x: Located) -> Tensor:
-    exponent = torch.as_tensor(t.exponent, dtype=y.x.dtype, device=y.x.device)
+    exponent = scalar(t.exponent, y.x.device, y.x.dtype)
     return exponent.abs().log() + (exponent - 1) * y.log_from(0.0)
 
 

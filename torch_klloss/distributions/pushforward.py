@@ -42,6 +42,7 @@ from torch.distributions import (
 from torch.distributions.transforms import _InverseTransform
 
 from torch_klloss.distributions.logistic import Logistic
+from torch_klloss.numerics.devices import scalar
 from torch_klloss.numerics.tracing import is_traced
 
 _Family = TypeVar("_Family", bound=Distribution)
@@ -185,7 +186,7 @@ def _over(rate: Tensor, f: Affine) -> Tensor:
 
 
 def _log_scale(f: Affine, like: Tensor) -> Tensor:
-    log = torch.as_tensor(f.scale, dtype=like.dtype, device=like.device).log()
+    log = scalar(f.scale, like.device, like.dtype).log()
     return -log if f.is_inverse else log
 
 

@@ -9,6 +9,7 @@ import math
 import re
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,8 @@ from torch_klloss.distributions.stated_supports import (
     some_draws,
     support_of,
 )
-from torch_klloss.distributions.tensors import device_of, dtype_of
+from torch_klloss.distributions.tensors import device_of, dtype_of, tensors_of
+from torch_klloss.numerics.devices import can_be_read, scalar
 from torch_klloss.numerics.tracing import is_traced
 
 
@@ -211,26 +213,31 @@ def _pushed_bounds(d: TransformedDistribution) -> Bounds | None:
 
 
 def _image(bounds: Bounds, transform: Any, image: Bounds, d: Distribution) -> Bounds | None:
-    like = torch.empty(0, dtype=dtype_of(d), device=device_of(d))
     try:
-        rising = torch.as_tensor(transform.sign, device=like.device) > 0
+        sign = transform.sign
     except NotImplementedError:
         return None
-    lower, upper, least, most = (
-        torch.as_tensor(end).to(like) for end in (bounds.lower, bounds.upper, image.lower, image.upper)
-    )
+    push = partial(_pushed, transform, torch.empty(0, dtype=dtype_of(d), device=device_of(d)))
+    if not isinstance(sign, Tensor):
+        limits = (image.lower, image.upper) if sign > 0 else (image.upper, image.lower)
+        ends = push(bounds.lower, limits[0]), push(bounds.upper, limits[1])
+        return Bounds(*ends) if sign > 0 else Bounds(ends[1], ends[0])
+    rising = sign > 0
+    least, most = (scalar(end, sign.device, dtype_of(d)) for end in (image.lower, image.upper))
+    low = push(bounds.lower, torch.where(rising, least, most))
+    high = push(bounds.upper, torch.where(rising, most, least))
+    return Bounds(torch.where(rising, low, high), torch.where(rising, high, low))
 
-    domain, some_point = (
-        _constraint_bounds(transform.domain) or _LINE,
-        transform_to(transform.domain)(like.new_zeros(())),
-    )
 
-    def push(end: Tensor, limit: Tensor) -> Tensor:
-        """Return the image of one end: the limit for an end of the domain, where the transform itself may round."""
-        inside = (end > domain.lower) & (end < domain.upper)
-        if not is_traced() and not inside.any():
-            return limit  # whatever the parameters of the transform
-        return torch.where(inside, transform(torch.where(inside, end, some_point)), limit)
-
-    ends = push(lower, torch.where(rising, least, most)), push(upper, torch.where(rising, most, least))
-    return Bounds(torch.where(rising, *ends), torch.where(rising, ends[1], ends[0]))
+def _pushed(transform: Any, like: Tensor, end: float | Tensor, limit: Any) -> Any:
+    """Return the image of one end: the limit for an end of the domain, where the transform itself may round."""
+    domain = _constraint_bounds(transform.domain) or _LINE
+    inside = (end > domain.lower) & (end < domain.upper)
+    if not isinstance(inside, Tensor):
+        return transform(scalar(end, like.device, like.dtype)) if inside else limit
+    # An end that is a limit does not move with the transform, which has to be known of a learned one.
+    is_asked = can_be_read(inside) or (not is_traced() and any(t.requires_grad for t in tensors_of(transform)))
+    if is_asked and not inside.is_meta and not inside.any():
+        return limit
+    some_point = transform_to(transform.domain)(like.new_zeros(()))
+    return torch.where(inside, transform(torch.where(inside, end, some_point)), scalar(limit, like.device, like.dtype))

@@ -25,6 +25,7 @@ from torch_klloss.distributions.stated_supports import is_discrete
 from torch_klloss.distributions.supports import bounds_of, contained
 from torch_klloss.distributions.tensors import device_of, dtype_of
 from torch_klloss.distributions.transforms import elementwise, parts_of
+from torch_klloss.numerics.devices import scalar
 from torch_klloss.numerics.tracing import is_traced
 
 Number = float | Tensor
@@ -101,12 +102,13 @@ def is_infinite_by_tails(q: Distribution, p: Distribution, q_tails: Tails, p_tai
     within = contained(q, p)
     if within is None:
         return None
-    device = device_of(q)
-    mask = ~torch.as_tensor(within, device=device)
+    mask: bool | Tensor = ~within if isinstance(within, Tensor) else not within
     for end, q_tail, p_tail in zip(("lower", "upper"), q_tails, p_tails, strict=True):
-        q_end, p_end = (torch.as_tensor(getattr(bounds_of(d), end), device=device) for d in (q, p))
-        mask = mask | ((q_end == p_end) & _diverges(q_tail, p_tail).to(device))
-    return mask.expand(_broadcast(q, p))
+        q_end, p_end = (getattr(bounds_of(d), end) for d in (q, p))
+        mask = mask | ((q_end == p_end) & _diverges(q_tail, p_tail))
+    if isinstance(mask, bool):
+        return torch.full(_broadcast(q, p), mask, device=device_of(q))
+    return scalar(False, device_of(q)) | mask.expand(_broadcast(q, p))
 
 
 def _broadcast(q: Distribution, p: Distribution) -> torch.Size:
@@ -133,10 +135,11 @@ def declared_tails(cls: type[Distribution], d: Distribution) -> Tails:
     return _TAILS[cls](d)
 
 
-def _diverges(q: Tail, p: Tail) -> Tensor:
+def _diverges(q: Tail, p: Tail) -> bool | Tensor:
     """Return where the mean of -log p over one tail of q diverges."""
-    order, rate, growth, speed = (torch.as_tensor(t) for t in (q.order, q.rate, p.growth, p.speed))
-    return torch.where(growth.isinf(), rate <= speed, growth >= order)
+    if isinstance(p.growth, Tensor):
+        return torch.where(p.growth.isinf(), q.rate <= p.speed, p.growth >= q.order)
+    return q.rate <= p.speed if math.isinf(p.growth) else p.growth >= q.order
 
 
 def _transformed_tails(d: dist.TransformedDistribution) -> Tails | None:
@@ -150,22 +153,23 @@ def _transformed_tails(d: dist.TransformedDistribution) -> Tails | None:
     if tails is None or t is None:
         return None
     if isinstance(t, dist.AffineTransform):
-        lower, upper = (_stretch(tail, torch.as_tensor(t.scale).abs()) for tail in tails)
+        stretch: Any = abs(t.scale)
+        lower, upper = (_stretch(tail, stretch) for tail in tails)
         return _turned(lower, upper, t.scale)
     moves, bounds = _moves(t), bounds_of(base)
     if moves is None or bounds is None or is_traced():
         return None
     domain = (getattr(t.domain, name, end) for name, end in (("lower_bound", -math.inf), ("upper_bound", math.inf)))
     ends = zip(tails, moves, (bounds.lower, bounds.upper), domain, strict=True)
-    moved = [_where(torch.as_tensor(at == end), move(tail), _inside(tail)) for tail, move, at, end in ends]
-    if any(bool(torch.as_tensor(value).isnan().any()) for tail in moved for value in tail):
+    moved = [_where(at == end, move(tail), _inside(tail)) for tail, move, at, end in ends]
+    if any(is_nan(value) for tail in moved for value in tail):
         return None
     return _turned(moved[0], moved[1], getattr(t, "exponent", 1.0))
 
 
 def _turned(lower: Tail, upper: Tail, slope: Number) -> Tails:
     """Return the tails of an image, whose ends change places where the map falls."""
-    falls = torch.as_tensor(slope) < 0
+    falls = slope < 0
     return _where(falls, upper, lower), _where(falls, lower, upper)
 
 
@@ -177,7 +181,7 @@ def _moves(t: dist.Transform) -> tuple[Move, Move] | None:
     is_inverse = isinstance(t, _InverseTransform)
     t = t.inv if is_inverse else t
     if isinstance(t, dist.PowerTransform):
-        power = torch.as_tensor(t.exponent).abs()
+        power = abs(t.exponent)
         move = partial(_raise, power=1 / power if is_inverse else power)
         return move, move
     rates = _EXPONENTIAL.get(type(t))
@@ -202,44 +206,49 @@ def _same(tail: Tail) -> Tail:
 
 def _inside(tail: Tail) -> Tail:
     """Return the tail at an end within the domain, where the map is smooth: y is stretched by an unknown factor."""
-    rate, speed = (torch.as_tensor(value) for value in (tail.rate, tail.speed))
+    is_extreme = (tail.rate == 0) | (tail.rate == math.inf)
     return tail._replace(
-        rate=torch.where((rate == 0) | rate.isinf(), rate, math.nan), speed=torch.where(speed.isinf(), speed, math.nan)
+        rate=_pick(is_extreme, tail.rate, math.nan), speed=_pick(tail.speed == math.inf, tail.speed, math.nan)
     )
 
 
-def _stretch(tail: Tail, factor: Tensor) -> Tail:
+def _stretch(tail: Tail, factor: Number) -> Tail:
     return tail._replace(rate=tail.rate / factor, speed=tail.speed / factor)
 
 
 def _exponentiate(tail: Tail, rate: float) -> Tail:
     """Return the tail of exp(rate y); one that is heavier than an exponential becomes too heavy for a `Tail`."""
-    growth, speed = torch.as_tensor(tail.growth), torch.as_tensor(tail.speed)
-    double = growth.isinf()
-    light = torch.where(speed > rate, math.inf, torch.where(speed < rate, 0.0, math.nan))
-    order = torch.where(torch.as_tensor(tail.rate) == 0, math.nan, tail.rate / rate)
-    return Tail(order, torch.where(double, light, 0.0), torch.where(double, speed / rate, 0.0))
+    double = tail.growth == math.inf
+    light = _pick(tail.speed > rate, math.inf, _pick(tail.speed < rate, 0.0, math.nan))
+    order = _pick(tail.rate == 0, math.nan, tail.rate / rate)
+    return Tail(order, _pick(double, light, 0.0), _pick(double, tail.speed / rate, 0.0))
 
 
 def _lower(tail: Tail, rate: float) -> Tail:
     """Return the tail of log(y)/rate; a lognormal one is not known well enough, nor one that becomes yet lighter."""
-    order, growth = torch.as_tensor(tail.order), torch.as_tensor(tail.growth)
-    is_power = (growth == 0) & order.isfinite()
-    speed = torch.where(is_power, math.inf, torch.where((growth > 0) & growth.isfinite(), growth * rate, math.nan))
-    return Tail(math.inf, order * rate, torch.where(is_power, 1.0, math.inf), speed)
+    is_power = (tail.growth == 0) & (tail.order < math.inf)
+    is_stretched = (tail.growth > 0) & (tail.growth < math.inf)
+    speed = _pick(is_power, math.inf, _pick(is_stretched, tail.growth * rate, math.nan))
+    return Tail(math.inf, tail.order * rate, _pick(is_power, 1.0, math.inf), speed)
 
 
-def _raise(tail: Tail, power: Tensor) -> Tail:
+def _raise(tail: Tail, power: Number) -> Tail:
     """Return the tail of y^power."""
-    growth = torch.as_tensor(tail.growth)
-    light = torch.where(growth > power, math.inf, torch.where(growth < power, 0.0, math.nan))
-    is_identity, double = power == 1, growth.isinf()
+    light = _pick(tail.growth > power, math.inf, _pick(tail.growth < power, 0.0, math.nan))
+    is_identity = power == 1
     return Tail(
         tail.order / power,
-        torch.where(is_identity, tail.rate, light),
-        growth / power,
-        torch.where(is_identity | ~double, tail.speed, math.nan),
+        _pick(is_identity, tail.rate, light),
+        tail.growth / power,
+        _pick(is_identity | (tail.growth != math.inf), tail.speed, math.nan),
     )
+
+
+def _pick(condition: bool | Tensor, a: Number, b: Number) -> Number:
+    """Return a where the condition holds and b elsewhere, of numbers and of tensors."""
+    if isinstance(condition, Tensor):
+        return torch.where(condition, a, b)  # type: ignore[arg-type, unused-ignore]
+    return a if condition else b
 
 
 def _mixture_tails(d: dist.MixtureSameFamily) -> Tails | None:
@@ -253,8 +262,13 @@ def _mixture_tails(d: dist.MixtureSameFamily) -> Tails | None:
     return lower, upper
 
 
-def _where(mask: Tensor, a: Tail, b: Tail) -> Tail:
-    return Tail(*(torch.where(mask, x, y) for x, y in zip(a, b, strict=True)))
+def is_nan(value: Number) -> bool:
+    """Return whether an element is NaN."""
+    return bool(value.isnan().any()) if isinstance(value, Tensor) else math.isnan(value)
+
+
+def _where(mask: bool | Tensor, a: Tail, b: Tail) -> Tail:
+    return Tail(*(_pick(mask, x, y) for x, y in zip(a, b, strict=True)))
 
 
 def _power(order: Number) -> Tail:

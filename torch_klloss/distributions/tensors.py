@@ -15,6 +15,7 @@ from torch.distributions import (
 )
 from torch.distributions.transforms import _InverseTransform  # its _inv is the transform that it inverts
 
+from torch_klloss.numerics.devices import has_float64, number_on
 from torch_klloss.numerics.tracing import is_traced
 from torch_klloss.rng import private_rng
 
@@ -54,8 +55,26 @@ def arguments_of(function: partial[Any]) -> list[Any]:
 
 def device_of(d: Distribution) -> torch.device:
     """Return the device of d's first tensor; the default device if it has none."""
+    for value in d.__dict__.values():  # every loss runs this, hence no list of tensors
+        if isinstance(value, Tensor):
+            return value.device
+        if isinstance(value, Distribution) and value.__dict__:
+            return device_of(value)
     tensors = tensors_of(d)
     return tensors[0].device if tensors else torch.get_default_device()
+
+
+def on_shared_device(q: Distribution, p: Distribution) -> tuple[Distribution, Distribution]:
+    """Return q and p, one made of numbers of the CPU, such as Normal(0.0, 1.0), on the device of the other."""
+    of_q, of_p = device_of(q), device_of(p)
+    if of_q == of_p:
+        return q, p
+    device = of_p if of_q.type == "cpu" else of_q
+
+    def moved(t: Tensor, *_: Any) -> Tensor:
+        return number_on(device, t) if t.dim() == 0 and t.is_cpu else t
+
+    return copy_with(q, moved), copy_with(p, moved)
 
 
 def dtype_of(d: Distribution, *others: Distribution) -> torch.dtype:
@@ -197,7 +216,8 @@ def _is_whole(t: Tensor, name: str, owner: Distribution) -> bool:
 
 
 def pair_in_full_precision(q: Distribution, p: Distribution) -> tuple[Distribution, Distribution]:
-    """Return both in full precision; both as they are if one of them cannot be, for its points have its dtype."""
+    """Return both on one device and in full precision; in their own if one of them cannot be, whose points have it."""
+    q, p = on_shared_device(q, p)
     full_q, full_p = in_full_precision(q), in_full_precision(p)
     if (full_q is not q or full_p is not p) and (_has_half(full_q) or _has_half(full_p)):
         return q, p
@@ -328,6 +348,24 @@ class NotSelectableError(Exception):
 def in_float64(d: Distribution) -> Distribution:
     """Return d with all of its floating-point tensors in float64."""
     return copy_with(d, lambda t, *_: t.double() if t.is_floating_point() else t)
+
+
+def on_host(*distributions: Distribution) -> list[Distribution]:
+    """Return distributions with all of their tensors on the CPU; gradients flow back to where they were.
+
+    Raises:
+        RuntimeError: torch's own error, if they are on two devices.
+    """
+    first, *others = [t for d in distributions for t in tensors_of(d) if t.dim()] or [torch.zeros(1)]
+    for t in others:
+        if t.device != first.device:
+            torch.add(first, t)  # which raises it, whatever their shapes are
+    return [copy_with(d, lambda t, *_: t.cpu()) for d in distributions]
+
+
+def lacks_float64(q: Distribution, p: Distribution) -> bool:
+    """Return whether the pair is on a device without float64."""
+    return not (has_float64(device_of(q)) and has_float64(device_of(p)))
 
 
 def flattened(d: Distribution, batch_shape: torch.Size) -> Distribution:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torch_klloss.numerics.tracing import is_traced
+from torch_klloss.numerics.devices import can_be_read
 from torch_klloss.reduction import Batch, expand_mask, is_zero
 
 
@@ -50,6 +50,6 @@ def _mask_of(lengths: Tensor, batch_shape: torch.Size) -> Tensor:
             f"{tuple(batch_shape)}: for [batch, time, latent] build q with diagonal_normal(mean, logvar, batch_dims=2)."
         )
     num_steps = batch_shape[dims]
-    if not is_traced() and bool(((lengths < 0) | (lengths > num_steps)).any()):
+    if can_be_read(lengths) and bool(((lengths < 0) | (lengths > num_steps)).any()):
         raise ValueError(f"lengths must lie between 0 and the number of steps {num_steps}, got {lengths.tolist()}.")
     return torch.arange(num_steps, device=lengths.device) < lengths.unsqueeze(-1)

@@ -14,7 +14,7 @@ import warnings
 import torch
 from torch import Tensor, distributed, nn
 
-from torch_klloss.numerics.tracing import is_traced
+from torch_klloss.numerics.devices import can_be_read
 
 
 class BetaController(nn.Module):
@@ -186,7 +186,7 @@ def _check_bounds(bounds: tuple[float, float], *, positive: bool) -> None:
 def _checked_finite(measured: Tensor, controller: str, what: str) -> Tensor:
     """Return whether a measured number is finite; warn of one that is not, unless asking would wait for a device."""
     is_finite = measured.isfinite()
-    if measured.is_cpu and not is_traced() and not is_finite:
+    if can_be_read(measured) and not is_finite:
         warnings.warn(
             f"{controller} was given a {what} that is NaN or infinite; it leaves β as it was. Look for the batch that "
             "overflows.",

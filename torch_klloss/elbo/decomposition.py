@@ -86,7 +86,7 @@ def decompose_kl(
     q, p = pair_in_full_precision(q, p)
     base_q, base_p = _factorised(q, p, num_samples, chunk_size)
     base_q = unvalidated(base_q)
-    with nullcontext() if generator is None else private_rng(draw_seed(generator), device_of(q)):
+    with nullcontext() if generator is None else private_rng(draw_seed(generator, device_of(q)), device_of(q)):
         z = base_q.sample(torch.Size((num_samples,)))  # [num_samples, N, latent]
     log_conditional = log_prob_at(base_q, z, z.shape)
     log_prior = log_density(base_p, z, None)

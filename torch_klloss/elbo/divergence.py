@@ -19,6 +19,7 @@ from torch_klloss.distributions.simplify import flatten_independent, peel
 from torch_klloss.distributions.tensors import device_of
 from torch_klloss.losses import KLLoss
 from torch_klloss.methods import ClosedForm, FirstOf
+from torch_klloss.numerics.devices import can_be_read
 from torch_klloss.numerics.tracing import is_traced
 from torch_klloss.reduction import Batch
 from torch_klloss.rng import private_rng, rng_state
@@ -135,12 +136,12 @@ def is_hooked(kl: KLLoss) -> bool:
 
 
 def is_plain_normal(kl: KLLoss, mean: Tensor, logvar: Tensor) -> bool:
-    """Return whether the loss takes the closed form of the usual pair, in eager float32."""
+    """Return whether the loss takes the closed form of the usual pair, in eager float32 on the CPU."""
     method = kl.method
-    if type(method.methods[0] if type(method) is FirstOf else method) is not ClosedForm or is_traced():
+    if type(method.methods[0] if type(method) is FirstOf else method) is not ClosedForm:
         return False
     is_float32 = mean.dtype == logvar.dtype == torch.float32
-    return is_float32 and mean.shape == logvar.shape and not mean.is_meta and mean.numel() > 0
+    return is_float32 and mean.shape == logvar.shape and mean.numel() > 0 and can_be_read(mean, logvar)
 
 
 def moments_of(q: Distribution, p: Distribution) -> tuple[Tensor, Tensor] | None:
@@ -203,7 +204,7 @@ def is_out_of_bounds(logvar: Tensor) -> bool:
 
 def _warn_of_extreme_logvar(q: Distribution) -> None:
     q, _ = flatten_independent(q)
-    if not isinstance(q, LogVarNormal) or isinstance(q, StandardNormal) or is_traced() or q.logvar.is_meta:
+    if not isinstance(q, LogVarNormal) or isinstance(q, StandardNormal) or not can_be_read(q.logvar):
         return
     if q.logvar.numel() > 0 and _is_extreme(torch.zeros(()), q.logvar):
         warnings.warn(

@@ -127,7 +127,7 @@ class IWAELoss(nn.Module):
         q, p = pair_in_full_precision(batch.replace(q, batch_shape), batch.replace(p, batch_shape))
         gradient = self._gradient_for(q)
         q = unvalidated(expand_to(q, batch_shape))
-        with nullcontext() if generator is None else private_rng(draw_seed(generator), device_of(q)):
+        with nullcontext() if generator is None else private_rng(draw_seed(generator, device_of(q)), device_of(q)):
             shape = torch.Size((self.num_samples,))
             z = q.sample(shape).detach() if gradient == "none" else q.rsample(shape)
         z = z.view_as(z)  # a cache of q knows its own draw, and would lead the gradient past the hook below

@@ -17,7 +17,8 @@ from torch_klloss.distributions.supports import log_prob_at
 from torch_klloss.distributions.tensors import dtype_of, in_full_precision, unvalidated
 from torch_klloss.numerics.arguments import check_word
 from torch_klloss.numerics.custom_gradient import custom_gradient
-from torch_klloss.numerics.tracing import is_traced, needs_plain_operations
+from torch_klloss.numerics.devices import can_be_read
+from torch_klloss.numerics.tracing import needs_plain_operations
 
 LikelihoodName = Literal["bernoulli", "bernoulli_logits", "gaussian"]
 
@@ -136,7 +137,7 @@ def _check_unit_interval(t: Tensor, which: str, advice: str) -> None:
 
 
 def _can_check(t: Tensor) -> bool:
-    return not is_traced() and not t.is_meta and t.numel() > 0 and Distribution._validate_args
+    return can_be_read(t) and t.numel() > 0 and Distribution._validate_args
 
 
 def logits_of(p_x: Distribution) -> Tensor | None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
+from torch import Tensor
 from torch.distributions import Distribution
 
-from torch_klloss.distributions.checks import check_pair
-from torch_klloss.distributions.tensors import in_floating_point
+from torch_klloss.distributions.checks import check_pair, type_name
+from torch_klloss.distributions.tensors import device_of, in_floating_point, is_transparent, on_host, on_shared_device
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.estimate import NotCertifiedError as NotCertifiedError  # methods raise it, and closed forms too
+from torch_klloss.numerics.dimensions import sum_last
 
 
 class Method(Protocol):
@@ -70,6 +72,7 @@ class BaseMethod(ABC):
             TypeError: if q or p is not a distribution.
         """
         batch_shape = check_pair(q, p)
+        q, p = on_shared_device(q, p)
         return self.estimate_checked(in_floating_point(q), in_floating_point(p), batch_shape, generator)
 
     @abstractmethod
@@ -78,6 +81,17 @@ class BaseMethod(ABC):
     ) -> KLEstimate:
         """Return what `estimate` does, of a pair that `check_pair` found to have this batch shape."""
 
+    def value_checked(
+        self,
+        q: Distribution,
+        p: Distribution,
+        batch_shape: torch.Size,
+        num_summed: int,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return the KL alone, summed over so many of its last dimensions: all that a training step needs."""
+        return sum_last(self.estimate_checked(q, p, batch_shape, generator).value, num_summed)
+
     def supports(self, q: Distribution, p: Distribution) -> bool | None:
         """Return whether the method takes the pair; None where only computing can tell."""
         return None
@@ -85,6 +99,27 @@ class BaseMethod(ABC):
     def route(self, q: Distribution, p: Distribution) -> str | None:
         """Return the route that the method would take on the pair; None where it would refuse it."""
         return self.name if self.supports(q, p) is not False else None
+
+
+def estimate_on_host(method: BaseMethod, q: Distribution, p: Distribution, batch_shape: torch.Size) -> KLEstimate:
+    """Return what a deterministic method gives of copies on the CPU, on the device of q.
+
+    It is how a method that computes in float64 runs where the device has none.
+
+    Raises:
+        NotImplementedError: if a network, which cannot be copied along, may be behind q or p.
+    """
+    device = device_of(q)
+    for d in (q, p):
+        if not is_transparent(d):
+            raise NotImplementedError(
+                f"{type(method).__name__} computes in float64, which {device} has not, and {type_name(d)} may hold "
+                "more than the tensors that can be copied to the CPU: use MonteCarloKL, or a pair on the CPU."
+            )
+    host_q, host_p = on_host(q, p)
+    found = method.estimate_checked(host_q, host_p, batch_shape)
+    bound = None if found.error_bound is None else found.error_bound.to(found.value.dtype).to(device)
+    return replace(found, value=found.value.to(device), error_bound=bound)
 
 
 @dataclass(frozen=True)

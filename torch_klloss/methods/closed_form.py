@@ -14,7 +14,7 @@ from torch.distributions import Distribution
 from torch_klloss.closed_forms.registry import Resolution, evaluate, has_formula, refuse, resolve
 from torch_klloss.distributions.checks import check_pair
 from torch_klloss.distributions.supports import check_log_prob
-from torch_klloss.distributions.tensors import device_of, in_floating_point, unvalidated
+from torch_klloss.distributions.tensors import device_of, in_floating_point, on_shared_device, unvalidated
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.methods.base import BaseMethod
 from torch_klloss.rng import private_rng
@@ -59,7 +59,9 @@ class ClosedForm(BaseMethod):
 
     def supports(self, q: Distribution, p: Distribution) -> bool:
         """Return whether the pair has a closed form."""
-        batch_shape, resolution = check_pair(q, p), resolve(in_floating_point(q), in_floating_point(p))
+        batch_shape = check_pair(q, p)
+        q, p = on_shared_device(q, p)
+        resolution = resolve(in_floating_point(q), in_floating_point(p))
         return resolution is not None and _keep_densities(resolution) and has_formula(resolution, batch_shape)
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
+from torch import Tensor
 from torch.distributions import Distribution
 
 from torch_klloss.distributions.checks import type_name
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.methods.base import BaseMethod, Method, NotCertifiedError, as_method
+
+_FoundT = TypeVar("_FoundT")
 
 
 @dataclass(init=False, repr=False, unsafe_hash=True)
@@ -53,10 +57,25 @@ class FirstOf(BaseMethod):
             NotImplementedError: if every method passes; it says what each of them said.
             NotCertifiedError: the same, where at least one method had a number that it could not certify.
         """
+        return self._first(lambda method: method.estimate_checked(q, p, batch_shape, generator), q, p)
+
+    def value_checked(
+        self,
+        q: Distribution,
+        p: Distribution,
+        batch_shape: torch.Size,
+        num_summed: int,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return the value alone of the first method that takes the pair; raises as `estimate_checked`."""
+        return self._first(lambda method: method.value_checked(q, p, batch_shape, num_summed, generator), q, p)
+
+    def _first(self, ask: Callable[[BaseMethod], _FoundT], q: Distribution, p: Distribution) -> _FoundT:
+        """Return what the first method returns that does not pass."""
         refusals: list[NotImplementedError | NotCertifiedError] = []
         for method in self._methods:
             try:
-                return method.estimate_checked(q, p, batch_shape, generator)
+                return ask(method)
             except (NotImplementedError, NotCertifiedError) as refusal:
                 refusals.append(refusal)
         tried = "".join(f"\n  {m.name}: {r}" for m, r in zip(self._methods, refusals, strict=True))
@@ -98,12 +117,26 @@ class WarnFirst(BaseMethod):
         self, q: Distribution, p: Distribution, batch_shape: torch.Size, generator: torch.Generator | None = None
     ) -> KLEstimate:
         """Return the estimate of `method`, after a warning that names it and the pair."""
-        route = self.method.route(q, p)
-        warnings.warn(
-            f"KL({type_name(q)}‖{type_name(p)}) has no exact route: AutoKL falls back on {route}.",
-            stacklevel=2,
-        )
+        self._warn(q, p)
         return self.method.estimate_checked(q, p, batch_shape, generator)
+
+    def value_checked(
+        self,
+        q: Distribution,
+        p: Distribution,
+        batch_shape: torch.Size,
+        num_summed: int,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return the value alone, after the same warning."""
+        self._warn(q, p)
+        return self.method.value_checked(q, p, batch_shape, num_summed, generator)
+
+    def _warn(self, q: Distribution, p: Distribution) -> None:
+        warnings.warn(
+            f"KL({type_name(q)}‖{type_name(p)}) has no exact route: AutoKL falls back on {self.method.route(q, p)}.",
+            stacklevel=3,
+        )
 
     def route(self, q: Distribution, p: Distribution) -> str | None:
         """Return the route of `method`."""

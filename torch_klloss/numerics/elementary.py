@@ -37,7 +37,8 @@ _COTH = (
 
 def horner(x: Tensor, coefficients: Sequence[float]) -> Tensor:
     """Return the polynomial of x whose coefficients are given from the constant one up."""
-    if needs_plain_operations():  # a compiler prefers numbers, which cost eager mode an operation each
+    # A compiler prefers numbers, and an accelerator would be waited for by a copy; on the CPU each costs an operation.
+    if not x.is_cpu or needs_plain_operations():
         value = torch.full_like(x, coefficients[-1])
         for c in reversed(coefficients[:-1]):
             value = value * x + c

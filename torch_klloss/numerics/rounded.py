@@ -16,6 +16,7 @@ from typing import Union
 import torch
 from torch import Tensor
 
+from torch_klloss.numerics.devices import scalar
 from torch_klloss.numerics.elementary import ABOVE_MINUS_ONE, at_least
 from torch_klloss.numerics.error_free import difference_error
 from torch_klloss.numerics.lgamma import binet_trigamma
@@ -157,7 +158,7 @@ def square(x: Rounded) -> Rounded:
 
 def where(mask: Tensor, a: Rounded, b: Rounded) -> Rounded:
     """Return a where the mask is set and b elsewhere; each must be finite where it is not taken."""
-    a_error, b_error = (torch.as_tensor(x.error, dtype=a.value.dtype, device=a.value.device) for x in (a, b))
+    a_error, b_error = (scalar(x.error, a.value.device, a.value.dtype) for x in (a, b))
     return Rounded(torch.where(mask, a.value, b.value), torch.where(mask, a_error, b_error))
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torch_klloss.numerics.constants import EULER, HALF_LOG_2PI
 from torch_klloss.numerics.custom_gradient import custom_gradient
+from torch_klloss.numerics.devices import constant_on
 from torch_klloss.numerics.elementary import at_least, at_most, horner, within
 from torch_klloss.numerics.moments import stirling, stirling_slope
 from torch_klloss.numerics.rounded import EPS, Rounded, elementwise, log, log1p, where
@@ -82,7 +83,7 @@ def entire_exponential_integral(w: Tensor) -> Tensor:
     References:
         *NIST handbook of mathematical functions* (Olver et al., 2010), section 6.2.
     """
-    nodes, weights = (t.to(w.device) for t in _GAUSS)
+    nodes, weights = (constant_on(w.device, t) for t in _GAUSS)
     near = at_most(w, _FAR)
     s = (nodes + 1) / 2
     total = (weights / 2 * -torch.expm1(-near.unsqueeze(-1) * s) / s).sum(-1)

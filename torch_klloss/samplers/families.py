@@ -33,7 +33,7 @@ from torch.distributions.relaxed_bernoulli import LogitRelaxedBernoulli
 from torch.distributions.relaxed_categorical import ExpRelaxedCategorical
 
 from torch_klloss.samplers.log_space import LogDirichlet, log_dirichlet
-from torch_klloss.samplers.quantiles import log_gamma_quantile, logit_beta_quantile, von_mises_quantile
+from torch_klloss.samplers.quantiles import log_gamma_quantile, logit_beta_quantile, von_mises_quantile, wide
 from torch_klloss.samplers.transport import num_uniforms, register_transport, transport
 
 
@@ -46,8 +46,8 @@ def _event_size(q: torch.distributions.Distribution) -> int:
 
 
 def _positive(log_x: Tensor, like: Tensor) -> Tensor:
-    """Return exp(log_x) in the dtype of `like`, kept above zero as torch's own draws are."""
-    return log_x.exp().to(like.dtype).clamp(min=torch.finfo(like.dtype).tiny)
+    """Return exp(log_x) in the dtype and on the device of `like`, kept above zero as torch's own draws are."""
+    return log_x.exp().to(like).clamp(min=torch.finfo(like.dtype).tiny)
 
 
 def _inside(x: Tensor) -> Tensor:
@@ -112,19 +112,19 @@ def uniform(q: Uniform, u: Tensor) -> Tensor:
 @register_transport(Gamma)
 def gamma(q: Gamma, u: Tensor) -> Tensor:
     """Return quantiles of Gamma and Chi2."""
-    return _positive(log_gamma_quantile(q.concentration, u) - q.rate.log(), u)
+    return _positive(log_gamma_quantile(q.concentration, u) - wide(q.rate).log(), u)
 
 
 @register_transport(InverseGamma)
 def inverse_gamma(q: InverseGamma, u: Tensor) -> Tensor:
     """Return quantiles of 1/x."""
-    return _positive(q.rate.log() - log_gamma_quantile(q.concentration, 1 - u), u)
+    return _positive(wide(q.rate).log() - log_gamma_quantile(q.concentration, 1 - u), u)
 
 
 @register_transport(Beta)
 def beta(q: Beta, u: Tensor) -> Tensor:
     """Return quantiles, kept inside (0, 1) in their dtype."""
-    x = logit_beta_quantile(q.concentration1, q.concentration0, u).sigmoid().to(u.dtype)
+    x = logit_beta_quantile(q.concentration1, q.concentration0, u).sigmoid().to(u)
     info = torch.finfo(u.dtype)
     return x.clamp(info.tiny, 1 - info.eps / 2)
 
@@ -140,20 +140,20 @@ def student_t(q: StudentT, u: Tensor) -> Tensor:
     """Return quantiles: ν / (ν + t²) is Beta(ν/2, ½), and t² is computed from the nearer tail."""
     tail = 2 * torch.minimum(u, 1 - u)
     y = logit_beta_quantile(q.df / 2, torch.full_like(q.df, 0.5), tail)
-    t = q.df.sqrt() * (-y / 2).exp()
-    return q.loc + q.scale * _side(u) * t.to(u.dtype)
+    t = wide(q.df).sqrt() * (-y / 2).exp()
+    return q.loc + q.scale * _side(u) * t.to(u)
 
 
 @register_transport(FisherSnedecor)
 def fisher_snedecor(q: FisherSnedecor, u: Tensor) -> Tensor:
     """Return quantiles: d₁x / (d₁x + d₂) is Beta(d₁/2, d₂/2)."""
-    return _positive(logit_beta_quantile(q.df1 / 2, q.df2 / 2, u) + (q.df2 / q.df1).log(), u)
+    return _positive(logit_beta_quantile(q.df1 / 2, q.df2 / 2, u) + wide(q.df2 / q.df1).log(), u)
 
 
 @register_transport(VonMises)
 def von_mises(q: VonMises, u: Tensor) -> Tensor:
     """Return quantiles counted from the side opposite of the mean direction, turned into [-π, π)."""
-    x = von_mises_quantile(q.concentration, u).to(u.dtype) + q.loc
+    x = von_mises_quantile(q.concentration, u).to(u) + q.loc
     return (x + math.pi) % (2 * math.pi) - math.pi
 
 
@@ -177,7 +177,7 @@ def wishart(q: Wishart, u: Tensor) -> Tensor:
     """Return L A Aᵀ Lᵀ with A of Bartlett's decomposition: roots of Chi2 on the diagonal, Normal below."""
     p = q.event_shape[-1]
     df = q.df.unsqueeze(-1) - torch.arange(p, dtype=u.dtype, device=u.device)
-    diagonal = (log_gamma_quantile(df / 2, u[..., :p]) + math.log(2)).div(2).exp().to(u.dtype)
+    diagonal = (log_gamma_quantile(df / 2, u[..., :p]) + math.log(2)).div(2).exp().to(u)
     i, j = torch.tril_indices(p, p, -1, device=u.device)
     below = torch.zeros(*u.shape[:-1], p, p, dtype=u.dtype, device=u.device)
     below[..., i, j] = _standard_normal(u[..., p:])

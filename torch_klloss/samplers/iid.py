@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution, VonMises
 
 from torch_klloss.distributions.simplify import diagonal_normal_of
-from torch_klloss.distributions.tensors import device_of, is_transparent
+from torch_klloss.distributions.tensors import device_of, is_transparent, lacks_float64, on_host
 from torch_klloss.numerics.tracing import concrete, is_func_transformed
 from torch_klloss.samplers.draws import Draws, PreparedSampler, noise_in_blocks
 from torch_klloss.samplers.points import Points, evenly_weighted
@@ -45,7 +45,7 @@ class IID(PreparedSampler):
                 return (x if differentiable else x.detach(),)
             shape = torch.Size((n,))  # not a tuple: other libraries ask it for its numel()
             if not differentiable:
-                return (q.sample(shape).detach(),)  # torch.no_grad alone lets forward-mode tangents pass
+                return (_sample(q, shape).detach(),)  # torch.no_grad alone lets forward-mode tangents pass
             joint: Any = q
             return joint.rsample_and_log_prob(shape) if _gives_log_prob(q) else (q.rsample(shape),)
 
@@ -53,11 +53,24 @@ class IID(PreparedSampler):
         return _IndependentDraws(q, num_samples, noise)
 
 
-def _refuse_endless_draws(q: Distribution) -> None:
-    """Raise a NotImplementedError for a VonMises of which torch rejects every proposal."""
+def _sample(q: Distribution, shape: torch.Size) -> Tensor:
+    """Return draws; from a copy on the CPU of what torch draws in float64, where q's device has none."""
+    if lacks_float64(q, q) and any(isinstance(d, VonMises) for d in _parts_of(q)):
+        return on_host(q)[0].sample(shape).to(device_of(q))
+    return q.sample(shape)
+
+
+def _parts_of(q: Distribution) -> list[Distribution]:
+    """Return q and the distributions that it is made of."""
     parts = [q]
     for d in parts:
-        parts += [part for key, part in vars(d).items() if isinstance(part, Distribution)]
+        parts += [part for part in vars(d).values() if isinstance(part, Distribution)]
+    return parts
+
+
+def _refuse_endless_draws(q: Distribution) -> None:
+    """Raise a NotImplementedError for a VonMises of which torch rejects every proposal."""
+    for d in _parts_of(q):
         if isinstance(d, VonMises) and not d.concentration.is_meta:
             concentration = concrete(d.concentration)
             if not (concentration <= _MOST_CONCENTRATED).all():

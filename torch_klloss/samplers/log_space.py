@@ -80,13 +80,13 @@ def log_gamma(concentration: Tensor, shape: torch.Size) -> Tensor:
 @register_transport(LogGamma)
 def log_gamma_transport(q: LogGamma, u: Tensor) -> Tensor:
     """Return quantiles."""
-    return log_gamma_quantile(q.concentration, u).to(u.dtype)
+    return log_gamma_quantile(q.concentration, u).to(u)
 
 
 @register_transport(LogitBeta)
 def logit_beta(q: LogitBeta, u: Tensor) -> Tensor:
     """Return quantiles."""
-    return logit_beta_quantile(q.concentration1, q.concentration0, u).to(u.dtype)
+    return logit_beta_quantile(q.concentration1, q.concentration0, u).to(u)
 
 
 @register_transport(LogDirichlet, lambda q: q.event_shape[-1] - 1)
@@ -98,4 +98,4 @@ def log_dirichlet(q: LogDirichlet, u: Tensor) -> Tensor:
     log_left = torch.nn.functional.logsigmoid(-y).cumsum(-1)
     log_left = torch.nn.functional.pad(log_left, (1, 0))
     log_share = torch.nn.functional.pad(torch.nn.functional.logsigmoid(y), (0, 1))
-    return (log_left + log_share).to(u.dtype)
+    return (log_left + log_share).to(u)

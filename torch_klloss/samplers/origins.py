@@ -34,7 +34,7 @@ from torch.distributions import (
 from torch_klloss.distributions.located import Located
 from torch_klloss.distributions.maps import fixed, image
 from torch_klloss.distributions.transforms import parts_of
-from torch_klloss.numerics.tracing import is_traced
+from torch_klloss.numerics.devices import can_be_read
 from torch_klloss.samplers.draws import Draws, PreparedSampler, prepare
 from torch_klloss.samplers.log_space import LogDirichlet, LogGamma, LogitBeta
 from torch_klloss.samplers.points import Points, Sampler
@@ -135,7 +135,7 @@ _Made = tuple[Distribution, list[Transform]] | None
 
 
 def _has_small(least: float, *parameters: Tensor) -> bool:
-    return is_traced() or any(not t.is_cpu or bool((t < least).any()) for t in parameters)
+    return not can_be_read(*parameters) or any(bool((t < least).any()) for t in parameters)
 
 
 def _from_log_gamma(q: Gamma) -> _Made:

@@ -4,7 +4,8 @@ In a coordinate y in which it has one peak and falls off smoothly, the density i
 logarithm has dropped by 1, 4, 9, … parts. Within a panel it is the polynomial through its Gauss-Legendre nodes, whose
 integral gives the cdf F and, with ∂ log f as a factor, its derivatives by the parameters. Newton's method solves
 F(y) = u from the solution for a log-linear density; then dy/dθ = -(∂F/∂θ) / f. All in float64: F(y) is u to 1e-11 or
-better. The table is made once for a batch element, whatever the number of points.
+better. The table is made once for a batch element, whatever the number of points. It is made on the CPU where the
+device has no float64.
 
 References:
     *Implicit reparameterization gradients* (Figurnov, Mohamed and Mnih, 2018).
@@ -19,6 +20,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from torch_klloss.numerics.devices import constant_on, has_float64
 from torch_klloss.numerics.tracing import is_traced
 
 _SIDE = 16  # panels to either side of the peak
@@ -50,7 +52,7 @@ class Law:
 
 def log_gamma_quantile(concentration: Tensor, u: Tensor) -> Tensor:
     """Return log x, float64, with P(X ≤ x) = u for X of Gamma(concentration, 1); u is `[n, *batch]`."""
-    given = concentration.double()
+    given = wide(concentration)
     return _quantile(_gamma_law, [given], u) + given.log()
 
 
@@ -68,7 +70,7 @@ def _gamma_law(a: Tensor) -> Law:
 
 def logit_beta_quantile(concentration1: Tensor, concentration0: Tensor, u: Tensor) -> Tensor:
     """Return log(x / (1 - x)), float64, with P(X ≤ x) = u for X of Beta; u is `[n, *batch]`."""
-    given = concentration1.double(), concentration0.double()
+    given = wide(concentration1), wide(concentration0)
     a, b = (t.detach() for t in given)
     return _quantile(_beta_law, given, u) + (a / b).log()
 
@@ -108,7 +110,7 @@ def _beta_start(a: Tensor, b: Tensor, levels: Tensor) -> Tensor:
 
 def von_mises_quantile(concentration: Tensor, u: Tensor) -> Tensor:
     """Return x in (-π, π), float64, with P(X ≤ x) = u for X of VonMises(0, concentration); u is `[n, *batch]`."""
-    return _quantile(_von_mises_law, [concentration.double()], u)
+    return _quantile(_von_mises_law, [wide(concentration)], u)
 
 
 def _von_mises_law(k: Tensor) -> Law:
@@ -141,8 +143,14 @@ def _edges(left: Tensor, right: Tensor) -> Tensor:
     return edges.cummax(-1).values
 
 
+def wide(t: Tensor) -> Tensor:
+    """Return t in float64: on its device, or on the CPU if the device has none."""
+    return t.double() if has_float64(t.device) else t.cpu().double()
+
+
 def _quantile(law_of: Callable[..., Law], parameters: Sequence[Tensor], u: Tensor) -> Tensor:
     """Return y `[n, *batch]` with F(y) = u, for the law that `law_of` makes of parameters `[batch]`."""
+    u = u.to(parameters[0].device)
     learned = torch.is_grad_enabled() and (is_traced() or any(t.requires_grad for t in parameters))
     with torch.no_grad():
         batch = u.shape[1:]
@@ -241,7 +249,7 @@ class _PanelIntegral:
 
 
 def _rule(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    nodes, weights, to_powers = (t.to(device) for t in _gauss_legendre())
+    nodes, weights, to_powers = (constant_on(device, t) for t in _gauss_legendre())
     return nodes, weights, to_powers
 
 

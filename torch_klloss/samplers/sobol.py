@@ -11,6 +11,7 @@ from torch.distributions import Distribution
 from torch.quasirandom import SobolEngine
 
 from torch_klloss.numerics.arguments import check_integer
+from torch_klloss.numerics.devices import constant_on
 from torch_klloss.numerics.tracing import without_func
 from torch_klloss.samplers.draws import Draws, PreparedSampler
 from torch_klloss.samplers.transport import TransportedDraws, cells_of
@@ -119,7 +120,8 @@ class Sobol(PreparedSampler):
         """Return the draws, the replicates one after the other."""
         n = points_each("Sobol", num_samples, self.replicates)
         cells = cells_of(q)
-        net = sobol_net(n, cells.shape[-1], cells.bits).to(cells.device)
+        net = sobol_net(n, cells.shape[-1], cells.bits)
+        net = constant_on(cells.device, net) if net.numel() <= _MAX_KEPT else net.to(cells.device)
         net = net.reshape(n, *(1,) * len(q.batch_shape), cells.shape[-1])
         shifts = cells.random(self.replicates)
 

@@ -192,13 +192,14 @@ def test_poles_and_heavy_tails_are_followed(q, p, num_nodes):
 ON_A_LINE = [f for f in FAMILIES if isinstance(f.kl, Line)]
 
 
+@pytest.mark.parametrize("draws", [(0,), pytest.param((1, 2, 3), marks=pytest.mark.exhaustive)], ids=["first", "rest"])
 @pytest.mark.parametrize("f", ON_A_LINE, ids=lambda f: f.name)
-def test_no_certified_number_is_wrong(f: Family):
+def test_no_certified_number_is_wrong(f: Family, draws: tuple[int, ...]):
     generator = torch.Generator().manual_seed(len(f.name))
     raw_q = (2 * torch.rand(4, f.size, generator=generator, dtype=f.dtype) - 1).requires_grad_()
     for g in ON_A_LINE:
         raw_p = (2 * torch.rand(4, g.size, generator=generator, dtype=g.dtype) - 1).requires_grad_()
-        for i in range(4):
+        for i in draws:
             ref = reference(f, g, raw_q[i], raw_p[i])
             if not ref.value.isnan() and ref.error < 1e-7 * (1 + ref.magnitude):
                 check_one(f(raw_q[i]), g(raw_p[i]), ref, torch.promote_types(f.dtype, g.dtype))
@@ -487,6 +488,16 @@ def test_under_tracing_it_is_refused():
 def test_invalid_settings_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         Quadrature(**arguments)
+
+
+def test_a_tolerance_below_the_rounding_of_the_result_is_refused():
+    q, p = Normal(torch.zeros(2), 1.0), StudentT(4.0)
+    with pytest.raises(
+        NotCertifiedError, match=r"cannot certify a result in torch.float32, which is rounded by 6.0e-08"
+    ):
+        QuadratureKL(rtol=1e-9)(q, p)
+    assert QuadratureKL(rtol=1e-7)(q, p) > 0
+    assert QuadratureKL(rtol=1e-9)(Normal(torch.zeros(2).double(), 1.0), StudentT(4.0)) > 0
 
 
 def test_neither_the_random_stream_nor_sample_nor_icdf_is_touched():

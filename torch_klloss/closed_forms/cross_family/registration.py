@@ -17,9 +17,9 @@ from torch_klloss.distributions.domains import where_outside
 from torch_klloss.distributions.tails import declared_tails, is_infinite_by_tails
 from torch_klloss.distributions.tensors import dtype_of
 from torch_klloss.estimate import NotCertifiedError
+from torch_klloss.numerics.devices import can_be_read
 from torch_klloss.numerics.elementary import infinity
 from torch_klloss.numerics.rounded import Rounded
-from torch_klloss.numerics.tracing import is_traced
 
 Formula = Callable[..., "Rounded | Tensor"]
 _FormulaT = TypeVar("_FormulaT", bound=Formula)
@@ -163,9 +163,10 @@ def _certified(kl: Rounded, mask: Tensor | None, dtype: torch.dtype, q: Distribu
     """Return the value, once no element outside the mask can have lost more of it to rounding than `TOLERANCE`.
 
     Raises:
-        NotCertifiedError: if one may have; not under `torch.compile` and `torch.func`, where values cannot be read.
+        NotCertifiedError: if one may have; not where values cannot be read, under `torch.compile` and `torch.func` and
+            on accelerators.
     """
-    if is_traced():
+    if not can_be_read(kl.value):
         return kl.value
     value, tolerance = kl.value.detach(), TOLERANCE.get(dtype, TOLERANCE[torch.float32])
     good = (kl.error <= tolerance * value) | value.isnan()

@@ -25,6 +25,7 @@ from torch_klloss.distributions.tensors import device_of
 from torch_klloss.estimate import NotCertifiedError
 from torch_klloss.methods.enumeration.masses import Masses, has_masses, kl_terms, masses, zero_gradient_where_infinite
 from torch_klloss.methods.enumeration.support import align
+from torch_klloss.numerics.devices import scalar
 from torch_klloss.numerics.tracing import concrete, is_func_transformed
 
 _NEGLIGIBLE = 1e-32  # of q's mass, on either side of the window
@@ -209,7 +210,7 @@ def _truncation_error(q: Distribution, p: Distribution, masses_at: _MassesAt, wi
 def _passes_end(q: Distribution, p: Distribution) -> Tensor:
     """Return where q has mass beyond the last point of p, however small; False where no such point is known."""
     bounds = None if isinstance(q, TransformedDistribution) else bounds_of(p)
-    end = torch.as_tensor(math.inf if bounds is None else bounds.upper, dtype=torch.float64, device=device_of(q))
+    end = scalar(math.inf if bounds is None else bounds.upper, device_of(q), torch.float64)
     beyond = torch.where(end.isfinite(), 2 * end + 1, 0.0)
     dims = max(end.dim(), len(q.batch_shape))
     return end.isfinite() & (masses(q, align(beyond.unsqueeze(0), dims)).log.squeeze(0) > -math.inf)

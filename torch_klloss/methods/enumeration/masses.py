@@ -30,6 +30,7 @@ from torch.nn.functional import logsigmoid
 
 from torch_klloss.distributions.densities import log_density
 from torch_klloss.distributions.given import as_given
+from torch_klloss.numerics.devices import scalar
 from torch_klloss.numerics.elementary import at_least, at_most, e2, horner, x_minus_log1p
 
 # The logarithm of zero in products with counts, which may be zero themselves.
@@ -250,7 +251,7 @@ def _one_hot(d: Any, x: Tensor) -> Masses:
 def _multinomial(d: Any, x: Tensor) -> Masses:
     """Return the masses of independent Poisson counts of mean n p, given that they add up to n."""
     value, log = _class_masses(d._categorical)
-    n = torch.as_tensor(float(d.total_count), dtype=torch.float64, device=x.device)
+    n = scalar(float(d.total_count), x.device, torch.float64)
     inside, x = _count(x, n)
     counts = _log_poisson(x, n * value, _log(n) + log)
     of_total = _log_poisson(n, n, _log(n))

@@ -13,12 +13,13 @@ from torch_klloss.distributions.checks import check_common_measure, type_name
 from torch_klloss.distributions.domains import nan_outside
 from torch_klloss.distributions.simplify import flatten_independent, peel
 from torch_klloss.distributions.supports import contained
-from torch_klloss.distributions.tensors import device_of, dtype_of
+from torch_klloss.distributions.tensors import device_of, dtype_of, lacks_float64
 from torch_klloss.estimate import KLEstimate
-from torch_klloss.methods.base import BaseMethod
+from torch_klloss.methods.base import BaseMethod, estimate_on_host
 from torch_klloss.methods.enumeration.counts import is_countable, sum_over_counts
 from torch_klloss.methods.enumeration.masses import has_masses, kl_terms, masses, zero_gradient_where_infinite
 from torch_klloss.methods.enumeration.support import align, support_points
+from torch_klloss.numerics.devices import scalar
 from torch_klloss.numerics.dimensions import sum_last
 
 
@@ -33,7 +34,8 @@ class Enumeration(BaseMethod):
     q's, the KL is `inf`.
 
     Probabilities are computed in float64 from the parameters as given, without a clamp, and the terms are ≥ 0, so that
-    a KL near zero keeps its digits.
+    a KL near zero keeps its digits; where the device has no float64, of copies on the CPU. On an accelerator the host
+    waits once for the number of trials of a Binomial, and some ten times to look at the tail of a sum over all counts.
 
     Args:
         max_support: the largest number of points of a finite support.
@@ -80,6 +82,8 @@ class Enumeration(BaseMethod):
             ValueError: if p is continuous.
         """
         check_common_measure(q, p)
+        if lacks_float64(q, p):
+            return estimate_on_host(self, q, p, batch_shape)
         dtype = dtype_of(q, p)
         inner_q, inner_p, peeled = peel(q, p)
         if batch_shape.numel() == 0 and self.supports(q, p) is not False:
@@ -130,4 +134,4 @@ def _is_covered(p: Distribution, q: Distribution) -> Tensor | Literal[True] | No
         covered: bool | Tensor | None = q.total_count == p.total_count
     else:
         covered = contained(p, q)
-    return True if covered is True else None if covered is None else torch.as_tensor(covered, device=device_of(q))
+    return True if covered is True else None if covered is None else scalar(covered, device_of(q))

@@ -62,7 +62,9 @@ class Expectation:
     num_points: int
 
 
-def expectation_in_chunks(evaluate: Evaluate, num_draws: int, chunk_size: int | None, summed: int = 0) -> Expectation:
+def expectation_in_chunks(
+    evaluate: Evaluate, num_draws: int, chunk_size: int | None, summed: int = 0, *, with_error: bool = True
+) -> Expectation:
     """Return Σ wᵢ fᵢ over all draws with its standard error, with the intermediate results of one chunk at a time.
 
     The value and its gradients, to whatever `evaluate` reads, agree with a single chunk's up to rounding. The backward
@@ -77,6 +79,7 @@ def expectation_in_chunks(evaluate: Evaluate, num_draws: int, chunk_size: int | 
         num_draws: S.
         chunk_size: the largest number of draws that are evaluated at once; None for all.
         summed: how many of the last dimensions of the batch are summed, point by point, before the error is computed.
+        with_error: whether the error is computed.
 
     Raises:
         ValueError: if `chunk_size` is not a positive integer or None.
@@ -99,19 +102,19 @@ def expectation_in_chunks(evaluate: Evaluate, num_draws: int, chunk_size: int | 
         return terms.sum(0), terms.detach(), points.num_replicates
 
     if chunk_size is None or chunk_size >= num_draws or is_traced():
-        return _expectation(chunk, [(0, num_draws)], lambda total: total)
+        return _expectation(chunk, [(0, num_draws)], lambda total: total, with_error)
     device = chunk(0, 1)[0].device  # distributions compute and keep some tensors on first use
     step = _at_once(chunk_size, device)
     bounds = [(start, min(start + step, num_draws)) for start in range(0, num_draws, step)]
     if not torch.is_grad_enabled():
-        return _expectation(chunk, bounds, lambda total: total)
+        return _expectation(chunk, bounds, lambda total: total, with_error)
     recomputed = _RecomputedChunks(chunk, bounds, device)
     try:
-        return _expectation(recomputed.part, bounds, recomputed.joined)
+        return _expectation(recomputed.part, bounds, recomputed.joined, with_error)
     except _HiddenHookError:
-        return _expectation(chunk, bounds, lambda total: total)
+        return _expectation(chunk, bounds, lambda total: total, with_error)
     except _UnknownInputError:
-        result = _expectation(partial(_checkpointed, recomputed.checked), bounds, lambda total: total)
+        result = _expectation(partial(_checkpointed, recomputed.checked), bounds, lambda total: total, with_error)
         recomputed.remember_versions()
         return result
 
@@ -125,21 +128,23 @@ def _at_once(chunk_size: int, device: torch.device) -> int:
     return -(-chunk_size // 2) if device.type == "cpu" else chunk_size
 
 
-def _expectation(chunk: _Chunk, bounds: Sequence[tuple[int, int]], joined: Callable[[Tensor], Tensor]) -> Expectation:
-    """Return the sum over the chunks, joined to the graph by `joined`, with its error."""
+def _expectation(
+    chunk: _Chunk, bounds: Sequence[tuple[int, int]], joined: Callable[[Tensor], Tensor], with_error: bool
+) -> Expectation:
+    """Return the sum over the chunks, joined to the graph by `joined`, with its error if it is asked for."""
     value: Any = None
     replicates, spread, num_points = None, None, 0
     for start, stop in bounds:
         part, terms, replicates = chunk(start, stop)
         value = part if value is None else value + part
         num_points += terms.shape[0]
-        if start == 0 and replicates is not None and replicates > 1:
+        if with_error and start == 0 and replicates is not None and replicates > 1:
             spread = _Spread(replicates, terms.shape[0] * bounds[-1][1] // stop // replicates)
         if spread is not None:
             spread.add(terms)
         del part, terms  # or their memory stays in use during the next chunk
     value = joined(value)
-    if replicates is None:
+    if replicates is None or not with_error:
         return Expectation(value, None, None, None, num_points)
     if spread is None:  # a single replicate, which has none
         return Expectation(value, torch.full_like(value, torch.nan), 0, torch.zeros_like(value), num_points)

@@ -42,7 +42,7 @@ def _with_taylor(pair: PreparedPair, plan: Plan, source: AbstractContextManager[
     with source:
         draws = prepare(plan.sampler, pair.q, plan.num_samples, differentiable=True)
     h = taylor(pair.log_p, *_moments(pair.q))
-    rest = expectation_in_chunks(_rest(pair, draws, h), plan.num_samples, plan.chunk_size)
+    rest = expectation_in_chunks(_rest(pair, draws, h), plan.num_samples, plan.chunk_size, with_error=plan.with_error)
     return replace(rest, value=_exact(pair.q, h) + rest.value, num_points=rest.num_points + 1)
 
 

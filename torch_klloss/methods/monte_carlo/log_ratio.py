@@ -42,8 +42,11 @@ def estimate_plain(pair: PreparedPair, plan: Plan, source: AbstractContextManage
         terms.evaluate(0, 1)  # which settles the gradient
         if terms.gradient == "score_function":
             terms.find_mean()
-    result = expectation_in_chunks(terms.evaluate, plan.num_samples, plan.chunk_size, pair.peeled)
-    return replace(result, std_error=terms.trusted(result))
+    result = expectation_in_chunks(
+        terms.evaluate, plan.num_samples, plan.chunk_size, pair.peeled, with_error=plan.with_error
+    )
+    std_error = terms.trusted(result)
+    return replace(result, std_error=std_error) if plan.with_error else result
 
 
 class _Terms:

@@ -8,6 +8,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar, cast
 
 import torch
+from torch import Tensor
 from torch.distributions import Distribution
 
 from torch_klloss.distributions.checks import check_common_measure, check_pair, type_name
@@ -35,6 +36,8 @@ from torch_klloss.methods.monte_carlo.options import (
 )
 from torch_klloss.methods.monte_carlo.plan import Plan, PreparedPair
 from torch_klloss.numerics.arguments import check_integer
+from torch_klloss.numerics.devices import scalar
+from torch_klloss.numerics.dimensions import sum_last
 from torch_klloss.rng import draw_seed, private_rng
 from torch_klloss.samplers import IID, Antithetic, Sampler, Sobol, Stratified
 from torch_klloss.samplers.components import mixture_of
@@ -160,20 +163,44 @@ class MonteCarlo(BaseMethod):
             ValueError: if the shapes do not fit, or q is discrete and p continuous, or the reverse.
             TypeError: if q or p is not a distribution.
         """
+        return self._estimate(q, p, batch_shape, generator, with_error=True)
+
+    def value_checked(
+        self,
+        q: Distribution,
+        p: Distribution,
+        batch_shape: torch.Size,
+        num_summed: int,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return the value alone, summed over so many of its last dimensions; raises as `estimate_checked`."""
+        with_error = self.value == "k3"  # whose warning is found on the way
+        return sum_last(self._estimate(q, p, batch_shape, generator, with_error=with_error).value, num_summed)
+
+    def _estimate(
+        self,
+        q: Distribution,
+        p: Distribution,
+        batch_shape: torch.Size,
+        generator: torch.Generator | None,
+        *,
+        with_error: bool,
+    ) -> KLEstimate:
         check_common_measure(q, p)
         given = q, p
         gradient = self._gradient_for(_inside(q, p))
         q, p, peeled = _simplified(q, p)
-        infinite_variance = None if self.num_samples == 1 else is_infinite(*(given if peeled else (q, p)), power=2)
+        has_error = with_error and self.num_samples > 1
+        infinite_variance = is_infinite(*(given if peeled else (q, p)), power=2) if has_error else None
         inside = contained(q, p)
         # Expanded before it is drawn from: batch elements do not share their noise.
         shape = check_pair(q, p) if peeled else batch_shape
         q = unvalidated(expand_to(q, shape))
-        source = nullcontext() if generator is None else private_rng(draw_seed(generator), device_of(q))
-        sampled = self._sample(PreparedPair(q, p, inside, peeled), gradient, source)
+        source = nullcontext() if generator is None else private_rng(draw_seed(generator, device_of(q)), device_of(q))
+        sampled = self._sample(PreparedPair(q, p, inside, peeled), gradient, source, with_error)
         value, std_error = sampled.value, sampled.std_error
         if inside is not None and inside is not True:
-            inside = torch.as_tensor(inside, device=value.device).expand(shape)
+            inside = scalar(inside, value.device).expand(shape)
             value = torch.where(inside.flatten(-peeled).all(-1) if peeled else inside, value, math.inf)
         lacks = lacks_an_outcome(q, p)
         if lacks is not None:
@@ -205,9 +232,11 @@ class MonteCarlo(BaseMethod):
     def _gradient_name(self) -> Gradient:
         return "mixed" if isinstance(self.gradient, MixedGradient) else self.gradient
 
-    def _sample(self, pair: PreparedPair, gradient: Gradient, source: AbstractContextManager[None]) -> Expectation:
+    def _sample(
+        self, pair: PreparedPair, gradient: Gradient, source: AbstractContextManager[None], with_error: bool
+    ) -> Expectation:
         automatic, sampler = self.gradient == "auto", cast(Sampler, self.sampler)
-        plan = Plan(self.num_samples, sampler, gradient, self.value, self.chunk_size, automatic)
+        plan = Plan(self.num_samples, sampler, gradient, self.value, self.chunk_size, automatic, with_error)
         if self.value not in SURROGATES and gradient != "mixed":
             return estimate_plain(pair, plan, source)
         if torch.is_inference_mode_enabled():  # these take derivatives of their own

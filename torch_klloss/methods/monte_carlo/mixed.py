@@ -27,6 +27,7 @@ from torch_klloss.methods.monte_carlo.options import HELD_OUT
 from torch_klloss.methods.monte_carlo.plan import Plan, PreparedPair
 from torch_klloss.methods.monte_carlo.rounded_draws import RoundedDraws
 from torch_klloss.methods.monte_carlo.surrogates import ONCE, reaches_others, zero_with_gradient
+from torch_klloss.numerics.devices import can_be_read
 from torch_klloss.numerics.dimensions import sum_after, sum_last
 from torch_klloss.numerics.once import differentiable_once
 from torch_klloss.samplers import IID, Points, Sampler
@@ -96,13 +97,17 @@ class MixedGradient(nn.Module):
         return self.moments if [m.shape for m in self.moments] == shapes else None
 
     def update(self, moments: list[Tensor]) -> None:
-        """Average the moments of a step into the state."""
-        if not self.training or any(not m.isfinite().all() for m in moments):
+        """Average the moments of a step into the state, if all of them are finite."""
+        if not self.training or not moments:
             return
-        earlier = self.recall([m.shape for m in moments])
-        if earlier is not None:
-            moments = [self.decay * old.to(new) + new for old, new in zip(earlier, moments, strict=True)]
-        self.moments = moments
+        earlier = self.recall([m.shape for m in moments]) or [torch.zeros_like(m) for m in moments]
+        is_finite = torch.stack([m.isfinite().all() for m in moments]).all()
+        if can_be_read(is_finite) and not is_finite:
+            return
+        self.moments = [
+            torch.where(is_finite, self.decay * old.to(new) + new, old.to(new))
+            for old, new in zip(earlier, moments, strict=True)
+        ]
 
 
 def check_mixed(q: Distribution, sampler: Sampler) -> None:
@@ -246,7 +251,11 @@ def _predicted(controls: Tensor, moments: Tensor, pooled: bool) -> Tensor:
     scale = torch.where(variance > 0, variance.rsqrt(), 0.0)
     # Scaled to ones on the diagonal; the ridge decides where scores coincide or vanish.
     gram = gram * scale.unsqueeze(-1) * scale.unsqueeze(-2)
-    ridge = gram.shape[-1] * torch.finfo(gram.dtype).eps ** 0.5 * torch.eye(gram.shape[-1]).to(gram)
+    ridge = (
+        gram.shape[-1]
+        * torch.finfo(gram.dtype).eps ** 0.5
+        * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    )
     coefficients = torch.linalg.solve(gram + ridge, cross * scale.unsqueeze(-1)).squeeze(-1) * scale
     coefficients = torch.where(coefficients.isfinite(), coefficients, 0.0)
     return (controls * (coefficients.unsqueeze(0) if pooled else coefficients)).sum(-1)

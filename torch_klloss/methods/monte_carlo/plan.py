@@ -57,7 +57,7 @@ class PreparedPair:
 class Plan:
     """The options of a `MonteCarlo`, with "auto" replaced by the gradient for a pair.
 
-    `is_automatic` says that it was "auto".
+    `is_automatic` says that it was "auto", and `with_error` whether more than the value is asked for.
     """
 
     num_samples: int
@@ -66,6 +66,7 @@ class Plan:
     value: str
     chunk_size: int | None
     is_automatic: bool = False
+    with_error: bool = True
 
     def gradient_without_path(self, q: Distribution) -> str:
         """Return the gradient where the draws of `rsample` carry none to some parameter, or a NotImplementedError."""

@@ -14,8 +14,8 @@ from torch_klloss.distributions.located import Located
 from torch_klloss.distributions.simplify import flatten_independent
 from torch_klloss.distributions.stated_supports import believed_support, innermost, is_discrete
 from torch_klloss.distributions.supports import Bounds, bounds_of
+from torch_klloss.numerics.devices import can_be_read
 from torch_klloss.numerics.dimensions import sum_last
-from torch_klloss.numerics.tracing import is_traced
 
 
 class RoundedDrawsWarning(UserWarning):
@@ -46,7 +46,7 @@ class RoundedDraws:
         if not self._shares:
             return std_error
         share = sum_last(torch.stack(list(self._shares.values())).sum(0), peeled) / num_draws
-        if share.is_cpu and not is_traced() and bool((share > 0).any()):
+        if can_be_read(share) and bool((share > 0).any()):
             warnings.warn(
                 f"{share.mean().item():.2g} of the draws of {type_name(self._q)} were rounded to an end of its "
                 "support, where the densities are lost: the value is not reliable, and has no standard error. Use "

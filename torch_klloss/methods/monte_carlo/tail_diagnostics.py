@@ -8,7 +8,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from torch_klloss.numerics.tracing import is_traced
+from torch_klloss.numerics.devices import can_be_read, has_float64
 
 _MIN_TAIL = 5
 _VARIANCE, _WARN = 0.5, 0.7
@@ -41,7 +41,8 @@ def tail_shape(log_ratio: Tensor) -> Tensor:
         >>> round(tail_shape(pareto).item(), 1), bool(tail_shape(uniform) < 0)
         (0.8, True)
     """
-    log_ratio = log_ratio.detach().double()
+    log_ratio = log_ratio.detach()
+    log_ratio = log_ratio.double() if has_float64(log_ratio.device) else log_ratio.float()
     size = min(len(log_ratio) // 5, math.ceil(3 * len(log_ratio) ** 0.5))
     if size < _MIN_TAIL:
         return torch.full_like(log_ratio.sum(0), math.nan)
@@ -68,6 +69,8 @@ def _pareto_shape(x: Tensor) -> Tensor:
 def may_have_heavy_tail(log_ratio: Tensor, what: str, remedy: str) -> Tensor:
     """Return where the standard error of exponentiated log-ratios is unreliable, and warn where their mean is too.
 
+    The warning is given on the CPU alone: an accelerator would have to be waited for.
+
     Args:
         log_ratio: the logarithms of the ratios, `[S, *batch]`.
         what: the option that exponentiates them, for the warning.
@@ -78,7 +81,7 @@ def may_have_heavy_tail(log_ratio: Tensor, what: str, remedy: str) -> Tensor:
     """
     shape = tail_shape(log_ratio)
     heavy = shape > _WARN
-    if not is_traced() and bool(heavy.any()):
+    if can_be_read(heavy) and bool(heavy.any()):
         warnings.warn(
             f"{what} exponentiates ratios of densities whose largest values look like a Pareto tail of shape "
             f"{shape[heavy].max().item():.2f} (above 0.7 in {int(heavy.sum())} of {heavy.numel()} batch elements): "

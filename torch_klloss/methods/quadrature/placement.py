@@ -23,6 +23,7 @@ from torch_klloss.methods.quadrature.coordinates import Coordinate, Segment, Shi
 from torch_klloss.methods.quadrature.integrand import Integrand
 from torch_klloss.methods.quadrature.rules import ORDER, Panels
 from torch_klloss.methods.quadrature.scan import NUM_EVALUATIONS, NUM_POINTS, Scan, scan_support
+from torch_klloss.numerics.devices import scalar
 
 _MAX_SCANS = 12
 _EXTENT = 8.0  # standard deviations of a component that matter
@@ -91,7 +92,8 @@ def ends_of(measure: Distribution, p: Distribution, shape: torch.Size) -> tuple[
     bounds = bounds_of(measure)
     if bounds is None:
         raise NotImplementedError(f"the support of {type(measure).__name__} is not known to be an interval.")
-    lower, upper = (torch.as_tensor(end, dtype=torch.float64).expand(shape) for end in (bounds.lower, bounds.upper))
+    device = device_of(measure)
+    lower, upper = (scalar(end, device, torch.float64).expand(shape) for end in (bounds.lower, bounds.upper))
     return lower, upper
 
 
@@ -131,7 +133,7 @@ def _property_or_nan(d: Distribution, name: str, shape: torch.Size) -> Tensor:
         value = getattr(d, name)
     except (AttributeError, NotImplementedError):
         value = torch.nan
-    return torch.as_tensor(value, dtype=torch.float64).detach().expand(shape)
+    return scalar(value, device_of(d), torch.float64).detach().expand(shape)
 
 
 def panels_of(f: Integrand, coordinate: Coordinate, scan: Scan, num_nodes: int) -> Panels:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torch_klloss.methods.quadrature.coordinates import Coordinate
 from torch_klloss.methods.quadrature.integrand import Integrand
+from torch_klloss.numerics.devices import constant_on
 from torch_klloss.numerics.elementary import e2
 from torch_klloss.numerics.special import gauss_legendre
 
@@ -80,7 +81,9 @@ class Panels:
     def nodes(self) -> tuple[Tensor, Tensor]:
         """Return v and the weights, `[panels * ORDER, *integrals]`."""
         low, high = self.edges
-        nodes, weights = (t.to(low.device).reshape(1, -1, *(1,) * (low.dim() - 1)) for t in gauss_legendre(ORDER))
+        nodes, weights = (
+            constant_on(low.device, t).reshape(1, -1, *(1,) * (low.dim() - 1)) for t in gauss_legendre(ORDER)
+        )
         half = (high - low).unsqueeze(1) / 2
         return ((high + low).unsqueeze(1) / 2 + half * nodes).flatten(0, 1), (half * weights).flatten(0, 1)
 
@@ -112,7 +115,7 @@ class Panels:
 
     def edge_error(self, terms: Tensor) -> Tensor:
         """Return what the terms at the checked nodes show at the edges: the integrand less the polynomial."""
-        return torch.tensordot(_edge_matrix().to(terms.device), terms, dims=([1], [1])).abs().amax(0)
+        return torch.tensordot(constant_on(terms.device, _edge_matrix()), terms, dims=([1], [1])).abs().amax(0)
 
     def select(self, index: Tensor) -> Panels:
         """Return the panels of some elements of a flat batch."""
@@ -175,7 +178,7 @@ Rule = Panels | Trapezoid
 
 def _error(matrix: Tensor, terms: Tensor, size: Tensor) -> Tensor:
     """Return the largest coefficient of the terms, times a safety factor, but no more than the size."""
-    coefficients = torch.tensordot(matrix.to(terms.device), terms, dims=([1], [1]))
+    coefficients = torch.tensordot(constant_on(terms.device, matrix), terms, dims=([1], [1]))
     return torch.minimum(_SAFETY * coefficients.abs().amax(0), size)
 
 
