@@ -293,3 +293,22 @@ def test_second_derivatives_are_right():
         assert torch.autograd.gradgradcheck(lambda t, s, f=loss: f(student=s, teacher=t, mask=mask), (teacher, student))
     hidden, weight = (torch.randn(n, 3, dtype=torch.float64, requires_grad=True) for n in (2, 6))
     assert torch.autograd.gradgradcheck(lambda h, w: token_kl(LinearHead(h, w), teacher.detach()), (hidden, weight))
+
+
+@DIVERGENCES
+def test_second_derivatives_are_right_at_equality_and_next_to_padding(divergence):
+    logits = torch.randn(2, 5, dtype=torch.float64)
+    logits[1] = math.nan
+    mask, loss = torch.tensor([True, False]), DistillationLoss(divergence, reduction="sum")
+    curvature = torch.autograd.functional.hessian(lambda x: loss(student=x, teacher=logits, mask=mask), logits.clone())
+    right = torch.zeros_like(curvature)
+    right[0, :, 0] = torch.autograd.functional.hessian(lambda x: by_definition(divergence, logits[0], x), logits[0])
+    torch.testing.assert_close(curvature, right)
+
+
+def test_a_head_that_both_sides_share_gets_the_gradient_of_both_once():
+    first, second = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    weight = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    heads = lambda w: token_kl(LinearHead(first, w), LinearHead(second, w))
+    assert torch.autograd.gradcheck(heads, weight)
+    assert torch.autograd.gradgradcheck(heads, weight)

@@ -53,6 +53,10 @@ class Dense:
         """Return the logits of some rows."""
         return self.logits[rows]
 
+    def pull_back(self, grad: Tensor) -> tuple[Tensor, ...]:
+        """Return the gradients of the tensors, given that of all logits."""
+        return (grad,)
+
 
 @dataclass(frozen=True)
 class Head:
@@ -94,6 +98,11 @@ class Head:
     def panel(self, rows: Tensor | slice) -> Tensor:
         """Return the logits of some rows."""
         return torch.nn.functional.linear(self.hidden[rows], self.weight, self.bias)
+
+    def pull_back(self, grad: Tensor) -> tuple[Tensor, ...]:
+        """Return the gradients of the tensors, given that of all logits."""
+        found = grad @ self.weight, grad.mT @ self.hidden
+        return found if self.bias is None else (*found, grad.sum(0))
 
 
 Side: TypeAlias = Dense | Head

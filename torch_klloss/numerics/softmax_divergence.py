@@ -183,15 +183,23 @@ def _again(plan: Plan, tensors: tuple[Tensor, ...], needs: tuple[bool, ...], gra
             "the gradient of VocabShards cannot be differentiated again, since no process has all logits: compute the "
             "second derivative of whole logits."
         )
-    q, p = plan.sides(tensors)
-    chosen = slice(None) if plan.index is None else plan.index
-    q, p = (Dense(side.whole()[chosen]) for side in (q, p))
-    value = _plain(q, p, plan.problem)
-    if plan.keep is not None:
-        value = torch.where(plan.keep, value, 0.0)
-    wanted = [t for t, need in zip(tensors, needs, strict=True) if need]
-    found = iter(torch.autograd.grad(value, wanted, grad[chosen].to(value.dtype), create_graph=True))
-    return [next(found) if need else None for need in needs]
+    sides, index = plan.sides(tensors), plan.index
+    a, b = (side.whole() if index is None else side.whole()[index] for side in sides)
+    by_logits = _gradients(a, b, plan.keep, grad if index is None else grad[index], plan.problem)
+    if index is not None:
+        by_logits = tuple(g.new_zeros(len(grad), g.shape[-1]).index_copy(0, index, g) for g in by_logits)
+    found = [g for side, by in zip(sides, by_logits, strict=True) for g in side.pull_back(by)]
+    return [g if need else None for g, need in zip(found, needs, strict=True)]
+
+
+def _gradients(a: Tensor, b: Tensor, keep: Tensor | None, grad: Tensor, problem: Problem) -> tuple[Tensor, ...]:
+    """Return grad times the derivatives by logits, by operations that torch can differentiate."""
+    if keep is not None:
+        a, b, grad = (torch.where(keep, t, 0.0) for t in (a, b, grad))
+    x, y, arithmetic = _prepared(a, b, problem)
+    rows = rows_of(x, y, arithmetic, problem.terms)
+    found = derivatives(x, y, rows, grad, arithmetic, problem.terms)
+    return tuple(d.to(t.dtype) for d, t in zip(found, (a, b), strict=True))
 
 
 def _traced(q: Side, p: Side, problem: Problem, keep: Tensor | None) -> Tensor:
@@ -222,9 +230,5 @@ class _Traced(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, b, keep = ctx.saved_tensors
-        problem = Problem(*ctx.settings)
-        x, y, arithmetic = _prepared(a, b, problem)
-        rows = rows_of(x, y, arithmetic, problem.terms)
-        found = derivatives(x, y, rows, grad, arithmetic, problem.terms)
-        by_a, by_b = (torch.where(keep, d, 0.0).to(t.dtype) for d, t in zip(found, (a, b), strict=True))
+        by_a, by_b = _gradients(a, b, keep, grad, Problem(*ctx.settings))
         return by_a, by_b, None, None, None

@@ -116,7 +116,7 @@ class Arithmetic(NamedTuple):
         return torch.addcmul(weight, weight, lost)
 
     def _ratio(self, a: Tensor, b: Tensor, q_top: Tensor, p_top: Tensor) -> Tensor:
-        gap = torch.where(a == b, 0.0, b - a)  # also of classes that both lack
+        gap = torch.where((a == -torch.inf) & (b == -torch.inf), 0.0, b - a)
         ratio = gap - (p_top - q_top)
         if self.is_exact:
             ratio = ratio + (_finite(difference_error(b, a)) - _finite(difference_error(p_top, q_top)))

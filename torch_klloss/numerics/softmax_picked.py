@@ -78,7 +78,7 @@ def picked_log_weights(
     elif keep is not None:
         picking = replace(picking, keep=keep.reshape(-1, 1))
     if needs_plain_operations() or is_func_transformed():
-        return _plain(rows, ids, valid, picking).reshape(*tokens, num_picked + 1)
+        return _plain(rows.whole(), ids, valid, picking).reshape(*tokens, num_picked + 1)
     result: Tensor = _Picked.apply(picking, ids, valid, *rows.tensors)
     return result.reshape(*tokens, num_picked + 1)
 
@@ -202,9 +202,8 @@ def _spread(
         tile.put(out, weights)
 
 
-def _plain(side: Side, ids: Tensor, valid: Tensor, picking: Picking) -> Tensor:
-    """Return the picked numbers by operations that torch can differentiate."""
-    a = side.whole()
+def _plain(a: Tensor, ids: Tensor, valid: Tensor, picking: Picking) -> Tensor:
+    """Return the picked numbers of logits by operations that torch can differentiate."""
     a = a.to(_wide(a))
     if picking.keep is not None:
         a = torch.where(picking.keep, a, 0.0)
@@ -231,7 +230,8 @@ def _again(
         keep = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
         keep[picking.index] = True
         picking = replace(picking, keep=keep, index=None)
-    result = _plain(picking.kind(*tensors), ids, valid, picking)
-    wanted = [t for t, need in zip(tensors, needs, strict=True) if need]
-    found = iter(torch.autograd.grad(result, wanted, grad.to(result.dtype), create_graph=True))
-    return [next(found) if need else None for need in needs]
+    side = picking.kind(*tensors)
+    logits = side.whole()
+    result = _plain(logits, ids, valid, picking)
+    (by_logits,) = torch.autograd.grad(result, logits, grad.to(result.dtype), create_graph=True)
+    return [g if need else None for g, need in zip(side.pull_back(by_logits), needs, strict=True)]
