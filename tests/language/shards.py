@@ -53,10 +53,30 @@ def gaps(rank):
                 worst = max(worst, abs(float(p.grad.norm() / w.grad[:, columns].norm()) - 1))
                 worst = max(worst, float((p.grad - w.grad[:, columns]).norm() / w.grad[:, columns].norm()))
         found[name] = (abs(float(value.detach() / right.detach()) - 1), worst)
+    found |= compiled(teacher[:, columns], student[:, columns], ids, columns.start)
     try:
         token_kl(*(VocabShards(torch.zeros(1, 3), 2 * rank) for _ in range(2)))
     except ValueError as error:
         found["overlap"] = str(error)
+    return found
+
+
+def compiled(teacher, student, ids, start):
+    """Return how far values and gradients of compiled functions of shards are from those of eager ones."""
+    functions = {
+        "compiled": lambda s, t: token_kl(VocabShards(t * 2, start), VocabShards(s, start)).sum() * 2,
+        "compiled log_probs_of": lambda s, t: log_probs_of(VocabShards(s * 2, start), ids).sum() * 2,
+    }
+    found = {}
+    for name, function in functions.items():
+        results = []
+        for some in (function, torch.compile(function, backend="eager")):
+            leaf = student.clone().requires_grad_()
+            value = some(leaf, teacher)
+            value.backward()
+            results.append((value.detach(), leaf.grad))
+        (right, by_right), (value, by_value) = results
+        found[name] = abs(float(value / right) - 1), float((by_value - by_right).norm() / by_right.norm())
     return found
 
 
@@ -68,4 +88,6 @@ def work(rank, rendezvous, out):
 
 
 if __name__ == "__main__":
-    multiprocessing.spawn(work, sys.argv[1:3], nprocs=2)
+    import torch._dynamo  # once, before the processes part
+
+    multiprocessing.start_processes(work, sys.argv[1:3], nprocs=2, start_method="fork")

@@ -67,7 +67,8 @@ class VocabShards:
     """This process's columns of the vocabulary, in place of whole logits.
 
     Both sides of a loss are shards, of the same columns. Every process gets the value of the whole vocabulary, and the
-    gradient of its own columns, counted once: a loss is not to be divided by the number of shards.
+    gradient of its own columns, counted once: a loss is not to be divided by the number of shards. `torch.compile`
+    leaves what is computed of shards out of its graph.
 
     Args:
         logits: `[*tokens, columns]`.
@@ -166,7 +167,7 @@ class Sides(NamedTuple):
 
 def reduces_of(shards: VocabShards | None) -> dict[str, Any]:
     """Return the sums over shards that the numerics need; none for whole logits."""
-    return {} if shards is None else {"total": shards.total, "largest": shards.largest}
+    return {} if shards is None or shards.is_alone else {"total": shards.total, "largest": shards.largest}
 
 
 class OneSide(NamedTuple):

@@ -15,7 +15,7 @@ from torch_klloss.numerics.elementary import common_dtype
 from torch_klloss.numerics.logit_sides import Dense, Gradient, Reduce, Side, add_to_tensors, panels
 from torch_klloss.numerics.softmax_pairs import Arithmetic, Terms, derivatives, rows_of
 from torch_klloss.numerics.softmax_tiles import Computed, Problem, compute, write_derivatives
-from torch_klloss.numerics.tracing import is_forward_mode, is_func_transformed, needs_plain_operations
+from torch_klloss.numerics.tracing import in_eager_mode, is_forward_mode, is_traced
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,13 @@ def divergence_of_logits(
         return divergence_of_logits(
             p, q, Terms(terms.by_p, terms.p_mix), temperature=temperature, keep=keep, total=total, largest=largest
         )
+    reduces = {} if total is None or largest is None else {"total": total, "largest": largest}
+    if reduces and is_traced():
+        return in_eager_mode(divergence_of_logits)(q, p, terms, temperature=temperature, keep=keep, **reduces)
     tokens, first = q.shape[:-1], q.tensors[0]
     q, p = q.rows, p.rows
-    reduces = {} if total is None or largest is None else {"total": total, "largest": largest}
     problem = Problem(terms, temperature, **reduces)
-    if needs_plain_operations() or is_func_transformed():
+    if is_traced():
         keep = None if keep is None else keep.reshape(-1, 1)
         return _traced(q, p, problem, keep).reshape(tokens)
     index = None

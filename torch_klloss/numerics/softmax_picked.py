@@ -12,7 +12,7 @@ from torch import Tensor
 from torch_klloss.numerics.logit_sides import Dense, Gradient, Reduce, Side, add_to_tensors, panels
 from torch_klloss.numerics.softmax_pairs import KL
 from torch_klloss.numerics.softmax_tiles import Problem, Tile, tiles_of, tops_of
-from torch_klloss.numerics.tracing import is_func_transformed, needs_plain_operations
+from torch_klloss.numerics.tracing import in_eager_mode, is_traced
 
 _TILE = 2**15  # numbers of a tile on the CPU; elsewhere this part of the logits:
 _SHARE = 2**6
@@ -67,17 +67,21 @@ def picked_log_weights(
         total: adds a tensor over the shards.
         largest: takes the maximum over the shards.
     """
+    reduces = {} if total is None or largest is None else {"total": total, "largest": largest}
+    if reduces and is_traced():
+        return in_eager_mode(picked_log_weights)(
+            side, ids, is_rest=is_rest, temperature=temperature, start=start, valid=valid, keep=keep, **reduces
+        )
     tokens, num_picked, first = ids.shape[:-1], ids.shape[-1], side.tensors[0]
     rows = side.rows
     ids = ids.reshape(-1, num_picked)
     valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid.reshape(-1, num_picked)
-    reduces = {} if total is None or largest is None else {"total": total, "largest": largest}
     picking = Picking(Problem(KL, temperature, **reduces), start, is_rest, type(rows))
-    if keep is not None and first.is_cpu and not (needs_plain_operations() or is_func_transformed()):
+    if keep is not None and first.is_cpu and not is_traced():
         picking = replace(picking, index=keep.reshape(-1).nonzero().squeeze(-1))
     elif keep is not None:
         picking = replace(picking, keep=keep.reshape(-1, 1))
-    if needs_plain_operations() or is_func_transformed():
+    if is_traced():
         return _plain(rows.whole(), ids, valid, picking).reshape(*tokens, num_picked + 1)
     result: Tensor = _Picked.apply(picking, ids, valid, *rows.tensors)
     return result.reshape(*tokens, num_picked + 1)
