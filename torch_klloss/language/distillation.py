@@ -22,7 +22,7 @@ from torch_klloss.schedules import Schedule
 
 
 @dataclass(frozen=True)
-class _Result:
+class PerToken:
     """The divergence of every token, without weights, and which tokens count."""
 
     found: Found
@@ -149,7 +149,7 @@ class DistillationLoss(Weighted):
         """
         _by_name(positional, student, teacher)
         check_token_reduction(self.reduction, normalizer)
-        result = self._compute(student, teacher, labels, mask, vocab_size, boundaries)
+        result = self.per_token(student, teacher, labels, mask, vocab_size, boundaries)
         value = result.tokens.reduce(result.found.value, self.reduction, normalizer)
         return value * self.weight_at(step)
 
@@ -181,7 +181,7 @@ class DistillationLoss(Weighted):
             TypeError, ValueError: as `forward`.
         """
         _by_name(positional, student, teacher)
-        result = self._compute(student, teacher, labels, mask, vocab_size, boundaries)
+        result = self.per_token(student, teacher, labels, mask, vocab_size, boundaries)
         tokens, found = result.tokens, result.found
         value, error, dof = (None if t is None else tokens.without_ends(t) for t in found)
         assert value is not None
@@ -193,7 +193,7 @@ class DistillationLoss(Weighted):
             value, is_exact, std_error=error, dof=dof, method=result.method, num_evaluations=num_evaluations
         )
 
-    def _compute(
+    def per_token(
         self,
         student: Any,
         teacher: Any,
@@ -201,7 +201,8 @@ class DistillationLoss(Weighted):
         mask: Tensor | None,
         vocab_size: int | None,
         boundaries: Tensor | None,
-    ) -> _Result:
+    ) -> PerToken:
+        """Return the divergence of every token, without weights, and the tokens; the arguments are `forward`'s."""
         is_sparse = isinstance(teacher, SparseTeacher)
         if is_sparse:
             one = side_of("student", student, vocab_size)
@@ -231,7 +232,7 @@ class DistillationLoss(Weighted):
             None if found.std_error is None else found.std_error.to(wide) * scale,
             found.dof,
         )
-        return _Result(found, tokens, method, num_classes)
+        return PerToken(found, tokens, method, num_classes)
 
     def extra_repr(self) -> str:
         """Return the settings, for `repr`."""

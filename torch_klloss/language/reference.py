@@ -183,7 +183,7 @@ class ReferenceKL(Weighted):
         _by_name(positional, policy, reference)
         if self.estimator != "k1":
             raise ValueError(_NO_REWARD[self.estimator])
-        log_q, log_p, found = self._log_probs(policy, reference, tokens, mask)
+        log_q, log_p, found = self.log_probs(policy, reference, tokens, mask)
         penalty = found.weighted(_kept(log_q.detach() - log_p.detach(), found))
         return -self.weight_at(step) * penalty
 
@@ -222,7 +222,7 @@ class ReferenceKL(Weighted):
     def _sampled(
         self, policy: Any, reference: Any, tokens: Any, mask: Any, log_behavior: Any, normalizer: Any
     ) -> Tensor:
-        log_q, log_p, found = self._log_probs(policy, reference, tokens, mask)
+        log_q, log_p, found = self.log_probs(policy, reference, tokens, mask)
         if self.gradient == "none":
             log_q, log_p = log_q.detach(), log_p.detach()
         if log_behavior is not None:
@@ -267,7 +267,7 @@ class ReferenceKL(Weighted):
             level="sequence",
         )
 
-    def _log_probs(self, policy: Any, reference: Any, tokens: Any, mask: Any) -> tuple[Tensor, Tensor, Tokens]:
+    def log_probs(self, policy: Any, reference: Any, tokens: Any, mask: Any) -> tuple[Tensor, Tensor, Tokens]:
         """Return the log-probabilities of the tokens under both, and the tokens."""
         are_logits = [not isinstance(t, Tensor) or t.dim() == 3 for t in (policy, reference)]
         if any(are_logits) and tokens is None:

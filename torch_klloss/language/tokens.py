@@ -57,7 +57,7 @@ class Tokens:
         if reduction == "token_mean":
             total, count = terms.sum(), self._count(values)
         else:
-            each, counts = self._by_sequence(terms), self._by_sequence(self._ones(values))
+            each, counts = self.by_sequence(terms), self.by_sequence(self._ones(values))
             is_there = counts > 0
             if reduction == "sequence_mean":
                 each = torch.where(is_there, each / torch.where(is_there, counts, 1.0), 0.0)
@@ -65,6 +65,21 @@ class Tokens:
         if normalizer is not None:
             return total / normalizer
         return total / _checked_count(count)
+
+    def shares(self, values: Tensor, reduction: TokenReduction) -> tuple[Tensor, Tensor]:
+        """Return the factors of the values in the numerator of a reduction, and the denominator's parts by sequence.
+
+        The numerator is the sum of factors · values, and the denominator that of the parts; "none" counts as
+        "token_mean", and "sum" divides by nothing.
+        """
+        weights = self.weighted(torch.ones_like(values, requires_grad=False))
+        counts = self.by_sequence(weights)
+        if reduction in ("token_mean", "none"):
+            return weights, counts
+        if reduction == "sequence_mean":
+            own = counts.unsqueeze(-1) if self.sequence is None else counts[self.sequence]
+            weights = torch.where(own > 0, weights / torch.where(own > 0, own, 1.0), 0.0)
+        return weights, (counts > 0).to(values.dtype)
 
     def without_ends(self, values: Tensor) -> Tensor:
         """Return `[*tokens]` without the tokens at the end of every sequence that were left out."""
@@ -85,8 +100,8 @@ class Tokens:
     def _count(self, values: Tensor) -> Tensor:
         return self._ones(values.detach()).sum()
 
-    def _by_sequence(self, values: Tensor) -> Tensor:
-        """Return the sums of every sequence."""
+    def by_sequence(self, values: Tensor) -> Tensor:
+        """Return the sums of values `[*tokens]` over the tokens of every sequence."""
         if self.sequence is None:
             return values.sum(-1) if values.dim() else values
         return values.new_zeros(self.num_sequences).index_add(0, self.sequence, values)

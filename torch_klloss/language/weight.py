@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 
-from torch import nn
-
+from torch_klloss.language.observers import Observed
 from torch_klloss.schedules import Schedule
 
 
-class Weighted(nn.Module):
+class Weighted(Observed):
     """Base of the losses with a weight, which `KLAnnealing` may set before every step."""
 
     def __init__(self, weight: float | Schedule) -> None:
