@@ -407,7 +407,7 @@ def summary_of_right(kind: str, rows: Sequence[Row]) -> Row:
 def chosen(quick: bool, num_pairs: int) -> tuple[list[Case], int]:
     """Return the wrong losses to audit, and the number of those left out because a mistake has no effect."""
     rng = random.Random(0)
-    cases = [case for signature in SIGNATURES for case in cases_of(signature)] + [example(m) for m in CATALOGUE]
+    cases = [case for signature in MADE for case in cases_of(signature)] + [example(m) for m in CATALOGUE]
     exact, means = ([case for case in cases if case.stochastic is wanted] for wanted in (False, True))
     if quick:
         exact, means = rng.sample(exact, QUICK_EXACT), rng.sample(means, QUICK_MEANS)
