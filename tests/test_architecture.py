@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "torch_klloss"
-MOST_ROOMS = 20  # at the top of the package
+MOST_ROOMS = 21  # at the top of the package
 
 
 def module_name(path):

@@ -171,3 +171,17 @@ def test_a_weight_that_is_none_is_refused(weight):
 def test_bad_arguments_are_refused(arguments, kind, message):
     with pytest.raises(kind, match=message):
         KLAnnealing(**{"schedule": Constant(1.0), **arguments})
+
+
+def test_the_weights_of_the_losses_of_language_models_are_set_too():
+    from torch_klloss.language import DistillationLoss, ReferenceKL
+
+    class Student(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.distil, self.reference = DistillationLoss(), ReferenceKL()
+
+    callback, module = KLAnnealing(Linear(steps=4)), Student()
+    callback._targets = callback._find(module)
+    callback._set(0.25)
+    assert (module.distil.weight, module.reference.weight) == (0.25, 0.25)

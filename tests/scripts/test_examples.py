@@ -18,7 +18,9 @@ import bayesian_regression
 import circular_latent
 import ddp_digits
 import discrete_latent
+import distil_lm
 import distillation
+import reference_kl
 import vae_cli
 import vae_collapse
 import vae_digits
@@ -116,6 +118,21 @@ def test_the_student_learns_from_its_teacher_alone():
     results = distillation.main(["--epochs", "8"])
     assert results["student"] > results["twin"]
     assert results["teacher"] > 0.9
+
+
+@pytest.mark.exhaustive  # tests/scripts/test_scripts.py runs it in its short form
+def test_a_student_comes_nearer_to_its_teacher_from_all_its_logits_than_from_the_likeliest_bytes(tmp_path):
+    found = distil_lm.main(["--steps", "60", "--out", str(tmp_path)])
+    assert found["full"] < found["top 6"]
+    assert found["6 draws"] < found["top 6"]
+
+
+@pytest.mark.exhaustive  # tests/scripts/test_scripts.py runs it in its short form
+def test_the_estimators_of_the_policys_kl_are_unbiased_but_for_k3_backpropagated(tmp_path):
+    found = reference_kl.main(["--steps", "80", "--batches", "60", "--out", str(tmp_path)])
+    for name, numbers in found.items():
+        is_off = numbers["gradient bias"] > 2 * numbers["chance"]  # a root mean square over 256 numbers
+        assert is_off == (name == "k3 backpropagated"), name
 
 
 def test_the_bound_of_the_regression_lacks_the_kl_to_the_exact_posterior():

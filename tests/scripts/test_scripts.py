@@ -98,6 +98,15 @@ def test_an_example_draws_what_it_learnt(main, tmp_path, name):
     assert [is_figure(path) for path in tmp_path.glob("*.png")] == [True]
 
 
+@pytest.mark.parametrize(
+    ("name", "short"), [("distil_lm", ("--steps", 2)), ("reference_kl", ("--steps", 4, "--batches", 2))]
+)
+def test_an_example_of_language_models_prints_and_draws(main, capsys, tmp_path, name, short):
+    assert main(name, *short, "--out", tmp_path) == 0
+    assert "figure: " in capsys.readouterr().out
+    assert [is_figure(path) for path in tmp_path.glob("*.png")] == [True]
+
+
 @pytest.mark.parametrize("name", ["bayesian_regression", "distillation"])
 def test_an_example_prints_what_it_learnt(main, capsys, name):
     assert main(name, "--epochs", 2) == 0

@@ -57,7 +57,8 @@ def audit(
             "mean_logvar", "mean_std", "mean_logstd", "mean_var", "mean_rho" are fn(mean, spread), against a standard
             Normal; "means_logvars", "means_stds", "means_logstds", "means_vars" are fn(q_mean, q_spread, p_mean,
             p_spread); "log_probs" is fn(log_q, log_p) at samples of q, [num_samples]; "samples" is fn(z, mean, logvar);
-            "logits" is fn(logits_q, logits_p); "kl_div" is fn(input, target) in the order of `F.kl_div`,
+            "logits" is fn(logits_q, logits_p); "token_logits" is fn(logits_q, logits_p, mask) of language models,
+            [batch, time, vocabulary] and [batch, time]; "kl_div" is fn(input, target) in the order of `F.kl_div`,
             KL(target‖input), and "kl_div_log_target" its log_target=True; "uniform_logits", "uniform_probs" and
             "uniform_log_probs" are fn(logits) and its like, against the uniform distribution. Or a function
             adapter(fn, q, p) that calls the loss with Normals.

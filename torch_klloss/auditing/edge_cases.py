@@ -17,7 +17,7 @@ from torch_klloss.auditing.experiment.calling import CallError, Reply, quiet, re
 from torch_klloss.auditing.experiment.observation import Subject, describe
 from torch_klloss.auditing.experiment.probes import Categoricals, Layout, Normals
 from torch_klloss.auditing.experiment.signatures import Leaves, ProbedPair
-from torch_klloss.auditing.explanation.candidates import right_core
+from torch_klloss.auditing.explanation.candidates import right_core_like
 from torch_klloss.auditing.explanation.fit import Fit, arranged
 
 _NEAR = 1e-4  # how far q is from p in units of p's scale: the KL is about 1e-8, float32's rounding of 1 is 6e-8
@@ -44,8 +44,8 @@ def _kl_like(value: Tensor, subject: Subject, leaves: Leaves, fit: Fit) -> Tenso
     shape = tuple(next(iter(leaves.values())).shape)
     layout = replace(subject.layout, shapes=(shape if subject.rank > 1 else (1, *shape),))
     flat = {name: leaf.double().reshape(-1) for name, leaf in leaves.items()}
-    core = right_core(replace(subject, layout=layout, leaves=flat)).core
-    total = layout.means(core.examples) * layout.batch**fit.batch
+    core = right_core_like(replace(subject, layout=layout, leaves=flat), fit.candidate).core
+    total = layout.means(core.examples) * layout.batch**fit.batch if core.totals is None else core.totals
     if value.numel() == 1:
         return total
     for arrangement in ("example", "element", "latent"):

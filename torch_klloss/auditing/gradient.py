@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torch_klloss.auditing.experiment.calling import weights_like
 from torch_klloss.auditing.experiment.observation import Directions, Observation, Subject, largest_deviation, observe
-from torch_klloss.auditing.explanation.candidates import UNBIASED, Candidate, core_of, right_core
+from torch_klloss.auditing.explanation.candidates import UNBIASED, Candidate, core_of, right_core, right_core_like
 from torch_klloss.auditing.explanation.expectations import REVERSE
 from torch_klloss.auditing.explanation.fit import Fit
 from torch_klloss.auditing.explanation.mistake import ANALYTIC, CATEGORICAL, Hypothesis, Mistake
@@ -132,7 +132,9 @@ def judge_gradient(subject: Subject, observation: Observation, fit: Fit | None, 
         fit: the explanation of its values; None where nothing explains them.
         false_alarm: the probability to call a right gradient wrong.
     """
-    core = right_core(subject)  # the fit with the KL for its core, as if the factor alone were wrong
+    core = right_core_like(
+        subject, None if fit is None else fit.candidate
+    )  # the fit with the KL for its core, as if the factor alone were wrong
     scaled = Fit(core, (), 0, 0, 1.0, False, 0.0, 0.0) if fit is None else replace(fit, candidate=core)
     right = _gradients_of(scaled, subject, observation)
     test = _Test(subject, observation, false_alarm / len(subject.leaves))
@@ -174,7 +176,8 @@ def _gradients_of(fit: Fit, subject: Subject, observation: Observation, *, other
     """Return the gradients, by leaf, of a loss with this fit, weighted as the observed ones are."""
     leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in subject.leaves.items()}
     live = replace(subject, leaves=leaves)
-    parts = {"direction": REVERSE} if other else fit.candidate.hypothesis.parts
+    own = fit.candidate.hypothesis.parts
+    parts = {"direction": REVERSE} | {name: own[name] for name in ("tokens",) if name in own} if other else own
     candidate = Candidate(Hypothesis(), core_of(live, parts))
     predicted = replace(fit, candidate=candidate).predict(live.layout, observation.arrangement)
     counts = torch.bincount(observation.probe_of_value).tolist()

@@ -21,7 +21,7 @@ from torch_klloss.auditing.experiment.observation import (
 from torch_klloss.auditing.experiment.parameters import Binding
 from torch_klloss.auditing.experiment.probes import Width
 from torch_klloss.auditing.experiment.signatures import Leaves
-from torch_klloss.auditing.explanation.candidates import right_core, unbiased_on_samples
+from torch_klloss.auditing.explanation.candidates import right_core, right_cores, unbiased_on_samples
 from torch_klloss.auditing.explanation.fit import Fit, best_fits, explain
 from torch_klloss.auditing.explanation.measured import measured_fits
 from torch_klloss.auditing.explanation.mistakes.reductions import MEAN_OVER_STEPS
@@ -92,7 +92,7 @@ def _judgement_of_sequences(subject: Subject, seed: int, budget: int) -> Judgeme
     """
     judgements: list[Judgement] = []
     refused: WrongShapeError | None = None
-    for dims in (1, subject.rank - 1) if subject.rank > 2 else (1,):
+    for dims in (2,) if subject.signature.masked else (1, subject.rank - 1) if subject.rank > 2 else (1,):
         try:
             of_dims = replace(subject, layout=replace(subject.layout, example_dims=dims))
             judgements.append(_of_steps(_judgement(of_dims, seed, budget)))
@@ -127,7 +127,7 @@ def _judgement(subject: Subject, seed: int, budget: int) -> Judgement:
     observation = observe(subject, seed)
     if subject.signature.given_samples:
         return _judge_on_samples(subject, observation, seed, budget)
-    fits = best_fits([right_core(subject)], subject.layout, observation, only_right=True)
+    fits = best_fits(right_cores(subject), subject.layout, observation, only_right=True)
     right = bool(fits) and bool(observation.value.isfinite().all())
     if not fits and observation.value.isfinite().sum() >= _FEWEST_FINITE:
         fits = explain(subject, observation) or measured_fits(subject, observation)
@@ -234,7 +234,7 @@ def _right_means(subject: Subject, observation: Observation) -> tuple[list[Fit],
     Also whether some agree, but with errors so large that other values would agree too.
     """
     limit = largest_deviation(len(observation.value), FALSE_ALARM)
-    fits = best_fits([right_core(subject)], subject.layout, observation, only_right=True, accept=limit)
+    fits = best_fits(right_cores(subject), subject.layout, observation, only_right=True, accept=limit)
     ratios = [(fit, *pooled_ratio(subject, observation, fit)) for fit in fits]
     agreeing = [(fit, error) for fit, ratio, error in ratios if abs(ratio - 1) <= limit * error]
     known = [fit for fit, error in agreeing if error <= _COARSEST]

@@ -74,7 +74,10 @@ def _per_probe(judgement: Judgement, values: Tensor) -> Tensor:
 
 def _true(judgement: Judgement) -> Tensor:
     layout = _layout(judgement)
-    return layout.means(right_core(replace(judgement.subject, layout=layout)).core.examples).detach()
+    core = right_core(replace(judgement.subject, layout=layout)).core
+    if core.totals is not None and judgement.observation.arrangement == "total":
+        return core.totals.detach()
+    return layout.means(core.examples).detach()
 
 
 def _points(judgement: Judgement) -> tuple[ProbePoint, ...]:

@@ -12,9 +12,10 @@ import torch
 
 from torch_klloss.auditing.experiment.calling import CallError
 from torch_klloss.auditing.experiment.observation import Subject, observe
-from torch_klloss.auditing.explanation.candidates import right_core, unbiased_on_samples
+from torch_klloss.auditing.explanation.candidates import right_cores, unbiased_on_samples
 from torch_klloss.auditing.explanation.fit import best_fits
 from torch_klloss.distributions.families import diagonal_normal, standard_normal_like
+from torch_klloss.language import token_kl
 from torch_klloss.losses import AutoKL
 
 _SEED = 0
@@ -28,9 +29,10 @@ def right_line(subject: Subject) -> str:
 
 
 _OR = ", or with torch_klloss: "
-_OURS = {"AutoKL": AutoKL, "diagonal_normal": diagonal_normal, "standard_normal_like": standard_normal_like}
+_OURS = {of.__name__: of for of in (AutoKL, diagonal_normal, standard_normal_like)}
+_LANGUAGE = SimpleNamespace(token_kl=token_kl)
 _TORCH = {"torch": torch, "F": torch.nn.functional, "math": math}
-_SCOPE: dict[str, Any] = {**_OURS, **_TORCH, "torch_klloss": SimpleNamespace(**_OURS)}
+_SCOPE: dict[str, Any] = {**_OURS, **_TORCH, "torch_klloss": SimpleNamespace(**_OURS, language=_LANGUAGE)}
 
 
 def _for_dimensions(line: str, subject: Subject) -> str:
@@ -46,7 +48,7 @@ def _is_right(line: str, subject: Subject) -> bool:
     except CallError:
         return False
     given = unbiased_on_samples(subject, observation) if subject.signature.given_samples else []
-    return bool(best_fits([*given, right_core(subject)], subject.layout, observation, only_right=True))
+    return bool(best_fits([*given, *right_cores(subject)], subject.layout, observation, only_right=True))
 
 
 def loss_of(line: str, names: tuple[str, ...]) -> Callable[..., Any]:

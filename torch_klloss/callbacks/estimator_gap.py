@@ -12,11 +12,14 @@ from torch import nn
 
 from torch_klloss.callbacks.figures import log_figure
 from torch_klloss.callbacks.gap import Gap
+from torch_klloss.callbacks.token_gap import TokenGap, token_gap
 from torch_klloss.callbacks.watching import EXACT, AllRanks, LossWatcher, repeated
 from torch_klloss.distributions.tensors import device_of
 from torch_klloss.elbo.arguments import Pair
 from torch_klloss.elbo.batches import batch_of
 from torch_klloss.estimate import KLEstimate
+from torch_klloss.language import DistillationLoss, ReferenceKL
+from torch_klloss.language.observers import TokenCall
 from torch_klloss.losses import AutoKL, Call, KLLoss
 from torch_klloss.methods import FirstOf, Method, MonteCarlo, NotCertifiedError, Quadrature
 from torch_klloss.rng import private_rng, rng_state
@@ -47,6 +50,14 @@ class EstimatorGap(LossWatcher):
     - `kl/<path>/sampled` with `sampled_std_error`, `kl/<path>/exact`, `kl/<path>/quadrature`: the estimates named in
       `side_by_side`. NaN, and one warning, if a pair has no such route.
 
+    `DistillationLoss` and `ReferenceKL` of `torch_klloss.language` are observed as well, and logged in the same way:
+
+    - for `DistillationLoss` on logits that are tensors, `value` is exact and `reference` the mean log-ratio at
+      `num_samples` tokens that are drawn for every token from the divergence's first argument.
+    - for `ReferenceKL` on logits, `exact`, `k1` and `k3` are the three estimates along the call's own sequences, with
+      `k1_gap_mean`, `k1_gap_std_error` and the same of k3: what they are off by against `exact`, and the error of that
+      from its spread over the sequences. `reference` is `exact`, or `k1` where training used the exact steps.
+
     At the end of training the figure `kl/<path>/gap` goes to TensorBoard, WandB or MLflow, or beside the log as a PNG.
     All logged values are in `history`, by path, and in checkpoints: a resumed run draws the whole training.
 
@@ -69,6 +80,7 @@ class EstimatorGap(LossWatcher):
         >>> callback = EstimatorGap(every_n_steps=100, num_samples=256)  # Trainer(callbacks=[callback])
     """
 
+    kinds = (KLLoss, DistillationLoss, ReferenceKL)
     advice = (
         "Keep the loss as an attribute of the module (self.kl = AutoKL()), or pass EstimatorGap(pairs=...) a function "
         "(module, batch) -> {name: (q, p)}."
@@ -96,7 +108,7 @@ class EstimatorGap(LossWatcher):
         self.history: dict[str, list[dict[str, float]]] = {}
         self._sampled = MonteCarlo(num_samples)
         self._methods: dict[str, Method] = {"sampled": self._sampled, "exact": EXACT, "quadrature": Quadrature()}
-        self._gaps: dict[str, Gap] = {}
+        self._gaps: dict[str, Gap | TokenGap] = {}
         self._warned: set[str] = set()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -115,8 +127,11 @@ class EstimatorGap(LossWatcher):
         for path, rows in self.history.items() if self.figure else ():
             log_figure(trainer, f"{self.prefix}/{path}/gap", partial(_draw, path, rows), self.steps_taken(trainer))
 
-    def measure(self, name: str, call: Call) -> None:
+    def measure(self, name: str, call: Call | TokenCall) -> None:
         """Repeat the draws of the call, for their errors, and compare them with the other estimate."""
+        if isinstance(call, TokenCall):
+            self._compare_tokens(name, call)
+            return
         used = repeated(call)
         with private_rng(self._seed(self.seed), device_of(call.q)):
             self._compare(name, call, used)
@@ -163,6 +178,16 @@ class EstimatorGap(LossWatcher):
             return
         others = {str(word): self._column(f"{name}/{word}", word, call, used) for word in self.side_by_side}
         self._gaps[name] = Gap.of(call, used, reference, others)
+
+    def _compare_tokens(self, name: str, call: TokenCall) -> None:
+        """Keep the gap of a loss of token distributions, or warn once why there is none."""
+        try:
+            with private_rng(self._seed(self.seed), call.value.device):
+                self._gaps[name] = token_gap(call, self.num_samples)
+        except NotImplementedError as error:
+            if name not in self._warned:
+                self._warned.add(name)
+                self.warn(f"EstimatorGap logs no gap for {name!r}: {error}")
 
     def _column(self, name: str, word: str, call: Call, used: KLEstimate) -> KLEstimate:
         """Return one of the estimates side by side, of NaN if the pair has no such route."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from torch_klloss.callbacks.watching import StepCounter, publish
 from torch_klloss.elbo import ELBOLoss
+from torch_klloss.language.weight import Weighted
 from torch_klloss.schedules import Schedule
 
 TimeUnit = Literal["step", "epoch"]
@@ -42,7 +43,8 @@ class Pace:
 class KLAnnealing(StepCounter):
     """Set the weight of the KL before every training batch, by a schedule.
 
-    Sets the `beta` of every `ELBOLoss` in the LightningModule, or the one attribute that you name. The step is counted
+    Sets the `beta` of every `ELBOLoss` and the `weight` of every `DistillationLoss` and `ReferenceKL` in the
+    LightningModule, or the one attribute that you name. The step is counted
     as Lightning's own callbacks count it (batches that stepped an optimiser, so that accumulated gradients count once)
     and is restored from a checkpoint: a resumed run goes on in mid-schedule. A validation uses the weight of the
     training batch before it; `trainer.validate` and `trainer.test` from a checkpoint use the weight saved in it.
@@ -172,7 +174,8 @@ class KLAnnealing(StepCounter):
     def _find(self, pl_module: nn.Module) -> list[tuple[Any, str]]:
         """Return what to set: pairs of an object and the name of its attribute."""
         if self.attribute is None:
-            return [(module, "beta") for module in pl_module.modules() if isinstance(module, ELBOLoss)]
+            names = {ELBOLoss: "beta", Weighted: "weight"}
+            return [(m, name) for m in pl_module.modules() for kind, name in names.items() if isinstance(m, kind)]
         *path, name = self.attribute.split(".")
         owner: Any = pl_module
         for part in path:

@@ -120,6 +120,7 @@ class LossWatcher(StepCounter):
 
     advice = "Keep the loss as an attribute of the module (self.kl = AutoKL())."
     measures_training = True
+    kinds: tuple[type[nn.Module], ...] = (KLLoss,)  # of the losses that are watched
     pairs: Any = None  # in a subclass, a function that gives pairs to measure beside the losses
 
     def __init__(self, every_n_steps: int, prefix: str) -> None:
@@ -128,7 +129,7 @@ class LossWatcher(StepCounter):
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}.")
         self.every_n_steps = every_n_steps
         self.prefix = prefix
-        self._losses: dict[KLLoss, tuple[str, nn.Module]] = {}
+        self._losses: dict[Any, tuple[str, nn.Module]] = {}
         self._is_compiled = False
         self._step: int | None = None  # the step that is being measured, None on all others
         self._last_step = -1
@@ -141,7 +142,7 @@ class LossWatcher(StepCounter):
         """The key of the state in a checkpoint: callbacks of one class differ by their prefix."""
         return f"{type(self).__qualname__}(prefix={self.prefix!r})"
 
-    def measure(self, name: str, call: Call) -> None:
+    def measure(self, name: str, call: Any) -> None:
         """Take what is needed from a call; training's random stream must stay where it is.
 
         A second call of the same loss in a step has the name `<path>.1`, and so on.
@@ -189,7 +190,7 @@ class LossWatcher(StepCounter):
         self._stop()
 
     @torch.compiler.disable
-    def observe(self, call: Call) -> None:
+    def observe(self, call: Any) -> None:
         """Measure a call, if the step is one of those that are measured."""
         if self._step is None:
             return
@@ -227,7 +228,7 @@ class LossWatcher(StepCounter):
 
     def _find_losses(self, pl_module: Any) -> None:
         self._stop()
-        self._losses = losses_of(pl_module)
+        self._losses = losses_of(pl_module, self.kinds)
         self._is_compiled = any(_is_compiled(module) for module in pl_module.modules())
         if self._is_compiled:
             self._start()
@@ -252,15 +253,15 @@ class LossWatcher(StepCounter):
         self._calls.clear()
 
 
-def losses_of(pl_module: nn.Module) -> dict[KLLoss, tuple[str, nn.Module]]:
-    """Return the losses of a module, each with its path and the module that is called in its place.
+def losses_of(pl_module: nn.Module, kinds: tuple[type[nn.Module], ...] = (KLLoss,)) -> dict[Any, tuple[str, nn.Module]]:
+    """Return the losses of some kinds in a module, each with its path and the module that is called in its place.
 
     That is the outermost wrapper of a loss that the compiler or FSDP has wrapped; the path is the one without wrappers.
     """
-    losses: dict[KLLoss, tuple[str, nn.Module]] = {}
+    losses: dict[Any, tuple[str, nn.Module]] = {}
     for path, module in pl_module.named_modules():
         loss = _unwrapped(module)
-        if isinstance(loss, KLLoss) and loss not in losses:
+        if isinstance(loss, kinds) and loss not in losses:
             losses[loss] = ".".join(part for part in path.split(".") if part not in _WRAPPED), module
     return losses
 

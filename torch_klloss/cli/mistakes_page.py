@@ -206,7 +206,8 @@ def _measurement(mistake: Mistake, width: Width, num_calls: int) -> Measurement:
 def _kl(signature: Signature, leaves: Leaves, layout: Layout) -> tuple[float, Leaves]:
     """Return the KL, the mean over the batch, and its gradient to q's parameters."""
     live = {name: leaf.reshape(-1).clone().requires_grad_() for name, leaf in leaves.items()}
-    kl = layout.means(right_core(without_loss(signature.name, layout, live)).core.examples).squeeze(0)
+    core = right_core(without_loss(signature.name, layout, live)).core
+    kl = (layout.means(core.examples) if core.totals is None else core.totals).squeeze(0)
     own = {name: leaf for name, leaf in live.items() if not name.startswith("p.")}
     return kl.item(), dict(zip(own, torch.autograd.grad(kl, list(own.values())), strict=True))
 
@@ -253,7 +254,7 @@ def _section(module: ModuleType) -> str:
 
 def _entry(mistake: Mistake) -> str:
     right = SIGNATURES[mistake.signature].right.partition(", or with torch_klloss")[0]
-    if mistake.num_dims > 2:
+    if mistake.num_dims > 2 and not SIGNATURES[mistake.signature].masked:
         right = right.replace(".sum(-1)", ".flatten(1).sum(-1)")
     lines = [
         f"### {mistake.id}",

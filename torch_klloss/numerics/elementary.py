@@ -205,7 +205,7 @@ def lag(x: Tensor, ratio: Tensor) -> Tensor:
 
     With s = x/(2 + x), log(1 + x) = 2 artanh(s) and x - 2s = xs.
     """
-    near = x.clamp(-0.5, 1.0)
+    near = within(x, -0.5, 1.0) if _is_differentiated() else x.clamp(-0.5, 1.0)
     s = near / (near + 2)
     square = s * s
     lead = torch.addcmul(near, square, horner(square, _ARTANH[x.dtype]), value=-2)
@@ -240,8 +240,11 @@ def gkl_and_log(a: Tensor, b: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
     The first is a (x - log(1 + x)) with x = (b - a)/a where b is near a, and as written in what b has beyond that.
     """
     least, half = torch.finfo(a.dtype).smallest_normal * torch.finfo(a.dtype).eps, 0.5 * a
-    near_gap = torch.clamp(gap, -a, half)
-    near_b = torch.where(near_gap == gap, b, a - near_gap) if _is_differentiated() else torch.clamp(b, half, 2 * a)
+    if _is_differentiated():  # as in `lag`
+        near_gap = torch.where(gap > half, half, torch.where(gap < -a, -a, gap))
+        near_b = torch.where(near_gap == gap, b, a - near_gap)
+    else:
+        near_gap, near_b = torch.clamp(gap, -a, half), torch.clamp(b, half, 2 * a)
     x = -near_gap / a.clamp_min(least)
     s = x / (x + 2)
     square = s * s
@@ -277,7 +280,7 @@ def x_minus_log1p(x: Tensor) -> Tensor:
 
 def e2(x: Tensor) -> Tensor:
     """Return exp(x) - 1 - x ≥ 0."""
-    near = x.clamp(-1, 1)
+    near = within(x, -1.0, 1.0) if _is_differentiated() else x.clamp(-1, 1)
     lead = horner(near, _EXP[x.dtype])
     return torch.addcmul((torch.exp(x) - torch.exp(near)) - (x - near), near * near, lead)
 

@@ -54,7 +54,7 @@ def direct_or_careful(direct: Direct, careful: Kernel) -> Kernel:
             return careful(needs, *tensors)
         tensors = torch.broadcast_tensors(*(t.double() for t in tensors))
         value, derivatives, size = direct(needs, *tensors)
-        lost = ~(value >= LOST * size)  # NaN as well
+        lost = ~((value >= LOST * size) & (value < torch.inf))  # NaN as well
         count = int(lost.sum())
         if 2 * count > lost.numel():
             return careful(needs, *tensors)

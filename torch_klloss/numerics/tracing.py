@@ -31,6 +31,20 @@ def needs_plain_operations() -> bool:
     return torch.compiler.is_compiling() or is_forward_mode()
 
 
+def in_eager_mode(function: _FunctionT) -> _FunctionT:
+    """Return a function that talks to other processes, for a call that `torch.compile` leaves out of its graph.
+
+    Raises:
+        NotImplementedError: under `torch.func` and in forward mode.
+    """
+    if is_func_transformed() or is_forward_mode():
+        raise NotImplementedError(
+            "VocabShards cannot be used under torch.func or in forward mode, since no process has all logits: call the "
+            "loss outside, and differentiate it by backward() or torch.autograd.grad."
+        )
+    return torch.compiler.disable(function)
+
+
 def concrete(t: Tensor) -> Tensor:
     """Return the numbers of a tensor, with the dimensions that `torch.func.vmap` hides in unknown places."""
     while torch._C._functorch.is_functorch_wrapped_tensor(t):

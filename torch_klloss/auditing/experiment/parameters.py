@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_klloss.auditing.experiment.names import BY_NAMES, log_prob_words, moment_of, standing_of, words_of_kind
+from torch_klloss.auditing.experiment.names import (
+    BY_NAMES,
+    log_prob_words,
+    moment_of,
+    standing_of,
+    words_of,
+    words_of_kind,
+)
 from torch_klloss.auditing.experiment.signatures import SIGNATURES, Leaves, Signature
 
 OTHER_FAMILIES = ("independent", "multivariate", "categorical", "bernoulli")
@@ -76,7 +83,11 @@ def bindings_to_try(fn: Callable[..., Any], signature: str) -> list[Binding]:
     if signature != "auto":
         of_one = _OF_ONE_TENSOR.get(signature, signature) if len(names) == 1 else signature
         chosen = SIGNATURES[of_one]
-        by_name = [one for one in (*_of_policies(names), *_of_four_tensors(names)) if one.signature is chosen]
+        by_name = [
+            one
+            for one in (*_of_policies(names), *_of_four_tensors(names), *_of_tokens(names))
+            if one.signature is chosen
+        ]
         order = _order(chosen, names) or (by_name[0].order if by_name else tuple(range(len(chosen.roles))))
         bindings = [Binding(chosen, order, names or chosen.roles)]
     else:
@@ -92,7 +103,7 @@ def _bindings_by_name(names: tuple[str, ...], fn: Callable[..., Any]) -> list[Bi
         for name in BY_NAMES
         if (order := _order(SIGNATURES[name], names)) is not None
     ]
-    found = found or [*_of_policies(names), *_of_four_tensors(names)]
+    found = found or _by_words(names)
     if not found:
         raise SignatureError(
             f"the parameters ({', '.join(names)}) determine no signature: pass signature=, one of "
@@ -109,6 +120,11 @@ def _bindings_by_name(names: tuple[str, ...], fn: Callable[..., Any]) -> list[Bi
 # Of a loss of one tensor p is the uniform law.
 _OF_ONE_TENSOR = {"logits": "uniform_logits", "categorical": "uniform_logits", "log_probs": "uniform_log_probs"}
 _BOTH_OF_RHO = frozenset({"mean_logstd", "mean_rho"})  # rho is a logarithm to some, and what softplus takes to others
+
+
+def _by_words(names: tuple[str, ...]) -> list[Binding]:
+    """Return the bindings that the words within the names determine."""
+    return [*_of_policies(names), *_of_four_tensors(names), *_of_tokens(names)]
 
 
 def _of_policies(names: tuple[str, ...]) -> list[Binding]:
@@ -136,6 +152,26 @@ def _of_policies(names: tuple[str, ...]) -> list[Binding]:
 
 
 _OF_CLASSES = "kl_div_log_target"
+
+
+_MASK = re.compile(r"(?:.*_)?masks?|valid|keep|is_?valid|(?:.*_)?mask_?(?:tokens?|valid)")
+
+
+def _of_tokens(names: tuple[str, ...]) -> list[Binding]:
+    """Return the bindings of the logits of two language models and a mask; either may be q, unless a name says it."""
+    masks = [name for name in names if _MASK.fullmatch(name.lower())]
+    if len(names) != 3 or len(masks) != 1:
+        return []
+    others = tuple(name for name in names if name not in masks)
+    logits, chosen = SIGNATURES["logits"], SIGNATURES["token_logits"]
+    first = _order(logits, others) or next((b.order for b in _of_policies(others) if b.signature is logits), None)
+    found = []
+    is_said = {"q", "p"} <= {word for name in others for word in words_of(name)}
+    for order in () if first is None else (first,) if is_said else (first, first[::-1]):
+        roles = dict(zip(others, order, strict=True))
+        whole = tuple(roles.get(name, 2) for name in names)
+        found.append(Binding(chosen, whole, names, "" if is_said else _which(chosen, names, whole)))
+    return found
 
 
 def _which(signature: Signature, names: Sequence[str], order: tuple[int, ...]) -> str:

@@ -25,6 +25,7 @@ from torch_klloss.auditing.experiment.probes import (
     log_density,
     shapes_of_rank,
 )
+from torch_klloss.auditing.experiment.tokens import TOKEN_SHAPES, Tokens, token_mask
 
 SignatureName = Literal[
     "auto",
@@ -45,6 +46,7 @@ SignatureName = Literal[
     "log_probs",
     "samples",
     "logits",
+    "token_logits",
     "kl_div",
     "kl_div_log_target",
     "uniform_logits",
@@ -98,6 +100,7 @@ class Signature:
         fixed_samples: `arguments` with samples that do not depend on q's parameters, where both are usual.
         spread: the kind of q's spread, and of p's, where it is an argument.
         ranks: the numbers of dimensions to try, in order.
+        masked: whether the examples are tokens, and the last argument is a mask of them.
     """
 
     name: str
@@ -113,6 +116,7 @@ class Signature:
     fixed_samples: Callable[[Leaves], tuple[Any, ...]] | None = None
     spread: Spread | None = None
     ranks: tuple[int, ...] = (2, 3, 4, 1)
+    masked: bool = False
 
     @property
     def given_samples(self) -> bool:
@@ -121,6 +125,9 @@ class Signature:
 
     def draw(self, seed: int, *, rank: int, width: Width = "any") -> tuple[Layout, Leaves]:
         """Draw probes of `rank` dimensions: their layout, and the leaves, which require no gradient yet."""
+        if self.masked:
+            layout, drawn = draw_categoricals(TOKEN_SHAPES, seed)
+            return replace(layout, example_dims=2), self.leaves(drawn)
         shapes: tuple[Shape, ...] = shapes_of_rank(rank, few_dims=width != "any")
         if self.categorical:
             layout, categoricals = draw_categoricals(shapes, seed)
@@ -358,6 +365,19 @@ _SIGNATURES = (
         "the raw scores of two categorical distributions, [batch, classes]",
         lambda leaves: (leaves["q.logits"], leaves["p.logits"]),
         right="F.kl_div(logits_p.log_softmax(-1), logits_q.log_softmax(-1), log_target=True, reduction='batchmean')",
+    ),
+    _of_logits(
+        "token_logits",
+        ("logits_q", "logits_p", "mask"),
+        "the raw scores of the next token of two language models, [batch, time, vocabulary], and a bool mask [batch, "
+        "time] of the tokens that count",
+        lambda leaves: (leaves["q.logits"], leaves["p.logits"], token_mask(*leaves["q.logits"].shape[:2])),
+        pair=partial(_logits_pair, family=Tokens),
+        right="((logits_q.softmax(-1) * (logits_q.log_softmax(-1) - logits_p.log_softmax(-1))).sum(-1) * mask).sum() "
+        "/ mask.sum(), or with torch_klloss: "
+        "kl = torch_klloss.language.token_kl(logits_q, logits_p, mask=mask); kl.sum() / mask.sum()",
+        ranks=(3,),
+        masked=True,
     ),
     _of_logits(
         "kl_div",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torch_klloss.auditing.experiment.observation import Observation, Subject, without_loss
 from torch_klloss.auditing.experiment.probes import Categoricals, Layout
+from torch_klloss.auditing.experiment.tokens import TOKEN_CONVENTIONS, Shares
 from torch_klloss.auditing.explanation.expectations import (
     FACTORS,
     Core,
@@ -48,6 +49,25 @@ class Candidate:
 def right_core(subject: Subject) -> Candidate:
     """Return what a right loss computes: the KL of every example."""
     return Candidate(Hypothesis(), core_of(subject, {}))
+
+
+def right_cores(subject: Subject) -> list[Candidate]:
+    """Return all that a right loss may compute: of tokens with a mask, the KL under each convention."""
+    if not subject.signature.masked:
+        return [right_core(subject)]
+    return [_as(Hypothesis(), shares, subject) for shares in TOKEN_CONVENTIONS]
+
+
+def right_core_like(subject: Subject, like: Candidate | None) -> Candidate:
+    """Return what a right loss computes, with the convention of a candidate."""
+    shares = None if like is None else like.hypothesis.parts.get("tokens")
+    return right_core(subject) if shares is None else _as(Hypothesis(), shares, subject)
+
+
+def _as(hypothesis: Hypothesis, shares: Shares, subject: Subject) -> Candidate:
+    """Return a hypothesis under a convention of the tokens."""
+    hypothesis = replace(hypothesis, parts={**hypothesis.parts, "tokens": shares})
+    return Candidate(hypothesis, core_of(subject, hypothesis.parts))
 
 
 def core_of(subject: Subject, parts: Parts) -> Core:
@@ -111,7 +131,16 @@ def _predictions(
 
 
 def mistaken(subject: Subject, form: str, at_most: int) -> list[Candidate]:
-    """Return the predictions of all mistakes of the core in a form that is not sampled."""
+    """Return the predictions of all mistakes of the core in a form that is not sampled.
+
+    Those of tokens are predicted under every convention, and not two together.
+    """
+    if subject.signature.masked:
+        found = core_hypotheses(form, subject.signature.name, 1)
+        shares: list[tuple[Hypothesis, Shares]] = [
+            (h, each) for h in found for each in ((h.parts["tokens"],) if "tokens" in h.parts else TOKEN_CONVENTIONS)
+        ]
+        return [_as(h, each, subject) for h, each in shares]
     return [Candidate(h, core_of(subject, h.parts)) for h in core_hypotheses(form, subject.signature.name, at_most)]
 
 

@@ -13,6 +13,7 @@ The parts of a right computation:
 - `weight`, `log q`, `log p` (categorical): the parts of Σ q (log q - log p), and `summand`, the function of these;
   `outcomes`: the sum over a Bernoulli's two.
 - `bound` (analytic, categorical): takes the elements and the layout, and returns the core.
+- `tokens` (categorical): how the tokens of sequences with a mask are reduced, the share of each.
 - `latent`, `batch`, `steps`, `scale` (all): a factor, as powers of the latent and batch size and of the number of
   steps, and a constant; `repeated`: whether every example gets its batch's; see `fit.py`.
 """
@@ -30,6 +31,7 @@ from torch import Tensor
 from torch_klloss.auditing.experiment.observation import Subject
 from torch_klloss.auditing.experiment.probes import Categoricals, Layout, Normals, log_density
 from torch_klloss.auditing.experiment.signatures import LOG_VARIANCE, ProbedPair
+from torch_klloss.auditing.experiment.tokens import Tokens, token_mean
 from torch_klloss.auditing.explanation.mistake import Parts
 
 FACTORS = frozenset({"latent", "batch", "steps", "scale", "repeated"})
@@ -47,11 +49,13 @@ class Core:
         examples: `[num_examples]`, in nats.
         elements: the terms that they are sums of, `[num_elements]`; None where they do not split.
         std_error: of `examples`, where they are means over the audit's own draws.
+        totals: the reduced value of every probe, where it is not the mean of `examples`: of tokens with a mask.
     """
 
     examples: Tensor
     elements: Tensor | None = None
     std_error: Tensor | None = None
+    totals: Tensor | None = None
 
 
 def misread(subject: Subject, parts: Parts) -> ProbedPair:
@@ -208,4 +212,13 @@ def categorical(pair: Categoricals, layout: Layout, parts: Parts) -> Core:
         if terms.dim() > 1:  # a Bernoulli's two outcomes
             terms = parts.get("outcomes", lambda both: both.sum(0))(terms)
         elements = elements + share * terms
-    return parts.get("bound", _summed)(elements, layout)
+    return (
+        _of_tokens(elements, pair, parts) if isinstance(pair, Tokens) else parts.get("bound", _summed)(elements, layout)
+    )
+
+
+def _of_tokens(elements: Tensor, pair: Tokens, parts: Parts) -> Core:
+    """Return the value of every token, and their reduction."""
+    examples = pair.by_token.examples(elements)
+    totals = pair.totals(examples, parts.get("tokens", token_mean))
+    return Core(torch.where(pair.keep, examples, 0.0), totals=totals)

@@ -10,12 +10,14 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torch_klloss.auditing.experiment.observation import Arrangement, Observation, Subject
 from torch_klloss.auditing.experiment.probes import Layout
+from torch_klloss.auditing.experiment.tokens import TOKEN_CONVENTIONS
 from torch_klloss.auditing.explanation.candidates import Candidate, is_factor, wrong_cores
 from torch_klloss.auditing.explanation.expectations import Core
 from torch_klloss.auditing.explanation.mistake import Mistake
@@ -126,6 +128,9 @@ _LEGITIMATE: dict[Arrangement, dict[int, str]] = {
 
 def convention(fit: Fit, arrangement: Arrangement, example_dims: int = 1) -> str:
     """Return how the loss reduces, in words."""
+    if fit.candidate.core.totals is not None:
+        shares: Any = fit.candidate.hypothesis.parts.get("tokens")
+        return TOKEN_CONVENTIONS.get(shares, "") if arrangement == "total" else "a value for each token"
     legitimate = _LEGITIMATE[arrangement]
     words = legitimate.get(min(max(fit.batch, 0), max(legitimate)), legitimate[0])
     if example_dims == 1:
@@ -139,7 +144,7 @@ def arranged(core: Core, layout: Layout, arrangement: Arrangement, repeated: boo
     if repeated:
         return layout.means(core.examples)[layout.probe_of_example]
     if arrangement == "total":
-        return layout.means(core.examples)
+        return layout.means(core.examples) if core.totals is None else core.totals
     if arrangement == "example":
         return core.examples
     if core.elements is None:
@@ -217,6 +222,9 @@ def _fits(
     batches = (
         (0, 1, 2) if repeated else tuple(legitimate) if only_right else (-1, 0, 1, *((2,) if 1 in legitimate else ()))
     )
+    latents = (0,) if only_right else (-1, 0, 1)
+    if kept[0][0].core.totals is not None:  # the reductions of tokens are hypotheses of their own
+        batches, latents = (0,), (0,)
     found = []
     finite = observation.value.isfinite()
     if not bool(finite.any()):
@@ -224,7 +232,7 @@ def _fits(
     predictions = torch.stack([prediction.detach() for _, prediction in kept])
     errors = torch.stack([_error(candidate, layout, observation.arrangement) for candidate, _ in kept])
     kl = predictions[0, finite].abs().median()
-    for batch, latent in itertools.product(batches, (0,) if only_right else (-1, 0, 1)):
+    for batch, latent in itertools.product(batches, latents):
         powers = _powers(layout, observation.arrangement, batch, latent)
         P = predictions * powers
         of_powers = [_FACTOR_MISTAKES["latent", latent]] if latent else []

@@ -9,9 +9,10 @@ from torch_klloss.auditing.explanation.mistakes import (
     samples,
     spreads,
     terms,
+    tokens,
 )
 
-_NATURES = (samples, reductions, spreads, directions, terms, entropies, classes, gradients)
+_NATURES = (samples, reductions, spreads, directions, terms, entropies, classes, tokens, gradients)
 CATALOGUE = tuple(mistake for nature in _NATURES for mistake in nature.MISTAKES)
 """Every mistake that the audit knows; the question's own comes first."""
 

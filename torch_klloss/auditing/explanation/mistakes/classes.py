@@ -8,7 +8,7 @@ from torch.nn.functional import logsigmoid, one_hot
 from torch_klloss.auditing.experiment.probes import Categoricals
 from torch_klloss.auditing.explanation.mistake import Mistake, Parts
 
-_RAW = frozenset({"logits"})  # the logits of a Categorical are normalised
+_RAW = frozenset({"logits", "token_logits"})  # the logits of a Categorical are normalised
 
 
 def _log_softmax(scores: Tensor, c: Categoricals, dim: int = -1) -> Tensor:
