@@ -23,8 +23,8 @@ FORKS.set_forkserver_preload(["torch", "torch._dynamo", "torch._functorch.aot_au
 
 
 def run(code: str) -> Any:
-    """Run code in a fork that has imported torch alone, and return the JSON that it prints."""
-    return json.loads(_printed_by(_execute, code))
+    """Run code in a fork that has imported torch alone, and return the JSON that it prints last."""
+    return json.loads(_printed_by(_execute, code).splitlines()[-1])
 
 
 def script(path: str, *arguments: str) -> str:

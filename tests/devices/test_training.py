@@ -1,11 +1,9 @@
 """Trainings on the pretended device: the digits VAE in a plain loop, and each callback in a short fit."""
 
-import json
-
 import pytest
 
 from tests.devices.training import PRIORS
-from tests.processes import output
+from tests.processes import run
 from torch_klloss import callbacks
 
 FLOAT32 = 2.0**-23
@@ -13,8 +11,7 @@ FLOAT32 = 2.0**-23
 
 @pytest.fixture(scope="module")
 def found():
-    lines = output("-W", "ignore", "-c", "from tests.devices.training import report; report()")
-    return json.loads(lines.splitlines()[-1])
+    return run("from tests.devices.training import report; report()")
 
 
 @pytest.mark.long
