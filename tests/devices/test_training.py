@@ -34,7 +34,7 @@ def test_a_step_of_the_digits_vae_waits_for_nothing(found):
 @pytest.mark.long
 @pytest.mark.parametrize("name", callbacks.__all__)
 def test_a_callback_logs_what_it_does_on_the_cpu_and_waits_only_then(found, name):
-    for run in found["callbacks"][name]:
-        assert run["expected"]
-        assert run["found"] == pytest.approx(run["expected"], rel=1e-4, abs=1e-5)
-        assert run["waits"] == 0
+    for fit in found["callbacks"][name]:
+        assert fit["expected"]
+        assert fit["found"] == pytest.approx(fit["expected"], rel=1e-4, abs=1e-5)
+        assert fit["waits"] == 0
