@@ -1,5 +1,6 @@
 """What every test runs under: one thread, a fixed seed, and a check that it left the global state alone."""
 
+import gc
 import os
 from collections import defaultdict
 
@@ -21,7 +22,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.ge
 
 @pytest.fixture(autouse=True)
 def _seed():
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed notes the stack for accelerators that come later
 
 
 @pytest.fixture
@@ -52,6 +53,15 @@ def _global_state():
 
 def pytest_addoption(parser):
     parser.addoption("--cases", type=int, metavar="N", help="of a test with many cases run N, spread over all of them")
+
+
+def pytest_collection():
+    gc.disable()  # all that is made now stays
+
+
+def pytest_collection_finish():
+    gc.freeze()  # so that no collection passes over it
+    gc.enable()
 
 
 def pytest_collection_modifyitems(config, items):

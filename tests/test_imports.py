@@ -1,11 +1,12 @@
 """`import torch_klloss` needs torch alone, and changes nothing global."""
 
+import json
 import os
 
 import pytest
 
 import torch_klloss
-from tests.processes import output, run
+from tests.processes import output
 
 OPTIONAL = ["lightning", "pytorch_lightning", "matplotlib", "scipy", "sklearn", "rich", "pyro", "mpmath", "hypothesis"]
 
@@ -29,13 +30,13 @@ print(json.dumps({"value": value, "loaded": [m for m in %r if m in sys.modules]}
 
 
 def test_the_library_works_with_torch_alone():
-    result = run(BLOCK % OPTIONAL + USE % OPTIONAL)
+    result = json.loads(output("-c", BLOCK % OPTIONAL + USE % OPTIONAL))
     assert result == {"value": 0.0, "loaded": []}
 
 
 def test_the_block_would_be_noticed():
     with pytest.raises(AssertionError, match="blocked by the test"):
-        run(BLOCK % OPTIONAL + "import torch, scipy.stats")
+        output("-c", BLOCK % OPTIONAL + "import torch, scipy.stats")
 
 
 def test_importing_changes_nothing_global():
@@ -51,7 +52,7 @@ q = torch_klloss.diagonal_normal(torch.zeros(4, 3), torch.zeros(4, 3))
 torch_klloss.AutoKL()(q, torch_klloss.standard_normal_like(q))
 print(json.dumps(before == state()))
 """
-    assert run(state) is True
+    assert json.loads(output("-c", state)) is True
 
 
 def test_every_public_name_is_there():

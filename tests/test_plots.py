@@ -3,12 +3,12 @@
 import io
 import math
 import struct
-import subprocess
 import sys
 
 import pytest
 import torch
 
+from tests.processes import run
 from torch_klloss.cli.demo import question_curves, question_figure
 from torch_klloss.plots import annealing_figure, collapse_figure, gap_figure, reconstruction_figure
 
@@ -190,9 +190,8 @@ def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
 
 
 def test_matplotlib_is_imported_late_and_pyplot_never():
-    program = (
-        "import sys; from torch_klloss.plots import gap_figure; assert 'matplotlib' not in sys.modules; "
+    assert run(
+        "import json, sys; from torch_klloss.plots import gap_figure; assert 'matplotlib' not in sys.modules; "
         "gap_figure([1], [1.0], [1.0], [1.0]); assert 'matplotlib' in sys.modules; "
-        "assert 'matplotlib.pyplot' not in sys.modules"
+        "print(json.dumps('matplotlib.pyplot' not in sys.modules))"
     )
-    subprocess.run([sys.executable, "-c", program], check=True)

@@ -1,11 +1,9 @@
 """Trainings on the pretended device: the digits VAE in a plain loop, and each callback in a short fit."""
 
-import json
-
 import pytest
 
 from tests.devices.training import PRIORS
-from tests.processes import output
+from tests.processes import run
 from torch_klloss import callbacks
 
 FLOAT32 = 2.0**-23
@@ -13,8 +11,7 @@ FLOAT32 = 2.0**-23
 
 @pytest.fixture(scope="module")
 def found():
-    lines = output("-W", "ignore", "-c", "from tests.devices.training import report; report()")
-    return json.loads(lines.splitlines()[-1])
+    return run("from tests.devices.training import report; report()")
 
 
 @pytest.mark.long
@@ -37,7 +34,7 @@ def test_a_step_of_the_digits_vae_waits_for_nothing(found):
 @pytest.mark.long
 @pytest.mark.parametrize("name", callbacks.__all__)
 def test_a_callback_logs_what_it_does_on_the_cpu_and_waits_only_then(found, name):
-    for run in found["callbacks"][name]:
-        assert run["expected"]
-        assert run["found"] == pytest.approx(run["expected"], rel=1e-4, abs=1e-5)
-        assert run["waits"] == 0
+    for fit in found["callbacks"][name]:
+        assert fit["expected"]
+        assert fit["found"] == pytest.approx(fit["expected"], rel=1e-4, abs=1e-5)
+        assert fit["waits"] == 0

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import ROOT, output
+from tests.processes import ROOT, script
 
 EXAMPLES = ROOT / "examples"
 sys.path.insert(0, str(EXAMPLES))  # as for a script that is run by its path
@@ -79,7 +79,7 @@ def test_make_demo_says_where_its_figures_are(tmp_path):
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_a_benchmark_confirms_its_numbers(name):
-    assert output(f"benchmarks/{name}.py", "--quick")
+    assert script(f"benchmarks/{name}.py", "--quick")
 
 
 @pytest.mark.parametrize("prior", PRIORS)

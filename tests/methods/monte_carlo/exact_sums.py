@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import mpmath
@@ -24,12 +25,18 @@ class Law:
         return self.build(*parameters)
 
 
+@cache
+def _log_factorial(k):
+    with mpmath.workdps(DIGITS):
+        return mpmath.loggamma(k + 1)
+
+
 def _choose(n, k):
-    return mpmath.loggamma(n + 1) - mpmath.loggamma(k + 1) - mpmath.loggamma(n - k + 1)
+    return _log_factorial(n) - _log_factorial(k) - _log_factorial(n - k)
 
 
 def _negative_binomial(x, r, p):
-    return mpmath.loggamma(x + r) - mpmath.loggamma(x + 1) - mpmath.loggamma(r) + x * mpmath.log(p) + r * _log1m(p)
+    return mpmath.loggamma(x + r) - _log_factorial(x) - mpmath.loggamma(r) + x * mpmath.log(p) + r * _log1m(p)
 
 
 def _log1m(p):
@@ -47,7 +54,7 @@ def _binomial(n):
     )
 
 
-POISSON = Law(dist.Poisson, lambda x, m: x * mpmath.log(m) - m - mpmath.loggamma(x + 1))
+POISSON = Law(dist.Poisson, lambda x, m: x * mpmath.log(m) - m - _log_factorial(x))
 GEOMETRIC = Law(dist.Geometric, lambda x, p: x * _log1m(p) + mpmath.log(p))
 GEOMETRIC_LOGITS = Law(
     lambda logits: dist.Geometric(logits=logits), lambda x, logit: x * _log_odds(logit)[1] + _log_odds(logit)[0]

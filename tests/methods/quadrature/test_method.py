@@ -41,7 +41,8 @@ def f64(*values: float) -> Tensor:
 
 
 def log_normal_density(m, s):
-    return lambda x: -(((x - m) / s) ** 2) / 2 - mp.log(s * mp.sqrt(2 * mp.pi))
+    norm = mp.log(s * mp.sqrt(2 * mp.pi))
+    return lambda x: -(((x - m) / s) ** 2) / 2 - norm
 
 
 def log_student_density(nu):
@@ -55,7 +56,8 @@ def log_mixture_density(weights, locs, scales):
 
 
 def log_gamma_density(a, b):
-    return lambda x: a * mp.log(b) - mp.loggamma(a) + (a - 1) * mp.log(x) - b * x
+    norm = a * mp.log(b) - mp.loggamma(a)
+    return lambda x: norm + (a - 1) * mp.log(x) - b * x
 
 
 def log_beta_density(a, b):
@@ -68,7 +70,8 @@ def log_kumaraswamy_density(a, b):
 
 
 def log_von_mises_density(m, k):
-    return lambda x: k * mp.cos(x - m) - mp.log(2 * mp.pi * mp.besseli(0, k))
+    norm = mp.log(2 * mp.pi * mp.besseli(0, k))
+    return lambda x: k * mp.cos(x - m) - norm
 
 
 def log_laplace_density(m, b):
