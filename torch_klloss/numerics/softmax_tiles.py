@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,7 +28,8 @@ from torch_klloss.numerics.softmax_pairs import (
 )
 
 _TILE = 2**15  # numbers of one tensor of a tile, so that a handful of its tensors fit into the cache of a core
-_BYTES = 2**17  # of such a tensor
+_BYTES = 2**17, 2**19  # of such a tensor, at least and at most; in between this part of the logits in float32:
+_PART = 2**7
 _CAREFUL_TILE = 2**12  # numbers of a tile of the careful formula, which has many more tensors, in float64
 _SHARE = 2**8  # of the logits, which are so many tiles elsewhere than on the CPU
 _FEWEST = 256  # classes from which on their roundings average out in float32
@@ -164,8 +165,9 @@ class Tile:
 
     def of(self, t: Tensor) -> Tensor:
         """Return the tile of a tensor, a copy only where its rows are scattered."""
-        rows = t[self.rows] if isinstance(self.rows, slice) else t.index_select(0, self.rows)
-        return rows[:, self.classes]
+        if isinstance(self.rows, slice):
+            return t[self.rows, self.classes]
+        return t.index_select(0, self.rows)[:, self.classes]
 
     def put(self, whole: Tensor, part: Tensor) -> None:
         """Write the tile of a tensor."""
@@ -196,7 +198,7 @@ def _run(index: Tensor) -> slice | Tensor:
 
 def _add(sums: list[Tensor], place: slice, parts: tuple[Tensor, ...]) -> None:
     for total, part in zip(sums, parts, strict=True):
-        total[place] += part
+        total[place].add_(part)
 
 
 def tops_of(a: Tensor, index: Tensor | None, problem: Problem, dtype: torch.dtype) -> Tensor:
@@ -264,14 +266,24 @@ def _part(rows: Rows, place: slice) -> Rows:
 # --- differences of two numbers -----------------------------------------------------------------------------------
 
 
+def _bytes(a: Tensor) -> int:
+    """Return the size of a tensor of a tile: a step of torch takes as long as some thousand numbers."""
+    low, high = _BYTES
+    return min(high, max(low, 4 * a.numel() // _PART))
+
+
 def _quick(a: Tensor, b: Tensor, index: Tensor | None, problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return the rows `[12, rows, 1]` from differences of sums, and which of them have kept their digits."""
     terms = problem.terms
     tops = [tops_of(t, index, problem, torch.float64) for t in (a, b)]
     q_top, p_top = (_shift(top, dtype) for top in tops)
-    sums = [torch.zeros_like(q_top) for _ in range(4)]
-    for tile in tiles_of(a, index, _BYTES // dtype.itemsize):
-        _add(sums, tile.place, _sums(tile, a, b, q_top, p_top, problem, dtype))
+    shifts = _needed(q_top), _needed(p_top)
+    for with_gaps in (False, True):  # classes that one side lacks are rare
+        sums = [torch.zeros_like(q_top) for _ in range(4)]
+        for tile in tiles_of(a, index, _bytes(a) // dtype.itemsize):
+            _add(sums, tile.place, _sums(tile, a, b, shifts, problem, dtype, with_gaps=with_gaps))
+        if bool(torch.stack(sums).isfinite().all()):
+            break
     q_total, p_total, q_first, p_first = problem.total(torch.stack(sums))
     log_norm, offset = torch.log(p_total / q_total), p_top - q_top
     q_mean, p_mean = ((t / total - offset) * problem.scale for t, total in ((q_first, q_total), (p_first, p_total)))
@@ -290,16 +302,35 @@ def _quick(a: Tensor, b: Tensor, index: Tensor | None, problem: Problem, dtype: 
 
 
 def _sums(
-    tile: Tile, a: Tensor, b: Tensor, q_top: Tensor, p_top: Tensor, problem: Problem, dtype: torch.dtype
+    tile: Tile,
+    a: Tensor,
+    b: Tensor,
+    shifts: Shifts,
+    problem: Problem,
+    dtype: torch.dtype,
+    *,
+    with_gaps: bool,
 ) -> tuple[Tensor, ...]:
     """Return the sums of the exponentials, and of b - a under both of them, each of these only where it is needed."""
     terms = problem.terms
-    q, p, ratio = _weights(tile, a, b, q_top, p_top, problem, dtype, with_ratio=not terms.is_mixed)
+    q, p, ratio = _weights(tile, a, b, shifts, problem, dtype, with_ratio=not terms.is_mixed, with_gaps=with_gaps)
     q_total, p_total = q.sum(-1, keepdim=True), p.sum(-1, keepdim=True)
     if ratio is None:
         return q_total, p_total, q_total, p_total
     second = p.mul_(ratio).sum(-1, keepdim=True) if terms.by_p else p_total
     return q_total, p_total, q.mul_(ratio).sum(-1, keepdim=True), second
+
+
+Shifts: TypeAlias = tuple[Tensor | None, Tensor | None]
+
+
+def _needed(top: Tensor) -> Tensor | None:
+    """Return what is taken off the logits, or None where that is nothing."""
+    return top if bool(top.any()) else None
+
+
+def _placed(top: Tensor | None, tile: Tile) -> Tensor | None:
+    return None if top is None else top[tile.place]
 
 
 def _shift(top: Tensor, dtype: torch.dtype) -> Tensor:
@@ -312,31 +343,36 @@ def _weights(
     tile: Tile,
     a: Tensor,
     b: Tensor,
-    q_top: Tensor,
-    p_top: Tensor,
+    shifts: Shifts,
     problem: Problem,
     dtype: torch.dtype,
     *,
     with_ratio: bool = True,
+    with_gaps: bool | None = None,
 ) -> tuple[Tensor, Tensor, Any]:
-    """Return the exponentials, and b - a or None, all new tensors."""
+    """Return the exponentials, and b - a or None, all new tensors.
+
+    Where there may be gaps (None for where there are), classes that both lack count as equal, and those that q lacks do
+    not count.
+    """
     x, y = tile.of(a).to(dtype), tile.of(b).to(dtype)
     ratio = y - x if with_ratio else None
-    if ratio is not None and not bool(
-        ratio.sum().isfinite()
-    ):  # classes that both lack count as equal, those that q lacks do not count
+    if ratio is not None and with_gaps is None:
+        with_gaps = not bool(ratio.sum().isfinite())
+    if ratio is not None and with_gaps:
         ratio.nan_to_num_(nan=0.0, posinf=_FAR, neginf=-math.inf)
-    return _exp(x, q_top[tile.place], problem, a), _exp(y, p_top[tile.place], problem, b), ratio
+    q_top, p_top = (_placed(top, tile) for top in shifts)
+    return _exp(x, q_top, problem, a), _exp(y, p_top, problem, b), ratio
 
 
-def _exp(x: Tensor, top: Tensor, problem: Problem, given: Tensor) -> Tensor:
+def _exp(x: Tensor, top: Tensor | None, problem: Problem, given: Tensor) -> Tensor:
     logs = _logs(x, top, problem)
     return torch.exp(logs) if logs is x and x.dtype == given.dtype else logs.exp_()  # the logits themselves stay
 
 
-def _logs(x: Tensor, top: Tensor, problem: Problem) -> Tensor:
+def _logs(x: Tensor, top: Tensor | None, problem: Problem) -> Tensor:
     """Return (x - top)/T; x itself where it is that."""
-    if bool(top.any()):
+    if top is not None:
         x = x - top.to(x.dtype)
     return x * problem.scale if problem.scale != 1 else x
 
@@ -353,9 +389,12 @@ def _write_quick(
     offset, g = rows.p_top - rows.q_top, grad * problem.scale
     q_mean, p_mean = ((rows.centre + t) / problem.scale + offset for t in (-rows.by_q, rows.by_p))
     q_share, p_share = g / rows.q_total, g / rows.p_total
-    factors = torch.stack((q_mean, p_mean, q_share, p_share)).to(dtype)
-    for tile in tiles_of(a, index, _BYTES // dtype.itemsize):
-        q, p, ratio = _weights(tile, a, b, rows.q_top, rows.p_top, problem, dtype)
+    factors, shifts = (
+        torch.stack((q_mean, p_mean, q_share, p_share)).to(dtype),
+        (_needed(rows.q_top), _needed(rows.p_top)),
+    )
+    for tile in tiles_of(a, index, _bytes(a) // dtype.itemsize):
+        q, p, ratio = _weights(tile, a, b, shifts, problem, dtype)
         q_mean, p_mean, q_share, p_share = factors[:, tile.place]
         q.mul_(q_share)
         p.mul_(p_share)
@@ -380,20 +419,44 @@ def _add_mixed_terms(
     a: Tensor, b: Tensor, index: Tensor | None, rows: Rows, problem: Problem, dtype: torch.dtype
 ) -> Rows:
     """Return the rows with the terms, and with the means of the scores in `q_score` and `p_score`."""
-    sums = [torch.zeros_like(rows.q_top) for _ in range(4)]
-    for tile in tiles_of(a, index, _BYTES // dtype.itemsize // 2):
-        q, p, *each = _scores(tile, a, b, rows, problem, dtype)
-        _add(sums, tile.place, tuple((w * t).sum(-1, keepdim=True) for w, t in zip((q, p, q, p), each, strict=True)))
-    by_q, by_p, q_score, p_score = problem.total(torch.stack(sums))
+    terms, offsets, is_simple = problem.terms, _offsets(rows, dtype), _is_jensens(problem.terms)
+    sums = [torch.zeros_like(rows.q_top) for _ in range(2 if is_simple else 4)]
+    for tile in tiles_of(a, index, _bytes(a) // dtype.itemsize // 2):
+        q, p, q_ratio, p_ratio, *mixtures = _ratios(tile, a, b, offsets, problem, dtype)
+        pairs = [(q, q_ratio), (p, p_ratio)]
+        if not is_simple:
+            pairs += zip((q, p), _scores(q, p, q_ratio, p_ratio, mixtures, terms), strict=True)
+        _add(sums, tile.place, tuple((w * t).sum(-1, keepdim=True) for w, t in pairs))
+    by_q, by_p, *scores = problem.total(torch.stack(sums))
+    q_score, p_score = (by_q * terms.by_q, by_p * terms.by_p) if is_simple else scores
     return rows._replace(by_q=by_q, by_p=by_p, q_score=q_score, p_score=p_score)
 
 
-def _scores(tile: Tile, a: Tensor, b: Tensor, rows: Rows, problem: Problem, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Return q, p, log q/m, log p/m of their mixtures m, and the derivatives of the divergence by q and by p."""
-    terms, some = problem.terms, _part(rows, tile.place)
+def _is_jensens(terms: Terms) -> bool:
+    """Return whether the derivatives are by_q log q/m and by_p log p/m: both mixtures are one, and the rest cancels."""
+    is_one = math.isclose(terms.q_mix + terms.p_mix, 1)
+    return is_one and math.isclose(terms.by_q * terms.q_mix, terms.by_p * terms.p_mix)
+
+
+Offsets: TypeAlias = tuple[tuple[Tensor | None, Tensor], tuple[Tensor | None, Tensor]]
+
+
+def _offsets(rows: Rows, dtype: torch.dtype) -> Offsets:
+    """Return what is taken off the logits of both sides, and the logarithms of the sums."""
+    q, p = (
+        (_needed(top), total.log().to(dtype)) for top, total in ((rows.q_top, rows.q_total), (rows.p_top, rows.p_total))
+    )
+    return q, p
+
+
+def _ratios(
+    tile: Tile, a: Tensor, b: Tensor, offsets: Offsets, problem: Problem, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return q, p, log q/m, log p/m, and their mixtures m."""
+    terms = problem.terms
     log_q, log_p = (
-        _log_weights(tile.of(t).to(dtype), top, total, problem)
-        for t, top, total in ((a, some.q_top, some.q_total), (b, some.p_top, some.p_total))
+        _log_weights(tile.of(t).to(dtype), _placed(top, tile), log_total[tile.place], problem)
+        for t, (top, log_total) in zip((a, b), offsets, strict=True)
     )
     q, p = log_q.exp(), log_p.exp()
     mixture = torch.lerp(q, p, terms.q_mix)
@@ -401,32 +464,42 @@ def _scores(tile: Tile, a: Tensor, b: Tensor, rows: Rows, problem: Problem, dtyp
     log_mixture = mixture.log()
     q_ratio = log_q.sub_(log_mixture)
     p_ratio = log_p.sub_(log_mixture if other is mixture else other.log()) if terms.by_p else log_p
-    if other is mixture and math.isclose(terms.by_q * terms.q_mix, terms.by_p * terms.p_mix):  # Jensen and Shannon's
-        return q, p, q_ratio, p_ratio, q_ratio * terms.by_q, p_ratio * terms.by_p
+    return q, p, q_ratio, p_ratio, mixture, other
+
+
+def _scores(
+    q: Tensor, p: Tensor, q_ratio: Tensor, p_ratio: Tensor, mixtures: list[Tensor], terms: Terms
+) -> tuple[Tensor, Tensor]:
+    """Return the derivatives of the divergence by q and by p."""
+    mixture, other = mixtures
     q_share = q / mixture
     q_score, p_score = (q_ratio - (1 - terms.q_mix) * q_share) * terms.by_q, q_share * (-terms.by_q * terms.q_mix)
     if terms.by_p:
         p_share = p / other
         q_score -= terms.by_p * terms.p_mix * p_share
         p_score += terms.by_p * (p_ratio - (1 - terms.p_mix) * p_share)
-    return q, p, q_ratio, p_ratio, q_score, p_score
+    return q_score, p_score
 
 
-def _log_weights(x: Tensor, top: Tensor, total: Tensor, problem: Problem) -> Tensor:
+def _log_weights(x: Tensor, top: Tensor | None, log_total: Tensor, problem: Problem) -> Tensor:
     """Return the log-probabilities, bounded below so that no class is missing."""
     logs = _logs(x, top, problem)
-    return (logs - total.log().to(x.dtype)).clamp_(min=_LEAST_LOG[x.dtype])
+    return (logs - log_total).clamp_(min=_LEAST_LOG[x.dtype])
 
 
 def _write_mixed(
     a: Tensor, b: Tensor, index: Tensor | None, rows: Rows, grad: Tensor, problem: Problem, dtype: torch.dtype,
     by_a: Tensor | None, by_b: Tensor | None,
 ) -> None:  # fmt: skip
-    grad = grad * problem.scale
-    for tile in tiles_of(a, index, _BYTES // dtype.itemsize // 2):
-        q, p, _, _, q_score, p_score = _scores(tile, a, b, rows, problem, dtype)
-        q_mean, p_mean, g = (t[tile.place].to(dtype) for t in (rows.q_score, rows.p_score, grad))
+    terms, offsets, is_simple = problem.terms, _offsets(rows, dtype), _is_jensens(problem.terms)
+    by_q, by_p = (terms.by_q, terms.by_p) if is_simple else (1.0, 1.0)
+    scale = grad * problem.scale
+    factors = torch.stack((rows.q_score / by_q, rows.p_score / by_p, scale * by_q, scale * by_p)).to(dtype)
+    for tile in tiles_of(a, index, _bytes(a) // dtype.itemsize // 2):
+        q, p, q_ratio, p_ratio, *mixtures = _ratios(tile, a, b, offsets, problem, dtype)
+        q_score, p_score = (q_ratio, p_ratio) if is_simple else _scores(q, p, q_ratio, p_ratio, mixtures, terms)
+        q_mean, p_mean, q_factor, p_factor = factors[:, tile.place]
         if by_a is not None:
-            tile.put(by_a, q_score.sub_(q_mean).mul_(q).mul_(g))
+            tile.put(by_a, q_score.sub_(q_mean).mul_(q).mul_(q_factor))
         if by_b is not None:
-            tile.put(by_b, p_score.sub_(p_mean).mul_(p).mul_(g))
+            tile.put(by_b, p_score.sub_(p_mean).mul_(p).mul_(p_factor))
