@@ -49,18 +49,24 @@ TARGETS = {(128, 32_000): (0.10, 0.15), (64, 128_256): (0.10, 0.15), (32, 256_00
 HEAD = (512, 128, 16_000)  # tokens, hidden, vocabulary
 HEAD_TARGET = 0.40
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LAWS = {
+    "peaked": (1.5, 2.0),
+    "flat": (1.0, 1.0),
+}  # distance and standard deviation of the logits; KLs of about 1 and 0.5
 DISTANCES = (1.5, 0.14, 0.032)  # of the logits: KLs of about 1, 1e-2 and 5e-4
 MEMORY = {"size": "tokens x V", "dtype": "logits", "loss": "loss", "valid": "valid|.0%", "to": "gradient to",
           "memory": "logits tensors|.3f", "target": "target|.2f"}  # fmt: skip
-TIMES = {"size": "tokens x V", "dtype": "logits", "loss": "loss", "valid": "valid|.0%",
+TIMES = {"size": "tokens x V", "dtype": "logits", "law": "laws", "loss": "loss", "valid": "valid|.0%",
          "ms": "ms|.1f", "ratio": "÷ F.kl_div upcast|.2f", "range": "quartiles"}  # fmt: skip
 ERRORS = {"dtype": "logits", "loss": "loss", "kl": "KL|.1e", "error": "value|.1e", "gradient": "gradient|.1e"}
 
 
-def logits(size: tuple[int, int], dtype: torch.dtype, distance: float = 1.5) -> tuple[Tensor, Tensor]:
-    """Return the logits of a teacher and of a student at a distance from it."""
+def logits(
+    size: tuple[int, int], dtype: torch.dtype, distance: float = 1.5, scale: float = 2.0
+) -> tuple[Tensor, Tensor]:
+    """Return the logits of a teacher, with a standard deviation, and of a student at a distance from it."""
     generator = torch.Generator().manual_seed(0)
-    teacher = 2 * torch.randn(size, generator=generator)
+    teacher = scale * torch.randn(size, generator=generator)
     student = teacher + distance * torch.randn(size, generator=generator)
     return teacher.to(dtype), student.to(dtype).requires_grad_()
 
@@ -141,9 +147,9 @@ def memory_rows(size: tuple[int, int], dtype: torch.dtype, divergences: tuple[Di
     return rows
 
 
-def time_rows(size: tuple[int, int], dtype: torch.dtype, rounds: int) -> list[Row]:
+def time_rows(size: tuple[int, int], dtype: torch.dtype, law: str, rounds: int) -> list[Row]:
     """Return the times of ours, at three shares of valid tokens, and of the peers."""
-    teacher, student = logits(size, dtype)
+    teacher, student = logits(size, dtype, *LAWS[law])
     routes: dict[tuple[str, float], Callable[..., Tensor]] = {
         **{(repr(d), 1.0): partial(ours, d, None) for d in DIVERGENCES},
         **{(repr(ForwardKL()), v): partial(ours, ForwardKL(), share_of(size[0], v)) for v in (0.5, 0.1)},
@@ -155,7 +161,7 @@ def time_rows(size: tuple[int, int], dtype: torch.dtype, rounds: int) -> list[Ro
     rows = []
     for (name, valid), key in zip(routes, steps, strict=True):
         low, ratio, high = quartiles(ratios(seconds[key], peer))
-        rows.append({"size": _by(size), "dtype": _name(dtype), "loss": name, "valid": valid,
+        rows.append({"size": _by(size), "dtype": _name(dtype), "law": law, "loss": name, "valid": valid,
                      "ms": 1e3 * median(seconds[key]), "ratio": ratio,
                      "range": f"{low:.2f} to {high:.2f}"})  # fmt: skip
     return rows
@@ -270,7 +276,13 @@ def main(argv: list[str] | None = None) -> int:
     show("a head, its gradient to the hidden states and the weight; times ÷ product and F.kl_div", head, {
         "size": "tokens x hidden x V", "loss": "loss", "memory": "logits tensors|.3f", "target": "target|.2f",
         "ms": "ms|.1f", "ratio": "time|.2f"})  # fmt: skip
-    times = [row for size in sizes for dtype in dtypes[:2] for row in time_rows(size, dtype, 1 if quick else 9)]
+    times = [
+        row
+        for size in sizes
+        for dtype in dtypes[:2]
+        for law in (list(LAWS)[:1] if quick else LAWS)
+        for row in time_rows(size, dtype, law, 1 if quick else 9)
+    ]
     show("time of a step", times, TIMES)
     for row in memory if quick else (*memory, *head):
         if row["target"] is not None and row["memory"] > row["target"]:
