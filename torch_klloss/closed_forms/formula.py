@@ -53,7 +53,7 @@ def register_formula(
         def rule(q: Distribution, p: Distribution) -> Tensor:
             return summed(q, p, 0)
 
-        rule.__doc__ = function.__doc__
+        rule.__doc__, rule.__wrapped__ = function.__doc__, function  # type: ignore[attr-defined]
         register_kl(cls, cls, summed=summed, needs_float64=needs_float64)(rule)
         return formula
 
