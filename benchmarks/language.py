@@ -43,7 +43,7 @@ from torch_klloss.plots import BLUE, GREEN, INK, VERMILION, new_figure, tidy_axe
 
 Step = Callable[[], Any]
 DIVERGENCES: tuple[Divergence, ...] = (ForwardKL(), ReverseKL(), Jeffreys(), JensenShannon(), SkewKL())
-QUICK = (32, 8000)
+QUICK = (8, 4000)
 SIZES = ((128, 32_000), (64, 128_256), (32, 256_000))
 TARGETS = {(128, 32_000): (0.10, 0.15), (64, 128_256): (0.10, 0.15), (32, 256_000): (0.25, 0.35)}  # 4 and 2 bytes
 HEAD = (512, 128, 16_000)  # tokens, hidden, vocabulary
@@ -272,7 +272,7 @@ def main(argv: list[str] | None = None) -> int:
     show("relative errors against float64 of the same logits", errors, ERRORS)
     memory = [row for size in sizes for dtype in dtypes for row in memory_rows(size, dtype, divergences)]
     show("peak memory of a step beyond its gradients", memory, MEMORY)
-    head = head_rows((128, 32, 8000) if quick else HEAD, 1 if quick else 9)
+    head = head_rows((64, 32, 2000) if quick else HEAD, 1 if quick else 9)
     show("a head, its gradient to the hidden states and the weight; times ÷ product and F.kl_div", head, {
         "size": "tokens x hidden x V", "loss": "loss", "memory": "logits tensors|.3f", "target": "target|.2f",
         "ms": "ms|.1f", "ratio": "time|.2f"})  # fmt: skip
@@ -288,7 +288,7 @@ def main(argv: list[str] | None = None) -> int:
         if row["target"] is not None and row["memory"] > row["target"]:
             disagreements.append(f"{row['loss']} at {row['size']} takes {row['memory']:.3f} logits tensors")
     if args.figures is not None:
-        figure(args.figures, (1000, 4000) if quick else (1000, 4000, 16_000, 64_000, 256_000))
+        figure(args.figures, (500, 1000) if quick else (1000, 4000, 16_000, 64_000, 256_000))
     return finish(args.json, [*errors, *memory, *head, *times], disagreements)
 
 
