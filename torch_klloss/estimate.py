@@ -12,6 +12,16 @@ from torch import Tensor
 from torch_klloss.numerics.devices import scalar
 from torch_klloss.numerics.special import student_t_quantile
 
+__all__ = [
+    "KLEstimate",
+    "NoRouteError",
+    "NotCertifiedError",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
 
 class NoRouteError(NotImplementedError):
     """The error of a method that has no route for a pair. Its text is formatted only when it is read.

@@ -15,6 +15,18 @@ from torch_klloss.numerics.arguments import check_dim, check_number, check_tenso
 from torch_klloss.numerics.devices import can_be_read
 from torch_klloss.reduction import expand_mask
 
+__all__ = [
+    "Level",
+    "LogProbGradient",
+    "LogProbValue",
+    "kl_from_log_probs",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 LogProbGradient = Literal["pathwise", "score_function", "k2", "none"]
 LogProbValue = Literal["k1", "k2", "k3"]
 Level = Literal["sequence", "token"]

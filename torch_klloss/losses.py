@@ -36,6 +36,22 @@ from torch_klloss.reduction import Batch, ReductionName, check_reduction, expand
 from torch_klloss.rng import RngState, rng_state
 from torch_klloss.samplers import Sampler
 
+__all__ = [
+    "AnalyticKL",
+    "AutoKL",
+    "Call",
+    "KLLoss",
+    "MonteCarloKL",
+    "Observer",
+    "OnFallback",
+    "QuadratureKL",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 OnFallback = Literal["allow", "warn", "error"]
 
 

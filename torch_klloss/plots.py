@@ -18,6 +18,25 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+__all__ = [
+    "BAND",
+    "BLUE",
+    "GREEN",
+    "INK",
+    "VERMILION",
+    "annealing_figure",
+    "collapse_figure",
+    "gap_figure",
+    "new_figure",
+    "reconstruction_figure",
+    "schedule_figure",
+    "tidy_axes",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
 
 # The palette of Okabe and Ito, which colour-blind readers can tell apart.
 BLUE, VERMILION, GREEN, INK = "#0072B2", "#D55E00", "#007A5A", "#222222"

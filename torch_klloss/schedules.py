@@ -20,6 +20,19 @@ from torch_klloss.numerics.arguments import check_integer
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+__all__ = [
+    "Constant",
+    "Cosine",
+    "Cyclical",
+    "Linear",
+    "Schedule",
+    "Sigmoid",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
 
 class Schedule(ABC):
     """A function from a step to a weight.
