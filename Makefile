@@ -5,12 +5,14 @@
 # make references   record anew what tests/references takes long to compute
 # make test-oldest  formulas, methods, losses and callbacks with the oldest torch and Lightning that are supported, in
 #                   an environment of its own (which may take several GB); make test-newest with the newest there are
+# make docs         build the documentation into site/, and say where it begins
 # make lint         format, lint, types
 # make bench        every benchmark in full
 
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= runs
+SITE ?= site
 RUN := $(VENV)/bin/python
 # What is imported is compiled then; all that torch brings would take a minute.
 PIP := $(RUN) -m pip install --quiet --no-compile --constraint constraints.txt
@@ -27,7 +29,7 @@ SELECT_ci := -m "not exhaustive" --durations 15 $(DOCTESTS) tests
 LANES := test-oldest test-newest
 IN_LANES := tests/closed_forms tests/methods tests/test_losses.py tests/callbacks
 
-.PHONY: demo test test-all $(LANES) references lint bench clean
+.PHONY: demo docs test test-all $(LANES) references lint bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -51,6 +53,12 @@ $(LANES): test-%: $(VENV)-%/.lane
 references: $(VENV)/.dev
 	REFERENCES=record $(RUN) -m pytest $(shell grep -lrE 'errors_at|measure\(|evaluate\(' --include='test_*.py' tests/closed_forms)
 
+docs:
+	@$(RUN) -c "import latex2mathml, material, mkdocs, mkdocstrings_handlers.python" 2>/dev/null || { \
+	echo "make docs needs the group docs: make $(VENV)/.dev, or $(RUN) -m pip install --group docs" >&2; exit 1; }
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --site-dir $(SITE)
+	@echo "documentation: $(SITE)/index.html"
+
 lint: $(VENV)/.dev
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
@@ -60,7 +68,7 @@ bench: $(VENV)/.dev
 	for script in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)); do $(RUN) $$script || exit 1; done
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(OUT) dist
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(OUT) $(SITE) dist
 
 $(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)
@@ -81,5 +89,5 @@ $(VENV)/.dev: $(VENV)/.venv pyproject.toml constraints.txt
 $(VENV)-%/.lane: constraints-%.txt pyproject.toml
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(@D)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --constraint $< --editable ".[all,examples]" --group test
+	$(@D)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --constraint $< --editable ".[examples]" --group test
 	@touch $@

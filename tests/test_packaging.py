@@ -32,8 +32,8 @@ needs_tomllib = pytest.mark.skipif(PROJECT is None, reason="Python 3.10 cannot r
 
 def pins(file):
     """Return the requirements of a file of constraints by name."""
-    lines = [line for line in (ROOT / file).read_text().splitlines() if line and not line.startswith("#")]
-    return {requirement.name: requirement for requirement in map(Requirement, lines)}
+    lines = [line.partition("#")[0].strip() for line in (ROOT / file).read_text().splitlines()]
+    return {requirement.name: requirement for requirement in map(Requirement, filter(None, lines))}
 
 
 def floors(lines):

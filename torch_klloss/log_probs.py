@@ -114,7 +114,7 @@ def kl_from_log_probs(
         *Approximating KL divergence* (Schulman, 2020). *On a few pitfalls in KL divergence gradient estimation for RL*
         (Tang and Munos, 2025). *Buy 4 REINFORCE samples, get a baseline for free!* (Kool, van Hoof and Welling, 2019).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch.distributions import Normal
         >>> from torch_klloss import kl_from_log_probs

@@ -103,7 +103,7 @@ class KLLoss(nn.Module):
         TypeError: if `method` has no `estimate`.
         ValueError: if `reduction` is unknown or `batch_dims` negative.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch.distributions import Normal
         >>> from torch_klloss import KLLoss
@@ -212,7 +212,7 @@ class KLLoss(nn.Module):
             estimate: the result of `estimate`.
             mask: as in `forward`.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from torch.distributions import Normal
             >>> from torch_klloss import MonteCarloKL
@@ -337,7 +337,7 @@ class AnalyticKL(KLLoss):
 
     A pair without a closed form raises a `NotImplementedError` that names the pair and what to use instead.
 
-    Example:
+    Examples:
         >>> from torch.distributions import Normal
         >>> from torch_klloss import AnalyticKL
         >>> AnalyticKL()(Normal(1.0, 1.0), Normal(0.0, 1.0))
@@ -362,9 +362,10 @@ class MonteCarloKL(KLLoss):
             steps is then part of the `state_dict`.
         value: "log_ratio", "entropy", "control_variate", "taylor", "k2" (biased) or "k3".
         chunk_size: how many draws are evaluated at once; None for all.
-        reduction, batch_dims: as in `KLLoss`.
+        reduction: as in `KLLoss`.
+        batch_dims: as in `KLLoss`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch.distributions import Normal, StudentT
         >>> from torch_klloss import MonteCarloKL
@@ -399,9 +400,10 @@ class QuadratureKL(KLLoss):
     Args:
         num_nodes: how many nodes the first rule has.
         rtol: the relative error that is certified.
-        reduction, batch_dims: as in `KLLoss`.
+        reduction: as in `KLLoss`.
+        batch_dims: as in `KLLoss`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch.distributions import Normal, StudentT
         >>> from torch_klloss import QuadratureKL
@@ -430,12 +432,13 @@ class AutoKL(KLLoss):
     Args:
         fallback: a method, or a sequence of methods that are tried in turn; by default `MonteCarlo(1)`.
         on_fallback: "allow", "warn" (a warning names the pair and the route) or "error" (a `NotImplementedError`).
-        reduction, batch_dims: as in `KLLoss`.
+        reduction: as in `KLLoss`.
+        batch_dims: as in `KLLoss`.
 
     Raises:
         ValueError: if `on_fallback` is unknown.
 
-    Example:
+    Examples:
         >>> from torch.distributions import Binomial, Normal, Poisson, StudentT
         >>> from torch_klloss import AutoKL
         >>> AutoKL().route(Normal(0.0, 1.0), Normal(1.0, 1.0))

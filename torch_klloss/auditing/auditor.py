@@ -77,7 +77,7 @@ def audit(
         ValueError: if `signature` is unknown.
         TypeError: if `fn` is not callable.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch_klloss import audit
         >>> def my_kl(mu, logvar):

@@ -75,7 +75,7 @@ class EstimatorGap(LossWatcher):
     Raises:
         ValueError: if `every_n_steps` or `num_samples` is below 1, or `side_by_side` holds another word.
 
-    Example:
+    Examples:
         >>> from torch_klloss.callbacks import EstimatorGap
         >>> callback = EstimatorGap(every_n_steps=100, num_samples=256)  # Trainer(callbacks=[callback])
     """

@@ -60,7 +60,7 @@ class PosteriorCollapse(LossWatcher):
         *Importance weighted autoencoders* (Burda et al., 2016), appendix C, for active units and their threshold.
         *ELBO surgery* (Hoffman and Johnson, 2016), for the mutual information.
 
-    Example:
+    Examples:
         >>> from torch_klloss.callbacks import PosteriorCollapse
         >>> callback = PosteriorCollapse(stage="validation")  # Trainer(callbacks=[callback])
     """

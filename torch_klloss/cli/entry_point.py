@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None, *, own_process: bool = False) -> int
     Raises:
         SystemExit: by argparse, with status 2, for options that do not exist or do not parse.
 
-    Example:
+    Examples:
         >>> from torch_klloss.cli.entry_point import main
         >>> main(["--version"])
         Traceback (most recent call last):

@@ -131,7 +131,7 @@ def diagonal_normal(mean: Tensor, logvar: Tensor, batch_dims: int = 1) -> Indepe
     Raises:
         ValueError: if the shapes differ, `batch_dims` does not fit, or (with torch's validation on) a parameter is NaN.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch_klloss import AnalyticKL, diagonal_normal, standard_normal_like
         >>> q = diagonal_normal(mean=torch.ones(16, 8), logvar=torch.zeros(16, 8))
@@ -165,7 +165,7 @@ def standard_normal_like(q: Distribution) -> Independent:
     Raises:
         TypeError: if q is not a distribution.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch_klloss import diagonal_normal, standard_normal_like
         >>> p = standard_normal_like(diagonal_normal(torch.ones(16, 8), torch.zeros(16, 8)))
@@ -186,7 +186,7 @@ def categorical(logits: Tensor) -> RawCategorical:
     Raises:
         ValueError: if there is no dimension of classes, or (with torch's validation on) a logit is NaN.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch_klloss import AnalyticKL, categorical
         >>> student, teacher = categorical(torch.zeros(5, 4)), categorical(torch.full((5, 4), 7.0))

@@ -60,7 +60,7 @@ class IWAELoss(nn.Module):
         estimators for Monte Carlo objectives* (Tucker et al., 2019). *Tighter variational bounds are not necessarily
         better* (Rainforth et al., 2018), for the ratios.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch.distributions import Independent, Normal
         >>> from torch_klloss import diagonal_normal, standard_normal_like

@@ -72,7 +72,7 @@ class ELBOLoss(nn.Module):
         et al., 2018), for the capacity. *Mastering Atari with discrete world models* (Hafner et al., 2021), for
         balancing.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch.distributions import Bernoulli, Independent
         >>> from torch_klloss import ELBOLoss, diagonal_normal, standard_normal_like
@@ -211,7 +211,7 @@ class ELBOLoss(nn.Module):
         Raises:
             TypeError, ValueError: as `forward`; and if recon and x, or mean and logvar, have different shapes.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from torch_klloss import ELBOLoss
             >>> recon, x = torch.full((2, 3), 0.5), torch.tensor([[0.0, 1.0, 0.3], [1.0, 0.0, 0.9]])

@@ -68,7 +68,7 @@ class DistillationLoss(Weighted):
     References:
         *Distilling the knowledge in a neural network* (Hinton, Vinyals and Dean, 2015), for T².
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch_klloss.language import DistillationLoss
         >>> loss = DistillationLoss(temperature=2.0, shift=1)

@@ -80,7 +80,7 @@ class ReferenceKL(Weighted):
         2025), for the exact steps. *On a few pitfalls in KL divergence gradient estimation for RL* (Tang and Munos,
         2025), for the score of the future. *Approximating KL divergence* (Schulman, 2020), for k1 and k3.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch_klloss.language import ReferenceKL
         >>> policy, reference = torch.zeros(1, 2, 2, requires_grad=True), torch.tensor([[[0.0, 1.0], [0.0, 2.0]]])
