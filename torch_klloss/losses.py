@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -167,6 +167,16 @@ class KLLoss(nn.Module):
         if mask is not None:
             check_dropped(value, mask != 0, q, p)
         return reduce(value, self.reduction, self.batch_dims, mask)
+
+    if TYPE_CHECKING:  # torch's has no types
+
+        def __call__(  # noqa: D102
+            self,
+            q: Distribution,
+            p: Distribution,
+            mask: Tensor | None = None,
+            generator: torch.Generator | None = None,
+        ) -> Tensor: ...
 
     def _per_example(self, q: Distribution, p: Distribution, generator: torch.Generator | None) -> Tensor:
         """Return the KL of every example, `[*examples]`."""

@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,14 @@ def _callback_bases() -> tuple[type, ...]:
     return tuple(dict.fromkeys(bases))
 
 
-Callback: Any = type("Callback", _callback_bases(), {"__doc__": "Base of the callbacks, for every Lightning package."})
+if TYPE_CHECKING:
+    import lightning.pytorch
+    import pytorch_lightning
+
+    class Callback(pytorch_lightning.Callback, lightning.pytorch.Callback):
+        """Base of the callbacks, for every Lightning package."""
+else:
+    Callback = type("Callback", _callback_bases(), {"__doc__": "Base of the callbacks, for every Lightning package."})
 
 AllRanks = Callable[[Tensor], Tensor]  # sums a tensor over the ranks
 

@@ -113,7 +113,7 @@ class RawCategorical(Categorical):
         return new
 
 
-def diagonal_normal(mean: Tensor, logvar: Tensor, batch_dims: int = 1) -> Independent:
+def diagonal_normal(mean: Tensor, logvar: Tensor, batch_dims: int = 1) -> Independent[Normal]:
     """Build the posterior of a VAE: a Normal with independent components.
 
     All dimensions after the first `batch_dims` make up one event, whatever their number: `[batch, latent]`,
@@ -153,7 +153,7 @@ def diagonal_normal(mean: Tensor, logvar: Tensor, batch_dims: int = 1) -> Indepe
     return _independent(LogVarNormal(mean, logvar), batch_dims)
 
 
-def standard_normal_like(q: Distribution) -> Independent:
+def standard_normal_like(q: Distribution) -> Independent[Normal]:
     """Build the standard Normal with q's batch and event shape, dtype and device: the usual prior of a VAE.
 
     Args:
@@ -199,9 +199,9 @@ def categorical(logits: Tensor) -> RawCategorical:
     return RawCategorical(logits)
 
 
-def _independent(base: Distribution, batch_dims: int) -> Independent:
+def _independent(base: Normal, batch_dims: int) -> Independent[Normal]:
     """Return the same as torch's constructor, without checks that cannot fail here: it runs in every training step."""
-    d: Independent = Independent.__new__(Independent)
+    d: Independent[Normal] = Independent.__new__(Independent)
     d.base_dist, d.reinterpreted_batch_ndims = base, len(base.batch_shape) - batch_dims
     shape = base.batch_shape
     Distribution.__init__(d, shape[:batch_dims], shape[batch_dims:], validate_args=False)

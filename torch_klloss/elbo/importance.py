@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -142,6 +142,10 @@ class IWAELoss(nn.Module):
         if batch.weights is not None:
             check_dropped(bound, batch.weights != 0, q, p)
         return batch.reduce(-bound, self.reduction)
+
+    if TYPE_CHECKING:  # torch's has no types
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Tensor: ...  # noqa: D102
 
     def _log_q(self, q: Distribution, z: Tensor, gradient: str) -> Tensor:
         """Return log q(z), with a gradient to q's parameters if `gradient` is "pathwise"."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -180,6 +181,10 @@ class ELBOLoss(nn.Module):
             if batch.weights is not None:
                 check_dropped(nll, batch.weights != 0, p_x)
             return self._terms(nll, levels, batch, step)
+
+    if TYPE_CHECKING:  # torch's has no types
+
+        def __call__(self, *args: Any, **kwargs: Any) -> ELBOTerms: ...  # noqa: D102
 
     def from_tensors(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -155,6 +155,10 @@ class ReferenceKL(Weighted):
         else:
             value = self._sampled(policy, reference, tokens, mask, log_behavior, normalizer)
         return value * self.weight_at(step)
+
+    if TYPE_CHECKING:  # torch's has no types
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Tensor: ...  # noqa: D102
 
     def rewards(
         self,
