@@ -9,6 +9,8 @@ PAIRS = {
     "normal": "(Normal(mean, logvar.exp()), Normal(torch.zeros(3), torch.ones(3)))",
     "independent": "(Independent(Normal(mean, logvar.exp()), 1), Independent(Normal(mean.flip(0), one), 1))",
     "gamma": "(Gamma(mean.exp(), logvar.exp()), Gamma(torch.ones(3), torch.ones(3)))",
+    "beta": "(Beta(mean.exp(), logvar.exp()), Beta(logvar.exp()[0], torch.ones(3)))",
+    "dirichlet": "(Dirichlet(mean.exp()), Dirichlet(logvar[0].exp()))",
     "laplace": "(Laplace(mean, logvar.exp()), Laplace(torch.zeros(3), torch.ones(3)))",
     "categorical": "(Categorical(logits=mean), Categorical(logits=logvar))",
     "raw_categorical": "(categorical(mean), categorical(logvar))",

@@ -3,6 +3,7 @@
 The instances come from `tests/families.py`.
 """
 
+import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -117,7 +118,7 @@ OURS = [types for types in TYPES if types in _RULES and name_of(types) in PAIRS]
 
 def code_of(types: tuple[type[Distribution], type[Distribution]]) -> CodeType:
     """Return the code that computes the KL of a pair: of its formula, or of its rule."""
-    return FORMULAS.get(types, _RULES[types]).__code__
+    return inspect.unwrap(FORMULAS.get(types, _RULES[types])).__code__
 
 
 def by_function(types: tuple[type[Distribution], type[Distribution]]) -> set[object]:

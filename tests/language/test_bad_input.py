@@ -73,6 +73,15 @@ def loss(student=Z, teacher=Z, reduction="token_mean", **options):
         ),
         (lambda: token_kl(VocabShards(Z, 0), Z), ValueError, "must both be VocabShards or neither"),
         (lambda: token_kl(VocabShards(Z, 2), VocabShards(Z, 2)), ValueError, "leave a gap: one begins at 2"),
+        (
+            lambda: token_kl(VocabShards(Z, 0), VocabShards(Z[..., :4], 0)),
+            ValueError,
+            "5 and 4 columns.*vocab_size=",
+        ),
+        (lambda: VocabShards(Z.long(), 0), TypeError, "logits must be of floating point, got torch.int64"),
+        (lambda: LinearHead(Z.long(), torch.zeros(7, 5)), TypeError, "hidden must be of floating point"),
+        (lambda: loss(student=None), TypeError, "student and teacher must be given by name"),
+        (lambda: loss(mask=[True]), TypeError, "mask must be a tensor, bool or of weights, got list"),
         (lambda: VocabShards(Z, -1), ValueError, "start must be an integer of at least 0"),
     ],
 )

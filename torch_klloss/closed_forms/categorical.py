@@ -14,7 +14,7 @@ from torch_klloss.distributions.given import both_as_given
 from torch_klloss.distributions.tensors import lacks_float64
 from torch_klloss.numerics.blocks import Derivatives
 from torch_klloss.numerics.custom_gradient import formula_of, kernel_of
-from torch_klloss.numerics.elementary import gkl, log_ratio
+from torch_klloss.numerics.elementary import gkl, has_digits_to_spare, log_ratio
 from torch_klloss.numerics.logit_sides import Dense
 from torch_klloss.numerics.quick_kernels import direct_or_careful
 from torch_klloss.numerics.softmax_divergence import divergence_of_logits
@@ -44,8 +44,9 @@ def _categorical_categorical(q: Categorical, p: Categorical) -> Tensor:
         if lacks_float64(q, p):
             q_param, p_param = q_param.cpu(), p_param.cpu()
         return mixed_categoricals.KL[given](q_param, p_param).to(device)
-    q_logits, p_logits = torch.broadcast_tensors(q_param, p_param)
-    return divergence_of_logits(Dense(q_logits), Dense(p_logits), KL)
+    if q_param.dtype == p_param.dtype and has_digits_to_spare(q_param) and q_param.numel() <= _SMALL:
+        return _small_kl(q_param, p_param)
+    return _logits_kl(q_param, p_param)
 
 
 @register_kl(OneHotCategorical, OneHotCategorical, needs_float64=False)
@@ -53,6 +54,39 @@ def _one_hot_one_hot(q: OneHotCategorical, p: OneHotCategorical) -> Tensor:
     """The KL of the two Categoricals: a class and its one-hot code are the same outcome."""
     return _categorical_categorical(q._categorical, p._categorical)
 
+
+def _logits_kl(q: Tensor, p: Tensor) -> Tensor:
+    q, p = torch.broadcast_tensors(q, p)
+    return divergence_of_logits(Dense(q), Dense(p), KL)
+
+
+_SMALL = 2**16  # logits, up to which copies in float64 cost less than the many steps that need none
+
+
+def _direct_by_logits(needs: Sequence[bool], q: Tensor, p: Tensor) -> tuple[Tensor, Derivatives, Tensor]:
+    """Σ q (log q - log p)."""
+    log_q, log_p = torch.log_softmax(q, -1), torch.log_softmax(p, -1)
+    weights, log_ratio = log_q.exp(), log_q - log_p
+    value = torch.linalg.vecdot(weights, log_ratio)
+    by_q = weights * (log_ratio - value.unsqueeze(-1)) if needs[0] else None
+    by_p = log_p.exp() - weights if needs[1] else None
+    return value, (by_q, by_p), q.abs().amax(-1) + p.abs().amax(-1) + 1
+
+
+def _careful_by_logits(needs: Sequence[bool], q: Tensor, p: Tensor) -> tuple[Tensor, Derivatives]:
+    is_recorded = torch.is_grad_enabled()
+    with torch.enable_grad():
+        logits = [t if is_recorded and t.requires_grad else t.detach().requires_grad_() for t in (q, p)]
+        value = _logits_kl(*logits)
+        if not any(needs):
+            return value if is_recorded else value.detach(), (None, None)
+        wanted = [t for t, need in zip(logits, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(value.sum(), wanted, create_graph=is_recorded))
+    return value if is_recorded else value.detach(), [next(found) if need else None for need in needs]
+
+
+_small_kl = formula_of(direct_or_careful(_direct_by_logits, _careful_by_logits), event_dims=1)
+"""The KL of two Categoricals, from their logits."""
 
 _NEAR = 1e-7  # times `LOST`: a KL, below which the rounding of q/p is felt
 

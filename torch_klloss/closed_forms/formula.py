@@ -44,7 +44,8 @@ def register_formula(
             kernel = quick_or_careful(quick, kernel)
         if direct is not None:
             kernel = direct_or_careful(direct, kernel)
-        formula = formula_of(kernel, event_dims=event_dims, partials=partials)
+        opaque = None if direct is None else cls.__name__
+        formula = formula_of(kernel, event_dims=event_dims, partials=partials, opaque=opaque)
 
         def summed(q: Distribution, p: Distribution, num_summed: int) -> Tensor:
             return formula(*_parameters(q, names), *_parameters(p, names), num_summed=num_summed)
@@ -52,7 +53,7 @@ def register_formula(
         def rule(q: Distribution, p: Distribution) -> Tensor:
             return summed(q, p, 0)
 
-        rule.__doc__ = function.__doc__
+        rule.__doc__, rule.__wrapped__ = function.__doc__, function  # type: ignore[attr-defined]
         register_kl(cls, cls, summed=summed, needs_float64=needs_float64)(rule)
         return formula
 

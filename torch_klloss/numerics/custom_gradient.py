@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from torch_klloss.numerics import opaque_kernels
 from torch_klloss.numerics.blocks import Derivatives, evaluate
 from torch_klloss.numerics.dimensions import sum_last
 from torch_klloss.numerics.elementary import common_dtype
@@ -61,7 +62,9 @@ def kernel_of(value: Value, partials: Partials) -> Kernel:
     return kernel
 
 
-def formula_of(kernel: Kernel, *, event_dims: int = 0, partials: Partials | None = None) -> Formula:
+def formula_of(
+    kernel: Kernel, *, event_dims: int = 0, partials: Partials | None = None, opaque: str | None = None
+) -> Formula:
     """Make the formula that a kernel computes.
 
     Args:
@@ -72,7 +75,10 @@ def formula_of(kernel: Kernel, *, event_dims: int = 0, partials: Partials | None
         event_dims: how many of the last dimensions of its tensors the formula takes as one event; it is elementwise in
             all others.
         partials: the derivatives alone, where the kernel does not need the values for them.
+        opaque: a name by which the compiler calls the kernel as it is, instead of tracing it, as `opaque_kernels` does.
     """
+    if opaque is not None:
+        opaque_kernels.name_kernel(opaque, kernel, event_dims)
 
     def value(*tensors: Tensor) -> Tensor:
         result = kernel([False for _ in tensors], *tensors)[0]
@@ -126,6 +132,8 @@ def formula_of(kernel: Kernel, *, event_dims: int = 0, partials: Partials | None
     def formula(*tensors: Tensor, num_summed: int = 0) -> Tensor:
         tensors = _in_common_dtype(tensors)
         if is_traced():
+            if opaque is not None and opaque_kernels.is_opaque_to(tensors):
+                return opaque_kernels.call(opaque, tensors, num_summed)
             is_plain = is_forward_mode() or _is_only_a_value(tensors)
             return sum_last(value(*tensors) if is_plain else functional.apply(*tensors), num_summed)
         if torch.is_grad_enabled():

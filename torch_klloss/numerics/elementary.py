@@ -67,15 +67,15 @@ def horner(x: Tensor, coefficients: Sequence[float]) -> Tensor:
         for c in reversed(coefficients[:-2]):
             value = value * x + c
         return value
-    *lower, value = _constants(tuple(coefficients), x.dtype, x.device)  # one operation a coefficient, not two
+    *lower, value = constants(tuple(coefficients), x.dtype, x.device)  # one operation a coefficient, not two
     for constant in reversed(lower):
         value = torch.addcmul(constant, value, x)
     return value
 
 
 @cache
-def _constants(coefficients: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    """Return numbers on a device, which are written there without a copy that would be waited for."""
+def constants(coefficients: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """Return numbers on a device, kept there, and written without a copy that would be waited for."""
     with torch.inference_mode(False), without_func():
         return tuple(torch.full((), c, dtype=dtype, device=device) for c in coefficients)
 

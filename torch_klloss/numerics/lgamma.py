@@ -15,13 +15,18 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from torch_klloss.numerics.custom_gradient import custom_gradient
-from torch_klloss.numerics.elementary import isd_from_gap, log_ratio
+from torch_klloss.numerics.elementary import constants, isd_from_gap, log_ratio
+from torch_klloss.numerics.tracing import needs_plain_operations
+
+_Number: TypeAlias = "float | Tensor"
 
 SHIFT = 4
 LARGE = 6.0  # no recurrence from here on
@@ -36,6 +41,42 @@ NODES = (
     (0.12045283145193348, 7.0646417677711542e-11),
     (0.056142908389796309, 5.0348164107644745e-15),
 )
+
+
+def _over_nodes(term: Callable[[_Number], tuple[Tensor, Tensor]], like: Tensor) -> Tensor:
+    """Return Σ w n(k)/d(k) over the nodes (k, w), of the terms n(k), d(k).
+
+    One after the other where memory counts, and all at once on an accelerator, where launches do.
+    """
+    if _is_summed_at_once(like):
+        nodes, weights = (_leading(numbers, like) for numbers in zip(*NODES, strict=True))
+        numerator, denominator = term(nodes)
+        return (weights * numerator / denominator).sum(0)
+    total = torch.zeros_like(like)
+    for k, w in NODES:
+        total = torch.addcdiv(total, *term(k), value=w)
+    return total
+
+
+def _over_steps(term: Callable[[_Number], Tensor], like: Tensor) -> Tensor:
+    """Return Σ term(k) over k = 0, …, SHIFT - 1, as `_over_nodes` does."""
+    if _is_summed_at_once(like):
+        return term(_leading(tuple(range(SHIFT)), like)).sum(0)
+    return sum((term(k) for k in range(1, SHIFT)), term(0))
+
+
+def _is_summed_at_once(like: Tensor) -> bool:
+    return not (like.is_cpu or needs_plain_operations())
+
+
+def _leading(numbers: Sequence[float], like: Tensor) -> Tensor:
+    """Return numbers along a new first dimension of a tensor, on its device."""
+    return _column(tuple(numbers), like.dtype, like.device).view(-1, *(1,) * like.dim())
+
+
+@cache
+def _column(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.stack(constants(numbers, dtype, device))
 
 
 def _partials(needs: Sequence[bool], a: Tensor, b: Tensor) -> Sequence[Tensor | None]:
@@ -55,12 +96,21 @@ def bregman(a: Tensor, b: Tensor) -> Tensor:
     a, b = torch.broadcast_tensors(a, b)
     difference = a - b
     small = torch.minimum(a, b) < LARGE
-    far_a, far_b = a + SHIFT, b + SHIFT
-    terms = isd_from_gap(
-        torch.stack((difference,) * (SHIFT + 1) + (-SHIFT * difference,)),
-        torch.stack((*(a + k for k in range(SHIFT)), far_a, b * far_a)),
-        torch.stack((*(b + k for k in range(SHIFT)), far_b, a * far_b)),
-    )
+    if _is_summed_at_once(a):
+        k = _leading(range(SHIFT + 1), a)
+        all_a, all_b = a + k, b + k
+        far_a, far_b = all_a[SHIFT], all_b[SHIFT]
+        gaps = difference * _leading([1] * (SHIFT + 1) + [-SHIFT], a)
+        terms = isd_from_gap(
+            gaps, *(torch.cat((x, y.unsqueeze(0))) for x, y in ((all_a, b * far_a), (all_b, a * far_b)))
+        )
+    else:
+        far_a, far_b = a + SHIFT, b + SHIFT
+        terms = isd_from_gap(
+            torch.stack((difference,) * (SHIFT + 1) + (-SHIFT * difference,)),
+            torch.stack((*(a + k for k in range(SHIFT)), far_a, b * far_a)),
+            torch.stack((*(b + k for k in range(SHIFT)), far_b, a * far_b)),
+        )
     steps = terms[:SHIFT].sum(0) + (0.5 - SHIFT) * terms[SHIFT] - a * terms[SHIFT + 1]
     far_a, far_b = torch.where(small, far_a, a), torch.where(small, far_b, b)
     return torch.where(small, steps, 0.5 * terms[0]) + stirling_bregman(difference, far_a, far_b)
@@ -70,9 +120,7 @@ def stirling_bregman(difference: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Return the Bregman divergence of S(x) = lgamma(x) - (x - ½) log x + x - ½ log 2π, for a, b ≥ 4."""
     y, s, r = difference / b, a.reciprocal(), b.reciprocal()
     a_square, b_square, cross = s * s, r * r, r * (r + 2 * s)
-    total = torch.zeros_like(y)
-    for k, w in NODES:
-        total = torch.addcdiv(total, k - cross, (a_square + k) * (b_square + k).square(), value=w)
+    total = _over_nodes(lambda k: (k - cross, (a_square + k) * (b_square + k).square()), y)
     return y * (y * s) * total
 
 
@@ -80,7 +128,7 @@ def binet_digamma_difference(difference: Tensor, a: Tensor, b: Tensor) -> Tensor
     """Return [ψ(a) - log a] - [ψ(b) - log b], from a difference a - b that is known better than a and b are."""
     small = torch.minimum(a, b) < LARGE
     far_a, far_b = a + SHIFT, b + SHIFT
-    steps = sum((difference / ((a + k) * (b + k)) for k in range(1, SHIFT)), difference / (a * b))
+    steps = _over_steps(lambda k: difference / ((a + k) * (b + k)), a + b)
     steps = steps + log_ratio(b * far_a, a * far_b, -SHIFT * difference)
     far_a, far_b = torch.where(small, far_a, a), torch.where(small, far_b, b)
     rest = difference / (2 * far_a * far_b) + _stirling_slope_difference(difference, far_a, far_b)
@@ -90,18 +138,20 @@ def binet_digamma_difference(difference: Tensor, a: Tensor, b: Tensor) -> Tensor
 def _stirling_slope_difference(difference: Tensor, a: Tensor, b: Tensor) -> Tensor:
     s, r = a.reciprocal(), b.reciprocal()
     a_square, b_square = s * s, r * r
-    squares, total = a_square + b_square, torch.zeros_like(s)
-    for k, w in NODES:
+    squares = a_square + b_square
+
+    def term(k: _Number) -> tuple[Tensor, Tensor]:
         product = (a_square + k) * (b_square + k)
-        total = torch.addcdiv(total, 2 * k * squares + 4 * k * k - 3 * product, product.square(), value=w)
-    return difference * s * r * (s + r) * total
+        return 2 * k * squares + 4 * k * k - 3 * product, product.square()
+
+    return difference * s * r * (s + r) * _over_nodes(term, squares)
 
 
 def binet_trigamma(x: Tensor) -> Tensor:
     """Return ψ'(x) - 1/x, to the digits that float64 has; torch.polygamma gives nine."""
     small = x < LARGE
     far = x + SHIFT
-    steps = sum(((x + k).square().reciprocal() for k in range(SHIFT)), -SHIFT / (x * far))
+    steps = _over_steps(lambda k: (x + k).square().reciprocal(), x) - SHIFT / (x * far)
     far = torch.where(small, far, x)
     return torch.where(small, steps, 0.0) + _trigamma_rest(far)
 
@@ -115,7 +165,5 @@ def _trigamma_rest(x: Tensor) -> Tensor:
     """Return ψ'(x) - 1/x for x ≥ 4: 1/(2x²) + S''(x)."""
     r = x.reciprocal()
     square = r * r
-    total = torch.zeros_like(r)
-    for k, w in NODES:
-        total = torch.addcdiv(total, k - 3 * square, (square + k) ** 3, value=w)
+    total = _over_nodes(lambda k: (k - 3 * square, (square + k) ** 3), r)
     return square * (0.5 + 2 * r * total)

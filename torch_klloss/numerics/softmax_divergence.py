@@ -14,7 +14,8 @@ from torch import Tensor
 from torch_klloss.numerics.elementary import common_dtype
 from torch_klloss.numerics.logit_sides import Dense, Gradient, Reduce, Side, add_to_tensors, panels
 from torch_klloss.numerics.softmax_pairs import Arithmetic, Terms, derivatives, rows_of
-from torch_klloss.numerics.softmax_tiles import Computed, Problem, compute, write_derivatives
+from torch_klloss.numerics.softmax_rows import Computed, compute, write_derivatives
+from torch_klloss.numerics.softmax_tiles import Problem
 from torch_klloss.numerics.tracing import in_eager_mode, is_forward_mode, is_traced
 
 

@@ -1,44 +1,17 @@
-"""Rows of many classes, computed tile by tile in dtypes that are wide enough, on the CPU as fast as each row allows.
-
-A difference of two numbers is the fastest form of a divergence, in float32 where the numbers are not much larger than
-their difference, else in float64; where the float64 numbers cancel too, `softmax_pairs` computes the row. Off the CPU
-no number can be looked at without a wait, and `softmax_pairs` computes all rows.
-"""
+"""Tiles of logits: parts of some rows and classes, so that what is computed of them stays in the cache of a core."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_klloss.numerics.softmax_pairs import (
-    Arithmetic,
-    Rows,
-    Terms,
-    derivatives,
-    first_rows,
-    passes,
-    rows_of_sums,
-    sums_of_terms,
-    sums_of_weights,
-)
+from torch_klloss.numerics.softmax_pairs import Terms
 
 _TILE = 2**15  # numbers of one tensor of a tile, so that a handful of its tensors fit into the cache of a core
-_BYTES = 2**17  # of such a tensor
-_CAREFUL_TILE = 2**12  # numbers of a tile of the careful formula, which has many more tensors, in float64
-_SHARE = 2**8  # of the logits, which are so many tiles elsewhere than on the CPU
-_FEWEST = 256  # classes from which on their roundings average out in float32
-_SPREAD = 2.0**-5  # the largest probability of a row whose roundings average out
-# A divergence in float32, relative to the numbers that it is the difference of, in a row that is spread and in another.
-_SINGLE, _SINGLE_MIXED = (2.0**-4, 2.0**-1), (2.0**-5, 2.0**-3)
-_DOUBLE = 2.0**-24  # the same in float64
-_UNSHIFTED = {torch.float32: (-20.0, 60.0), torch.float64: (-300.0, 300.0)}  # largest logits, whose exp is within range
-_LEAST_LOG = {torch.float32: -80.0, torch.float64: -700.0}  # of a probability
-_FAR = 1e30
 
 
 def _same(t: Tensor) -> Tensor:
@@ -72,88 +45,6 @@ class Problem:
         return 1 / self.temperature
 
 
-@dataclass
-class Computed:
-    """Rows and how they were computed.
-
-    Attributes:
-        rows: `[12, rows, 1]`, in float64 on the CPU, the fields of `Rows`.
-        kind: on the CPU 0 for a row of the careful formula, 1 and 2 for a difference in float32 and float64.
-    """
-
-    rows: Tensor
-    kind: Tensor | None
-
-    def value(self, terms: Terms) -> Tensor:
-        """Return the divergences, `[rows, 1]`."""
-        return Rows(*self.rows).value(terms)
-
-
-def compute(a: Tensor, b: Tensor, index: Tensor | None, problem: Problem) -> Computed:
-    """Return the rows of logits a and b, `[rows, classes]`; on the CPU only of those at the index, in its order."""
-    if not a.is_cpu:
-        return Computed(torch.stack(_careful(a, b, None, problem, wide_dtype(a))), None)
-    num_rows = len(a) if index is None else len(index)
-    rows = torch.empty(len(Rows._fields), num_rows, 1, dtype=torch.float64)
-    kind = torch.zeros(num_rows, dtype=torch.int8)
-    left = torch.arange(num_rows)
-    for number, dtype in ((1, torch.float32), (2, torch.float64)):
-        if not _is_worth_it(a, dtype, problem):
-            continue
-        pilot = left[: max(1, len(left) // 8)] if number == 1 else left
-        for some in (pilot, left[len(pilot) :]):
-            if len(some) == 0 or (some is not pilot and len(pilot) and kind[pilot].sum() * 2 < len(pilot)):
-                continue
-            found, is_good = _quick(a, b, _at(index, some), problem, dtype)
-            rows[:, some[is_good]], kind[some[is_good]] = found[:, is_good], number
-        left = left[kind[left] == 0]
-    if len(left):
-        rows[:, left] = torch.stack(_careful(a, b, _at(index, left), problem, torch.float64))
-    return Computed(rows, kind)
-
-
-def _is_worth_it(a: Tensor, dtype: torch.dtype, problem: Problem) -> bool:
-    """Return whether a difference in the dtype is worth trying."""
-    if dtype == torch.float64:
-        return a.dtype != torch.float64
-    if problem.is_sharded:  # the shards must all try the same, whatever their size
-        return False
-    is_power = math.frexp(problem.temperature)[0] == 0.5
-    return a.dtype != torch.float64 and is_power and a.shape[-1] >= _FEWEST
-
-
-def write_derivatives(
-    a: Tensor, b: Tensor, index: Tensor | None, computed: Computed, grad: Tensor, problem: Problem,
-    by_a: Tensor | None, by_b: Tensor | None,
-) -> None:  # fmt: skip
-    """Write grad, `[rows, 1]`, times the derivatives into `by_a` and `by_b`."""
-    rows = Rows(*computed.rows)
-    if computed.kind is None:
-        _write(a, b, None, rows, grad, problem, wide_dtype(a), by_a, by_b)
-        return
-    for number, dtype in ((1, torch.float32), (2, torch.float64), (0, torch.float64)):
-        which = (computed.kind == number).nonzero().squeeze(-1)
-        if len(which) == 0:
-            continue
-        is_all = len(which) == len(computed.kind)
-        some = index if is_all else _at(index, which)
-        chosen, g = (rows, grad) if is_all else (Rows(*computed.rows[:, which]), grad[which])
-        write = _write_quick if number else _write
-        write(a, b, some, chosen, g, problem, dtype, by_a, by_b)
-
-
-def wide_dtype(a: Tensor) -> torch.dtype:
-    """Return the dtype of the arithmetic where float64 may be missing."""
-    return torch.float64 if a.dtype == torch.float64 else torch.float32
-
-
-def _at(index: Tensor | None, some: Tensor) -> Tensor:
-    return some if index is None else index[some]
-
-
-# --- tiles --------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Tile:
     """A part of the rows and classes: where it is in the list of rows, in the tensors, and which classes it has."""
@@ -164,8 +55,9 @@ class Tile:
 
     def of(self, t: Tensor) -> Tensor:
         """Return the tile of a tensor, a copy only where its rows are scattered."""
-        rows = t[self.rows] if isinstance(self.rows, slice) else t.index_select(0, self.rows)
-        return rows[:, self.classes]
+        if isinstance(self.rows, slice):
+            return t[self.rows, self.classes]
+        return t.index_select(0, self.rows)[:, self.classes]
 
     def put(self, whole: Tensor, part: Tensor) -> None:
         """Write the tile of a tensor."""
@@ -194,9 +86,10 @@ def _run(index: Tensor) -> slice | Tensor:
     return slice(first, last + 1) if last - first + 1 == len(index) else index
 
 
-def _add(sums: list[Tensor], place: slice, parts: tuple[Tensor, ...]) -> None:
+def add_to_sums(sums: list[Tensor], place: slice, parts: tuple[Tensor, ...]) -> None:
+    """Add the parts of a tile to the sums of its rows."""
     for total, part in zip(sums, parts, strict=True):
-        total[place] += part
+        total[place].add_(part)
 
 
 def tops_of(a: Tensor, index: Tensor | None, problem: Problem, dtype: torch.dtype) -> Tensor:
@@ -211,222 +104,3 @@ def tops_of(a: Tensor, index: Tensor | None, problem: Problem, dtype: torch.dtyp
             part = tile.of(a).amax(-1, keepdim=True)
             top[tile.place] = torch.maximum(top[tile.place], part)
     return problem.largest(top.to(dtype))
-
-
-# --- the careful formula ------------------------------------------------------------------------------------------
-
-
-def _size(a: Tensor) -> int:
-    return _CAREFUL_TILE if a.is_cpu else max(_TILE, a.numel() // _SHARE)
-
-
-def _arithmetic(a: Tensor, problem: Problem, dtype: torch.dtype) -> Arithmetic:
-    return Arithmetic(problem.temperature, is_exact=dtype == torch.float32 or a.dtype == torch.float64)
-
-
-def _careful(a: Tensor, b: Tensor, index: Tensor | None, problem: Problem, dtype: torch.dtype) -> Rows:
-    """Return the rows by `softmax_pairs`."""
-    q_top, p_top = (tops_of(t, index, problem, dtype) for t in (a, b))
-    arithmetic, terms = _arithmetic(a, problem, dtype), problem.terms
-    sums = [torch.zeros_like(q_top) for _ in range(3)]
-    for tile in tiles_of(a, index, _size(a)):
-        x, y = tile.of(a).to(dtype), tile.of(b).to(dtype)
-        _add(sums, tile.place, sums_of_weights(arithmetic.weights(x, y, q_top[tile.place], p_top[tile.place])))
-    rows = first_rows(q_top, p_top, tuple(problem.total(torch.stack(sums))))
-    for some in passes(terms):
-        sums = [torch.zeros_like(q_top) for _ in range(8)]
-        for tile in tiles_of(a, index, _size(a)):
-            x, y, part = tile.of(a).to(dtype), tile.of(b).to(dtype), _part(rows, tile.place)
-            weights = arithmetic.weights(x, y, part.q_top, part.p_top)
-            _add(sums, tile.place, sums_of_terms(weights, x, y, part, some))
-        rows = rows_of_sums(tuple(problem.total(torch.stack(sums))), rows, some)
-    return rows
-
-
-def _write(
-    a: Tensor, b: Tensor, index: Tensor | None, rows: Rows, grad: Tensor, problem: Problem, dtype: torch.dtype,
-    by_a: Tensor | None, by_b: Tensor | None,
-) -> None:  # fmt: skip
-    """Write the derivatives by `softmax_pairs`."""
-    arithmetic = _arithmetic(a, problem, dtype)
-    for tile in tiles_of(a, index, _size(a)):
-        x, y, some = tile.of(a).to(dtype), tile.of(b).to(dtype), _part(rows, tile.place)
-        found = derivatives(x, y, some, grad[tile.place].to(dtype), arithmetic, problem.terms)
-        for whole, part in zip((by_a, by_b), found, strict=True):
-            if whole is not None:
-                tile.put(whole, part)
-
-
-def _part(rows: Rows, place: slice) -> Rows:
-    return Rows(*(t[place] for t in rows))
-
-
-# --- differences of two numbers -----------------------------------------------------------------------------------
-
-
-def _quick(a: Tensor, b: Tensor, index: Tensor | None, problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the rows `[12, rows, 1]` from differences of sums, and which of them have kept their digits."""
-    terms = problem.terms
-    tops = [tops_of(t, index, problem, torch.float64) for t in (a, b)]
-    q_top, p_top = (_shift(top, dtype) for top in tops)
-    sums = [torch.zeros_like(q_top) for _ in range(4)]
-    for tile in tiles_of(a, index, _BYTES // dtype.itemsize):
-        _add(sums, tile.place, _sums(tile, a, b, q_top, p_top, problem, dtype))
-    q_total, p_total, q_first, p_first = problem.total(torch.stack(sums))
-    log_norm, offset = torch.log(p_total / q_total), p_top - q_top
-    q_mean, p_mean = ((t / total - offset) * problem.scale for t, total in ((q_first, q_total), (p_first, p_total)))
-    zero = torch.zeros_like(log_norm)
-    rows = Rows(q_top, p_top, q_total, p_total, log_norm, zero, log_norm - q_mean, p_mean - log_norm, *(zero,) * 4)
-    size = 1 + log_norm.abs() + q_mean.abs() + (p_mean.abs() if terms.by_p else 0)
-    if terms.is_mixed:
-        rows, size = _add_mixed_terms(a, b, index, rows, problem, dtype), torch.ones_like(size)
-    smallest = torch.minimum(rows.by_q, rows.by_p) if terms.by_p else rows.by_q
-    is_good = torch.minimum(q_total, p_total) > torch.finfo(dtype).tiny ** 0.5
-    if dtype == torch.float64:
-        return torch.stack(rows), (is_good & (smallest > _DOUBLE * size)).squeeze(-1)
-    is_spread = torch.maximum(tops[0].exp() / q_total, tops[1].exp() / p_total) < _SPREAD
-    least = torch.where(is_spread, *(_SINGLE_MIXED if terms.is_mixed else _SINGLE))
-    return torch.stack(rows), (is_good & (smallest > least * size) & (q_top == 0) & (p_top == 0)).squeeze(-1)
-
-
-def _sums(
-    tile: Tile, a: Tensor, b: Tensor, q_top: Tensor, p_top: Tensor, problem: Problem, dtype: torch.dtype
-) -> tuple[Tensor, ...]:
-    """Return the sums of the exponentials, and of b - a under both of them, each of these only where it is needed."""
-    terms = problem.terms
-    q, p, ratio = _weights(tile, a, b, q_top, p_top, problem, dtype, with_ratio=not terms.is_mixed)
-    q_total, p_total = q.sum(-1, keepdim=True), p.sum(-1, keepdim=True)
-    if ratio is None:
-        return q_total, p_total, q_total, p_total
-    second = p.mul_(ratio).sum(-1, keepdim=True) if terms.by_p else p_total
-    return q_total, p_total, q.mul_(ratio).sum(-1, keepdim=True), second
-
-
-def _shift(top: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what is taken off the logits: nothing where exp neither over- nor underflows, for so they are exact."""
-    low, high = _UNSHIFTED[dtype]
-    return torch.where((top > low) & (top < high), 0.0, top)
-
-
-def _weights(
-    tile: Tile,
-    a: Tensor,
-    b: Tensor,
-    q_top: Tensor,
-    p_top: Tensor,
-    problem: Problem,
-    dtype: torch.dtype,
-    *,
-    with_ratio: bool = True,
-) -> tuple[Tensor, Tensor, Any]:
-    """Return the exponentials, and b - a or None, all new tensors."""
-    x, y = tile.of(a).to(dtype), tile.of(b).to(dtype)
-    ratio = y - x if with_ratio else None
-    if ratio is not None and not bool(
-        ratio.sum().isfinite()
-    ):  # classes that both lack count as equal, those that q lacks do not count
-        ratio.nan_to_num_(nan=0.0, posinf=_FAR, neginf=-math.inf)
-    return _exp(x, q_top[tile.place], problem, a), _exp(y, p_top[tile.place], problem, b), ratio
-
-
-def _exp(x: Tensor, top: Tensor, problem: Problem, given: Tensor) -> Tensor:
-    logs = _logs(x, top, problem)
-    return torch.exp(logs) if logs is x and x.dtype == given.dtype else logs.exp_()  # the logits themselves stay
-
-
-def _logs(x: Tensor, top: Tensor, problem: Problem) -> Tensor:
-    """Return (x - top)/T; x itself where it is that."""
-    if bool(top.any()):
-        x = x - top.to(x.dtype)
-    return x * problem.scale if problem.scale != 1 else x
-
-
-def _write_quick(
-    a: Tensor, b: Tensor, index: Tensor | None, rows: Rows, grad: Tensor, problem: Problem, dtype: torch.dtype,
-    by_a: Tensor | None, by_b: Tensor | None,
-) -> None:  # fmt: skip
-    """Write the derivatives of `_quick`."""
-    terms = problem.terms
-    if terms.is_mixed:
-        _write_mixed(a, b, index, rows, grad, problem, dtype, by_a, by_b)
-        return
-    offset, g = rows.p_top - rows.q_top, grad * problem.scale
-    q_mean, p_mean = ((rows.centre + t) / problem.scale + offset for t in (-rows.by_q, rows.by_p))
-    q_share, p_share = g / rows.q_total, g / rows.p_total
-    factors = torch.stack((q_mean, p_mean, q_share, p_share)).to(dtype)
-    for tile in tiles_of(a, index, _BYTES // dtype.itemsize):
-        q, p, ratio = _weights(tile, a, b, rows.q_top, rows.p_top, problem, dtype)
-        q_mean, p_mean, q_share, p_share = factors[:, tile.place]
-        q.mul_(q_share)
-        p.mul_(p_share)
-        scale = problem.scale
-        if by_a is not None:
-            found = torch.sub(q_mean, ratio).mul_(q).mul_(terms.by_q * scale)
-            tile.put(by_a, found.add_(q - p, alpha=terms.by_p) if terms.by_p else found)
-        if by_b is not None:
-            other = ratio.sub_(p_mean).mul_(p).mul_(terms.by_p * scale) if terms.by_p else None
-            gap = p.sub_(q)
-            if other is not None:
-                gap.mul_(terms.by_q).add_(other)
-            elif terms.by_q != 1:
-                gap.mul_(terms.by_q)
-            tile.put(by_b, gap)
-
-
-# --- mixtures -----------------------------------------------------------------------------------------
-
-
-def _add_mixed_terms(
-    a: Tensor, b: Tensor, index: Tensor | None, rows: Rows, problem: Problem, dtype: torch.dtype
-) -> Rows:
-    """Return the rows with the terms, and with the means of the scores in `q_score` and `p_score`."""
-    sums = [torch.zeros_like(rows.q_top) for _ in range(4)]
-    for tile in tiles_of(a, index, _BYTES // dtype.itemsize // 2):
-        q, p, *each = _scores(tile, a, b, rows, problem, dtype)
-        _add(sums, tile.place, tuple((w * t).sum(-1, keepdim=True) for w, t in zip((q, p, q, p), each, strict=True)))
-    by_q, by_p, q_score, p_score = problem.total(torch.stack(sums))
-    return rows._replace(by_q=by_q, by_p=by_p, q_score=q_score, p_score=p_score)
-
-
-def _scores(tile: Tile, a: Tensor, b: Tensor, rows: Rows, problem: Problem, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Return q, p, log q/m, log p/m of their mixtures m, and the derivatives of the divergence by q and by p."""
-    terms, some = problem.terms, _part(rows, tile.place)
-    log_q, log_p = (
-        _log_weights(tile.of(t).to(dtype), top, total, problem)
-        for t, top, total in ((a, some.q_top, some.q_total), (b, some.p_top, some.p_total))
-    )
-    q, p = log_q.exp(), log_p.exp()
-    mixture = torch.lerp(q, p, terms.q_mix)
-    other = mixture if math.isclose(terms.q_mix + terms.p_mix, 1) else torch.lerp(p, q, terms.p_mix)
-    log_mixture = mixture.log()
-    q_ratio = log_q.sub_(log_mixture)
-    p_ratio = log_p.sub_(log_mixture if other is mixture else other.log()) if terms.by_p else log_p
-    if other is mixture and math.isclose(terms.by_q * terms.q_mix, terms.by_p * terms.p_mix):  # Jensen and Shannon's
-        return q, p, q_ratio, p_ratio, q_ratio * terms.by_q, p_ratio * terms.by_p
-    q_share = q / mixture
-    q_score, p_score = (q_ratio - (1 - terms.q_mix) * q_share) * terms.by_q, q_share * (-terms.by_q * terms.q_mix)
-    if terms.by_p:
-        p_share = p / other
-        q_score -= terms.by_p * terms.p_mix * p_share
-        p_score += terms.by_p * (p_ratio - (1 - terms.p_mix) * p_share)
-    return q, p, q_ratio, p_ratio, q_score, p_score
-
-
-def _log_weights(x: Tensor, top: Tensor, total: Tensor, problem: Problem) -> Tensor:
-    """Return the log-probabilities, bounded below so that no class is missing."""
-    logs = _logs(x, top, problem)
-    return (logs - total.log().to(x.dtype)).clamp_(min=_LEAST_LOG[x.dtype])
-
-
-def _write_mixed(
-    a: Tensor, b: Tensor, index: Tensor | None, rows: Rows, grad: Tensor, problem: Problem, dtype: torch.dtype,
-    by_a: Tensor | None, by_b: Tensor | None,
-) -> None:  # fmt: skip
-    grad = grad * problem.scale
-    for tile in tiles_of(a, index, _BYTES // dtype.itemsize // 2):
-        q, p, _, _, q_score, p_score = _scores(tile, a, b, rows, problem, dtype)
-        q_mean, p_mean, g = (t[tile.place].to(dtype) for t in (rows.q_score, rows.p_score, grad))
-        if by_a is not None:
-            tile.put(by_a, q_score.sub_(q_mean).mul_(q).mul_(g))
-        if by_b is not None:
-            tile.put(by_b, p_score.sub_(p_mean).mul_(p).mul_(g))
