@@ -97,7 +97,9 @@ class VAE(pl.LightningModule):
         mean, logvar = self.encoder(x).chunk(2, dim=-1)
         q: Independent[Normal] = diagonal_normal(mean, logvar)
         kl: Tensor = AutoKL()(q, standard_normal_like(q))
-        terms: ELBOTerms = self.loss(Independent(Normal(self.decoder(q.rsample()), 1.0), 1), x, q, step=batch_idx)
+        terms: ELBOTerms = self.loss(
+            Independent(Normal(self.decoder(q.rsample()), 1.0), 1), x, q, standard_normal_like(q), step=batch_idx
+        )
         again = self.loss.from_tensors(
             torch.sigmoid(self.decoder(mean)), torch.sigmoid(x), mean, logvar, step=batch_idx
         )

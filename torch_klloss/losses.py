@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.utils.hooks import RemovableHandle
 
-from torch_klloss.distributions.checks import check_pair, type_name
+from torch_klloss.distributions.checks import built_first, check_pair, type_name
 from torch_klloss.distributions.reach import check_dropped, hidden_parameters
 from torch_klloss.distributions.tensors import (
     device_of,
@@ -30,11 +30,11 @@ from torch_klloss.methods.base import as_method
 from torch_klloss.methods.first_of import Refuse, WarnFirst
 from torch_klloss.methods.monte_carlo.method import Gradient, Value
 from torch_klloss.methods.monte_carlo.mixed import MixedGradient
-from torch_klloss.numerics.arguments import check_generator
+from torch_klloss.numerics.arguments import changed, check_generator, settings_of
 from torch_klloss.numerics.tracing import is_autocast_enabled, is_in_backward, without_autocast
 from torch_klloss.reduction import Batch, ReductionName, check_reduction, expand_mask, is_zero, reduce, reduce_estimate
 from torch_klloss.rng import RngState, rng_state
-from torch_klloss.samplers import Sampler
+from torch_klloss.samplers import IID, Sampler
 
 __all__ = [
     "AnalyticKL",
@@ -116,6 +116,7 @@ class KLLoss(nn.Module):
         tensor(16.)
     """
 
+    @built_first
     def __init__(self, method: Method, *, reduction: ReductionName = "mean", batch_dims: int = 1) -> None:
         super().__init__()
         as_method(method)  # or a TypeError
@@ -338,8 +339,13 @@ class KLLoss(nn.Module):
         return state
 
     def extra_repr(self) -> str:
-        """Return the settings, for `repr`."""
-        return f"method={self.method!r}, reduction={self.reduction!r}, batch_dims={self.batch_dims}"
+        """Return the settings that are not the default ones, as they are written to build the loss."""
+        settings = {**self._settings(), "reduction": self.reduction, "batch_dims": self.batch_dims}
+        return ", ".join(f"{name}={value!r}" for name, value in changed(type(self), settings).items())
+
+    def _settings(self) -> dict[str, object]:
+        """Return the settings of the constructor beside the reduction, by name."""
+        return {"method": self.method}
 
 
 class AnalyticKL(KLLoss):
@@ -354,8 +360,12 @@ class AnalyticKL(KLLoss):
         tensor(0.5000)
     """
 
+    @built_first
     def __init__(self, *, reduction: ReductionName = "mean", batch_dims: int = 1) -> None:
         super().__init__(ClosedForm(), reduction=reduction, batch_dims=batch_dims)
+
+    def _settings(self) -> dict[str, object]:
+        return {}
 
 
 class MonteCarloKL(KLLoss):
@@ -384,6 +394,7 @@ class MonteCarloKL(KLLoss):
         torch.Size([])
     """
 
+    @built_first
     def __init__(
         self,
         num_samples: int = 1,
@@ -399,6 +410,10 @@ class MonteCarloKL(KLLoss):
         super().__init__(method, reduction=reduction, batch_dims=batch_dims)
         if isinstance(gradient, MixedGradient):
             self.mixture = gradient  # a submodule, so that its state is in the state_dict of the loss
+
+    def _settings(self) -> dict[str, object]:
+        settings = settings_of(self.method)
+        return settings | {"sampler": None} if settings.get("sampler") == IID() else settings
 
 
 class QuadratureKL(KLLoss):
@@ -421,6 +436,7 @@ class QuadratureKL(KLLoss):
         tensor(0.1851)
     """
 
+    @built_first
     def __init__(
         self,
         num_nodes: int = 64,
@@ -430,6 +446,9 @@ class QuadratureKL(KLLoss):
         batch_dims: int = 1,
     ) -> None:
         super().__init__(Quadrature(num_nodes, rtol=rtol), reduction=reduction, batch_dims=batch_dims)
+
+    def _settings(self) -> dict[str, object]:
+        return settings_of(self.method)
 
 
 class AutoKL(KLLoss):
@@ -459,6 +478,7 @@ class AutoKL(KLLoss):
         'monte_carlo'
     """
 
+    @built_first
     def __init__(
         self,
         fallback: Method | Sequence[Method] | None = None,
@@ -477,6 +497,16 @@ class AutoKL(KLLoss):
             fallbacks = (Refuse(FirstOf(*fallbacks)),)
         exact = ClosedForm(), Enumeration(max_terms=0)
         super().__init__(FirstOf(*exact, *fallbacks), reduction=reduction, batch_dims=batch_dims)
+
+    def _settings(self) -> dict[str, object]:
+        if not isinstance(self.method, FirstOf):
+            return super()._settings()
+        fallbacks, on_fallback = self.method.methods[2:], "allow"
+        if isinstance(careful := fallbacks[0], WarnFirst | Refuse):
+            on_fallback = "warn" if isinstance(careful, WarnFirst) else "error"
+            fallbacks = careful.method.methods if isinstance(careful.method, FirstOf) else (careful.method,)
+        fallback = fallbacks[0] if len(fallbacks) == 1 else list(fallbacks)
+        return {"fallback": None if fallback == MonteCarlo(1) else fallback, "on_fallback": on_fallback}
 
 
 def _no_gradient(q: Distribution, p: Distribution) -> Tensor:

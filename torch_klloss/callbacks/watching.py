@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from torch_klloss.distributions.tensors import device_of
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.losses import Call, KLLoss
 from torch_klloss.methods import ClosedForm, Enumeration, FirstOf
+from torch_klloss.numerics.arguments import changed
 from torch_klloss.numerics.devices import has_float64
 from torch_klloss.rng import replayed_rng
 
@@ -75,6 +77,11 @@ class StepCounter(Callback):
         if stage == "fit" and trainer.global_step == 0:
             self._num_steps = 0
             self.reset()
+
+    def __repr__(self) -> str:
+        cls, settings = type(self), vars(self)
+        shown = changed(cls, {name: settings[name] for name in signature(cls).parameters if name in settings})
+        return f"{cls.__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     def reset(self) -> None:
         """Forget what belongs to an earlier training."""

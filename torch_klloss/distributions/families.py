@@ -45,6 +45,10 @@ class LogVarNormal(Normal):
         new._validate_args = self._validate_args
         return new
 
+    def __repr__(self) -> str:
+        loc, logvar = (t if t.numel() == 1 else t.size() for t in (self.loc, self.logvar))
+        return f"LogVarNormal(loc: {loc}, logvar: {logvar})"
+
 
 class StandardNormal(LogVarNormal):
     """The Normal of mean zero and variance one, recognised by its type.
@@ -77,6 +81,9 @@ class StandardNormal(LogVarNormal):
         Distribution.__init__(new, torch.Size(batch_shape), validate_args=False)
         new._validate_args = self._validate_args
         return new
+
+    def __repr__(self) -> str:
+        return f"StandardNormal({self._batch_shape})"
 
 
 class RawCategorical(Categorical):
