@@ -181,7 +181,7 @@ def test_it_prints_as_it_is_built(loss):
         "AutoKL(on_fallback='error', reduction='sum')",
         "AutoKL(fallback=Quadrature(num_nodes=32, rtol=1e-06), on_fallback='warn', batch_dims=2)",
         "MonteCarloKL()",
-        "MonteCarloKL(num_samples=8, sampler=Sobol(replicates=1), gradient='score_function', chunk_size=4, reduction='none')",
+        "MonteCarloKL(num_samples=8, sampler=Sobol(replicates=1), gradient='score_function', reduction='none')",
         "QuadratureKL(num_nodes=32)",
         "AnalyticKL(reduction='sum')",
         "KLLoss(method=ClosedForm())",

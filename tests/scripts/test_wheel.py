@@ -22,6 +22,7 @@ from tests.processes import ROOT, output
 
 pytestmark = pytest.mark.scripts
 
+PROJECT_URL = "https://example.org/owner/torch_klloss"
 USE = """
 import json, torch, torch_klloss as k
 q = k.diagonal_normal(torch.ones(4, 3), torch.zeros(4, 3))
@@ -34,7 +35,7 @@ print(json.dumps({"version": k.__version__, "file": k.__file__}))
 def built(tmp_path_factory):
     """Build the sdist, and the wheel from that, and return their folder."""
     folder = tmp_path_factory.mktemp("built")
-    output("-m", "build", "--no-isolation", "--outdir", folder, ROOT)
+    output("-m", "build", "--no-isolation", "--outdir", folder, ROOT, env={"PROJECT_URL": PROJECT_URL})
     return folder
 
 
@@ -94,6 +95,16 @@ def test_its_command_runs_with_torch_alone(alone):
 def test_its_console_script_runs(site, alone):
     assert alone(site / "bin" / "torch-klloss", "--version").startswith("torch_klloss ")
     assert alone(site / "bin" / "torch-klloss", "--help").startswith("usage: torch-klloss ")
+
+
+def test_the_links_of_its_readme_lead_to_files_of_the_repository(site):
+    (wheel,) = distributions(name="torch_klloss", path=[str(site)])
+    readme = wheel.metadata.get_payload()
+    links = re.findall(r"\]\(([^)]+)\)", readme)
+    start = re.compile(rf"{PROJECT_URL}/(?:raw|blob)/v{re.escape(wheel.version)}/")
+    assert len(links) > 20
+    assert [link for link in links if not (start.match(link) and (ROOT / start.sub("", link)).is_file())] == []
+    assert len(re.findall(rf"!\[.+?\]\({PROJECT_URL}/raw/", readme)) == 2
 
 
 def test_the_sdist_has_what_its_readme_and_makefile_name(built):
