@@ -95,6 +95,15 @@ def test_a_loss_that_takes_no_images_says_why():
     assert "no images of this shape" in report.reason
 
 
+def test_a_module_with_a_training_step_is_told_of_audit_module():
+    class VAE(nn.Linear):
+        def training_step(self, batch, batch_idx):
+            return batch
+
+    assert audit(VAE(2, 2)).reason.endswith("audit_module(module, batch)")
+    assert "audit_module" not in audit(nn.Linear(2, 2)).reason
+
+
 def test_four_tensors_of_two_normals_stay_what_they_are():
     def between(mu_q, logvar_q, mu_p, logvar_p):
         terms = logvar_p - logvar_q + (logvar_q.exp() + (mu_q - mu_p) ** 2) / logvar_p.exp() - 1

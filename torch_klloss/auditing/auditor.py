@@ -109,7 +109,8 @@ def _of_isolated(
     try:
         bindings = bindings_to_try(whole or fn, signature)
     except SignatureError as error:
-        return AuditReport(name, "auto", "not judged", reason=f"could not run: {error}".rstrip("."))
+        way_out = ". For the KLs of its training step: audit_module(module, batch)" * hasattr(fn, "training_step")
+        return AuditReport(name, "auto", "not judged", reason=f"could not run: {error}".rstrip(".") + way_out)
     report = _audit(whole or fn, name, bindings, settings)
     return report if whole is None else replace(report, remarks=(whole.note, *report.remarks))
 

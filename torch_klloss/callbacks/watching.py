@@ -249,7 +249,8 @@ class LossWatcher(StepCounter):
         if not self._losses and self.pairs is None:
             self.warn(
                 f"{type(self).__name__} found no KLLoss in {type(pl_module).__name__} and will log nothing. "
-                f"{self.advice}"
+                f"{self.advice} Whether a KL that the module computes by hand is right, "
+                "torch_klloss.audit_module(module, batch) says."
             )
 
     def _start(self) -> None:
