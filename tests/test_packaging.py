@@ -11,6 +11,7 @@ from packaging.specifiers import SpecifierSet
 
 import torch_klloss
 from tests.processes import ROOT, output, run
+from torch_klloss.__main__ import run as run_command
 from torch_klloss.numerics.torch_version import OLDEST, check_torch
 
 if sys.version_info >= (3, 11):
@@ -129,7 +130,14 @@ def test_the_console_script_runs_the_module(tmp_path, without_torch):
     script.write_text(f"import sys\nfrom {module} import {function}\nsys.exit({function}())\n")
     paths = {"PYTHONPATH": f"{without_torch['PYTHONPATH']}:{ROOT}"}
     assert output(script, "--version", env=paths) == f"torch_klloss {torch_klloss.__version__}\n"
-    assert output(script, env={"PYTHONPATH": str(ROOT)}, cwd="/").startswith("usage: torch-klloss")
+
+
+@pytest.mark.parametrize("program", ["torch-klloss", "torch-klloss.exe", "__main__.py"])
+def test_the_help_names_the_command_as_it_was_called(monkeypatch, capsys, program):
+    monkeypatch.setattr(sys, "argv", [f"/bin/{program}"])
+    assert run_command() == 0
+    name = "python -m torch_klloss" if program == "__main__.py" else "torch-klloss"
+    assert capsys.readouterr().out.startswith(f"usage: {name} ")
 
 
 # --- public names -----------------------------------------------------------------------------------------------------
