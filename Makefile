@@ -3,12 +3,16 @@
 #                   adds the doctests, the wheel, and every benchmark, example and command in short
 # make test-all     the same with what is recorded computed anew, what repeats other tests, an empty environment
 # make references   record anew what tests/references takes long to compute
+# make test-oldest  formulas, methods, losses and callbacks with the oldest torch and Lightning that are supported, in
+#                   an environment of its own (which may take several GB); make test-newest with the newest there are
+# make docs         build the documentation into site/, and say where it begins
 # make lint         format, lint, types
 # make bench        every benchmark in full
 
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= runs
+SITE ?= site
 RUN := $(VENV)/bin/python
 # What is imported is compiled then; all that torch brings would take a minute.
 PIP := $(RUN) -m pip install --quiet --no-compile --constraint constraints.txt
@@ -22,7 +26,10 @@ LANE ?= quick
 SELECT_quick := -m "not scripts and not exhaustive and not long" --cases 3
 SELECT_ci := -m "not exhaustive" --durations 15 $(DOCTESTS) tests
 
-.PHONY: demo test test-all references lint bench clean
+LANES := test-oldest test-newest
+IN_LANES := tests/closed_forms tests/methods tests/test_losses.py tests/callbacks
+
+.PHONY: demo docs test test-all $(LANES) references lint bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -39,8 +46,18 @@ test-all: $(VENV)/.dev
 	REFERENCES=anew HYPOTHESIS_PROFILE=all $(TEST) $(DOCTESTS) tests
 	.ci/wheel_alone $(VENV)
 
+$(LANES): test-%: $(VENV)-%/.lane
+	$(VENV)-$*/bin/python -c "import torch; print('torch', torch.__version__)"
+	$(VENV)-$*/bin/python -m pytest --numprocesses auto --dist worksteal $(SELECT_quick) $(IN_LANES)
+
 references: $(VENV)/.dev
 	REFERENCES=record $(RUN) -m pytest $(shell grep -lrE 'errors_at|measure\(|evaluate\(' --include='test_*.py' tests/closed_forms)
+
+docs:
+	@$(RUN) -c "import latex2mathml, material, mkdocs, mkdocstrings_handlers.python" 2>/dev/null || { \
+	echo "make docs needs the group docs: make $(VENV)/.dev, or $(RUN) -m pip install --group docs" >&2; exit 1; }
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --site-dir $(SITE)
+	@echo "documentation: $(SITE)/index.html"
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff format --check .
@@ -51,7 +68,7 @@ bench: $(VENV)/.dev
 	for script in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)); do $(RUN) $$script || exit 1; done
 
 clean:
-	rm -rf $(VENV) $(OUT) dist
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(OUT) $(SITE) dist
 
 $(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)
@@ -68,3 +85,9 @@ $(VENV)/.dev: $(VENV)/.venv pyproject.toml constraints.txt
 	@echo "setting up $(VENV): a minute or two"
 	$(PIP) --editable ".[examples]" --group dev
 	@touch $(VENV)/.demo $@
+
+$(VENV)-%/.lane: constraints-%.txt pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(@D)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --constraint $< --editable ".[examples]" --group test
+	@touch $@

@@ -287,7 +287,6 @@ def main(argv: list[str] | None = None) -> None:
         DataLoader(TensorDataset(train), batch_size=128, shuffle=True),
         DataLoader(TensorDataset(validation), batch_size=len(validation)),
         ckpt_path=checkpoint if args.resume else None,
-        weights_only=True,
     )
 
     rows = read_metrics(args.out / "csv")

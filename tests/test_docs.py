@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *(ROOT / "docs").glob("*.md")]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "benchmarks" / "README.md",
+    *(ROOT / "docs").rglob("*.md"),
+]
 FOLDER = r"(?:torch_klloss|tests|benchmarks|examples|docs)/[\w./-]*\w"
 FILE = r"\w+(?:/\w+)+\.(?:py|md|json|yaml|png)"
 PATH = rf"(?<![\w./])(?!path/to/)(?:{FOLDER}|{FILE})"

@@ -5,6 +5,7 @@ import math
 import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from torch.distributions import (
     Uniform,
 )
 
+import torch_klloss
 from torch_klloss import (
     AnalyticKL,
     AutoKL,
@@ -27,8 +29,11 @@ from torch_klloss import (
     KLLoss,
     MonteCarloKL,
     NotCertifiedError,
+    QuadratureKL,
     categorical,
     diagonal_normal,
+    kl_from_log_probs,
+    standard_normal_like,
 )
 from torch_klloss.methods import ClosedForm, Enumeration, FirstOf, MonteCarlo
 from torch_klloss.samplers import IID
@@ -161,10 +166,49 @@ def test_copies_are_equal_in_all_settings(loss):
 
 
 @every_loss
-def test_it_prints_its_settings(loss):
-    assert repr(loss.method) in repr(loss)
-    assert f"reduction={loss.reduction!r}, batch_dims={loss.batch_dims}" in repr(loss)
+def test_it_prints_as_it_is_built(loss):
+    typed = eval(repr(loss), {**vars(torch_klloss), **vars(torch_klloss.methods), **vars(torch_klloss.samplers)})
+    assert type(typed) is type(loss)
+    assert (typed.method, typed.reduction, typed.batch_dims) == (loss.method, loss.reduction, loss.batch_dims)
     assert repr(loss) in repr(nn.Sequential(loss))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "AutoKL()",
+        "AutoKL(fallback=[Quadrature(num_nodes=64, rtol=1e-06), MixtureBound(side='upper', num_iterations=1000)])",
+        "AutoKL(on_fallback='error', reduction='sum')",
+        "AutoKL(fallback=Quadrature(num_nodes=32, rtol=1e-06), on_fallback='warn', batch_dims=2)",
+        "MonteCarloKL()",
+        "MonteCarloKL(num_samples=8, sampler=Sobol(replicates=1), gradient='score_function', reduction='none')",
+        "QuadratureKL(num_nodes=32)",
+        "AnalyticKL(reduction='sum')",
+        "KLLoss(method=ClosedForm())",
+    ],
+)
+def test_it_prints_what_differs_from_the_defaults(text):
+    assert repr(eval(text, {**vars(torch_klloss), **vars(torch_klloss.methods), **vars(torch_klloss.samplers)})) == text
+
+
+@pytest.mark.parametrize("cls", [AutoKL, MonteCarloKL, QuadratureKL, AnalyticKL, KLLoss])
+def test_a_constructor_that_is_given_a_pair_says_how_the_loss_is_called(cls):
+    with pytest.raises(TypeError, match=rf"{cls.__name__} is built first .* loss = {cls.__name__}\(…\); loss\(q, p\)"):
+        cls(STANDARD, STANDARD)
+
+
+@pytest.mark.parametrize("call", [diagonal_normal, lambda mean, logvar: categorical(mean), kl_from_log_probs])
+def test_an_array_is_refused_with_the_way_to_a_tensor(call):
+    with pytest.raises(TypeError, match=r"must be a tensor, got ndarray: torch\.as_tensor\(\w+\)"):
+        call(np.zeros((2, 3)), np.zeros((2, 3)))
+
+
+def test_the_constructors_of_q_and_p_show_their_parameters():
+    q = diagonal_normal(torch.zeros(4, 2), torch.zeros(4, 2))
+    assert repr(q.base_dist) == "LogVarNormal(loc: torch.Size([4, 2]), logvar: torch.Size([4, 2]))"
+    assert repr(standard_normal_like(q).base_dist) == "StandardNormal(torch.Size([4, 2]))"
+    one = diagonal_normal(torch.tensor([[1.0]]), torch.tensor([[-2.0]]))
+    assert repr(one.base_dist) == "LogVarNormal(loc: tensor([[1.]]), logvar: tensor([[-2.]]))"
 
 
 def test_it_moves_with_its_module():

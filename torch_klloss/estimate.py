@@ -12,15 +12,22 @@ from torch import Tensor
 from torch_klloss.numerics.devices import scalar
 from torch_klloss.numerics.special import student_t_quantile
 
+__all__ = [
+    "KLEstimate",
+    "NoRouteError",
+    "NotCertifiedError",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
 
 class NoRouteError(NotImplementedError):
     """The error of a method that has no route for a pair. Its text is formatted only when it is read.
 
-    `FirstOf` drops most of these errors unread, and formatting the text would cost more than raising the error.
-
-    Args:
-        write: a function that returns the text.
-        *about: the arguments of `write`.
+    `FirstOf` drops most of these errors unread, and formatting the text would cost more than raising the error. The
+    first argument is a function that returns the text, the others are its arguments.
     """
 
     def __str__(self) -> str:
@@ -48,7 +55,7 @@ class KLEstimate:
         skewness: the estimated skewness of the error of `value`, which `interval` allows for; a tensor that broadcasts
             to `value`, or None if unknown.
 
-    Example:
+    Examples:
         >>> import dataclasses, torch
         >>> from torch_klloss import KLEstimate
         >>> estimate = KLEstimate(torch.tensor(2.0), exact=False, method="monte_carlo",

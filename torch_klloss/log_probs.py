@@ -15,6 +15,18 @@ from torch_klloss.numerics.arguments import check_dim, check_number, check_tenso
 from torch_klloss.numerics.devices import can_be_read
 from torch_klloss.reduction import expand_mask
 
+__all__ = [
+    "Level",
+    "LogProbGradient",
+    "LogProbValue",
+    "kl_from_log_probs",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 LogProbGradient = Literal["pathwise", "score_function", "k2", "none"]
 LogProbValue = Literal["k1", "k2", "k3"]
 Level = Literal["sequence", "token"]
@@ -102,7 +114,7 @@ def kl_from_log_probs(
         *Approximating KL divergence* (Schulman, 2020). *On a few pitfalls in KL divergence gradient estimation for RL*
         (Tang and Munos, 2025). *Buy 4 REINFORCE samples, get a baseline for free!* (Kool, van Hoof and Welling, 2019).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch.distributions import Normal
         >>> from torch_klloss import kl_from_log_probs

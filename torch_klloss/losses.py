@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.utils.hooks import RemovableHandle
 
-from torch_klloss.distributions.checks import check_pair, type_name
+from torch_klloss.distributions.checks import built_first, check_pair, type_name
 from torch_klloss.distributions.reach import check_dropped, hidden_parameters
 from torch_klloss.distributions.tensors import (
     device_of,
@@ -30,11 +30,27 @@ from torch_klloss.methods.base import as_method
 from torch_klloss.methods.first_of import Refuse, WarnFirst
 from torch_klloss.methods.monte_carlo.method import Gradient, Value
 from torch_klloss.methods.monte_carlo.mixed import MixedGradient
-from torch_klloss.numerics.arguments import check_generator
+from torch_klloss.numerics.arguments import changed, check_generator, settings_of
 from torch_klloss.numerics.tracing import is_autocast_enabled, is_in_backward, without_autocast
 from torch_klloss.reduction import Batch, ReductionName, check_reduction, expand_mask, is_zero, reduce, reduce_estimate
 from torch_klloss.rng import RngState, rng_state
-from torch_klloss.samplers import Sampler
+from torch_klloss.samplers import IID, Sampler
+
+__all__ = [
+    "AnalyticKL",
+    "AutoKL",
+    "Call",
+    "KLLoss",
+    "MonteCarloKL",
+    "Observer",
+    "OnFallback",
+    "QuadratureKL",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
 
 OnFallback = Literal["allow", "warn", "error"]
 
@@ -87,7 +103,7 @@ class KLLoss(nn.Module):
         TypeError: if `method` has no `estimate`.
         ValueError: if `reduction` is unknown or `batch_dims` negative.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch.distributions import Normal
         >>> from torch_klloss import KLLoss
@@ -100,6 +116,7 @@ class KLLoss(nn.Module):
         tensor(16.)
     """
 
+    @built_first
     def __init__(self, method: Method, *, reduction: ReductionName = "mean", batch_dims: int = 1) -> None:
         super().__init__()
         as_method(method)  # or a TypeError
@@ -152,6 +169,16 @@ class KLLoss(nn.Module):
             check_dropped(value, mask != 0, q, p)
         return reduce(value, self.reduction, self.batch_dims, mask)
 
+    if TYPE_CHECKING:  # torch's has no types
+
+        def __call__(  # noqa: D102
+            self,
+            q: Distribution,
+            p: Distribution,
+            mask: Tensor | None = None,
+            generator: torch.Generator | None = None,
+        ) -> Tensor: ...
+
     def _per_example(self, q: Distribution, p: Distribution, generator: torch.Generator | None) -> Tensor:
         """Return the KL of every example, `[*examples]`."""
         check_generator(generator)
@@ -196,7 +223,7 @@ class KLLoss(nn.Module):
             estimate: the result of `estimate`.
             mask: as in `forward`.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from torch.distributions import Normal
             >>> from torch_klloss import MonteCarloKL
@@ -312,8 +339,13 @@ class KLLoss(nn.Module):
         return state
 
     def extra_repr(self) -> str:
-        """Return the settings, for `repr`."""
-        return f"method={self.method!r}, reduction={self.reduction!r}, batch_dims={self.batch_dims}"
+        """Return the settings that are not the default ones, as they are written to build the loss."""
+        settings = {**self._settings(), "reduction": self.reduction, "batch_dims": self.batch_dims}
+        return ", ".join(f"{name}={value!r}" for name, value in changed(type(self), settings).items())
+
+    def _settings(self) -> dict[str, object]:
+        """Return the settings of the constructor beside the reduction, by name."""
+        return {"method": self.method}
 
 
 class AnalyticKL(KLLoss):
@@ -321,15 +353,19 @@ class AnalyticKL(KLLoss):
 
     A pair without a closed form raises a `NotImplementedError` that names the pair and what to use instead.
 
-    Example:
+    Examples:
         >>> from torch.distributions import Normal
         >>> from torch_klloss import AnalyticKL
         >>> AnalyticKL()(Normal(1.0, 1.0), Normal(0.0, 1.0))
         tensor(0.5000)
     """
 
+    @built_first
     def __init__(self, *, reduction: ReductionName = "mean", batch_dims: int = 1) -> None:
         super().__init__(ClosedForm(), reduction=reduction, batch_dims=batch_dims)
+
+    def _settings(self) -> dict[str, object]:
+        return {}
 
 
 class MonteCarloKL(KLLoss):
@@ -346,9 +382,10 @@ class MonteCarloKL(KLLoss):
             steps is then part of the `state_dict`.
         value: "log_ratio", "entropy", "control_variate", "taylor", "k2" (biased) or "k3".
         chunk_size: how many draws are evaluated at once; None for all.
-        reduction, batch_dims: as in `KLLoss`.
+        reduction: as in `KLLoss`.
+        batch_dims: as in `KLLoss`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch.distributions import Normal, StudentT
         >>> from torch_klloss import MonteCarloKL
@@ -357,6 +394,7 @@ class MonteCarloKL(KLLoss):
         torch.Size([])
     """
 
+    @built_first
     def __init__(
         self,
         num_samples: int = 1,
@@ -373,6 +411,10 @@ class MonteCarloKL(KLLoss):
         if isinstance(gradient, MixedGradient):
             self.mixture = gradient  # a submodule, so that its state is in the state_dict of the loss
 
+    def _settings(self) -> dict[str, object]:
+        settings = settings_of(self.method)
+        return settings | {"sampler": None} if settings.get("sampler") == IID() else settings
+
 
 class QuadratureKL(KLLoss):
     """The KL of one-dimensional pairs by a quadrature that certifies its error. See `KLLoss` for shapes.
@@ -383,9 +425,10 @@ class QuadratureKL(KLLoss):
     Args:
         num_nodes: how many nodes the first rule has.
         rtol: the relative error that is certified.
-        reduction, batch_dims: as in `KLLoss`.
+        reduction: as in `KLLoss`.
+        batch_dims: as in `KLLoss`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch.distributions import Normal, StudentT
         >>> from torch_klloss import QuadratureKL
@@ -393,6 +436,7 @@ class QuadratureKL(KLLoss):
         tensor(0.1851)
     """
 
+    @built_first
     def __init__(
         self,
         num_nodes: int = 64,
@@ -402,6 +446,9 @@ class QuadratureKL(KLLoss):
         batch_dims: int = 1,
     ) -> None:
         super().__init__(Quadrature(num_nodes, rtol=rtol), reduction=reduction, batch_dims=batch_dims)
+
+    def _settings(self) -> dict[str, object]:
+        return settings_of(self.method)
 
 
 class AutoKL(KLLoss):
@@ -414,12 +461,13 @@ class AutoKL(KLLoss):
     Args:
         fallback: a method, or a sequence of methods that are tried in turn; by default `MonteCarlo(1)`.
         on_fallback: "allow", "warn" (a warning names the pair and the route) or "error" (a `NotImplementedError`).
-        reduction, batch_dims: as in `KLLoss`.
+        reduction: as in `KLLoss`.
+        batch_dims: as in `KLLoss`.
 
     Raises:
         ValueError: if `on_fallback` is unknown.
 
-    Example:
+    Examples:
         >>> from torch.distributions import Binomial, Normal, Poisson, StudentT
         >>> from torch_klloss import AutoKL
         >>> AutoKL().route(Normal(0.0, 1.0), Normal(1.0, 1.0))
@@ -430,6 +478,7 @@ class AutoKL(KLLoss):
         'monte_carlo'
     """
 
+    @built_first
     def __init__(
         self,
         fallback: Method | Sequence[Method] | None = None,
@@ -448,6 +497,16 @@ class AutoKL(KLLoss):
             fallbacks = (Refuse(FirstOf(*fallbacks)),)
         exact = ClosedForm(), Enumeration(max_terms=0)
         super().__init__(FirstOf(*exact, *fallbacks), reduction=reduction, batch_dims=batch_dims)
+
+    def _settings(self) -> dict[str, object]:
+        if not isinstance(self.method, FirstOf):
+            return super()._settings()
+        fallbacks, on_fallback = self.method.methods[2:], "allow"
+        if isinstance(careful := fallbacks[0], WarnFirst | Refuse):
+            on_fallback = "warn" if isinstance(careful, WarnFirst) else "error"
+            fallbacks = careful.method.methods if isinstance(careful.method, FirstOf) else (careful.method,)
+        fallback = fallbacks[0] if len(fallbacks) == 1 else list(fallbacks)
+        return {"fallback": None if fallback == MonteCarlo(1) else fallback, "on_fallback": on_fallback}
 
 
 def _no_gradient(q: Distribution, p: Distribution) -> Tensor:

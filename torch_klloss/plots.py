@@ -18,6 +18,25 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+__all__ = [
+    "BAND",
+    "BLUE",
+    "GREEN",
+    "INK",
+    "VERMILION",
+    "annealing_figure",
+    "collapse_figure",
+    "gap_figure",
+    "new_figure",
+    "reconstruction_figure",
+    "schedule_figure",
+    "tidy_axes",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
 
 # The palette of Okabe and Ito, which colour-blind readers can tell apart.
 BLUE, VERMILION, GREEN, INK = "#0072B2", "#D55E00", "#007A5A", "#222222"
@@ -68,7 +87,7 @@ def gap_figure(
         ImportError: if matplotlib is missing.
         ValueError: if the lengths differ or are zero, or `sampled` is unknown.
 
-    Example:
+    Examples:
         >>> from torch_klloss.plots import gap_figure
         >>> figure = gap_figure([1, 2, 3], [2.0, 3.0, 4.0], [2.1, 2.9, 4.0], [0.1, 0.1, 0.1])
         >>> [axes.get_ylabel() for axes in figure.axes]
@@ -119,7 +138,7 @@ def collapse_figure(
         ImportError: if matplotlib is missing.
         ValueError: if the lengths differ or are zero.
 
-    Example:
+    Examples:
         >>> from torch_klloss.plots import collapse_figure
         >>> figure = collapse_figure([0, 50], [[0.1, 0.2], [1.5, 0.0]], [2, 1])
         >>> [axes.get_ylabel() for axes in figure.axes]
@@ -185,7 +204,7 @@ def annealing_figure(
         ImportError: if matplotlib is missing.
         ValueError: if the lengths differ or are zero.
 
-    Example:
+    Examples:
         >>> from torch_klloss.plots import annealing_figure
         >>> figure = annealing_figure([0, 50], [0.0, 1.0], [9.0, 5.0], [30.0, 25.0])
         >>> [axes.get_ylabel() for axes in figure.axes]
@@ -227,7 +246,7 @@ def schedule_figure(
         ImportError: if matplotlib is missing.
         ValueError: if there is no schedule, or `num_steps` is not above 0.
 
-    Example:
+    Examples:
         >>> from torch_klloss.plots import schedule_figure
         >>> from torch_klloss.schedules import Cyclical, Linear
         >>> figure = schedule_figure({"linear": Linear(steps=500), "cyclical": Cyclical(steps=1000)})
@@ -269,7 +288,7 @@ def reconstruction_figure(originals: Tensor, reconstructions: Tensor, samples: T
         ImportError: if matplotlib is missing.
         ValueError: if a tensor does not have the three dimensions, or has no image.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch_klloss.plots import reconstruction_figure
         >>> images = torch.rand(10, 8, 8)

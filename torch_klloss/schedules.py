@@ -20,11 +20,24 @@ from torch_klloss.numerics.arguments import check_integer
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+__all__ = [
+    "Constant",
+    "Cosine",
+    "Cyclical",
+    "Linear",
+    "Schedule",
+    "Sigmoid",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
 
 class Schedule(ABC):
     """A function from a step to a weight.
 
-    Example:
+    Examples:
         >>> from dataclasses import dataclass
         >>> from torch_klloss.schedules import Schedule
         >>> @dataclass(frozen=True)
@@ -51,7 +64,7 @@ class Schedule(ABC):
     def curve(self, num_points: int = 201) -> tuple[list[float], list[float]]:
         """Return steps from 0 to a tenth beyond the warm-up, and their weights, for a plot.
 
-        Example:
+        Examples:
             >>> from torch_klloss.schedules import Linear
             >>> Linear(steps=10).curve(num_points=3)
             ([0.0, 5.5, 11.0], [0.0, 0.55, 1.0])
@@ -70,7 +83,7 @@ class Schedule(ABC):
             ImportError: if matplotlib is missing.
             ValueError: if `num_steps` is not above 0.
 
-        Example:
+        Examples:
             >>> from torch_klloss.schedules import Linear
             >>> Linear(steps=10).figure(num_steps=20).axes[0].get_ylabel()
             'weight β'
@@ -84,7 +97,7 @@ class Schedule(ABC):
 class Constant(Schedule):
     """The same weight at every step.
 
-    Example:
+    Examples:
         >>> from torch_klloss.schedules import Constant
         >>> Constant(4.0)(0), Constant(4.0).total_steps
         (4.0, 0)
@@ -154,7 +167,7 @@ class Linear(_Rise):
     References:
         *Ladder variational autoencoders* (Sønderby et al., 2016), "warm-up".
 
-    Example:
+    Examples:
         >>> from torch_klloss.schedules import Linear
         >>> [Linear(steps=4)(step) for step in range(6)]
         [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
@@ -169,13 +182,16 @@ class Sigmoid(_Rise):
     """A logistic curve from `start` to `stop`, scaled to meet both ends exactly.
 
     Args:
-        start, stop, steps, delay: as in `Linear`.
+        start: as in `Linear`.
+        stop: as in `Linear`.
+        steps: as in `Linear`.
+        delay: as in `Linear`.
         sharpness: the range of the curve's argument: near 0 a straight line, towards infinity a step.
 
     References:
         *Generating sentences from a continuous space* (Bowman et al., 2016), section 3.1.
 
-    Example:
+    Examples:
         >>> from torch_klloss.schedules import Sigmoid
         >>> [round(Sigmoid(steps=4)(step), 3) for step in range(6)]
         [0.0, 0.07, 0.5, 0.93, 1.0, 1.0]
@@ -201,12 +217,15 @@ class Cosine(_Rise):
     """Half a period of a cosine from `start` to `stop`, flat at both ends.
 
     Args:
-        start, stop, steps, delay: as in `Linear`.
+        start: as in `Linear`.
+        stop: as in `Linear`.
+        steps: as in `Linear`.
+        delay: as in `Linear`.
 
     References:
         *SGDR: stochastic gradient descent with warm restarts* (Loshchilov and Hutter, 2017), for the shape.
 
-    Example:
+    Examples:
         >>> from torch_klloss.schedules import Cosine
         >>> [round(Cosine(steps=4)(step), 3) for step in range(6)]
         [0.0, 0.146, 0.5, 0.854, 1.0, 1.0]
@@ -231,7 +250,7 @@ class Cyclical(_Rise):
     References:
         *Cyclical annealing schedule: a simple approach to mitigating KL vanishing* (Fu et al., 2019).
 
-    Example:
+    Examples:
         >>> from torch_klloss.schedules import Cyclical
         >>> [Cyclical(steps=8, cycles=2)(step) for step in range(9)]
         [0.0, 0.5, 1.0, 1.0, 0.0, 0.5, 1.0, 1.0, 1.0]

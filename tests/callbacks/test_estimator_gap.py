@@ -347,7 +347,8 @@ def test_a_module_without_a_loss_gets_one_warning_and_trains_on():
         trainer = fit(pytorch_lightning, module, [EstimatorGap(1)])
     assert [str(w.message) for w in caught if "EstimatorGap" in str(w.message)] == [
         "EstimatorGap found no KLLoss in Module and will log nothing. Keep the loss as an attribute of the module "
-        "(self.kl = AutoKL()), or pass EstimatorGap(pairs=...) a function (module, batch) -> {name: (q, p)}."
+        "(self.kl = AutoKL()), or pass EstimatorGap(pairs=...) a function (module, batch) -> {name: (q, p)}. "
+        "Whether a KL that the module computes by hand is right, torch_klloss.audit_module(module, batch) says."
     ]
     assert trainer.global_step == 6
 

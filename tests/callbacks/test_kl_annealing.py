@@ -11,7 +11,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 from torch.distributions import Bernoulli, Independent
 
-from tests.callbacks.training import LIGHTNING_SAYS, data, fit, make_module
+from tests.callbacks.training import LIGHTNING_SAYS, WEIGHTS_ONLY, data, fit, make_module
 from torch_klloss import ELBOLoss
 from torch_klloss.callbacks import KLAnnealing
 from torch_klloss.schedules import Constant, Cosine, Cyclical, Linear, Sigmoid
@@ -106,7 +106,7 @@ def test_a_checkpoint_is_evaluated_under_the_weight_it_was_saved_with(tmp_path):
         enable_progress_bar=False,
         callbacks=[KLAnnealing(Linear(steps=6), attribute="beta")],
     )
-    evaluation.validate(fresh, data(1), ckpt_path=tmp_path / "end.ckpt", verbose=False, weights_only=True)
+    evaluation.validate(fresh, data(1), ckpt_path=tmp_path / "end.ckpt", verbose=False, **WEIGHTS_ONLY)
     assert fresh.beta == 5 / 6
 
 

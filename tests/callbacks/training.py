@@ -1,5 +1,7 @@
 """A small model and a short training of it, for the tests of all callbacks."""
 
+from inspect import signature
+
 import pytest
 import pytorch_lightning
 import torch
@@ -17,6 +19,9 @@ LIGHTNING_SAYS = [
     pytest.mark.filterwarnings("ignore:.*starting from a mid-epoch|.*resuming from a checkpoint that ended before"),
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
 ]
+
+# Lightning has the option from 2.6 on.
+WEIGHTS_ONLY = {"weights_only": True} if "weights_only" in signature(pytorch_lightning.Trainer.fit).parameters else {}
 
 
 def make_module(package=pytorch_lightning, pair=None, loss=None, latent=3, dead=0, noise=0.1, **attributes):
@@ -70,5 +75,5 @@ def fit(module, callbacks, steps=6, package=pytorch_lightning, validation=None, 
         callbacks=callbacks,
         **options,
     )
-    trainer.fit(module, data(steps), validation, ckpt_path=ckpt_path, weights_only=True)
+    trainer.fit(module, data(steps), validation, ckpt_path=ckpt_path, **WEIGHTS_ONLY)
     return trainer

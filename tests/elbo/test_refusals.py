@@ -101,3 +101,15 @@ def test_wrong_kinds_are_errors():
         ELBOLoss().from_tensors(recon, x, mean, logvar, likelihood="bce")
     with pytest.raises(TypeError, match="beta must be a number"):
         ELBOLoss(beta="1")
+
+
+def test_the_tensors_of_a_loss_function_are_told_of_from_tensors():
+    recon, x, mean, logvar = torch.rand(4, 6), torch.rand(4, 6), torch.zeros(4, 2), torch.zeros(4, 2)
+    with pytest.raises(TypeError, match=r"takes distributions, got a tensor as q.*from_tensors\(recon, x, mean"):
+        ELBOLoss()(recon, x, mean, logvar)
+
+
+def test_a_posterior_without_a_prior_is_told_of_the_standard_one():
+    q = diagonal_normal(torch.zeros(4, 2), torch.zeros(4, 2))
+    with pytest.raises(TypeError, match=r"a posterior q needs its prior p: .*standard_normal_like\(q\)"):
+        ELBOLoss()(Independent(Normal(torch.zeros(4, 6), 1.0), 1), torch.zeros(4, 6), q)

@@ -4,6 +4,8 @@ A benchmark has a process of its own, in which nothing else is timed or allocate
 `__main__` in the process of the tests, which has imported Lightning already; `make demo` starts three of them afresh.
 """
 
+import csv
+import re
 import runpy
 import subprocess
 import sys
@@ -90,6 +92,20 @@ def test_the_digits_vae_trains_with_a_prior_and_goes_on(main, capsys, tmp_path, 
     assert f"metrics: {tmp_path / 'metrics.csv'}" in capsys.readouterr().out
     assert is_figure(tmp_path / "images.png")
     assert is_figure(tmp_path / "kl_gap.png")
+
+
+def test_the_vae_of_getting_started_logs_its_gap(monkeypatch, tmp_path):
+    (code,) = re.findall(
+        r'```python title="my_vae.py"\n(.*?)```', (ROOT / "docs/getting-started.md").read_text(), re.DOTALL
+    )
+    (tmp_path / "my_vae.py").write_text(code.replace("max_epochs=20", "max_epochs=2, enable_progress_bar=False"))
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path("my_vae.py", run_name="__main__")
+    with (tmp_path / "runs" / "my_vae" / "metrics.csv").open() as lines:
+        gaps = [float(row["kl/loss.kl/gap_z"]) for row in csv.DictReader(lines) if row["kl/loss.kl/gap_z"]]
+    assert gaps
+    assert all(abs(z) < 6 for z in gaps)
+    assert is_figure(tmp_path / "runs" / "my_vae" / "kl_loss.kl_gap.png")
 
 
 @pytest.mark.parametrize("name", ["circular_latent", "discrete_latent"])

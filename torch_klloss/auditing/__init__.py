@@ -16,3 +16,7 @@ __all__ = [
     "audit",
     "audit_module",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

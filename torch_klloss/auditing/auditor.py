@@ -23,6 +23,7 @@ from torch_klloss.auditing.experiment.parameters import (
     bindings_to_try,
 )
 from torch_klloss.auditing.experiment.signatures import SIGNATURES, SignatureName
+from torch_klloss.auditing.experiment.whole_loss import whole_loss
 from torch_klloss.auditing.judge import Judgement, Settings, judge
 from torch_klloss.auditing.report import AuditReport
 from torch_klloss.auditing.reporting import report_of, report_of_wrong_shape
@@ -61,7 +62,8 @@ def audit(
             [batch, time, vocabulary] and [batch, time]; "kl_div" is fn(input, target) in the order of `F.kl_div`,
             KL(target‖input), and "kl_div_log_target" its log_target=True; "uniform_logits", "uniform_probs" and
             "uniform_log_probs" are fn(logits) and its like, against the uniform distribution. Or a function
-            adapter(fn, q, p) that calls the loss with Normals.
+            adapter(fn, q, p) that calls the loss with Normals. Of a whole loss of a VAE, fn(recon_x, x, mean, logvar)
+            by the names of its parameters, the KL is judged where its reconstruction is zero; a note says of what part.
         seed: of the probes and of the random streams during the calls; the global streams are restored.
         budget: the approximate number of calls of a loss that draws samples; more calls make the test of its means
             sharper, with the square root.
@@ -77,7 +79,7 @@ def audit(
         ValueError: if `signature` is unknown.
         TypeError: if `fn` is not callable.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch_klloss import audit
         >>> def my_kl(mu, logvar):
@@ -103,11 +105,14 @@ def _of_isolated(
 ) -> AuditReport:
     if callable(signature):
         fn, signature = adapted(signature, fn), "distributions"
+    whole = whole_loss(fn)
     try:
-        bindings = bindings_to_try(fn, signature)
+        bindings = bindings_to_try(whole or fn, signature)
     except SignatureError as error:
-        return AuditReport(name, "auto", "not judged", reason=f"could not run: {error}".rstrip("."))
-    return _audit(fn, name, bindings, settings)
+        way_out = ". For the KLs of its training step: audit_module(module, batch)" * hasattr(fn, "training_step")
+        return AuditReport(name, "auto", "not judged", reason=f"could not run: {error}".rstrip(".") + way_out)
+    report = _audit(whole or fn, name, bindings, settings)
+    return report if whole is None else replace(report, remarks=(whole.note, *report.remarks))
 
 
 def name_of(fn: Callable[..., Any]) -> str:

@@ -42,7 +42,7 @@ def audit_figure(points: Sequence[ProbePoint], *, title: str, found: str = "") -
         ImportError: if matplotlib is missing.
         ValueError: if there is no point.
 
-    Example:
+    Examples:
         >>> from torch_klloss.auditing.figure import ProbePoint, audit_figure
         >>> points = [ProbePoint((16, 8), kl, 2 * kl, 2 * kl, 0.0) for kl in (1.0, 2.0, 4.0)]
         >>> figure = audit_figure(points, title="my_kl(mu, logvar): wrong value", found="half-missing")

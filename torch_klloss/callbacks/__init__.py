@@ -6,3 +6,7 @@ from torch_klloss.callbacks.kl_route import KLRoute
 from torch_klloss.callbacks.posterior_collapse import PosteriorCollapse
 
 __all__ = ["EstimatorGap", "KLAnnealing", "KLRoute", "PosteriorCollapse"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -12,6 +12,7 @@ from torch import nn
 
 from torch_klloss.callbacks.figures import log_figure
 from torch_klloss.callbacks.gap import Gap
+from torch_klloss.callbacks.history import History
 from torch_klloss.callbacks.token_gap import TokenGap, token_gap
 from torch_klloss.callbacks.watching import EXACT, AllRanks, LossWatcher, repeated
 from torch_klloss.distributions.tensors import device_of
@@ -60,6 +61,7 @@ class EstimatorGap(LossWatcher):
 
     At the end of training the figure `kl/<path>/gap` goes to TensorBoard, WandB or MLflow, or beside the log as a PNG.
     All logged values are in `history`, by path, and in checkpoints: a resumed run draws the whole training.
+    `history.to_dict()` is a table of them, and `history.figure()` the figure.
 
     Args:
         every_n_steps: log on the first step and on every n-th after it.
@@ -71,11 +73,12 @@ class EstimatorGap(LossWatcher):
         seed: the seed of the reference's own random stream.
         side_by_side: further estimates to log: "sampled", "exact", "quadrature".
         figure: whether the figure is drawn; it needs matplotlib and a logger.
+        prog_bar: whether `value` and `gap_mean` are shown in the progress bar, too.
 
     Raises:
         ValueError: if `every_n_steps` or `num_samples` is below 1, or `side_by_side` holds another word.
 
-    Example:
+    Examples:
         >>> from torch_klloss.callbacks import EstimatorGap
         >>> callback = EstimatorGap(every_n_steps=100, num_samples=256)  # Trainer(callbacks=[callback])
     """
@@ -95,6 +98,7 @@ class EstimatorGap(LossWatcher):
         seed: int = 0,
         side_by_side: Sequence[Column] = (),
         figure: bool = True,
+        prog_bar: bool = False,
     ) -> None:
         super().__init__(every_n_steps, prefix)
         unknown = [word for word in side_by_side if word not in get_args(Column)]
@@ -105,7 +109,8 @@ class EstimatorGap(LossWatcher):
         self.seed = seed
         self.side_by_side = tuple(side_by_side)
         self.figure = figure
-        self.history: dict[str, list[dict[str, float]]] = {}
+        self.prog_bar = prog_bar
+        self.history = History(_draw)
         self._sampled = MonteCarlo(num_samples)
         self._methods: dict[str, Method] = {"sampled": self._sampled, "exact": EXACT, "quadrature": Quadrature()}
         self._gaps: dict[str, Gap | TokenGap] = {}
@@ -120,6 +125,15 @@ class EstimatorGap(LossWatcher):
             _within_wrapper(
                 trainer.strategy.model, pl_module, partial(self._compare_pairs, self.pairs, pl_module, batch)
             )
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log the measurements of the step, and show them in the progress bar if that is asked for."""
+        is_measured = self._step is not None
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self.prog_bar and is_measured:
+            latest = {path: rows[-1] for path, rows in self.history.items() if rows[-1]["step"] == self._last_step}
+            shown = {f"{self.prefix}/{path}/{k}": row[k] for path, row in latest.items() for k in ("value", "gap_mean")}
+            pl_module.log_dict(shown, prog_bar=True, logger=False)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Draw the figures."""
@@ -148,16 +162,16 @@ class EstimatorGap(LossWatcher):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the history."""
-        return super().state_dict() | {"history": self.history}
+        return super().state_dict() | {"history": dict(self.history)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the history."""
         super().load_state_dict(state_dict)
-        self.history = state_dict["history"]
+        self.history = History(_draw, state_dict["history"])
 
     def reset(self) -> None:
         """Begin a new history."""
-        self.history, self._warned = {}, set()
+        self.history, self._warned = History(_draw), set()
 
     def _compare_pairs(self, pairs: PairFunction, pl_module: Any, batch: Any) -> None:
         for name, (q, p) in pairs(pl_module, batch).items():

@@ -69,7 +69,7 @@ class KLAnnealing(StepCounter):
         *Generating sentences from a continuous space* (Bowman et al., 2016), section 3.1.
         *Ladder variational autoencoders* (Sønderby et al., 2016).
 
-    Example:
+    Examples:
         >>> from torch_klloss.callbacks import KLAnnealing
         >>> from torch_klloss.schedules import Linear
         >>> callback = KLAnnealing(Linear(steps=1000))  # Trainer(callbacks=[callback])

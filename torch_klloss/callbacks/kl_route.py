@@ -29,7 +29,7 @@ class KLRoute(LossWatcher):
     Raises:
         ValueError: if `every_n_steps` is below 1.
 
-    Example:
+    Examples:
         >>> from torch_klloss.callbacks import KLRoute
         >>> callback = KLRoute()  # Trainer(callbacks=[callback])
     """

@@ -52,7 +52,7 @@ def mutual_information(q: Distribution, keep: Tensor, num_draws: int) -> Tensor:
         *ELBO surgery: yet another way to carve up the variational evidence lower bound* (Hoffman and Johnson, 2016).
         *On variational bounds of mutual information* (Poole et al., 2019).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch.distributions import Normal
         >>> from torch_klloss.callbacks.latent import mutual_information

@@ -17,7 +17,7 @@ class Moments:
     References:
         *Updating formulae and a pairwise algorithm for computing sample variances* (Chan et al., 1979).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch_klloss.callbacks.moments import Moments
         >>> ones = torch.ones(2)

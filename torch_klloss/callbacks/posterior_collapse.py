@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from torch_klloss.callbacks.figures import log_figure
+from torch_klloss.callbacks.history import History
 from torch_klloss.callbacks.latent import kl_per_unit, mutual_information, posterior_means
 from torch_klloss.callbacks.moments import Moments
 from torch_klloss.callbacks.watching import AllRanks, LossWatcher
@@ -60,7 +61,7 @@ class PosteriorCollapse(LossWatcher):
         *Importance weighted autoencoders* (Burda et al., 2016), appendix C, for active units and their threshold.
         *ELBO surgery* (Hoffman and Johnson, 2016), for the mutual information.
 
-    Example:
+    Examples:
         >>> from torch_klloss.callbacks import PosteriorCollapse
         >>> callback = PosteriorCollapse(stage="validation")  # Trainer(callbacks=[callback])
     """
@@ -91,7 +92,7 @@ class PosteriorCollapse(LossWatcher):
         self.num_draws = num_draws
         self.seed = seed
         self.figure = figure
-        self.history: dict[str, list[dict[str, Any]]] = {}
+        self.history = History(_draw)
         self._warned: list[str] = []
         self._statistics: dict[str, dict[str, Moments]] = {}
 
@@ -148,16 +149,16 @@ class PosteriorCollapse(LossWatcher):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the history, and the losses that a warning was given for."""
-        return super().state_dict() | {"history": self.history, "warned": self._warned}
+        return super().state_dict() | {"history": dict(self.history), "warned": self._warned}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the history and the warnings given."""
         super().load_state_dict(state_dict)
-        self.history, self._warned = state_dict["history"], state_dict["warned"]
+        self.history, self._warned = History(_draw, state_dict["history"]), state_dict["warned"]
 
     def reset(self) -> None:
         """Begin a new history."""
-        self.history, self._warned = {}, []
+        self.history, self._warned = History(_draw), []
 
     def _row(self, statistics: dict[str, Moments]) -> dict[str, Any]:
         """Return plain numbers, as they go into logs and checkpoints."""

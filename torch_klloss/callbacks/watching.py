@@ -7,7 +7,8 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from inspect import signature
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch_klloss.distributions.tensors import device_of
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.losses import Call, KLLoss
 from torch_klloss.methods import ClosedForm, Enumeration, FirstOf
+from torch_klloss.numerics.arguments import changed
 from torch_klloss.numerics.devices import has_float64
 from torch_klloss.rng import replayed_rng
 
@@ -40,7 +42,14 @@ def _callback_bases() -> tuple[type, ...]:
     return tuple(dict.fromkeys(bases))
 
 
-Callback: Any = type("Callback", _callback_bases(), {"__doc__": "Base of the callbacks, for every Lightning package."})
+if TYPE_CHECKING:
+    import lightning.pytorch
+    import pytorch_lightning
+
+    class Callback(pytorch_lightning.Callback, lightning.pytorch.Callback):
+        """Base of the callbacks, for every Lightning package."""
+else:
+    Callback = type("Callback", _callback_bases(), {"__doc__": "Base of the callbacks, for every Lightning package."})
 
 AllRanks = Callable[[Tensor], Tensor]  # sums a tensor over the ranks
 
@@ -68,6 +77,11 @@ class StepCounter(Callback):
         if stage == "fit" and trainer.global_step == 0:
             self._num_steps = 0
             self.reset()
+
+    def __repr__(self) -> str:
+        cls, settings = type(self), vars(self)
+        shown = changed(cls, {name: settings[name] for name in signature(cls).parameters if name in settings})
+        return f"{cls.__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     def reset(self) -> None:
         """Forget what belongs to an earlier training."""
@@ -235,7 +249,8 @@ class LossWatcher(StepCounter):
         if not self._losses and self.pairs is None:
             self.warn(
                 f"{type(self).__name__} found no KLLoss in {type(pl_module).__name__} and will log nothing. "
-                f"{self.advice}"
+                f"{self.advice} Whether a KL that the module computes by hand is right, "
+                "torch_klloss.audit_module(module, batch) says."
             )
 
     def _start(self) -> None:

@@ -69,7 +69,7 @@ def compare_methods(q: Distribution, p: Distribution, num_samples: int = 1000, s
         ValueError: if the shapes do not fit, or q is discrete and p continuous, or the reverse.
         TypeError: if q or p is not a distribution.
 
-    Example:
+    Examples:
         >>> from torch.distributions import Normal
         >>> from torch_klloss.cli.compare import compare_methods
         >>> rows = compare_methods(Normal(1.0, 1.0), Normal(0.0, 1.0))

@@ -76,7 +76,7 @@ def question_curves(num_points: int = 41, num_samples: int = 100, seed: int = 0)
     Raises:
         ValueError: if `num_points` is below two, or `num_samples` below one.
 
-    Example:
+    Examples:
         >>> from torch_klloss.cli.demo import question_curves
         >>> curves = question_curves(num_points=5)
         >>> curves.closed_form
@@ -191,7 +191,7 @@ def question_figure(curves: QuestionCurves) -> Figure:
     Raises:
         ImportError: if matplotlib is missing.
 
-    Example:
+    Examples:
         >>> from torch_klloss.cli.demo import question_curves, question_figure
         >>> figure = question_figure(question_curves())
         >>> [axes.get_ylabel() for axes in figure.axes]

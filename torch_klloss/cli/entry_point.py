@@ -1,6 +1,7 @@
-"""The command line: `python -m torch_klloss COMMAND`. Each command is one module with an entry in `COMMANDS`.
+"""The command line: `torch-klloss COMMAND`, which is `python -m torch_klloss COMMAND`.
 
-Tables need rich and figures matplotlib, `pip install "torch_klloss[cli]"`; `--json` and `audit` need neither.
+Each command is one module with an entry in `COMMANDS`. Tables need rich and figures matplotlib, which
+`pip install "torch_klloss[cli]"` brings; `--json` and `audit` need neither.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch_klloss import __version__
 from torch_klloss.cli import audit, compare, demo, pairs
@@ -30,7 +32,7 @@ def main(argv: Sequence[str] | None = None, *, own_process: bool = False) -> int
     Raises:
         SystemExit: by argparse, with status 2, for options that do not exist or do not parse.
 
-    Example:
+    Examples:
         >>> from torch_klloss.cli.entry_point import main
         >>> main(["--version"])
         Traceback (most recent call last):
@@ -58,9 +60,14 @@ def _status_of(args: argparse.Namespace) -> int:
     return status or 0
 
 
+def _program() -> str:
+    """Return the name that the user has called: that of the console script, or of the module."""
+    return "torch-klloss" if Path(sys.argv[0]).stem == "torch-klloss" else "python -m torch_klloss"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m torch_klloss", description="KL divergence losses for PyTorch: see how they get their numbers."
+        prog=_program(), description="KL divergence losses for PyTorch: see how they get their numbers."
     )
     parser.add_argument("--version", action="version", version=f"torch_klloss {__version__}")
     parser.set_defaults(run=None)

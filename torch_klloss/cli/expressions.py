@@ -46,7 +46,7 @@ def parse_distribution(text: str) -> Distribution:
         ValueError: if the text is no such expression, or torch refuses the arguments; the message is one line.
         TypeError: if `text` is not a string.
 
-    Example:
+    Examples:
         >>> from torch_klloss.cli.expressions import parse_distribution
         >>> parse_distribution("Normal(0, 1)")
         Normal(loc: 0.0, scale: 1.0)

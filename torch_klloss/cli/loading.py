@@ -36,7 +36,7 @@ def loaded(target: str) -> Iterator[Callable[..., Any]]:
     Raises:
         LoadError: if the file, module or function does not exist, or raises.
 
-    Example:
+    Examples:
         >>> from torch_klloss.cli.loading import loaded
         >>> with loaded("torch.nn.functional:kl_div") as fn:
         ...     fn.__name__

@@ -172,7 +172,7 @@ def loss_of(mistake: Mistake) -> Callable[..., Any]:
 def measurement(mistake: Mistake) -> Measurement:
     """Call a mistake's wrong line at a probe of the audit; many times, where its value is random.
 
-    Example:
+    Examples:
         >>> from torch_klloss.auditing import CATALOGUE
         >>> from torch_klloss.cli.mistakes_page import measurement
         >>> found = measurement(next(mistake for mistake in CATALOGUE if mistake.id == "mean-over-latent"))

@@ -75,7 +75,7 @@ def routes(examples: Iterable[Example] | None = None, type_name: str | None = No
     Raises:
         ValueError: if no example is of the class `type_name`.
 
-    Example:
+    Examples:
         >>> from torch_klloss.cli.pairs import routes
         >>> table = {(pair.q, pair.p): pair.route for pair in routes(type_name="Gumbel")}
         >>> table["Gumbel", "Normal"], table["Gumbel", "StudentT"], table["Gumbel", "Gamma"], table["Poisson", "Gumbel"]

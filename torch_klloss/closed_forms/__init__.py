@@ -12,3 +12,7 @@ for _module in iter_modules(__path__, prefix=f"{__name__}."):
     import_module(_module.name)
 
 __all__ = ["has_closed_form", "kl_divergence", "register_kl"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

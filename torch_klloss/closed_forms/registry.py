@@ -105,7 +105,7 @@ def register_kl(
     Raises:
         TypeError: if one of the types is not a subclass of `torch.distributions.Distribution`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch.distributions import Normal, StudentT
         >>> from torch_klloss import kl_divergence, register_kl
@@ -154,7 +154,7 @@ def kl_divergence(q: Distribution, p: Distribution) -> Tensor:
         ValueError: if the event shapes differ, the batch shapes do not broadcast, or q is discrete and p continuous.
         TypeError: if q or p is not a distribution.
 
-    Example:
+    Examples:
         >>> from torch.distributions import Normal
         >>> from torch_klloss import kl_divergence
         >>> kl_divergence(Normal(1.0, 1.0), Normal(0.0, 1.0))
@@ -181,7 +181,7 @@ def has_closed_form(q: Distribution, p: Distribution) -> bool:
         ValueError: if the event shapes differ, or the batch shapes do not broadcast.
         TypeError: if q or p is not a distribution.
 
-    Example:
+    Examples:
         >>> from torch.distributions import Gamma, Normal, StudentT
         >>> from torch_klloss import has_closed_form
         >>> has_closed_form(Gamma(2.0, 1.0), Normal(0.0, 1.0)), has_closed_form(Normal(0.0, 1.0), StudentT(4.0))

@@ -4,3 +4,7 @@ from torch_klloss.distributions.families import categorical, diagonal_normal, st
 from torch_klloss.distributions.tails import Tail, declare_tails
 
 __all__ = ["Tail", "categorical", "declare_tails", "diagonal_normal", "standard_normal_like"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

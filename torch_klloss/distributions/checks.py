@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from collections.abc import Callable
+from functools import wraps
+from typing import NoReturn, ParamSpec
 
 import torch
 from torch.distributions import (
@@ -11,6 +13,8 @@ from torch.distributions import (
 )
 
 from torch_klloss.distributions.stated_supports import is_discrete
+
+_P = ParamSpec("_P")
 
 
 def check_pair(q: Distribution, p: Distribution) -> torch.Size:
@@ -55,12 +59,26 @@ def type_name(d: Distribution) -> str:
     return type(d).__name__
 
 
+def built_first(init: Callable[_P, None]) -> Callable[_P, None]:
+    """Have the constructor of a loss say so where it is given the q and p of a call."""
+
+    @wraps(init)
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        if any(isinstance(argument, Distribution) for argument in args):
+            name = type(args[0]).__name__
+            raise TypeError(f"{name} is built first and then called with q and p: loss = {name}(…); loss(q, p).")
+        init(*args, **kwargs)
+
+    return checked
+
+
 def _refuse_kind(q: object, p: object) -> NoReturn:
     which, got = ("p", p) if isinstance(q, Distribution) else ("q", q)
     raise TypeError(
         f"{which} must be a torch.distributions.Distribution, got {type(got).__name__}. For log-probabilities at "
-        "samples use kl_from_log_probs; for a mean and a log-variance build q with diagonal_normal(mean, logvar), and "
-        "for the logits or log-probabilities of classes with categorical(logits)."
+        "samples use kl_from_log_probs; for a mean and a log-variance build q with diagonal_normal(mean, logvar), for "
+        "the logits or log-probabilities of classes with categorical(logits), and for their probabilities with torch's "
+        "Categorical(probs)."
     )
 
 

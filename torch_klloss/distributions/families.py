@@ -45,6 +45,10 @@ class LogVarNormal(Normal):
         new._validate_args = self._validate_args
         return new
 
+    def __repr__(self) -> str:
+        loc, logvar = (t if t.numel() == 1 else t.size() for t in (self.loc, self.logvar))
+        return f"LogVarNormal(loc: {loc}, logvar: {logvar})"
+
 
 class StandardNormal(LogVarNormal):
     """The Normal of mean zero and variance one, recognised by its type.
@@ -77,6 +81,9 @@ class StandardNormal(LogVarNormal):
         Distribution.__init__(new, torch.Size(batch_shape), validate_args=False)
         new._validate_args = self._validate_args
         return new
+
+    def __repr__(self) -> str:
+        return f"StandardNormal({self._batch_shape})"
 
 
 class RawCategorical(Categorical):
@@ -113,7 +120,7 @@ class RawCategorical(Categorical):
         return new
 
 
-def diagonal_normal(mean: Tensor, logvar: Tensor, batch_dims: int = 1) -> Independent:
+def diagonal_normal(mean: Tensor, logvar: Tensor, batch_dims: int = 1) -> Independent[Normal]:
     """Build the posterior of a VAE: a Normal with independent components.
 
     All dimensions after the first `batch_dims` make up one event, whatever their number: `[batch, latent]`,
@@ -131,7 +138,7 @@ def diagonal_normal(mean: Tensor, logvar: Tensor, batch_dims: int = 1) -> Indepe
     Raises:
         ValueError: if the shapes differ, `batch_dims` does not fit, or (with torch's validation on) a parameter is NaN.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch_klloss import AnalyticKL, diagonal_normal, standard_normal_like
         >>> q = diagonal_normal(mean=torch.ones(16, 8), logvar=torch.zeros(16, 8))
@@ -153,7 +160,7 @@ def diagonal_normal(mean: Tensor, logvar: Tensor, batch_dims: int = 1) -> Indepe
     return _independent(LogVarNormal(mean, logvar), batch_dims)
 
 
-def standard_normal_like(q: Distribution) -> Independent:
+def standard_normal_like(q: Distribution) -> Independent[Normal]:
     """Build the standard Normal with q's batch and event shape, dtype and device: the usual prior of a VAE.
 
     Args:
@@ -165,7 +172,7 @@ def standard_normal_like(q: Distribution) -> Independent:
     Raises:
         TypeError: if q is not a distribution.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch_klloss import diagonal_normal, standard_normal_like
         >>> p = standard_normal_like(diagonal_normal(torch.ones(16, 8), torch.zeros(16, 8)))
@@ -186,7 +193,7 @@ def categorical(logits: Tensor) -> RawCategorical:
     Raises:
         ValueError: if there is no dimension of classes, or (with torch's validation on) a logit is NaN.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch_klloss import AnalyticKL, categorical
         >>> student, teacher = categorical(torch.zeros(5, 4)), categorical(torch.full((5, 4), 7.0))
@@ -199,9 +206,9 @@ def categorical(logits: Tensor) -> RawCategorical:
     return RawCategorical(logits)
 
 
-def _independent(base: Distribution, batch_dims: int) -> Independent:
+def _independent(base: Normal, batch_dims: int) -> Independent[Normal]:
     """Return the same as torch's constructor, without checks that cannot fail here: it runs in every training step."""
-    d: Independent = Independent.__new__(Independent)
+    d: Independent[Normal] = Independent.__new__(Independent)
     d.base_dist, d.reinterpreted_batch_ndims = base, len(base.batch_shape) - batch_dims
     shape = base.batch_shape
     Distribution.__init__(d, shape[:batch_dims], shape[batch_dims:], validate_args=False)

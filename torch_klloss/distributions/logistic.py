@@ -22,7 +22,7 @@ class Logistic(Distribution):
         scale: positive, `[*batch]`.
         validate_args: as in torch.
 
-    Example:
+    Examples:
         >>> from torch_klloss.distributions.logistic import Logistic
         >>> Logistic(0.0, 1.0).log_prob(torch.tensor(100.0))
         tensor(-100.)

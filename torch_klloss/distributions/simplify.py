@@ -55,7 +55,7 @@ def simplify(q: Distribution, p: Distribution) -> tuple[Distribution, Distributi
         The pair, with an event shape of () where possible, and how many dimensions were peeled: the KL of the pair,
         summed over its last dimensions, is KL(q‖p). If nothing could be done, q and p themselves.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch.distributions import AffineTransform, Gamma, Normal, TransformedDistribution
         >>> from torch_klloss.distributions.simplify import simplify

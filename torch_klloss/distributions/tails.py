@@ -77,7 +77,7 @@ def is_infinite(q: Distribution, p: Distribution, power: int = 1) -> Tensor | No
         A bool tensor of the broadcast batch shape, False where the moment is finite or a parameter is NaN; None if a
         family has no declared tails, or they do not determine it.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch.distributions import Normal, StudentT
         >>> from torch_klloss.distributions.tails import is_infinite

@@ -7,3 +7,7 @@ from torch_klloss.elbo.loss import ELBOLoss
 from torch_klloss.elbo.terms import ELBOTerms
 
 __all__ = ["GECO", "ELBOLoss", "ELBOTerms", "IWAELoss", "KLDecomposition", "PIControl", "decompose_kl"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -15,7 +15,14 @@ Latents: TypeAlias = Distribution | Sequence[Distribution] | Sequence[Pair]
 
 def pairs_of(q: Latents, p: Distribution | Sequence[Distribution] | None) -> list[Pair]:
     """Return the levels as a list of (q, p) pairs."""
+    if isinstance(q, Tensor):
+        raise TypeError(
+            "loss(p_x, x, q, p) takes distributions, got a tensor as q: for a reconstruction, x, mean and log-variance "
+            "call loss.from_tensors(recon, x, mean, logvar)."
+        )
     if isinstance(q, Distribution):
+        if p is None:
+            raise TypeError("a posterior q needs its prior p: loss(p_x, x, q, standard_normal_like(q)).")
         return [(q, p)]  # type: ignore[list-item]
     levels = list(q)
     if not levels:

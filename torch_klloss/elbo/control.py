@@ -50,7 +50,7 @@ class GECO(BetaController):
     References:
         *Taming VAEs* (Rezende and Viola, 2018), algorithm 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch_klloss.elbo import GECO
         >>> weight = GECO(tolerance=20.0, rate=0.1, momentum=0.0)
@@ -124,7 +124,7 @@ class PIControl(BetaController):
     References:
         *ControlVAE: controllable variational autoencoder* (Shao et al., 2020), algorithm 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch_klloss.elbo import PIControl
         >>> weight = PIControl(target=10.0, proportional=0.01, integral=0.001)

@@ -71,7 +71,7 @@ def decompose_kl(
         *Isolating sources of disentanglement in variational autoencoders* (Chen et al., 2018). *ELBO surgery* (Hoffman
         and Johnson, 2016).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch_klloss import diagonal_normal, standard_normal_like
         >>> from torch_klloss.elbo import decompose_kl

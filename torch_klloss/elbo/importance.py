@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ class IWAELoss(nn.Module):
         estimators for Monte Carlo objectives* (Tucker et al., 2019). *Tighter variational bounds are not necessarily
         better* (Rainforth et al., 2018), for the ratios.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch.distributions import Independent, Normal
         >>> from torch_klloss import diagonal_normal, standard_normal_like
@@ -142,6 +142,10 @@ class IWAELoss(nn.Module):
         if batch.weights is not None:
             check_dropped(bound, batch.weights != 0, q, p)
         return batch.reduce(-bound, self.reduction)
+
+    if TYPE_CHECKING:  # torch's has no types
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Tensor: ...  # noqa: D102
 
     def _log_q(self, q: Distribution, z: Tensor, gradient: str) -> Tensor:
         """Return log q(z), with a gradient to q's parameters if `gradient` is "pathwise"."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +73,7 @@ class ELBOLoss(nn.Module):
         et al., 2018), for the capacity. *Mastering Atari with discrete world models* (Hafner et al., 2021), for
         balancing.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch.distributions import Bernoulli, Independent
         >>> from torch_klloss import ELBOLoss, diagonal_normal, standard_normal_like
@@ -181,6 +182,10 @@ class ELBOLoss(nn.Module):
                 check_dropped(nll, batch.weights != 0, p_x)
             return self._terms(nll, levels, batch, step)
 
+    if TYPE_CHECKING:  # torch's has no types
+
+        def __call__(self, *args: Any, **kwargs: Any) -> ELBOTerms: ...  # noqa: D102
+
     def from_tensors(
         self,
         recon: Tensor,
@@ -211,7 +216,7 @@ class ELBOLoss(nn.Module):
         Raises:
             TypeError, ValueError: as `forward`; and if recon and x, or mean and logvar, have different shapes.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from torch_klloss import ELBOLoss
             >>> recon, x = torch.full((2, 3), 0.5), torch.tensor([[0.0, 1.0, 0.3], [1.0, 0.0, 0.9]])

@@ -42,7 +42,7 @@ class ELBOTerms(NamedTuple):
         References:
             *A note on the evaluation of generative models* (Theis, van den Oord and Bethge, 2016), section 3.1.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from torch_klloss import ELBOTerms
             >>> kl, nll = torch.tensor(2.0), torch.tensor(64.0).log() * 8

@@ -21,3 +21,7 @@ __all__ = [
     "log_probs_of",
     "token_kl",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

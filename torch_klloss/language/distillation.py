@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ class DistillationLoss(Weighted):
     References:
         *Distilling the knowledge in a neural network* (Hinton, Vinyals and Dean, 2015), for T².
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch_klloss.language import DistillationLoss
         >>> loss = DistillationLoss(temperature=2.0, shift=1)
@@ -152,6 +152,10 @@ class DistillationLoss(Weighted):
         result = self.per_token(student, teacher, labels, mask, vocab_size, boundaries)
         value = result.tokens.reduce(result.found.value, self.reduction, normalizer)
         return value * self.weight_at(step)
+
+    if TYPE_CHECKING:  # torch's has no types
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Tensor: ...  # noqa: D102
 
     def estimate(
         self,

@@ -26,7 +26,7 @@ class ForwardKL(Divergence):
     References:
         *Distilling the knowledge in a neural network* (Hinton, Vinyals and Dean, 2015).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch_klloss.language import DistillationLoss, ForwardKL
         >>> teacher, student = torch.tensor([[[0.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]])
@@ -47,7 +47,7 @@ class ReverseKL(Divergence):
     References:
         *MiniLLM: knowledge distillation of large language models* (Gu et al., 2024).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch_klloss.language import DistillationLoss, ReverseKL
         >>> teacher, student = torch.tensor([[[0.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]])
@@ -75,7 +75,7 @@ class Jeffreys(Divergence):
         *An invariant form for the prior probability in estimation problems* (Jeffreys, 1946), for weight = ½ up to a
         factor of 2.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch_klloss.language import DistillationLoss, Jeffreys
         >>> teacher, student = torch.tensor([[[0.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]])
@@ -110,7 +110,7 @@ class JensenShannon(Divergence):
     References:
         *On-policy distillation of language models: learning from self-generated mistakes* (Agarwal et al., 2024).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch_klloss.language import DistillationLoss, JensenShannon
         >>> teacher, student = torch.tensor([[[0.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]])
@@ -158,7 +158,7 @@ class SkewKL(Divergence):
     References:
         *DistiLLM: towards streamlined distillation for large language models* (Ko et al., 2024).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch_klloss.language import DistillationLoss, SkewKL
         >>> teacher, student = torch.tensor([[[0.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]])

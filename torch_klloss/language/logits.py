@@ -30,7 +30,7 @@ class LinearHead:
         TypeError: if one of them is not a floating-point tensor.
         ValueError: if their shapes do not fit.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from torch_klloss.language import DistillationLoss, LinearHead
@@ -80,7 +80,7 @@ class VocabShards:
         TypeError: if the logits are not a floating-point tensor.
         ValueError: if `start` is not an integer of at least 0; in a loss, if shards overlap or leave a gap.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch_klloss.language import VocabShards, token_kl
         >>> q, p = torch.randn(3, 50), torch.randn(3, 50)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -80,7 +80,7 @@ class ReferenceKL(Weighted):
         2025), for the exact steps. *On a few pitfalls in KL divergence gradient estimation for RL* (Tang and Munos,
         2025), for the score of the future. *Approximating KL divergence* (Schulman, 2020), for k1 and k3.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch_klloss.language import ReferenceKL
         >>> policy, reference = torch.zeros(1, 2, 2, requires_grad=True), torch.tensor([[[0.0, 1.0], [0.0, 2.0]]])
@@ -155,6 +155,10 @@ class ReferenceKL(Weighted):
         else:
             value = self._sampled(policy, reference, tokens, mask, log_behavior, normalizer)
         return value * self.weight_at(step)
+
+    if TYPE_CHECKING:  # torch's has no types
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Tensor: ...  # noqa: D102
 
     def rewards(
         self,

@@ -43,7 +43,7 @@ class SparseTeacher:
         *Sparse logit sampling: accelerating knowledge distillation in LLMs* (Anshumann et al., 2025), for the bias of
         the top k and for `sampled`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch_klloss.language import DistillationLoss, SparseTeacher, token_kl
         >>> teacher, student = torch.tensor([[3.0, 2.0, 0.0, 0.0]]), torch.tensor([[2.0, 2.0, 1.0, 0.0]])
@@ -115,7 +115,7 @@ class SparseTeacher:
         Raises:
             TypeError, ValueError: as the class; if counts are not positive, or a draw lies in the head.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from torch_klloss.language import DistillationLoss, SparseTeacher, token_kl
             >>> teacher, student = torch.randn(2000, 100), torch.randn(2000, 100)

@@ -41,7 +41,7 @@ def token_kl(
         TypeError: if an argument is of the wrong kind.
         ValueError: if the vocabularies, the tokens or the mask differ in shape, or there is no token.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch_klloss.language import token_kl
         >>> q, p = torch.tensor([[0.0, 0.0], [1.0, 1.0]]), torch.tensor([[0.0, 1.0], [1.0, 1.0]])
@@ -79,7 +79,7 @@ def log_probs_of(logits: Logits, tokens: Tensor, *, temperature: float = 1.0, ig
         ValueError: if the shapes differ, there is no token, or an id is out of range (on the CPU and in eager mode;
             elsewhere its log-probability is NaN).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch_klloss.language import log_probs_of
         >>> log_probs_of(torch.zeros(2, 4), torch.tensor([3, -100]))

@@ -26,7 +26,7 @@ class Method(Protocol):
     `supports(q, p)`, which says without drawing or evaluating a density whether the method takes the pair (None:
     only computing can tell); and `route(q, p)`, for a method that chooses among others.
 
-    Example:
+    Examples:
         A method of your own works in every place where the library's do:
 
         >>> import torch

@@ -33,7 +33,7 @@ class ClosedForm(BaseMethod):
     inherits the form of its parent only where its density agrees with the parent's at a few of its own points;
     otherwise there is no closed form for it, and a warning names the class.
 
-    Example:
+    Examples:
         >>> from torch.distributions import Normal
         >>> from torch_klloss.methods import ClosedForm
         >>> ClosedForm().estimate(Normal(1.0, 1.0), Normal(0.0, 1.0)).value

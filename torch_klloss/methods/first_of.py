@@ -28,7 +28,7 @@ class FirstOf(BaseMethod):
     Args:
         methods: at least one method, the preferred one first.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch.distributions import Normal, StudentT
         >>> from torch_klloss.methods import ClosedForm, FirstOf, MonteCarlo

@@ -61,7 +61,7 @@ class MixtureBound(BaseMethod):
         *Lower and upper bounds for approximation of the Kullback-Leibler divergence between Gaussian mixture models*
         (Durrieu, Thiran and Kelly, 2012).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch.distributions import Categorical, MixtureSameFamily, Normal
         >>> from torch_klloss.methods import MixtureBound

@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import fields
+from inspect import signature
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
+
+
+def settings_of(instance: Any) -> dict[str, object]:
+    """Return the fields of a dataclass that its constructor takes, by name."""
+    return {field.name: getattr(instance, field.name) for field in fields(instance) if field.init}
+
+
+def changed(cls: type, settings: Mapping[str, object]) -> dict[str, object]:
+    """Return the settings that differ from the defaults of a class's constructor, in the order of its parameters."""
+    parameters = signature(cls).parameters
+    return {
+        name: settings[name] for name in parameters if name in settings and settings[name] != parameters[name].default
+    }
 
 
 def check_integer(name: str, value: object, at_least: int = 1) -> None:
@@ -35,7 +51,8 @@ def check_tensors(**tensors: object) -> None:
     """Raise a TypeError unless every value is a tensor of real numbers."""
     for name, t in tensors.items():
         if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}.")
+            way_out = f": torch.as_tensor({name})" if hasattr(t, "__array__") else ""
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}{way_out}.")
         if t.is_complex():
             raise TypeError(f"{name} must be a tensor of real numbers, got {t.dtype}.")
 

@@ -32,7 +32,7 @@ Number = Union["Rounded", Tensor, float]
 class Rounded:
     """A tensor with a bound of its rounding error; arithmetic takes numbers and exact tensors as well.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch_klloss.numerics.rounded import Rounded
         >>> x = Rounded(torch.tensor(1e8, dtype=torch.float64))

@@ -8,3 +8,7 @@ from torch_klloss.samplers.sobol import Sobol
 from torch_klloss.samplers.stratified import Stratified
 
 __all__ = ["IID", "Antithetic", "Points", "Sampler", "Sobol", "Stratified"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

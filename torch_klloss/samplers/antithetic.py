@@ -20,7 +20,7 @@ class Antithetic(PreparedSampler):
     as a quadratic log-ratio centred on q, the variance doubles: both points of a pair have the same value. The error
     comes from independent pairs, with S/2 - 1 degrees of freedom (NaN for a single pair).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch.distributions import Normal
         >>> from torch_klloss.samplers import Antithetic

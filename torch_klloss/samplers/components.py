@@ -66,7 +66,7 @@ def prepare_by_component(
     Raises:
         ValueError: if q is not a mixture.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch.distributions import Categorical, MixtureSameFamily, Normal
         >>> from torch_klloss.samplers import IID

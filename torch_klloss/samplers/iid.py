@@ -23,7 +23,7 @@ class IID(PreparedSampler):
 
     The error of an expectation falls as S^-1/2, and is estimated from the spread of the draws.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch_klloss.samplers import IID
         >>> points = IID().draw(torch.distributions.Normal(torch.zeros(3), 1.0), 8, differentiable=False)

@@ -87,7 +87,7 @@ def prepare_located(sampler: Sampler, q: Distribution, num_samples: int, *, diff
 def origin(q: Distribution) -> tuple[Distribution, _Image]:
     """Return the distribution that q is drawn from, of q's batch shape, and the map from its points to q's.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch.distributions import LogNormal
         >>> from torch_klloss.samplers.origins import origin

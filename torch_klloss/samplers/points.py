@@ -29,7 +29,7 @@ class Points:
             samplers/draws.py) has the weights and the replicates of the whole.
         log_q: log q(x) `[n, *batch]`, with every gradient, where q gave it together with x; else None.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch_klloss.samplers import Points
         >>> die = Points(torch.arange(1.0, 7.0), torch.full((6,), 1 / 6), num_replicates=None)
@@ -108,7 +108,7 @@ class Sampler(Protocol):
     count the independent replicates: the spread of dependent points is no error. A sampler that also has `prepare`
     (samplers/draws.py) can be evaluated in chunks without storing all of its points.
 
-    Example:
+    Examples:
         The same random shift of S equal strata:
 
         >>> import torch

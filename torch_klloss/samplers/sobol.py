@@ -102,7 +102,7 @@ class Sobol(PreparedSampler):
         *Randomly permuted (t, m, s)-nets and (t, s)-sequences* (Owen, 1995). *Recent advances in randomized
         quasi-Monte Carlo methods* (L'Ecuyer and Lemieux, 2002).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch.distributions import Uniform
         >>> from torch_klloss.samplers import Sobol

@@ -33,7 +33,7 @@ class Stratified(PreparedSampler):
         *A comparison of three methods for selecting values of input variables* (McKay, Beckman and Conover, 1979).
         *Large sample properties of simulations using Latin hypercube sampling* (Stein, 1987).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch.distributions import Uniform
         >>> from torch_klloss.samplers import Stratified

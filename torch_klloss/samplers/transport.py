@@ -49,7 +49,7 @@ def register_transport(
         num_uniforms: the number of uniform numbers for one event. None: one, and the map is from u `[n, *batch]`.
         differentiable: as in `Transport`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch_klloss.samplers import Sobol
         >>> from torch_klloss.samplers.transport import register_transport
@@ -93,7 +93,7 @@ def transport(q: Distribution, u: Tensor, *, differentiable: bool) -> Tensor:
     Raises:
         NotImplementedError: if q has no transport, or `differentiable` and the transport has no gradient.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch.distributions import Normal
         >>> from torch_klloss.samplers.transport import transport

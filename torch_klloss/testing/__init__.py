@@ -3,3 +3,7 @@
 from torch_klloss.testing.laws import KLReport, check_kl
 
 __all__ = ["KLReport", "check_kl"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

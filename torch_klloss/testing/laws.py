@@ -75,7 +75,7 @@ def check_kl(
         AssertionError: if a check fails: the expectation, the value, and where to look, for every failed check.
         NotImplementedError: if no closed form is registered for the pair.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch.distributions import Exponential, kl_divergence
         >>> from torch_klloss.testing import check_kl

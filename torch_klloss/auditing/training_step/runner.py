@@ -134,7 +134,7 @@ def audit_module(
     Raises:
         TypeError: if `module` is no `nn.Module` with a `training_step`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from torch_klloss.auditing.training_step import audit_module

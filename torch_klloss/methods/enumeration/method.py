@@ -48,7 +48,7 @@ class Enumeration(BaseMethod):
     References:
         *Fast and accurate computation of binomial probabilities* (Loader, 2000).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch.distributions import Binomial, Geometric, Poisson
         >>> from torch_klloss.methods import Enumeration

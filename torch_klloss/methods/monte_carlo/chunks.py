@@ -84,7 +84,7 @@ def expectation_in_chunks(
     Raises:
         ValueError: if `chunk_size` is not a positive integer or None.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch_klloss.methods.monte_carlo.chunks import expectation_in_chunks
         >>> from torch_klloss.samplers import Points

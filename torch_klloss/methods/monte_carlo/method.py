@@ -112,7 +112,7 @@ class MonteCarlo(BaseMethod):
         *Approximating KL divergence* (Schulman, 2020), for k2 and k3. *Reducing reparameterization gradient variance*
         (Miller, Foti, D'Amour and Adams, 2017), for the Taylor surrogate.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch.distributions import Normal, StudentT
         >>> from torch_klloss.methods import MonteCarlo

@@ -62,7 +62,7 @@ class MixedGradient(nn.Module):
     Raises:
         ValueError: if `decay` is not between 0 and 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch.distributions import Normal, StudentT
         >>> from torch_klloss import MonteCarloKL

@@ -33,7 +33,7 @@ def tail_shape(log_ratio: Tensor) -> Tensor:
         *Pareto smoothed importance sampling* (Vehtari, Simpson, Gelman, Yao and Gabry, 2024). *A new and efficient
         estimation method for the generalized Pareto distribution* (Zhang and Stephens, 2009).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch_klloss.methods.monte_carlo.tail_diagnostics import tail_shape
         >>> uniform = (torch.arange(4096) + 0.5) / 4096

@@ -67,7 +67,7 @@ class Quadrature(BaseMethod):
         *The exponentially convergent trapezoidal rule* (Trefethen and Weideman, 2014). *Approximation theory and
         approximation practice* (Trefethen, 2013).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch.distributions import Normal, StudentT
         >>> from torch_klloss.methods import Quadrature
