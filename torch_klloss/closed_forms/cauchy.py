@@ -10,10 +10,11 @@ from torch.distributions import Cauchy, HalfCauchy
 
 from torch_klloss.closed_forms.formula import register_formula
 from torch_klloss.numerics.blocks import Derivatives
-from torch_klloss.numerics.elementary import widened
+from torch_klloss.numerics.quick_kernels import narrow_or_wide
 
 
 @register_formula(Cauchy, "loc", "scale")
+@narrow_or_wide
 def kl(
     needs: Sequence[bool], q_loc: Tensor, q_scale: Tensor, p_loc: Tensor, p_scale: Tensor
 ) -> tuple[Tensor, Derivatives]:
@@ -23,8 +24,7 @@ def kl(
         *A closed-form formula for the Kullback-Leibler divergence between Cauchy distributions* (Chyzak and
         Nielsen, 2019).
     """
-    distance, q_scale, p_scale = widened(q_loc - p_loc), widened(q_scale), widened(p_scale)
-    gap = q_scale - p_scale
+    distance, gap = q_loc - p_loc, q_scale - p_scale
     value = torch.log1p((gap / q_scale * (gap / p_scale) + distance / q_scale * (distance / p_scale)) / 4)
     if not any(needs):
         return value, (None,) * 4
@@ -39,9 +39,9 @@ def kl(
 
 
 @register_formula(HalfCauchy, "scale")
+@narrow_or_wide
 def half_kl(needs: Sequence[bool], q_scale: Tensor, p_scale: Tensor) -> tuple[Tensor, Derivatives]:
     """log(1 + (σq - σp)² / (4 σq σp)): by symmetry, the KL of the two Cauchy distributions around 0."""
-    q_scale, p_scale = widened(q_scale), widened(p_scale)
     gap = q_scale - p_scale
     x = gap / (q_scale + p_scale) if any(needs) else gap
     value = torch.log1p(gap / q_scale * (gap / p_scale) / 4)

@@ -16,4 +16,5 @@ from torch_klloss.numerics.elementary import excess
 def kl(needs: Sequence[bool], q_rate: Tensor, p_rate: Tensor) -> tuple[Tensor, Derivatives]:
     """λp/λq - 1 - log(λp/λq), the Itakura-Saito divergence of the rates, p's first."""
     _, x, value = excess(p_rate, q_rate)
+    x = x.to(q_rate.dtype)
     return value, (-x / q_rate if needs[0] else None, x / p_rate if needs[1] else None)

@@ -10,10 +10,12 @@ from torch.distributions import Laplace
 
 from torch_klloss.closed_forms.formula import register_formula
 from torch_klloss.numerics.blocks import Derivatives
-from torch_klloss.numerics.elementary import excess, growth, sign_of, widened
+from torch_klloss.numerics.elementary import e2, excess, sign_of
+from torch_klloss.numerics.quick_kernels import narrow_or_wide
 
 
 @register_formula(Laplace, "loc", "scale")
+@narrow_or_wide
 def kl(
     needs: Sequence[bool], q_loc: Tensor, q_scale: Tensor, p_loc: Tensor, p_scale: Tensor
 ) -> tuple[Tensor, Derivatives]:
@@ -23,11 +25,12 @@ def kl(
         *Rényi divergence measures for commonly used univariate continuous distributions* (Gil, Alajaji and Linder,
         2013), rearranged.
     """
-    ratio, x, spread = excess(q_scale, p_scale)
-    distance = widened(q_loc - p_loc)
+    ratio, x, spread = (t.to(q_loc.dtype) for t in excess(q_scale, p_scale))
+    distance = q_loc - p_loc
     sign = sign_of(distance)  # not abs, which would hide the second derivative at 0
     minus_t = -sign * distance / q_scale
-    minus_t, decay, lead = growth(minus_t)
+    lead = e2(minus_t)
+    decay = lead + minus_t
     value = torch.addcmul(spread, ratio, lead)
     by_q_loc = -sign * decay / p_scale if needs[0] or needs[2] else None
     by_p_loc = -by_q_loc if by_q_loc is not None and needs[2] else None

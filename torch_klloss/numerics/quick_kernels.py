@@ -7,6 +7,7 @@ be computed as it is written, unless that cancels or a parameter is at its end.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 
 import torch
 from torch import Tensor
@@ -19,6 +20,19 @@ Quick = Callable[..., "tuple[Tensor, Derivatives] | None"]
 Direct = Callable[..., tuple[Tensor, Derivatives, Tensor]]
 
 LOST = 1e-8  # of the terms of a sum: what is smaller has lost half of float64's digits
+
+
+def narrow_or_wide(kernel: Kernel) -> Kernel:
+    """Return a kernel that goes over to float64 where a step of it overflows in float32."""
+
+    @wraps(kernel)
+    def either(needs: Sequence[bool], *tensors: Tensor) -> tuple[Tensor, Derivatives]:
+        found = kernel(needs, *tensors)
+        if has_digits_to_spare(tensors[0]) and may_be_infinite(found[0]):
+            return kernel(needs, *(t.double() for t in tensors))
+        return found
+
+    return either
 
 
 def quick_or_careful(quick: Quick, careful: Kernel) -> Kernel:
