@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,7 @@ def test_the_program_runs(capsys):
     assert capsys.readouterr().out.startswith("True KLReport(")
 
 
+@pytest.mark.skipif(shutil.which("node") is None, reason="pyright runs on node")
 def test_pyright_takes_the_program_and_finds_what_is_wrong_in_another(programs):
     settings = {"include": ["*.py"], "typeCheckingMode": "strict", "extraPaths": [str(ROOT)]}
     (programs / "pyrightconfig.json").write_text(json.dumps(settings))

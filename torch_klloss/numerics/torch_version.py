@@ -2,7 +2,7 @@
 
 import re
 
-OLDEST = (2, 8)  # the first with torch.distributions.GeneralizedPareto, and the oldest that passes the tests
+OLDEST = (2, 8)  # the first with torch.distributions.GeneralizedPareto
 
 
 def check_torch(version: str) -> None:
