@@ -45,6 +45,7 @@ def main(monkeypatch):
         monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
         try:
             if name == "torch_klloss":
+                monkeypatch.delitem(sys.modules, "torch_klloss.__main__", raising=False)
                 runpy.run_module(name, run_name="__main__", alter_sys=True)
             else:
                 runpy.run_path(str(script), run_name="__main__")
