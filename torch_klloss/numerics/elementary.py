@@ -191,15 +191,6 @@ def excess(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return ratio, x, lag(x, ratio)
 
 
-def isd(a: Tensor, b: Tensor) -> Tensor:
-    """Return the Itakura-Saito divergence a/b - 1 - log(a/b) of positive a and b.
-
-    References:
-        *Analysis synthesis telephony based on the maximum likelihood method* (Itakura and Saito, 1968).
-    """
-    return excess(a, b)[2]
-
-
 def lag(x: Tensor, ratio: Tensor) -> Tensor:
     """Return x - log(1 + x) ≥ 0 of x > -1, given 1 + x as well, with the digits that it has where x is near -1.
 
