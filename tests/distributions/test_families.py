@@ -137,6 +137,40 @@ def test_the_pair_of_a_vae_has_a_rule_of_its_own_wherever_it_comes_from():
         assert kl_divergence(a, b).shape == torch.broadcast_shapes(a.batch_shape, b.batch_shape)
 
 
+def learned(build):
+    """Return (mean, logvar) of a posterior, and a learned prior near it, as float32 leaves, with their float64 twins."""
+    mean, logvar = torch.randn(2, 400, 3)
+    near = 10.0 ** -torch.arange(1, 9).repeat(50)[:, None]
+    leaves = [mean, logvar, mean + near * torch.randn(400, 3), build(logvar + near * torch.randn(400, 3))]
+    return [[t.to(dtype).requires_grad_() for t in leaves] for dtype in (torch.float32, torch.float64)]
+
+
+@pytest.mark.parametrize(
+    ("build", "scale"),
+    [(lambda v: v, None), (lambda v: (0.5 * v).exp(), lambda s: s)],
+    ids=["by its log-variance", "by its scale"],
+)
+def test_a_learned_prior_has_the_digits_of_the_log_variance_that_was_given(build, scale):
+    (mean, logvar, loc, width), wide = learned(build)
+    p = diagonal_normal(loc, width) if scale is None else Independent(Normal(loc, width), 1)
+    value = kl_divergence(diagonal_normal(mean, logvar), p)
+    found = torch.autograd.grad(value.sum(), (mean, logvar, loc, width))
+    log_variance = wide[3] if scale is None else 2 * wide[3].log()
+    x = wide[1] - log_variance
+    exact = (((wide[0] - wide[2]).square() * torch.exp(-log_variance) + torch.expm1(x) - x) / 2).sum(-1)
+    torch.testing.assert_close(value, exact.float(), rtol=1e-6, atol=0)
+    for one, other in zip(found, torch.autograd.grad(exact.sum(), wide), strict=True):
+        torch.testing.assert_close(one, other.float(), rtol=1e-5, atol=1e-9)
+
+
+def test_a_log_variance_may_be_far_beyond_what_a_scale_in_float32_holds():
+    logvar = torch.tensor([-1400.0, -800.0, -200.0, 200.0, 2000.0])
+    for p in (Normal(torch.zeros(5), torch.ones(5)), diagonal_normal(torch.zeros(5), torch.zeros(5), 1).base_dist):
+        value = kl_divergence(LogVarNormal(torch.zeros(5), logvar), p)
+        assert value.tolist()[:3] == pytest.approx([699.5, 399.5, 99.5])
+        assert value.tolist()[3:] == [math.inf, math.inf]
+
+
 @pytest.mark.parametrize("wrong", [torch.zeros(3), (3,), None])
 def test_like_takes_a_distribution(wrong):
     with pytest.raises(TypeError, match=f"takes a torch.distributions.Distribution, got {type(wrong).__name__}"):

@@ -33,6 +33,29 @@ def posterior(q: Exact, p: Exact) -> Any:
     return (q["loc"] ** 2 + mpmath.exp(q["logvar"]) - 1 - q["logvar"]) / 2
 
 
+def draw_priors(regime: str, size: int, rng: Rng, dtype: torch.dtype) -> tuple[Arrays, Arrays]:
+    """Draw a posterior and a learned prior, which may be near it."""
+    q, _ = draw_posteriors("wide" if regime == "wide" else "moderate", size, rng, dtype)
+    if regime == "near":
+        return q, {key: near(x, rng) for key, x in q.items()}
+    return q, draw_posteriors(regime, size, rng, dtype)[0]
+
+
+def draw_priors_of_scales(regime: str, size: int, rng: Rng, dtype: torch.dtype) -> tuple[Arrays, Arrays]:
+    q, p = draw_priors(regime, size, rng, dtype)
+    return q, {"loc": p["loc"], "scale": np.exp(p["logvar"] / 2)}
+
+
+def log_variances(q: Exact, p: Exact) -> Any:
+    ratio = mpmath.exp(q["logvar"] - p["logvar"])
+    distance = (q["loc"] - p["loc"]) ** 2 / mpmath.exp(p["logvar"])
+    return (distance + ratio - 1 - mpmath.log(ratio)) / 2
+
+
+def log_variance_and_scale(q: Exact, p: Exact) -> Any:
+    return log_variances(q, {"loc": p["loc"], "logvar": 2 * mpmath.log(p["scale"])})
+
+
 def draw_covariances(regime: str, size: int, rng: Rng, dtype: torch.dtype) -> tuple[Arrays, Arrays]:
     """Draw factors whose rows have their own scales, and their products; near, the factors are near."""
 
@@ -72,6 +95,15 @@ REFERENCES = [
         draw_posteriors,
         posterior,
         build_p=lambda: StandardNormal(()),
+    ),
+    Reference("diagonal_normal, learned prior", LogVarNormal, LogVarNormal, draw_priors, log_variances),
+    Reference(
+        "diagonal_normal‖Normal",
+        LogVarNormal,
+        Normal,
+        draw_priors_of_scales,
+        log_variance_and_scale,
+        regimes=("moderate", "wide"),  # near, the digits of exp(½ logvar) are all that float64 and a device know
     ),
     Reference(
         "MultivariateNormal, covariance",

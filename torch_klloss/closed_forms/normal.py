@@ -13,8 +13,7 @@ from torch_klloss.numerics.blocks import Derivatives
 from torch_klloss.numerics.elementary import excess
 
 
-@register_formula(Normal, "loc", "scale")
-def kl(
+def kernel(
     needs: Sequence[bool], q_loc: Tensor, q_scale: Tensor, p_loc: Tensor, p_scale: Tensor
 ) -> tuple[Tensor, Derivatives]:
     """½ ((μq - μp)/σp)² + ½ x² + x - log(1 + x) with x = (σq - σp)/σp: three terms, each ≥ 0.
@@ -31,3 +30,6 @@ def kl(
     by_q_scale = x / p_scale + x / q_scale if needs[1] else None
     by_p_scale = -(x * (2 + x) + distance * distance) / p_scale if needs[3] else None
     return value, (by_q_loc if needs[0] else None, by_q_scale, by_p_loc, by_p_scale)
+
+
+kl = register_formula(Normal, "loc", "scale")(kernel)

@@ -16,6 +16,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from torch_klloss.numerics.error_free import difference_error
 from torch_klloss.numerics.tracing import is_traced, needs_plain_operations, without_func
 
 # Of (artanh(s)/s - 1)/s², in s²: minimax for |s| ≤ ⅓, that is for ratios from a half to two; relative errors 5e-7,
@@ -276,13 +277,16 @@ def e2(x: Tensor) -> Tensor:
     return torch.addcmul((torch.exp(x) - torch.exp(near)) - (x - near), near * near, lead)
 
 
-def growth(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return x, exp(x) - 1 and exp(x) - 1 - x ≥ 0, all widened."""
-    if has_digits_to_spare(x):
-        x = x.double()
+def growth(a: Tensor, b: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x, exp(x) - 1 and exp(x) - 1 - x ≥ 0, all widened, of x = a, or of x = a - b."""
+    if has_digits_to_spare(a):
+        x = a.double() if b is None else a.double() - b.double()
         grown = torch.expm1(x)
         return x, grown, (grown - x).clamp_min(0)
+    x = a if b is None else a - b
     lead = e2(x)
+    if b is not None:  # the exponential of a large difference feels how that was rounded
+        lead = torch.addcmul(lead, (lead + x).clamp_max(largest(x)), difference_error(a.detach(), b.detach()))
     return x, lead + x, lead
 
 
