@@ -1,5 +1,6 @@
 """The recorded references: the source that they are of, the digits that they keep, the draws that they cover."""
 
+import importlib
 import json
 
 import mpmath
@@ -71,6 +72,11 @@ def test_a_truth_that_lacks_digits_does_not_agree(dtype):
         assert not agree(truth._replace(kl=truth.kl * (1 + little)), truth, dtype)
         assert not agree(truth._replace(gradient=[truth.gradient[0] + less, truth.gradient[1]]), truth, dtype)
         assert not agree(Truth(mpmath.inf, []), truth, dtype)
+
+
+def test_what_is_left_out_of_the_hash_keeps_nothing():
+    left_out = [importlib.import_module(f"tests.references.{name.removesuffix('.py')}") for name in recorded.NOT_KEPT]
+    assert not any(reference.recorded for module in left_out for reference in getattr(module, "REFERENCES", []))
 
 
 def test_a_table_of_another_source_is_not_read(tmp_path):

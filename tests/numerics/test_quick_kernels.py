@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from torch.distributions import Beta, Categorical, Dirichlet, Gamma
+from torch.distributions import Beta, Categorical, Dirichlet, Gamma, Gumbel
 
 from torch_klloss import kl_divergence
 from torch_klloss.numerics import quick_kernels
 
 BUILD = {
     "Gamma": lambda a, b, c, d: (Gamma(a, b), Gamma(c, d)),
+    "Gumbel": lambda a, b, c, d: (Gumbel(a, b), Gumbel(c, d)),
     "Beta": lambda a, b, c, d: (Beta(a, b), Beta(c, d)),
     "Dirichlet": lambda a, b, c, d: (Dirichlet(a + b), Dirichlet(c + d)),
     "Categorical by probabilities": lambda a, b, c, d: (Categorical(a + b), Categorical(c + d)),

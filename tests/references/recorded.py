@@ -33,8 +33,8 @@ TABLE = HERE / "recorded.json"
 MODE = os.environ.get("REFERENCES", "recorded")
 COMMAND = "make references"
 KEY_BYTES = 4  # enough for the few hundred draws that a group has
-NO_TRUTH = {"harness.py", "recorded.py", "targets.py", "worst_cases.py"}
-"""The modules beside this one that compute no truth."""
+NOT_KEPT = {"gaussian.py", "harness.py", "recorded.py", "targets.py", "worst_cases.py"}
+"""The modules beside this one that compute no truth that is kept."""
 
 Group = tuple[str, str, bool]
 """A pair's name, a dtype's, and whether the gradient is kept as well."""
@@ -90,9 +90,9 @@ def rounded(truth: Truth, dtype: torch.dtype) -> Truth:
 
 
 def source_hash(sources: Mapping[str, str] | None = None) -> str:
-    """Return the hash of the modules that compute the truth, without their docstrings and comments."""
+    """Return the hash of the modules that compute what is kept, without their docstrings and comments."""
     if sources is None:
-        paths = (path for path in sorted(HERE.glob("*.py")) if path.name not in NO_TRUTH)
+        paths = (path for path in sorted(HERE.glob("*.py")) if path.name not in NOT_KEPT)
         sources = {path.name: path.read_text() for path in paths}
     text = "\n".join(f"{name}\n{ast.unparse(_without_docstrings(source))}" for name, source in sources.items())
     return hashlib.sha256(text.encode()).hexdigest()

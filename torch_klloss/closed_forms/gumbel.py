@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Gumbel
 
-from torch_klloss.closed_forms.registry import register_kl
-from torch_klloss.numerics.custom_gradient import custom_gradient
+from torch_klloss.closed_forms.formula import register_formula
+from torch_klloss.numerics.blocks import Derivatives
+from torch_klloss.numerics.constants import EULER
 from torch_klloss.numerics.elementary import common_dtype, e2, has_float64
 from torch_klloss.numerics.error_free import difference_error, quotient_error
 from torch_klloss.numerics.gamma_function import (
@@ -22,16 +23,27 @@ from torch_klloss.numerics.gamma_function import (
 _LOWEST, _HIGHEST = -709.0, 2800.0  # of m, so that the fourth root of exp(-m) is a float64
 
 
-@register_kl(Gumbel, Gumbel)
-def _gumbel_gumbel(q: Gumbel, p: Gumbel) -> Tensor:
-    """exp(w) - 1 - w + lgamma(r) + γ (r - 1) with r = βq/βp and w = lgamma(1 + r) - (μq - μp)/βp.
-
-    Both parts are ≥ 0: the second is the Bregman divergence of lgamma between r and 1.
-
-    References:
-        *Statistics of extremes* (Gumbel, 1958), for E[exp(-r G)] = Γ(1 + r) of the standard Gumbel G.
-    """
-    return _kl(q.loc, q.scale, p.loc, p.scale)
+def _direct(
+    needs: Sequence[bool], q_loc: Tensor, q_scale: Tensor, p_loc: Tensor, p_scale: Tensor
+) -> tuple[Tensor, Derivatives, Tensor]:
+    per_scale = 1 / p_scale
+    r, m = q_scale * per_scale, (q_loc - p_loc) * per_scale
+    log_gamma = torch.lgamma(r)
+    log_next = log_gamma + torch.log(r)  # of 1 + r
+    grown = torch.exp(log_next - m)
+    excess = grown - 1
+    linear = EULER * (r - 1)
+    value = excess - (log_next - m) + log_gamma + linear
+    size = grown + 1 + log_next.abs() + m.abs() + log_gamma.abs() + linear.abs()
+    by_p_loc = excess * per_scale if needs[0] or needs[2] else None
+    by_q_loc = -by_p_loc if by_p_loc is not None and needs[0] else None
+    by_q_scale = by_p_scale = None
+    if needs[1] or needs[3]:
+        digamma = torch.digamma(r)
+        by_q_scale = (excess * (digamma + 1 / r) + digamma + EULER) * per_scale
+        by_p_scale = torch.addcmul(excess * m * per_scale, r, by_q_scale, value=-1) if needs[3] else None
+    derivatives = by_q_loc, by_q_scale if needs[1] else None, by_p_loc if needs[2] else None, by_p_scale
+    return value, derivatives, size
 
 
 def _partials(
@@ -52,8 +64,15 @@ def _partials(
     return by_q_loc, by_q_scale, by_p_loc, by_p_scale
 
 
-@custom_gradient(_partials)
-def _kl(q_loc: Tensor, q_scale: Tensor, p_loc: Tensor, p_scale: Tensor) -> Tensor:
+@register_formula(Gumbel, "loc", "scale", partials=_partials, direct=_direct, needs_float64=True)
+def kl(q_loc: Tensor, q_scale: Tensor, p_loc: Tensor, p_scale: Tensor) -> Tensor:
+    """exp(w) - 1 - w + lgamma(r) + γ (r - 1) with r = βq/βp and w = lgamma(1 + r) - (μq - μp)/βp.
+
+    Both parts are ≥ 0: the second is the Bregman divergence of lgamma between r and 1.
+
+    References:
+        *Statistics of extremes* (Gumbel, 1958), for E[exp(-r G)] = Γ(1 + r) of the standard Gumbel G.
+    """
     exact = has_float64(q_loc, q_scale, p_loc, p_scale)
     dtype = common_dtype(q_loc, q_scale, p_loc, p_scale)
     q_loc, q_scale, p_loc, p_scale = (t.double() for t in (q_loc, q_scale, p_loc, p_scale))
