@@ -138,7 +138,7 @@ def test_the_pair_of_a_vae_has_a_rule_of_its_own_wherever_it_comes_from():
 
 
 def learned(build):
-    """Return (mean, logvar) of a posterior, and a learned prior near it, as float32 leaves, with their float64 twins."""
+    """Return a posterior and a learned prior near it, as leaves in float32 and in float64."""
     mean, logvar = torch.randn(2, 400, 3)
     near = 10.0 ** -torch.arange(1, 9).repeat(50)[:, None]
     leaves = [mean, logvar, mean + near * torch.randn(400, 3), build(logvar + near * torch.randn(400, 3))]
