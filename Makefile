@@ -1,4 +1,5 @@
-# make demo         train the digits VAE, answer the question, prevent a collapse, say where the figures are
+# make demo         train the digits VAE, answer the question, prevent a collapse, say where the figures are; EPOCHS=3
+#                   trains for so many
 # make test         the test suite, of long sweeps some cases; LANE=ci takes all that show something of their own, and
 #                   adds the doctests, the wheel, and every benchmark, example and command in short
 # make test-all     the same with what is recorded computed anew, what repeats other tests, an empty environment
@@ -20,6 +21,7 @@ PIP := $(RUN) -m pip install --quiet --no-compile --constraint constraints.txt
 TEST := $(RUN) -m pytest --numprocesses auto --dist worksteal
 # Set, as in many containers, it would make every process compile anew what it imports.
 unexport PYTHONDONTWRITEBYTECODE
+TRAINING := $(if $(EPOCHS),--epochs $(EPOCHS))
 DOCTESTS := --doctest-modules --doctest-glob '*.md' torch_klloss README.md docs
 
 LANE ?= quick
@@ -33,9 +35,9 @@ IN_LANES := tests/closed_forms tests/methods tests/test_losses.py tests/callback
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
-	$(RUN) examples/vae_digits.py --out $(OUT)/vae_digits
+	$(RUN) examples/vae_digits.py --out $(OUT)/vae_digits $(TRAINING)
 	$(RUN) -m torch_klloss demo --out $(OUT)/question
-	$(RUN) examples/vae_collapse.py --out $(OUT)/vae_collapse
+	$(RUN) examples/vae_collapse.py --out $(OUT)/vae_collapse $(TRAINING)
 	@echo "figures: $(OUT)/vae_digits/images.png $(OUT)/vae_digits/kl_gap.png $(OUT)/question/question.png \
 	$(OUT)/vae_collapse/annealing.png $(OUT)/vae_collapse/collapse_plain.png $(OUT)/vae_collapse/collapse_annealing.png"
 

@@ -98,17 +98,17 @@ METHODS = {
 
 
 def check(loss, values):
-    """Change each tensor in turn, whoever requires a gradient, and compare the gradients of the others."""
+    """Change each tensor in turn, where all and where one of them require a gradient, and compare the gradients."""
     numbers = range(len(values))
     raised = 0
-    for changed, alone in itertools.product(numbers, (None, *numbers)):
-        learned = [i for i in numbers if alone in (None, i)]
-        kept, found = (_gradients(loss, values, learned, change) for change in (None, changed))
-        if kept is None:
-            continue
-        raised += found is None
-        for one, other in zip(kept, found or kept, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12, equal_nan=True)
+    for changed in numbers:
+        for learned in ([*numbers], [changed], [(changed + 1) % len(values)]):
+            kept, found = (_gradients(loss, values, learned, change) for change in (None, changed))
+            if kept is None:
+                continue
+            raised += found is None
+            for one, other in zip(kept, found or kept, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12, equal_nan=True)
     return raised
 
 

@@ -104,7 +104,7 @@ def test_the_closed_form_and_its_gradient_are_those_of_the_definition(f, data):
 
 @pytest.mark.parametrize(("f", "g"), CROSS)
 @given(data=st.data())
-@settings(max_examples=max(5, EXAMPLES // 10))
+@settings(max_examples=max(2, EXAMPLES // 20))
 def test_the_closed_form_across_families_is_that_of_the_definition(f, g, data):
     try:
         check_definition(f, g, *data.draw(pairs(f, g)))

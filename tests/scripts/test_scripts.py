@@ -67,6 +67,7 @@ def test_make_demo_says_where_its_figures_are(tmp_path):
         "--no-print-directory",
         "demo",
         f"OUT={tmp_path}",
+        "EPOCHS=2",
         f"VENV={environment}",
         "--assume-old",
         environment / ".demo",
