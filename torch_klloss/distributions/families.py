@@ -196,7 +196,7 @@ def categorical(logits: Tensor) -> RawCategorical:
 
     Warns:
         UserWarning: on the CPU in eager mode, if every row is at least 0 and sums to 1: these are probabilities, most
-            likely. Equal logits are not told from the uniform distribution, of which they are the same.
+            likely. Equal logits, which mean the same either way, and rows of a 1 among zeros are accepted.
 
     Examples:
         >>> import torch
@@ -219,13 +219,15 @@ def categorical(logits: Tensor) -> RawCategorical:
 
 
 def _are_probabilities(logits: Tensor) -> bool:
-    """Return whether all rows are at least 0 and sum to 1 up to their rounding, but are not uniform; first asks one."""
-    num_classes = logits.shape[-1]
-    if not can_be_read(logits) or logits.numel() == 0 or num_classes == 1:
+    """Return whether all rows are at least 0 and sum to 1, but not all are uniform or a single 1; first asks one."""
+    if not can_be_read(logits) or logits.numel() == 0:
         return False
     rows = logits.detach() if logits.is_floating_point() else logits.float()
     first = rows[(0,) * (rows.dim() - 1)]
-    return all(_add_up(part) for part in (first, rows)) and bool((rows.amax(-1) > rows.amin(-1)).any())
+    if not (_add_up(first) and _add_up(rows)):
+        return False
+    largest = rows.amax(-1)
+    return bool(((largest < 1) & (largest > rows.amin(-1))).any())
 
 
 def _add_up(probs: Tensor) -> bool:
