@@ -21,6 +21,7 @@ EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.py") if path.stem
 _LINKS = (
     (r"\]\((?:\.\./)?benchmarks/README\.md", "](benchmarks.md"),
     (r"\]\((?:\.\./)?examples/(\w+)\.py", r"](examples/\1.md"),
+    (r"\]\(\.\./examples/tutorial\.ipynb", "](examples/tutorial.ipynb"),
     (r"\]\((?:\.\./)?docs/", "]("),
     (r"\]\((?:\.\./)?CONTRIBUTING\.md", "](contributing.md"),
 )
@@ -32,6 +33,8 @@ def on_files(files: Any, config: Any) -> Any:
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
     for figure in (ROOT / "benchmarks" / "figures").glob("*.png"):
         files.append(File.generated(config, f"benchmarks/figures/{figure.name}", abs_src_path=str(figure)))
+    notebook = "examples/tutorial.ipynb"
+    files.append(File.generated(config, notebook, abs_src_path=str(ROOT / notebook)))
     for example in EXAMPLES:
         files.append(File.generated(config, f"examples/{example.stem}.md", content=page_of(example)))
     return files
