@@ -50,21 +50,23 @@ def page_of(example: Path) -> str:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Point links to pages of the site, and mark sessions of the interpreter as such."""
+    """Point links to pages of the site, and mark sessions of the interpreter as such, without doctest's directives."""
     if page.file.src_uri == "benchmarks.md":
         markdown = markdown.replace("](figures/", "](benchmarks/figures/")
     for pattern, link in _LINKS:
         markdown = re.sub(pattern, link, markdown)
+    markdown = re.sub(r" *# doctest: \+\w+$", "", markdown, flags=re.MULTILINE)
     return markdown.replace("```python\n>>> ", "```pycon\n>>> ")
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
-    r"""Typeset \(…\) and \[…\], which Markdown's $…$ has become, without a script in the browser."""
+    r"""Typeset \(…\) and \[…\], which Markdown's $…$ has become, without a script; let names of pairs break at ‖."""
 
     def typeset(found: re.Match[str]) -> str:
         tex = found["tex"].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
         return convert(tex, display="block" if found["open"] == "[" else "inline")
 
+    html = re.sub(r"(<td>\w+‖)", r"\1<wbr>", html)
     return re.sub(
         r'<(span|div) class="arithmatex">\\(?P<open>[(\[])(?P<tex>.*?)\\[)\]]</\1>', typeset, html, flags=re.DOTALL
     )
