@@ -21,6 +21,7 @@ EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.py") if path.stem
 _LINKS = (
     (r"\]\((?:\.\./)?benchmarks/README\.md", "](benchmarks.md"),
     (r"\]\((?:\.\./)?examples/(\w+)\.py", r"](examples/\1.md"),
+    (r"\]\(\.\./examples/tutorial\.ipynb", "](examples/tutorial.ipynb"),
     (r"\]\((?:\.\./)?docs/", "]("),
     (r"\]\((?:\.\./)?CONTRIBUTING\.md", "](contributing.md"),
 )
@@ -32,6 +33,8 @@ def on_files(files: Any, config: Any) -> Any:
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
     for figure in (ROOT / "benchmarks" / "figures").glob("*.png"):
         files.append(File.generated(config, f"benchmarks/figures/{figure.name}", abs_src_path=str(figure)))
+    notebook = "examples/tutorial.ipynb"
+    files.append(File.generated(config, notebook, abs_src_path=str(ROOT / notebook)))
     for example in EXAMPLES:
         files.append(File.generated(config, f"examples/{example.stem}.md", content=page_of(example)))
     return files
@@ -47,21 +50,23 @@ def page_of(example: Path) -> str:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Point links to pages of the site, and mark sessions of the interpreter as such."""
+    """Point links to pages of the site, and mark sessions of the interpreter as such, without doctest's directives."""
     if page.file.src_uri == "benchmarks.md":
         markdown = markdown.replace("](figures/", "](benchmarks/figures/")
     for pattern, link in _LINKS:
         markdown = re.sub(pattern, link, markdown)
+    markdown = re.sub(r" *# doctest: \+\w+$", "", markdown, flags=re.MULTILINE)
     return markdown.replace("```python\n>>> ", "```pycon\n>>> ")
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
-    r"""Typeset \(…\) and \[…\], which Markdown's $…$ has become, without a script in the browser."""
+    r"""Typeset \(…\) and \[…\], which Markdown's $…$ has become, without a script; let names of pairs break at ‖."""
 
     def typeset(found: re.Match[str]) -> str:
         tex = found["tex"].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
         return convert(tex, display="block" if found["open"] == "[" else "inline")
 
+    html = re.sub(r"(<td>\w+‖)", r"\1<wbr>", html)
     return re.sub(
         r'<(span|div) class="arithmatex">\\(?P<open>[(\[])(?P<tex>.*?)\\[)\]]</\1>', typeset, html, flags=re.DOTALL
     )

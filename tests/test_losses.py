@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -201,6 +202,46 @@ def test_a_constructor_that_is_given_a_pair_says_how_the_loss_is_called(cls):
 def test_an_array_is_refused_with_the_way_to_a_tensor(call):
     with pytest.raises(TypeError, match=r"must be a tensor, got ndarray: torch\.as_tensor\(\w+\)"):
         call(np.zeros((2, 3)), np.zeros((2, 3)))
+
+
+def rows_of_probabilities(dtype):
+    return [
+        torch.tensor([0.3, 0.7], dtype=dtype),
+        torch.randn(64, 5000, generator=torch.Generator().manual_seed(1)).softmax(-1).to(dtype),
+        torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.25, 0.75]], dtype=dtype),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_probabilities_in_place_of_logits_are_told(dtype):
+    for probs in rows_of_probabilities(dtype):
+        with pytest.warns(UserWarning, match=r"^categorical takes raw logits.*Categorical\(probs\)") as caught:
+            categorical(probs)
+        assert [Path(w.filename) for w in caught] == [Path(__file__)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_logits_are_not_taken_for_probabilities(dtype):
+    whole = rows_of_probabilities(dtype)[1]
+    for logits in (
+        torch.zeros(3, 4, dtype=dtype),
+        torch.full((3, 4), 0.25, dtype=dtype),  # uniform either way
+        torch.ones(3, 1, dtype=dtype),
+        torch.eye(4, dtype=dtype),  # typed, as (1, 0, 0) often is
+        torch.tensor([[0, 1], [1, 0]]),
+        torch.empty(0, 4, dtype=dtype),
+        whole.log(),
+        whole - whole.amin() - 1e-3,
+        torch.tensor([[0.3, 0.7], [0.5, 0.6]], dtype=dtype),
+        torch.randn(100, 2, dtype=dtype).abs(),
+    ):
+        categorical(logits)
+
+
+def test_no_logit_is_read_on_other_devices_and_under_transforms():
+    probs = torch.tensor([[0.3, 0.7]])
+    categorical(probs.to("meta"))
+    torch.func.vmap(lambda row: categorical(row).logits)(probs)
 
 
 def test_the_constructors_of_q_and_p_show_their_parameters():

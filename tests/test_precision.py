@@ -103,9 +103,6 @@ def test_gradients_can_be_differentiated_again():
     assert torch.autograd.gradgradcheck(kl, (mean, logvar))
 
 
-@pytest.mark.filterwarnings(
-    "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
-)  # torch.func.jvp uses torch.jit.script
 @pytest.mark.parametrize(
     "build",
     [

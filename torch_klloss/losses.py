@@ -30,7 +30,7 @@ from torch_klloss.methods.base import as_method
 from torch_klloss.methods.first_of import Refuse, WarnFirst
 from torch_klloss.methods.monte_carlo.method import Gradient, Value
 from torch_klloss.methods.monte_carlo.mixed import MixedGradient
-from torch_klloss.numerics.arguments import changed, check_generator, settings_of
+from torch_klloss.numerics.arguments import call_of, check_generator, settings_of
 from torch_klloss.numerics.tracing import is_autocast_enabled, is_in_backward, without_autocast
 from torch_klloss.reduction import Batch, ReductionName, check_reduction, expand_mask, is_zero, reduce, reduce_estimate
 from torch_klloss.rng import RngState, rng_state
@@ -338,10 +338,9 @@ class KLLoss(nn.Module):
             state[name] = OrderedDict((k, hook) for k, hook in state[name].items() if hook not in self._observer_hooks)
         return state
 
-    def extra_repr(self) -> str:
-        """Return the settings that are not the default ones, as they are written to build the loss."""
+    def __repr__(self) -> str:
         settings = {**self._settings(), "reduction": self.reduction, "batch_dims": self.batch_dims}
-        return ", ".join(f"{name}={value!r}" for name, value in changed(type(self), settings).items())
+        return call_of(type(self), settings)
 
     def _settings(self) -> dict[str, object]:
         """Return the settings of the constructor beside the reduction, by name."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.distributions import Normal
 from torch.nn import functional
 
 from torch_klloss import audit
@@ -60,6 +61,43 @@ def test_a_right_loss_is_right_and_what_was_judged_is_said(fn, where):
     assert where in report.remarks[0]
 
 
+def gaussian(recon, x):
+    return -Normal(recon, 1.0).log_prob(x)
+
+
+def of_pixels_with_a_constant(recon_x, x, mu, logvar):
+    return gaussian(recon_x, x.view(-1, 784)).sum() + kl(mu, logvar)
+
+
+def of_a_mean_with_a_constant(recon_x, x, mu, sigma):
+    return gaussian(recon_x, x).mean() + kl(mu, 2 * sigma.log()) / len(x)
+
+
+def of_guarded_logarithms(recon_x, x, mu, logvar):
+    entropy = x * (recon_x + 1e-6).log() + (1 - x) * (1 - recon_x + 1e-6).log()
+    return kl(mu, logvar) - entropy.sum()
+
+
+@pytest.mark.parametrize("fn", [of_pixels_with_a_constant, of_a_mean_with_a_constant, of_guarded_logarithms])
+def test_a_constant_of_the_reconstruction_is_none_of_the_kl(fn):
+    report = audit(fn)
+    assert report.ok, report
+    assert "less the constant that it has there" in report.remarks[0]
+
+
+def without_its_one(recon_x, x, mu, logvar):
+    return gaussian(recon_x, x).sum() - 0.5 * torch.sum(logvar - mu.pow(2) - logvar.exp())
+
+
+def of_mean_kl_and_a_constant(recon_x, x, mu, logvar):
+    return gaussian(recon_x, x).sum() + wrong_kl(mu, logvar)
+
+
+def with_a_floor(recon_x, x, mu, logvar):
+    each = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp(), dim=-1)
+    return functional.mse_loss(recon_x, x, reduction="sum") / len(x) + each.clamp(min=2.0).mean()
+
+
 def of_mean_kl(recon_x, x, mu, logvar):
     return functional.binary_cross_entropy(recon_x, x, reduction="sum") + wrong_kl(mu, logvar)
 
@@ -76,6 +114,9 @@ def of_wrong_second_part(recon_x, x, mu, logvar):
     ("fn", "mistake"),
     [
         (of_mean_kl, "mean-over-latent"),
+        (of_mean_kl_and_a_constant, "mean-over-latent"),
+        (without_its_one, "constant-missing"),
+        (with_a_floor, "free-nats"),
         (with_the_sign, "sign"),
         (of_wrong_second_part, "mean-over-latent"),
     ],

@@ -33,9 +33,6 @@ from torch_klloss.closed_forms.cross_family import registration
 from torch_klloss.distributions.densities import _FORMULAS, log_density
 from torch_klloss.methods import Enumeration
 
-# Forward-mode AD compiles its decompositions with it, when it first needs one.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
-
 POSITIVE = (0.5, 1.0, 2.0, 3.0, 6.0, 8.0, 10.0)
 REAL = (-4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
 PROBS = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -235,7 +235,6 @@ def second_derivatives(gradient, of, by, n=100_000):
     return torch.autograd.grad(first.sum(), parameters[by])[0]
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own derivatives are scripts
 @pytest.mark.parametrize("gradient", ["doubly_reparameterized", "pathwise"])
 def test_second_derivatives_are_unbiased_or_refused(gradient):
     exact = exact_curvature()

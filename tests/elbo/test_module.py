@@ -13,9 +13,10 @@ from torch.distributions import (
     Normal,
 )
 
+import torch_klloss
 from tests.elbo.test_loss import LATENT, N, assert_same, tensors
 from tests.processes import run
-from torch_klloss import AnalyticKL, AutoKL, ELBOLoss, diagonal_normal, standard_normal_like
+from torch_klloss import AnalyticKL, AutoKL, ELBOLoss, diagonal_normal, elbo, methods, schedules, standard_normal_like
 from torch_klloss.elbo import GECO, PIControl
 from torch_klloss.schedules import Constant, Linear
 
@@ -41,15 +42,29 @@ def test_the_loss_is_a_plain_module(loss):
         assert torch.equal(fresh.from_tensors(*leaves, likelihood="bernoulli_logits", step=1).loss, expected)
 
 
-def test_the_settings_are_printed():
-    text = repr(ELBOLoss(beta=Linear(steps=4), free_nats=0.1, free_nats_per="dimension", balance=0.8))
-    for part in (
-        "beta=Linear(start=0.0, stop=1.0, steps=4",
-        "nats=0.1, per='dimension'",
-        "balance=0.8",
-        "(kl): AutoKL(",
-    ):
-        assert part in text
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ELBOLoss()",
+        "ELBOLoss(kl=AutoKL(reduction='sum'), beta=4.0)",
+        "ELBOLoss(kl=MonteCarloKL(num_samples=8, gradient=MixedGradient(decay=0.5)), capacity=2.0)",
+        "ELBOLoss(beta=Linear(start=0.0, stop=1.0, steps=4, delay=0), free_nats=0.1, free_nats_per='dimension')",
+        "ELBOLoss(free_nats=0.5, free_nats_per='group', free_nats_groups=3, balance=0.8)",
+        "ELBOLoss(beta=GECO(tolerance=3.0, rate=0.01, momentum=0.99, bounds=(0.0001, 10000.0)))",
+        "MixedGradient()",
+    ],
+)
+def test_it_prints_as_it_is_built(text):
+    names = {**vars(torch_klloss), **vars(methods), **vars(elbo), **vars(schedules)}
+    loss = eval(text, names)
+    assert repr(loss) == text
+    assert repr(loss) in repr(nn.Sequential(loss))
+
+
+def test_a_weight_that_is_set_in_training_is_printed():
+    loss = ELBOLoss(beta=2.0)
+    loss.beta = 0.5
+    assert repr(loss) == "ELBOLoss(beta=0.5)"
 
 
 @every_loss

@@ -124,7 +124,6 @@ def test_probabilities_of_0_and_1_have_torchs_gradient_by_every_way(options, dty
     torch.testing.assert_close(*(torch.autograd.grad(t, probs)[0] for t in (terms.reconstruction, expected)))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch.func.jvp uses it
 def test_their_gradient_is_finite_under_torch_func_and_in_forward_mode():
     def nll(probs):
         return tensor_nll(probs, X, "bernoulli").sum()

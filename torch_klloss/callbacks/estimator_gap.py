@@ -60,7 +60,7 @@ class EstimatorGap(LossWatcher):
       from its spread over the sequences. `reference` is `exact`, or `k1` where training used the exact steps.
 
     At the end of training the figure `kl/<path>/gap` goes to TensorBoard, WandB or MLflow, or beside the log as a PNG.
-    All logged values are in `history`, by path, and in checkpoints: a resumed run draws the whole training.
+    All logged values of a `fit` are in `history`, by path, and in checkpoints: a resumed run draws the whole training.
     `history.to_dict()` is a table of them, and `history.figure()` the figure.
 
     Args:

@@ -73,7 +73,7 @@ class KLRoute(LossWatcher):
         self.routes = state_dict["routes"]
 
     def reset(self) -> None:
-        """Forget the routes and the warnings of an earlier training."""
+        """Forget the routes and the warnings of an earlier `fit`."""
         self.routes, self._warned = {}, set()
 
     def _warn_of_sampling(self, name: str, call: Call, used: KLEstimate) -> None:

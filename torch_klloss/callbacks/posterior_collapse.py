@@ -39,8 +39,8 @@ class PosteriorCollapse(LossWatcher):
       number of examples that one rank sees at a time; the mean over batches and ranks.
 
     At the end of training the heat map `collapse/<path>/units` goes to TensorBoard, WandB or MLflow, or beside the log
-    as a PNG. All logged values are in `history`, by path, and in checkpoints: a resumed run draws the whole training,
-    and does not warn again.
+    as a PNG. All logged values of a `fit` are in `history`, by path, and in checkpoints: a resumed run draws the whole
+    training, and does not warn again.
 
     Args:
         every_n_steps: measure the first training step and every n-th after it; not used on validation data.

@@ -7,7 +7,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +16,7 @@ from torch_klloss.distributions.tensors import device_of
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.losses import Call, KLLoss
 from torch_klloss.methods import ClosedForm, Enumeration, FirstOf
-from torch_klloss.numerics.arguments import changed
+from torch_klloss.numerics.arguments import call_of
 from torch_klloss.numerics.devices import has_float64
 from torch_klloss.rng import replayed_rng
 
@@ -62,7 +61,7 @@ class StepCounter(Callback):
     """Base of the callbacks that count training steps: batches in which an optimiser stepped.
 
     So accumulated gradients count once, and so do several optimisers in one batch. The count goes on in a resumed run
-    and in a second `fit` of the same Trainer; a new Trainer begins anew.
+    and in a second `fit` of the same Trainer; a new Trainer begins anew. What is logged begins anew with every `fit`.
     """
 
     def __init__(self) -> None:
@@ -72,19 +71,18 @@ class StepCounter(Callback):
         self._rank = 0
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Begin anew, unless the Trainer goes on; a checkpoint is restored after this."""
+        """Begin anew; the count of steps goes on where the Trainer does. A checkpoint is restored after this."""
         self._rank = trainer.global_rank
-        if stage == "fit" and trainer.global_step == 0:
-            self._num_steps = 0
+        if stage == "fit":
+            if trainer.global_step == 0:
+                self._num_steps = 0
             self.reset()
 
     def __repr__(self) -> str:
-        cls, settings = type(self), vars(self)
-        shown = changed(cls, {name: settings[name] for name in signature(cls).parameters if name in settings})
-        return f"{cls.__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+        return call_of(type(self), vars(self))
 
     def reset(self) -> None:
-        """Forget what belongs to an earlier training."""
+        """Forget what belongs to an earlier `fit`."""
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Note how far the optimisers are."""

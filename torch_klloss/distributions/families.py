@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -193,6 +194,10 @@ def categorical(logits: Tensor) -> RawCategorical:
     Raises:
         ValueError: if there is no dimension of classes, or (with torch's validation on) a logit is NaN.
 
+    Warns:
+        UserWarning: on the CPU in eager mode, if every row is at least 0 and sums to 1: these are probabilities, most
+            likely. Equal logits, which mean the same either way, and rows of a 1 among zeros are accepted.
+
     Examples:
         >>> import torch
         >>> from torch_klloss import AnalyticKL, categorical
@@ -203,7 +208,36 @@ def categorical(logits: Tensor) -> RawCategorical:
     check_tensors(logits=logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must have at least one class in its last dimension, got shape {tuple(logits.shape)}.")
+    if _are_probabilities(logits):
+        warnings.warn(
+            f"categorical takes raw logits, and every row of the last dimension of {tuple(logits.shape)} is at least "
+            "0 and sums to 1, as probabilities do; their softmax is another distribution. For probabilities take "
+            "torch.distributions.Categorical(probs), or categorical(probs.log()).",
+            stacklevel=2,
+        )
     return RawCategorical(logits)
+
+
+def _are_probabilities(logits: Tensor) -> bool:
+    """Return whether all rows are at least 0 and sum to 1, but not all are uniform or a single 1; first asks one."""
+    if not can_be_read(logits) or logits.numel() == 0:
+        return False
+    rows = logits.detach() if logits.is_floating_point() else logits.float()
+    first = rows[(0,) * (rows.dim() - 1)]
+    if not (_add_up(first) and _add_up(rows)):
+        return False
+    largest = rows.amax(-1)
+    return bool(((largest < 1) & (largest > rows.amin(-1))).any())
+
+
+def _add_up(probs: Tensor) -> bool:
+    """Return whether all rows are at least 0 and sum to 1, up to the rounding of a softmax in float32 or less."""
+    if probs.min() < 0:
+        return False
+    eps = max(torch.finfo(dtype).eps for dtype in (probs.dtype, torch.float32))
+    rounding = 4 * eps * (1 + math.log(probs.shape[-1]))
+    total = probs.sum(-1, dtype=torch.promote_types(probs.dtype, torch.float32))
+    return bool(((total - 1).abs() <= rounding).all())
 
 
 def _independent(base: Normal, batch_dims: int) -> Independent[Normal]:

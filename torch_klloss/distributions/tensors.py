@@ -126,7 +126,7 @@ def _copied(
             raise NotSelectableError
         return _bound(part, owner, tensor) if isinstance(part, partial) and tensor is not None else part
     owner = part if isinstance(part, Distribution) else owner
-    copy = part.__new__(type(part))
+    copy = type(part).__new__(type(part))  # Dynamo of torch 2.8 knows no part.__new__
     mapped: dict[int, Tensor] = {}  # one tensor under two names stays one: `_param` and `probs`
     for key, value in part.__dict__.items():
         if tensor is None:

@@ -45,7 +45,8 @@ def negative_log_prob(p_x: Distribution, x: Tensor) -> Tensor:
         ValueError: if x has another shape than p_x has, or lies outside its support.
     """
     p_x = in_full_precision(p_x)
-    x = x.to(torch.promote_types(x.dtype, dtype_of(p_x)))
+    dtype = torch.promote_types(x.dtype, dtype_of(p_x))
+    x = x.to(dtype)
     check_support(p_x, x)
     return -log_prob_at(unvalidated(p_x), x, p_x.batch_shape)
 

@@ -33,7 +33,7 @@ from torch_klloss.elbo.likelihoods import (
 from torch_klloss.elbo.terms import ELBOTerms
 from torch_klloss.elbo.weighting import FreeNats, FreeNatsPer, balanced
 from torch_klloss.losses import AutoKL, KLLoss
-from torch_klloss.numerics.arguments import check_tensors
+from torch_klloss.numerics.arguments import call_of, check_tensors
 from torch_klloss.numerics.tracing import without_autocast
 from torch_klloss.reduction import Batch
 from torch_klloss.rng import rng_state
@@ -354,15 +354,19 @@ class ELBOLoss(nn.Module):
                     f"{option} takes the mean over the batch: kl must have reduction='mean', got {self.reduction!r}."
                 )
 
-    def extra_repr(self) -> str:
-        """Return the settings, for `repr`."""
-        settings: dict[str, object] = {"reduction": self.reduction}
-        if self.controller is None:
-            settings["beta"] = self.beta if self.schedule is None else self.schedule
-        if self.free_nats.nats > 0:
-            settings["free_nats"] = self.free_nats
-        settings |= {k: v for k in ("capacity", "balance") if (v := getattr(self, k)) is not None}
-        return ", ".join(f"{key}={value!r}" for key, value in settings.items())
+    def __repr__(self) -> str:
+        kl = copy.copy(self.kl)
+        kl.reduction = self.reduction
+        settings = {
+            "kl": None if repr(kl) == "AutoKL()" else kl,
+            "beta": self.controller or self.schedule or self.beta,
+            "free_nats": self.free_nats.nats,
+            "free_nats_per": self.free_nats.per,
+            "free_nats_groups": self.free_nats.groups,
+            "capacity": self.capacity,
+            "balance": self.balance,
+        }
+        return call_of(type(self), settings)
 
 
 def _at_step(which: str, value: float | Schedule, step: float | None) -> float:

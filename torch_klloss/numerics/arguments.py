@@ -17,12 +17,11 @@ def settings_of(instance: Any) -> dict[str, object]:
     return {field.name: getattr(instance, field.name) for field in fields(instance) if field.init}
 
 
-def changed(cls: type, settings: Mapping[str, object]) -> dict[str, object]:
-    """Return the settings that differ from the defaults of a class's constructor, in the order of its parameters."""
+def call_of(cls: type, settings: Mapping[str, object]) -> str:
+    """Return the call that builds an instance of a class, with the settings that differ from its defaults."""
     parameters = signature(cls).parameters
-    return {
-        name: settings[name] for name in parameters if name in settings and settings[name] != parameters[name].default
-    }
+    shown = [name for name in parameters if name in settings and settings[name] != parameters[name].default]
+    return f"{cls.__name__}({', '.join(f'{name}={settings[name]!r}' for name in shown)})"
 
 
 def check_integer(name: str, value: object, at_least: int = 1) -> None:

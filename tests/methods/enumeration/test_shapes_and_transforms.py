@@ -90,7 +90,6 @@ PAIRS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch.func uses it
 @pytest.mark.parametrize("method", [Enumeration(), Quadrature()], ids=["sum", "by quadrature"])
 @pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
 def test_the_sum_is_taken_under_torch_func_as_outside(pair, method):

@@ -39,7 +39,6 @@ FAMILIES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own derivatives are scripts
 @pytest.mark.parametrize("sampler", [IID(), Sobol()], ids=repr)
 @pytest.mark.parametrize("gradient", ["pathwise", "sticking_the_landing", "score_function", "none"])
 @pytest.mark.parametrize("family", FAMILIES)

@@ -184,7 +184,6 @@ def test_of_a_network_it_is_that_of_the_same_law_of_tensors(flow, gradient):
     torch.testing.assert_close(curvature(flow), curvature(plain), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own derivatives are scripts
 @pytest.mark.parametrize("gradient", ["pathwise", "sticking_the_landing", "score_function"])
 def test_under_transforms_they_are_those_of_the_backward_pass(gradient):
     estimate = over_noise(2, gradient=gradient)

@@ -27,6 +27,7 @@ from torch_klloss.methods.monte_carlo.options import HELD_OUT
 from torch_klloss.methods.monte_carlo.plan import Plan, PreparedPair
 from torch_klloss.methods.monte_carlo.rounded_draws import RoundedDraws
 from torch_klloss.methods.monte_carlo.surrogates import ONCE, reaches_others, zero_with_gradient
+from torch_klloss.numerics.arguments import call_of
 from torch_klloss.numerics.devices import can_be_read
 from torch_klloss.numerics.dimensions import sum_after, sum_last
 from torch_klloss.numerics.once import differentiable_once
@@ -88,9 +89,8 @@ class MixedGradient(nn.Module):
         """Take the moments from a `state_dict`."""
         self.moments = list(state)
 
-    def extra_repr(self) -> str:
-        """Return the settings, for `repr`."""
-        return f"decay={self.decay}"
+    def __repr__(self) -> str:
+        return call_of(type(self), {"decay": self.decay})
 
     def recall(self, shapes: list[torch.Size]) -> list[Tensor] | None:
         """Return the moments of earlier steps; None if there are none, or q had parameters of other shapes."""
