@@ -31,7 +31,7 @@ __all__ = [
 # What is imported when it is asked for: training needs none of it.
 _LATER = {"audit": "torch_klloss.auditing", "audit_module": "torch_klloss.auditing"}
 _PACKAGES_LATER = ("auditing", "language", "plots", "testing")
-_PACKAGES = ("closed_forms", "distributions", "elbo", "methods", "samplers", "schedules")
+_PACKAGES = ("closed_forms", "distributions", "elbo", "losses", "methods", "samplers", "schedules")
 
 
 def _asks_for_the_version_alone() -> bool:
