@@ -3,7 +3,7 @@
 import pytest
 
 from tests.references.beyond_torch import REFERENCES
-from tests.references.harness import combinations, measure
+from tests.references.harness import EVERY, combinations, measure
 from tests.references.targets import GRADIENT, target
 
 CASES = [
@@ -14,7 +14,7 @@ CASES = [
 
 @pytest.mark.parametrize(("reference", "regime", "dtype"), CASES)
 def test_values_and_gradients_have_the_digits_that_were_promised(reference, regime, dtype):
-    accuracy = measure(reference, regime, dtype, num_draws=200)
+    accuracy = measure(reference, regime, dtype, num_draws=200, every=EVERY)
     allowed = target(reference, dtype)
     assert getattr(accuracy, f"worst_{allowed.unit}") <= allowed.number, accuracy.worst_value_at
     assert accuracy.worst_gradient <= GRADIENT[dtype], accuracy.worst_gradient_at

@@ -5,7 +5,7 @@ import torch
 from torch.distributions import kl_divergence as torch_kl
 
 from tests.references.elementary import REFERENCES, raw_categorical
-from tests.references.harness import combinations, draw, errors_at, measure
+from tests.references.harness import EVERY, combinations, draw, errors_at, measure
 from tests.references.reference import REGIMES
 from tests.references.targets import GRADIENT, target
 from tests.references.worst_cases import used_by
@@ -19,7 +19,7 @@ CASES = [
 
 @pytest.mark.parametrize(("reference", "regime", "dtype"), CASES)
 def test_values_and_gradients_have_the_digits_that_were_promised(reference, regime, dtype):
-    accuracy = measure(reference, regime, dtype, num_draws=200)
+    accuracy = measure(reference, regime, dtype, num_draws=200, every=EVERY)
     assert accuracy.worst_ulp <= target(reference, dtype).number, accuracy.worst_value_at
     assert accuracy.worst_gradient <= GRADIENT[dtype], accuracy.worst_gradient_at
     assert (accuracy.negatives, accuracy.not_finite, accuracy.not_zero) == (0, 0, 0)

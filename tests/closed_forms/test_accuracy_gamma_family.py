@@ -5,7 +5,7 @@ import torch
 from torch.distributions import kl_divergence as torch_kl
 
 from tests.references.gamma_family import REFERENCES
-from tests.references.harness import combinations, draw, errors_at, measure
+from tests.references.harness import EVERY, combinations, draw, errors_at, measure
 from tests.references.targets import GRADIENT, target
 from tests.references.worst_cases import used_by
 
@@ -18,7 +18,7 @@ BY_TORCH = [reference for reference in REFERENCES if reference.name != "VonMises
 
 @pytest.mark.parametrize(("reference", "regime", "dtype"), CASES)
 def test_values_and_gradients_have_the_digits_that_were_promised(reference, regime, dtype):
-    accuracy = measure(reference, regime, dtype, num_draws=200)
+    accuracy = measure(reference, regime, dtype, num_draws=200, every=EVERY)
     allowed = target(reference, dtype)
     assert getattr(accuracy, f"worst_{allowed.unit}") <= allowed.number, accuracy.worst_value_at
     assert accuracy.worst_gradient <= GRADIENT[dtype], accuracy.worst_gradient_at

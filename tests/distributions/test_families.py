@@ -140,7 +140,7 @@ def test_the_pair_of_a_vae_has_a_rule_of_its_own_wherever_it_comes_from():
 def learned(build):
     """Return a posterior and a learned prior near it, as leaves in float32 and in float64."""
     mean, logvar = torch.randn(2, 400, 3)
-    near = 10.0 ** -torch.arange(1, 9).repeat(50)[:, None]
+    near = 10.0 ** -torch.arange(8).repeat(50)[:, None]
     leaves = [mean, logvar, mean + near * torch.randn(400, 3), build(logvar + near * torch.randn(400, 3))]
     return [[t.to(dtype).requires_grad_() for t in leaves] for dtype in (torch.float32, torch.float64)]
 

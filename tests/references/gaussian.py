@@ -41,19 +41,10 @@ def draw_priors(regime: str, size: int, rng: Rng, dtype: torch.dtype) -> tuple[A
     return q, draw_posteriors(regime, size, rng, dtype)[0]
 
 
-def draw_priors_of_scales(regime: str, size: int, rng: Rng, dtype: torch.dtype) -> tuple[Arrays, Arrays]:
-    q, p = draw_priors(regime, size, rng, dtype)
-    return q, {"loc": p["loc"], "scale": np.exp(p["logvar"] / 2)}
-
-
 def log_variances(q: Exact, p: Exact) -> Any:
     ratio = mpmath.exp(q["logvar"] - p["logvar"])
     distance = (q["loc"] - p["loc"]) ** 2 / mpmath.exp(p["logvar"])
     return (distance + ratio - 1 - mpmath.log(ratio)) / 2
-
-
-def log_variance_and_scale(q: Exact, p: Exact) -> Any:
-    return log_variances(q, {"loc": p["loc"], "logvar": 2 * mpmath.log(p["scale"])})
 
 
 def draw_covariances(regime: str, size: int, rng: Rng, dtype: torch.dtype) -> tuple[Arrays, Arrays]:
@@ -97,14 +88,6 @@ REFERENCES = [
         build_p=lambda: StandardNormal(()),
     ),
     Reference("diagonal_normal, learned prior", LogVarNormal, LogVarNormal, draw_priors, log_variances),
-    Reference(
-        "diagonal_normal‖Normal",
-        LogVarNormal,
-        Normal,
-        draw_priors_of_scales,
-        log_variance_and_scale,
-        regimes=("moderate", "wide"),  # near, the digits of exp(½ logvar) are all that float64 and a device know
-    ),
     Reference(
         "MultivariateNormal, covariance",
         MultivariateNormal,
