@@ -12,7 +12,7 @@ from torch_klloss.numerics.dimensions import common_shape, sum_last
 Derivatives = Sequence["Tensor | None"]
 Index = tuple[slice, ...]
 
-BLOCK = 2**14  # elements a thread: two dozen tensors of so many stay in the second cache of a core
+BLOCK = 2**15  # elements a thread: a handful of tensors of so many stay in the second cache of a core
 
 
 def are_large(tensors: Sequence[Tensor]) -> bool:
