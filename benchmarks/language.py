@@ -125,8 +125,10 @@ def share_of(num_tokens: int, valid: float) -> Tensor | None:
     return torch.rand(num_tokens, generator=torch.Generator().manual_seed(1)) < valid
 
 
-def memory_rows(size: tuple[int, int], dtype: torch.dtype, divergences: tuple[Divergence, ...]) -> list[Row]:
-    """Return the memory of every divergence, with a mask and with both gradients, and of the peers."""
+def memory_rows(
+    size: tuple[int, int], dtype: torch.dtype, divergences: tuple[Divergence, ...], compiled: bool
+) -> list[Row]:
+    """Return the memory of every divergence, with a mask, with both gradients and compiled, and of the peers."""
     teacher, student = logits(size, dtype)
     target = TARGETS[size][dtype.itemsize < 4] if size in TARGETS else None
     rows = []
@@ -142,6 +144,10 @@ def memory_rows(size: tuple[int, int], dtype: torch.dtype, divergences: tuple[Di
     for divergence in divergences:
         for valid, to in ((1.0, "student"), (0.5, "student"), (1.0, "both")):
             row(repr(divergence), partial(ours, divergence, share_of(size[0], valid)), valid, to, target)
+    for divergence in divergences[:2] if compiled else ():
+        torch.compiler.reset()
+        loss = torch.compile(partial(ours, divergence, None))
+        row(f"{divergence!r}, compiled", loss, 1.0, "student", target)
     for name, peer in PEERS.items():
         row(name, peer, 1.0, "student", None)
     return rows
@@ -270,7 +276,7 @@ def main(argv: list[str] | None = None) -> int:
             errors += rows
             disagreements += wrong
     show("relative errors against float64 of the same logits", errors, ERRORS)
-    memory = [row for size in sizes for dtype in dtypes for row in memory_rows(size, dtype, divergences)]
+    memory = [row for size in sizes for dtype in dtypes for row in memory_rows(size, dtype, divergences, compiled=not quick)]
     show("peak memory of a step beyond its gradients", memory, MEMORY)
     head = head_rows((64, 32, 2000) if quick else HEAD, 1 if quick else 9)
     show("a head, its gradient to the hidden states and the weight; times ÷ product and F.kl_div", head, {

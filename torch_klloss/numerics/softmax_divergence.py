@@ -5,41 +5,18 @@ The logits are tensors, or products of hidden states and the weight of a head, w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from torch_klloss.numerics import softmax_opaque
 from torch_klloss.numerics.elementary import common_dtype
-from torch_klloss.numerics.logit_sides import Dense, Gradient, Reduce, Side, add_to_tensors, panels
+from torch_klloss.numerics.logit_sides import Dense, Reduce, Side
 from torch_klloss.numerics.softmax_pairs import Arithmetic, Terms, derivatives, rows_of
-from torch_klloss.numerics.softmax_rows import Computed, compute, write_derivatives
+from torch_klloss.numerics.softmax_plan import Plan, evaluate, pull_back
 from torch_klloss.numerics.softmax_tiles import Problem
 from torch_klloss.numerics.tracing import in_eager_mode, is_forward_mode, is_traced
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is computed, beside the tensors.
-
-    Attributes:
-        problem: the divergence.
-        kinds: the classes of the two sides, and how many tensors the first one has.
-        num_first: how many of the tensors belong to the first side.
-        index: on the CPU the rows that count; None for all.
-        keep: elsewhere whether a row counts, `[rows, 1]`.
-    """
-
-    problem: Problem
-    kinds: tuple[type, type]
-    num_first: int
-    index: Tensor | None = None
-    keep: Tensor | None = None
-
-    def sides(self, tensors: tuple[Tensor, ...]) -> tuple[Side, Side]:
-        """Return the two sides of the tensors."""
-        return self.kinds[0](*tensors[: self.num_first]), self.kinds[1](*tensors[self.num_first :])
 
 
 def divergence_of_logits(
@@ -72,18 +49,15 @@ def divergence_of_logits(
     reduces = {} if total is None or largest is None else {"total": total, "largest": largest}
     if reduces and is_traced():
         return in_eager_mode(divergence_of_logits)(q, p, terms, temperature=temperature, keep=keep, **reduces)
-    tokens, first = q.shape[:-1], q.tensors[0]
+    tokens = q.shape[:-1]
     q, p = q.rows, p.rows
     problem = Problem(terms, temperature, **reduces)
+    keep = None if keep is None else keep.reshape(-1, 1)
     if is_traced():
-        keep = None if keep is None else keep.reshape(-1, 1)
+        if softmax_opaque.is_opaque(q):
+            return softmax_opaque.call(q, p, problem, keep).reshape(tokens)
         return _traced(q, p, problem, keep).reshape(tokens)
-    index = None
-    if keep is not None and first.is_cpu:
-        index, keep = keep.reshape(-1).nonzero().squeeze(-1), None
-    elif keep is not None:
-        keep = keep.reshape(-1, 1)
-    plan = Plan(problem, (type(q), type(p)), len(q.tensors), index, keep)
+    plan = Plan.of(q, p, problem, keep)
     value: Tensor = _Divergence.apply(plan, *q.tensors, *p.tensors)
     return value.reshape(tokens)
 
@@ -91,26 +65,8 @@ def divergence_of_logits(
 class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, *tensors: Tensor) -> Tensor:
-        q, p = plan.sides(tensors)
-        wide = torch.promote_types(common_dtype(tensors[0], tensors[plan.num_first]), torch.float32)
-        value = tensors[0].new_zeros(q.shape[0], 1, dtype=wide)
-        computed = []
-        for place, rows in panels(q, p, plan.index):
-            found = _computed(q, p, rows, plan.problem)
-            computed.append(found)
-            part = found.value(plan.problem.terms).to(wide)
-            if plan.index is None:
-                value[place] = part
-            else:
-                value[plan.index[place]] = part
-        if plan.keep is not None:
-            value = torch.where(plan.keep, value, 0.0)
-        kinds = [c.kind for c in computed if c.kind is not None]
-        ctx.save_for_backward(
-            torch.cat([c.rows for c in computed], 1) if computed else value,
-            torch.cat(kinds) if kinds else None,
-            *tensors,
-        )
+        value, rows, kind = evaluate(plan, tensors)
+        ctx.save_for_backward(rows, kind, *tensors)
         ctx.plan = plan
         return value.squeeze(-1)
 
@@ -121,51 +77,7 @@ class _Divergence(torch.autograd.Function):
         grad = grad.unsqueeze(-1)
         if torch.is_grad_enabled():
             return None, *_again(plan, tuple(tensors), needs, grad)
-        q, p = plan.sides(tuple(tensors))
-        sums = [Gradient(t, need, is_partial=plan.index is not None) for t, need in zip(tensors, needs, strict=True)]
-        by_q, by_p = sums[: plan.num_first], sums[plan.num_first :]
-        for place, some in panels(q, p, plan.index):
-            part = Computed(rows[:, place], None if kind is None else kind[place])
-            g = grad[place if plan.index is None else plan.index[place]].to(rows.dtype)
-            if plan.keep is not None:
-                part.rows, g = part.rows, torch.where(plan.keep[place], g, 0.0)
-            _pull_back(q, p, some, part, g, plan, by_q, by_p)
-        return None, *(s.result() for s in sums)
-
-
-def _computed(q: Side, p: Side, rows: slice | Tensor | None, problem: Problem) -> Computed:
-    if isinstance(q, Dense) and isinstance(p, Dense):
-        return compute(q.logits, p.logits, rows, problem)  # type: ignore[arg-type]
-    assert rows is not None
-    return compute(q.panel(rows), p.panel(rows), None, problem)
-
-
-def _pull_back(
-    q: Side, p: Side, rows: slice | Tensor | None, computed: Computed, grad: Tensor, plan: Plan,
-    by_q: list[Gradient], by_p: list[Gradient],
-) -> None:  # fmt: skip
-    """Write, or add, the gradients of some rows."""
-    if isinstance(q, Dense) and isinstance(p, Dense):
-        outs = by_q[0].of_rows(), by_p[0].of_rows()
-        write_derivatives(q.logits, p.logits, rows, computed, grad, plan.problem, *outs)  # type: ignore[arg-type]
-        _drop(plan, outs)
-        return
-    assert rows is not None
-    a, b = q.panel(rows), p.panel(rows)
-    needed = [any(s.is_needed for s in sums) for sums in (by_q, by_p)]
-    by_a, by_b = (torch.empty_like(t) if need else None for t, need in zip((a, b), needed, strict=True))
-    write_derivatives(a, b, None, computed, grad, plan.problem, by_a, by_b)
-    for side, sums, out in zip((q, p), (by_q, by_p), (by_a, by_b), strict=True):
-        if out is not None:
-            add_to_tensors(side, sums, rows, out if plan.keep is None else torch.where(plan.keep[rows], out, 0.0))
-
-
-def _drop(plan: Plan, outs: tuple[Tensor | None, ...]) -> None:
-    """Set the gradients of rows that do not count to zero, which may be NaN."""
-    if plan.keep is not None:
-        for out in outs:
-            if out is not None:
-                out.masked_fill_(~plan.keep, 0.0)
+        return None, *pull_back(plan, tuple(tensors), needs, rows, kind, grad)
 
 
 def _plain(q: Side, p: Side, problem: Problem) -> Tensor:
