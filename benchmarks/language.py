@@ -276,7 +276,9 @@ def main(argv: list[str] | None = None) -> int:
             errors += rows
             disagreements += wrong
     show("relative errors against float64 of the same logits", errors, ERRORS)
-    memory = [row for size in sizes for dtype in dtypes for row in memory_rows(size, dtype, divergences, compiled=not quick)]
+    memory = [
+        row for size in sizes for dtype in dtypes for row in memory_rows(size, dtype, divergences, compiled=not quick)
+    ]
     show("peak memory of a step beyond its gradients", memory, MEMORY)
     head = head_rows((64, 32, 2000) if quick else HEAD, 1 if quick else 9)
     show("a head, its gradient to the hidden states and the weight; times ÷ product and F.kl_div", head, {

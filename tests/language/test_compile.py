@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests.processes import run
 import torch_klloss.language  # noqa: F401  (which defines the operation)
+from tests.processes import run
 
 CODE = """
 import json, math, torch
