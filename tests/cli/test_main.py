@@ -173,7 +173,8 @@ def test_the_module_runs_as_a_program_without_rich_and_matplotlib(tmp_path):
     report = json.loads(done.stdout)
     assert report["rows"][0]["value"] == 4.5
     assert report["rows"][0]["microseconds"] > 0
-    assert done.stderr == ""
+    # torch's CUDA build says so where it finds the toolkit and no device
+    assert [line for line in done.stderr.splitlines() if "No CUDA runtime is found" not in line] == []
 
 
 BAD_PAIRS = [
