@@ -94,8 +94,16 @@ def source_hash(sources: Mapping[str, str] | None = None) -> str:
     if sources is None:
         paths = (path for path in sorted(HERE.glob("*.py")) if path.name not in NOT_KEPT)
         sources = {path.name: path.read_text() for path in paths}
-    text = "\n".join(f"{name}\n{ast.unparse(_without_docstrings(source))}" for name, source in sources.items())
+    text = "\n".join(f"{name}\n{_structure(_without_docstrings(source))}" for name, source in sources.items())
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _structure(node: Any) -> str:
+    """Return a syntax tree as text, the same for every Python: `ast.unparse` and `ast.dump` have changed."""
+    if isinstance(node, ast.AST):
+        fields = [f"{name}={_structure(value)}" for name, value in ast.iter_fields(node) if value not in (None, [])]
+        return f"{type(node).__name__}({', '.join(fields)})"
+    return f"[{', '.join(map(_structure, node))}]" if isinstance(node, list) else repr(node)
 
 
 @cache
