@@ -41,6 +41,11 @@ def output(*arguments: Any, cwd: Path = ROOT, env: Mapping[str, str] | None = No
     return process.stdout
 
 
+def said(stderr: str) -> str:
+    """Return what a process wrote to stderr, less the line of a CUDA build of torch that finds no device."""
+    return "".join(line for line in stderr.splitlines(keepends=True) if "No CUDA runtime is found" not in line)
+
+
 def chunks(names: list[str], number: int) -> list[list[str]]:
     """Deal names into so many lists."""
     return [names[i::number] for i in range(number)]

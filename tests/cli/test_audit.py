@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import said
 from torch_klloss.auditing import AuditReport, audit
 from torch_klloss.cli import audit as command
 from torch_klloss.cli import mistakes_page
@@ -310,5 +311,5 @@ def test_the_example_says_in_a_shell_what_the_readme_shows(name, status):
     assert done.returncode == status
     assert done.stdout.startswith(f"{name}(q, p): {'WRONG VALUE' if status else 'RIGHT'}. ")
     shown = f'$ python -m torch_klloss audit {target}; echo "exit status $?"\n'
-    shown += f"{done.stderr}{done.stdout}exit status {done.returncode}\n"
+    shown += f"{said(done.stderr)}{done.stdout}exit status {done.returncode}\n"
     assert shown in (ROOT / "README.md").read_text()
