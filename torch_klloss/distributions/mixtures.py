@@ -16,10 +16,11 @@ def with_components_outside(d: Distribution) -> Distribution:
 
     Examples:
         >>> import torch
-        >>> from torch.distributions import Categorical, ExpTransform, MixtureSameFamily, Normal, TransformedDistribution
+        >>> import torch.distributions as dist
         >>> from torch_klloss.distributions.mixtures import with_components_outside
-        >>> mixture = MixtureSameFamily(Categorical(torch.ones(2)), Normal(torch.zeros(2), 1.0))
-        >>> with_components_outside(TransformedDistribution(mixture, [ExpTransform()])).component_distribution
+        >>> mixture = dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), dist.Normal(torch.zeros(2), 1.0))
+        >>> image = dist.TransformedDistribution(mixture, [dist.ExpTransform()])
+        >>> with_components_outside(image).component_distribution
         TransformedDistribution()
     """
     if type(d) is not TransformedDistribution or d.event_shape:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.methods.quadrature.random_pairs import FAMILIES, PAIRS, Hidden, dense_kl, draw_parameters, is_infinite
+from torch_klloss import kl_divergence
 from torch_klloss.distributions.simplify import simplify
 from torch_klloss.methods.quadrature.certificate import Certificate
 from torch_klloss.methods.quadrature.integrand import integrand
@@ -54,14 +55,27 @@ def broken(pair, hidden, count, seed):
     return found, int(known.sum())
 
 
+@pytest.mark.parametrize(
+    "name", ["Normal", "Laplace", "Gamma", "HalfNormal", "Beta", "LogNormal", "Gumbel", "InverseGamma"]
+)
+def test_the_reference_is_that_of_the_closed_forms(name):
+    family, generator = FAMILIES[name], torch.Generator().manual_seed(0)
+    of_q, of_p = (draw_parameters(family, 20, generator) for _ in range(2))
+    exact = kl_divergence(family.build(*of_q), family.build(*of_p))
+    infinite, _ = is_infinite(family, of_q, family, of_p)
+    torch.testing.assert_close(
+        dense_kl(family, of_q, family, of_p, 0.05)[~infinite], exact[~infinite], rtol=1e-9, atol=1e-11
+    )
+
+
 @pytest.mark.parametrize("hidden", CLASSES)
 def test_no_random_pair_breaks_its_certificate(hidden):
     certified = 0
-    for k, pair in enumerate(PAIRS[CLASSES.index(hidden) :: 9]):
+    for k, pair in enumerate(PAIRS[CLASSES.index(hidden) :: 16]):
         found, known = broken(pair, hidden, 12, seed=k)
         assert found == []
         certified += known
-    assert certified > 200
+    assert certified > 100
 
 
 @pytest.mark.exhaustive
