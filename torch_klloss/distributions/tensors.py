@@ -17,6 +17,7 @@ from torch.distributions.transforms import _InverseTransform  # its _inv is the 
 
 from torch_klloss.numerics.devices import has_float64, number_on
 from torch_klloss.numerics.tracing import is_traced
+from torch_klloss.numerics.versions import may_be_changed
 from torch_klloss.rng import private_rng
 
 D = TypeVar("D", bound=Distribution)
@@ -195,7 +196,7 @@ def in_full_precision(d: Distribution) -> Distribution:
     if not _has(d, lambda t, name, owner: t.dtype in HALF or _is_whole(t, name, owner)):
         return d
     if _has_half(d):
-        copy = copy_with(d, lambda t, *_: full_precision(t))
+        copy = copy_with(d, lambda t, *_: full_precision(t), _unvalidated_if_changed)
         d = copy if is_transparent(d) or _can_be_evaluated(copy) else d
     return in_floating_point(d)
 
@@ -205,7 +206,8 @@ def in_floating_point(d: Distribution) -> Distribution:
     if not _has(d, _is_whole):
         return d
     dtype = dtype_of(d)
-    return copy_with(d, lambda t, name, owner: t.to(dtype) if _is_whole(t, name, owner) else t)
+    wide: _TensorMap = lambda t, name, owner: t.to(dtype) if _is_whole(t, name, owner) else t  # noqa: E731
+    return copy_with(d, wide, _unvalidated_if_changed)
 
 
 def _is_whole(t: Tensor, name: str, owner: Distribution) -> bool:
@@ -317,7 +319,13 @@ def replace_examples(d: Distribution, keep: Tensor, batch_shape: torch.Size) -> 
         t = t.expand(examples + t.shape[dims:])
         return t.flatten(0, dims - 1).index_select(0, index.to(t.device)).unflatten(0, examples)
 
-    return copy_with(d, take)
+    return copy_with(d, take, _unvalidated_if_changed)
+
+
+def _unvalidated_if_changed(owner: Distribution) -> dict[str, Any]:
+    """Return the attributes of a copy with new tensors, which do not show that the old ones were written to."""
+    changed = any(isinstance(value, Tensor) and may_be_changed(value) for value in owner.__dict__.values())
+    return {"_validate_args": False} if changed else {}
 
 
 def _are_shared(sizes: torch.Size) -> bool:

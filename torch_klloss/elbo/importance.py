@@ -153,7 +153,7 @@ class IWAELoss(nn.Module):
         def __call__(self, *args: Any, **kwargs: Any) -> Tensor: ...  # noqa: D102
 
     def _log_q(self, q: Distribution, z: Located, given: Tensor | None, gradient: str) -> Tensor:
-        """Return log q(z), with a gradient to q's parameters if `gradient` is "pathwise"; q may have given it with z."""
+        """Return log q(z), given with z or not, with a gradient to q's parameters if `gradient` is "pathwise"."""
         shape = z.x.shape[:1] + q.batch_shape
         if gradient == "none":
             return log_density_within(q, z, shape).detach()
