@@ -15,7 +15,8 @@ from torch.distributions import (
 )
 from torch.distributions.transforms import _InverseTransform  # its _inv is the transform that it inverts
 
-from torch_klloss.numerics.devices import has_float64, number_on
+from torch_klloss.numerics.devices import can_be_read, has_float64, number_on
+from torch_klloss.numerics.graph import with_gradient_if
 from torch_klloss.numerics.tracing import is_traced
 from torch_klloss.numerics.versions import may_be_changed
 from torch_klloss.rng import private_rng
@@ -296,7 +297,7 @@ def replace_examples(d: Distribution, keep: Tensor, batch_shape: torch.Size) -> 
     """Return d with the parameters of every example that `keep` drops replaced by the parameters of a kept one.
 
     The parameters of a dropped example, even NaN, then reach neither a value nor a gradient; 0 · NaN would, even if the
-    value is masked afterwards.
+    value is masked afterwards. Where the host cannot see that none is kept, all of them stay, without a gradient.
 
     Args:
         d: a distribution; one that has no example dimensions of its own comes back as it is.
@@ -310,6 +311,7 @@ def replace_examples(d: Distribution, keep: Tensor, batch_shape: torch.Size) -> 
         d = expand_to(d, batch_shape)
     flat = keep.flatten()
     index = torch.where(flat, torch.arange(flat.numel(), device=flat.device), flat.int().argmax())
+    any_kept = None if can_be_read(flat) else flat.any()
 
     def take(t: Tensor, name: str, owner: Distribution) -> Tensor:
         if len(owner.batch_shape) < len(batch_shape):  # a distribution within a transform, which broadcasts
@@ -317,7 +319,8 @@ def replace_examples(d: Distribution, keep: Tensor, batch_shape: torch.Size) -> 
         if t.dim() < len(owner.batch_shape) + _event_dims(t, name, owner) or _are_shared(t.shape[:dims]):
             return t
         t = t.expand(examples + t.shape[dims:])
-        return t.flatten(0, dims - 1).index_select(0, index.to(t.device)).unflatten(0, examples)
+        t = t.flatten(0, dims - 1).index_select(0, index.to(t.device)).unflatten(0, examples)
+        return t if any_kept is None else with_gradient_if(any_kept, t)
 
     return copy_with(d, take, _unvalidated_if_changed)
 

@@ -114,7 +114,7 @@ def tail_integrals(f: Integrand, coordinate: Coordinate, v: Tensor, is_open: Ten
     total, error = (torch.zeros(4, *f.shape, dtype=v.dtype, device=v.device) for _ in range(2))
     for end, outward, opened, name in zip(v, (-1, 1), is_open, ("lower", "upper"), strict=True):
         is_mixed = _is_mixed(f, name).to(v.device)
-        points = end + outward * torch.arange(-3, 1, device=end.device).reshape(4, *(1,) * end.dim())
+        points = end + outward * torch.arange(-4, 1, device=end.device).reshape(5, *(1,) * end.dim())
         x, mass, log_ratio = weigh(f, coordinate, points, torch.ones_like(end))
         noise = _rounding(coordinate, end.unsqueeze(0))
         inside = log_ratio.clamp(-2, 2)
@@ -186,7 +186,7 @@ def remainder(mass: Tensor, factor: Tensor, noise: Tensor) -> tuple[Tensor, Tens
     the smaller error is taken.
 
     Args:
-        mass: at four points at a distance of 1, the last one at the end, `[4, *integrals]`.
+        mass: at five points at a distance of 1, the last one at the end, `[5, *integrals]`.
         factor: at the same points.
         noise: the error of the points.
     """
@@ -199,25 +199,25 @@ def remainder(mass: Tensor, factor: Tensor, noise: Tensor) -> tuple[Tensor, Tens
 
 
 def _polynomial(mass: Tensor, factor: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Return m (f/k + f'/k² + f''/k³ + f'''/k⁴), with derivatives by backward differences, and its error."""
+    """Return m (f/k + f'/k² + f''/k³ + f'''/k⁴), with derivatives by backward differences, and its error.
+
+    That of the series is its last term and the next one: either of them alone may be close to a zero.
+    """
     rate, change = _rates(mass, noise)
     differences = [factor[-1]]
-    for _ in range(3):
+    for _ in range(4):
         factor = factor.diff(dim=0) / rate  # every derivative comes with one more 1/k
         differences.append(factor[-1])
-    value, first, second, third = differences
+    value, first, second, third, fourth = differences
     # From backward differences to derivatives at the last point: f' = ∇f + ∇²f/2 + ∇³f/3, f'' = ∇²f + ∇³f.
-    first = first + rate * second / 2 + rate**2 * third / 3
-    second = second + rate * third
-    terms = mass[-1] / rate * torch.stack([value, first, second, third])
+    slope = first + rate * second / 2 + rate**2 * third / 3
+    terms = mass[-1] / rate * torch.stack([value, slope, second + rate * third, third])
+    # n differences double the rounding of a point n times, by which f' is off; they are divided by kⁿ.
+    roundings = [slope.abs() * noise * 2**n / rate ** (n - 1) for n in (3, 4)]
+    following = (fourth.abs() - roundings[1]).clamp_min(0.0) + roundings[0]
     # A relative error of the rate changes the n-th term by n + 1 times as much.
-    # Eight roundings, of noise · rate each, meet in the third difference, which is divided by rate³.
     orders = torch.arange(1, 5, device=terms.device).reshape(-1, *(1,) * (terms.dim() - 1))
-    error = _CAUTION * (
-        terms[-1].abs()
-        + mass[-1] / rate * first.abs() * 2 * noise * rate / rate**3
-        + change * (terms.abs() * orders).sum(0)
-    )
+    error = _CAUTION * (terms[-1].abs() + mass[-1] / rate * following + change * (terms.abs() * orders).sum(0))
     return terms.sum(0), torch.where(rate.isfinite(), error, torch.inf)
 
 
