@@ -7,31 +7,51 @@ import json, math, torch
 import torch.distributions as dist
 from torch.distributions import Independent, Normal
 from tests.devices.pretended import NAME, pretended
-from torch_klloss import AutoKL, ELBOLoss, MonteCarloKL, diagonal_normal, standard_normal_like
+from torch_klloss import AutoKL, ELBOLoss, MonteCarloKL, categorical, diagonal_normal, standard_normal_like
 from torch_klloss.elbo import IWAELoss
 
 dist.Distribution.set_default_validate_args(False)
-positive = torch.nn.functional.softplus
-spread = lambda a, b: (Normal(a, positive(b)), Normal(torch.zeros_like(a), 1.0))
+spread = lambda a, b: (Normal(a, b), Normal(torch.zeros_like(a), torch.ones_like(a)))
+def standard(a, b):
+    q = diagonal_normal(a, b)
+    return q, standard_normal_like(q)
+
 PAIRS = {
     "Normal": spread,
-    "diagonal_normal": lambda a, b: (q := diagonal_normal(a, b), standard_normal_like(q)),
-    "Gamma": lambda a, b: (dist.Gamma(positive(a), positive(b)), dist.Gamma(torch.ones_like(a), 1.0)),
-    "Categorical": lambda a, b: (dist.Categorical(logits=a), dist.Categorical(logits=b)),
-    "Laplace and Normal": lambda a, b: (dist.Laplace(a, positive(b)), Normal(torch.zeros_like(a), 1.0)),
+    "diagonal_normal": standard,
+    "Gamma": lambda a, b: (dist.Gamma(a, b), dist.Gamma(torch.ones_like(a), torch.ones_like(a))),
+    "Categorical": lambda a, b: (categorical(a), categorical(b)),
+    "Laplace and Normal": lambda a, b: (dist.Laplace(a, b), Normal(torch.zeros_like(a), torch.ones_like(a))),
     "full covariance": lambda a, b: (
-        dist.MultivariateNormal(a, scale_tril=torch.diag_embed(positive(b))),
+        dist.MultivariateNormal(a, scale_tril=torch.diag_embed(b)),
         dist.MultivariateNormal(torch.zeros_like(a), torch.eye(3, device=a.device)),
     ),
 }
 decoder = lambda z: Independent(Normal(z, torch.ones_like(z)), 1)
-STEPS = {name: (lambda a, b, mask, r, build=build: AutoKL(reduction=r)(*build(a, b)[-2:], mask=mask)) for name, build in PAIRS.items()}
-for gradient in ("pathwise", "sticking_the_landing"):
-    STEPS[f"sampled, {gradient}"] = lambda a, b, mask, r, g=gradient: MonteCarloKL(3, gradient=g, reduction=r)(*spread(a, b), mask=mask)
-STEPS["vae from tensors"] = lambda a, b, mask, r: ELBOLoss(reduction=r).from_tensors(a, torch.zeros_like(a), a, b, mask=mask).loss
-STEPS["vae, free nats"] = lambda a, b, mask, r: ELBOLoss(reduction=r, free_nats=0.1).from_tensors(a, torch.zeros_like(a), a, b, mask=mask).loss
-STEPS["vae"] = lambda a, b, mask, r: ELBOLoss(reduction=r)(decoder(a), torch.zeros_like(a), q := diagonal_normal(a, b), standard_normal_like(q), mask=mask).loss
-STEPS["importance"] = lambda a, b, mask, r: IWAELoss(3, reduction=r)(decoder, torch.zeros_like(a), q := diagonal_normal(a, b), standard_normal_like(q), mask=mask)
+def closed_form(build):
+    return lambda a, b, mask, reduction: AutoKL(reduction=reduction)(*build(a, b), mask=mask)
+
+def sampled(gradient):
+    return lambda a, b, mask, reduction: MonteCarloKL(3, gradient=gradient, reduction=reduction)(
+        *spread(a, b), mask=mask
+    )
+
+def vae(**options):
+    return lambda a, b, mask, reduction: ELBOLoss(AutoKL(reduction=reduction), **options).from_tensors(
+        a, torch.zeros_like(a), a, b, mask=mask
+    ).loss
+
+def of_distributions(a, b, mask, reduction):
+    q, p = standard(a, b)
+    return ELBOLoss(AutoKL(reduction=reduction))(decoder(a), torch.zeros_like(a), q, p, mask=mask).loss
+
+def importance(a, b, mask, reduction):
+    return IWAELoss(3, reduction=reduction)(decoder, torch.zeros_like(a), *standard(a, b), mask=mask)
+
+STEPS = {name: closed_form(build) for name, build in PAIRS.items()}
+STEPS |= {f"sampled, {gradient}": sampled(gradient) for gradient in ("pathwise", "sticking_the_landing")}
+STEPS |= {"vae from tensors": vae(), "vae, free nats": vae(free_nats=0.1)}
+STEPS |= {"vae": of_distributions, "importance": importance}
 
 found = {}
 with pretended(float64=True) as counts:
