@@ -59,6 +59,7 @@ def test_the_first_of_some_methods_is_written_in_yaml():
     written = entry(FirstOf, methods=[entry(ClosedForm), entry(MonteCarlo, num_samples=8)])
     assert parsed(entry(KLLoss, method=written)).method == FirstOf(ClosedForm(), MonteCarlo(8))
     nested = entry(FirstOf, methods=[written, entry(Quadrature)])
-    assert parsed(entry(AutoKL, fallback=nested)).method == AutoKL(
-        FirstOf(FirstOf(ClosedForm(), MonteCarlo(8)), Quadrature())
-    ).method
+    assert (
+        parsed(entry(AutoKL, fallback=nested)).method
+        == AutoKL(FirstOf(FirstOf(ClosedForm(), MonteCarlo(8)), Quadrature())).method
+    )

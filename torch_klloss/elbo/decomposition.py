@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -130,9 +131,8 @@ def _aggregate(q: Distribution, z: Located, chunk_size: int) -> tuple[Tensor, Te
     shape, points = z.x.shape, z.map(lambda t: t.flatten(0, 1).unsqueeze(1))  # [points, 1, latent]
     size = max(1, chunk_size // (num_examples * latent))
     log_joint, log_each = [], []
-    for start in range(0, len(points.x), size):
-        block = points.map(lambda t, start=start: t[start : start + size])
-        at_examples = log_density_within(q, block)  # [points, N, latent]
+    for rows in torch.arange(len(points.x), device=points.x.device).split(size):
+        at_examples = log_density_within(q, points.map(itemgetter(rows)))  # [points, N, latent]
         log_joint.append(at_examples.sum(-1).logsumexp(1))
         log_each.append(at_examples.logsumexp(1))
     shift = math.log(num_examples)

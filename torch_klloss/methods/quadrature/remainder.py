@@ -122,7 +122,7 @@ def tail_integrals(f: Integrand, coordinate: Coordinate, v: Tensor, is_open: Ten
         parts, errors = zip(*(remainder(mass, factor, noise) for factor in factors), strict=True)
         rest, spread = torch.stack(parts), torch.stack(errors)
         if is_mixed.any():  # beyond the ends another component may take over, which no point shows
-            hidden = _bent(mass, noise, sum(_bend(f, d, x[-2:]) for d in (f.q, f.p)))
+            hidden = _bent(mass, noise, _bend(f, f.q, x[-2:]) + _bend(f, f.p, x[-2:]))
             spread = torch.where(is_mixed, torch.maximum(spread, rest.detach().abs()) + hidden, spread)
         total = total + torch.where(opened, rest, 0.0)
         error = error + torch.where(opened, spread, 0.0)
