@@ -150,4 +150,5 @@ def _all_moved(x: Tensor, log_prob: Tensor, own: dict[Edge, Edge]) -> bool:
             return edge not in tensors and not hasattr(edge[0], "variable")
         return all(below in moved or is_moved(below) for below in edges_below(edge, until=tensors))
 
-    return all(is_moved(edge) for edge in edges_below(edge_of(log_prob), until=own) - moving)
+    # Below an edge that moves the draw, all do.
+    return all(is_moved(edge) for edge in edges_below(edge_of(log_prob), until=own.keys() | moving) - moving)
