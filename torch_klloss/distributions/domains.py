@@ -76,8 +76,8 @@ def _where_outside(d: Distribution) -> Tensor | None:
     held = d.__dict__
     own = [domain for domain in domains_of(type(d)) if isinstance(held.get(domain.name), Tensor)]
     if own or isinstance(d, Uniform):
-        names = ("low", "high") if isinstance(d, Uniform) else (each.name for each in own)
-        if d._validate_args and not any(may_be_changed(held[name]) for name in names):
+        names = ("low", "high") if isinstance(d, Uniform) else [each.name for each in own]
+        if d._validate_args and not may_be_changed(*[held[name] for name in names]):
             return None
         return _any_of([_beyond(held[each.name], each) for each in own] + [_reversed(d)])
     parts = [part for part in held.values() if isinstance(part, Distribution)]

@@ -28,6 +28,6 @@ class Versions:
                 )
 
 
-def may_be_changed(t: Tensor) -> bool:
+def may_be_changed(*tensors: Tensor) -> bool:
     """Return whether a tensor may have been written to in place since it was made; False where that is unknown."""
-    return not is_traced() and (t.is_inference() or t._version > 0)
+    return any(t.is_inference() or t._version > 0 for t in tensors) if not is_traced() else False
