@@ -24,7 +24,7 @@ def private_rng(seed: int, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def private_streams(device: torch.device) -> Iterator[Callable[[int], None]]:
-    """Yield a function that seeds the generators of the CPU and of `device`, whose state is restored after the block."""
+    """Yield a function that seeds the CPU's generator and `device`'s; their state is restored after the block."""
 
     def reseed(seed: int) -> None:
         torch.default_generator.manual_seed(seed)
