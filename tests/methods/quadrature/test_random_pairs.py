@@ -71,11 +71,11 @@ def test_the_reference_is_that_of_the_closed_forms(name):
 @pytest.mark.parametrize("hidden", CLASSES)
 def test_no_random_pair_breaks_its_certificate(hidden):
     certified = 0
-    for k, pair in enumerate(PAIRS[CLASSES.index(hidden) :: 16]):
+    for k, pair in enumerate(PAIRS[CLASSES.index(hidden) :: 24]):
         found, known = broken(pair, hidden, 12, seed=k)
         assert found == []
         certified += known
-    assert certified > 100
+    assert certified > 70
 
 
 @pytest.mark.exhaustive
