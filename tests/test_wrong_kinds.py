@@ -8,6 +8,7 @@ from torch_klloss import AutoKL, ELBOLoss, MonteCarloKL, categorical, diagonal_n
 from torch_klloss.elbo import IWAELoss
 from torch_klloss.methods import MonteCarlo
 from torch_klloss.samplers import IID
+from torch_klloss.testing import check_kl
 
 LOGS = torch.randn(4, 6)
 NORMAL = Independent(Normal(torch.zeros(4, 3), 1.0), 1)
@@ -44,6 +45,10 @@ def sampled(**arguments):
     return MonteCarloKL(2)(**({"q": NORMAL, "p": NORMAL} | arguments))
 
 
+def checked(**arguments):
+    return check_kl(**({"q": NORMAL, "p": NORMAL} | arguments))
+
+
 CASES = [
     *((logs, "log_q", bad) for bad in (*NO_TENSOR, torch.zeros(4, 6, dtype=torch.int64))),
     *((logs, "log_p", bad) for bad in (*NO_TENSOR, torch.zeros(4, 6, dtype=torch.int64))),
@@ -70,6 +75,10 @@ CASES = [
     *((lambda logvar: diagonal_normal(X, logvar), "logvar", bad) for bad in NO_TENSOR),
     *((lambda batch_dims: diagonal_normal(X, X, batch_dims), "batch_dims", bad) for bad in (3, -1, 1.0, "x", None)),
     *((categorical, "logits", bad) for bad in NO_TENSOR),
+    *((checked, name, bad) for name in ("q", "p") for bad in (X, "x", None, 3)),
+    *((checked, "kl", bad) for bad in (None, "closed_form", 3, X)),
+    *((checked, "num_samples", bad) for bad in ("x", None, 0, 1.5, True, [8])),
+    *((checked, "seed", bad) for bad in ("x", None, 1.5, True, [0])),
     *((lambda sampler: MonteCarlo(sampler=sampler), "sampler", bad) for bad in ("iid", 3, IID, [IID()])),
 ]
 

@@ -15,6 +15,7 @@ from torch_klloss.estimate import KLEstimate
 from torch_klloss.numerics.arguments import check_integer
 from torch_klloss.numerics.devices import can_be_read
 from torch_klloss.numerics.dimensions import sum_after
+from torch_klloss.numerics.graph import with_gradient_if
 
 ReductionName = Literal["mean", "sum", "none"]
 
@@ -133,7 +134,10 @@ class Batch:
         if self.index is None:
             return t
         dims = len(self.elements)
-        return t.flatten(0, dims - 1).index_select(0, self.index).unflatten(0, self.elements)
+        t = t.flatten(0, dims - 1).index_select(0, self.index).unflatten(0, self.elements)
+        if self.weights is None or can_be_read(self.weights):
+            return t
+        return with_gradient_if((self.weights != 0).any(), t)
 
     def replace(self, d: Distribution, batch_shape: torch.Size, samples: tuple[int, ...] = ()) -> Distribution:
         """Return d with the parameters of every masked element replaced by those of one that counts.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,13 +17,24 @@ _LOCK = threading.RLock()  # the streams belong to all threads: one at a time re
 @contextmanager
 def private_rng(seed: int, device: torch.device) -> Iterator[None]:
     """Seed the generators of the CPU and of `device` for the block, and restore their state after it."""
-    with _forked(device):
+    with private_streams(device) as reseed:
+        reseed(seed)
+        yield
+
+
+@contextmanager
+def private_streams(device: torch.device) -> Iterator[Callable[[int], None]]:
+    """Yield a function that seeds the CPU's generator and `device`'s; their state is restored after the block."""
+
+    def reseed(seed: int) -> None:
         torch.default_generator.manual_seed(seed)
         if device.type not in _HOST:
             module = torch.get_device_module(device)
             with module.device(device):
                 module.manual_seed(seed)
-        yield
+
+    with _forked(device):
+        yield reseed
 
 
 @dataclass(frozen=True)

@@ -263,6 +263,7 @@ class Cyclical(_Rise):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_integer("cycles", self.cycles)
+        _check_finite(ramp=self.ramp)
         if not 0 < self.ramp <= 1:
             raise ValueError(f"ramp must lie in (0, 1], the fraction of a cycle that rises, got {self.ramp!r}.")
 

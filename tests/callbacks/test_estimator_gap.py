@@ -366,7 +366,7 @@ def test_a_mixture_prior_and_a_bf16_trainer_work():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"every_n_steps": 0}, "every_n_steps must be at least 1, got 0"),
+        ({"every_n_steps": 0}, "every_n_steps must be an integer of at least 1, got 0"),
         ({"num_samples": 0}, "num_samples must be .* got 0"),
         ({"side_by_side": ["analytic"]}, "side_by_side may hold .* got 'analytic'"),
     ],

@@ -165,7 +165,7 @@ def test_a_weight_that_is_none_is_refused(weight):
     [
         ({"schedule": 0.5}, TypeError, "schedule must take a step and return a weight, .* got 0.5"),
         ({"interval": "batch"}, ValueError, "interval must be 'step' or 'epoch', got 'batch'"),
-        ({"every_n_steps": 0}, ValueError, "every_n_steps must be at least 1, got 0"),
+        ({"every_n_steps": 0}, ValueError, "every_n_steps must be an integer of at least 1, got 0"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, kind, message):

@@ -207,10 +207,10 @@ def test_a_latent_without_examples_is_passed_over():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"every_n_steps": 0}, "every_n_steps must be at least 1, got 0"),
+        ({"every_n_steps": 0}, "every_n_steps must be an integer of at least 1, got 0"),
         ({"stage": "test"}, "stage must be 'train' or 'validation', got 'test'"),
-        ({"patience": 0}, "patience must be at least 1, got 0"),
-        ({"num_draws": 0}, "num_draws must be at least 1, got 0"),
+        ({"patience": 0}, "patience must be an integer of at least 1, got 0"),
+        ({"num_draws": 0}, "num_draws must be an integer of at least 1, got 0"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):

@@ -5,7 +5,7 @@ import pytest
 from torch import nn
 
 from torch_klloss import AutoKL, KLLoss
-from torch_klloss.methods import ClosedForm, Enumeration, MixtureBound, MonteCarlo, Quadrature
+from torch_klloss.methods import ClosedForm, Enumeration, FirstOf, MixtureBound, MonteCarlo, Quadrature
 from torch_klloss.samplers import IID, Antithetic, Sobol, Stratified
 
 # What jsonargparse deprecates is of its own import.
@@ -53,3 +53,13 @@ def test_every_method_is_written_in_yaml(written, method):
     assert parsed(entry(AutoKL, fallback=written)).method == AutoKL(method).method
     both = [written, entry(MonteCarlo, num_samples=4)]
     assert parsed(entry(AutoKL, fallback=both)).method == AutoKL([method, MonteCarlo(4)]).method
+
+
+def test_the_first_of_some_methods_is_written_in_yaml():
+    written = entry(FirstOf, methods=[entry(ClosedForm), entry(MonteCarlo, num_samples=8)])
+    assert parsed(entry(KLLoss, method=written)).method == FirstOf(ClosedForm(), MonteCarlo(8))
+    nested = entry(FirstOf, methods=[written, entry(Quadrature)])
+    assert (
+        parsed(entry(AutoKL, fallback=nested)).method
+        == AutoKL(FirstOf(FirstOf(ClosedForm(), MonteCarlo(8)), Quadrature())).method
+    )

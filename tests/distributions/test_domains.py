@@ -8,7 +8,7 @@ import torch
 import torch.distributions as dist
 from torch import Tensor
 
-from tests.closed_forms.test_registered_pairs import Pair
+from tests.closed_forms.test_registered_pairs import PAIRS, Pair
 from tests.closed_forms.test_ties import every_pair
 from tests.families import FAMILIES
 from tests.processes import run
@@ -114,11 +114,50 @@ def test_the_bounds_of_a_mixture_are_nan(side):
     assert value.isnan().tolist() == [True, False]
 
 
-def test_what_was_validated_is_not_looked_at_again():
-    scale = torch.ones(2)
-    d = dist.Normal(0.0, scale, validate_args=True)
-    scale.neg_()
+def test_what_was_validated_and_not_written_to_is_not_looked_at_again():
+    d = dist.Normal(0.0, torch.ones(2), validate_args=True)
+    with torch.no_grad():
+        d.scale = -d.scale
     assert where_outside(d, d) is None
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        pytest.param(pair, id=name, marks=[] if pair.q.family is pair.p.family else pytest.mark.exhaustive)
+        for name, pair in PAIRS.items()
+    ],
+)
+def test_a_validated_parameter_that_is_written_to_gives_no_plausible_number(pair):
+    before = pair.parameters((3,), (3,))
+    for i, name in constrained(pair):
+        parameters = [t.clone() for t in before]
+        of_q, of_p = parameters[: len(pair.q.spaces)], parameters[len(pair.q.spaces) :]
+        try:
+            q, p = (
+                side.family.of(dict(zip(side.spaces, of, strict=True)), validate_args=True)
+                for side, of in ((pair.q, of_q), (pair.p, of_p))
+            )
+            value = pair.rule(q, p).clone()
+            parameters[i][1].view(-1)[0] = -0.25
+            found = pair.rule(q, p)
+        except (*REFUSED, NotImplementedError, TypeError):
+            continue
+        assert found[1].isnan() or torch.equal(found, value), name  # some families keep a copy
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mask", [None, torch.tensor([True, True])])
+def test_losses_see_a_validated_scale_that_is_written_to(dtype, mask):
+    loc, scale = torch.zeros(2, 3, dtype=dtype), torch.ones(2, 3, dtype=dtype)
+    q = dist.Normal(loc, scale, validate_args=True)
+    p = dist.Normal(loc + 1, torch.ones_like(scale), validate_args=True)
+    losses = [AutoKL(reduction="none"), MonteCarloKL(4, reduction="none")]
+    assert all(loss(a, b, mask=mask).isfinite().all() for loss in losses for a, b in ((q, p), (p, q)))
+    scale[1, 2] = -0.5
+    for loss in losses:
+        for a, b in ((q, p), (p, q)):
+            assert loss(a, b, mask=mask).isnan().tolist() == [False, True]
 
 
 def test_zero_and_nan_are_not_outside():

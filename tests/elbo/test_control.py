@@ -154,7 +154,8 @@ def test_setting_beta_of_a_controlled_loss_is_an_error():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: GECO(math.nan), "finite tolerance"),
+        (lambda: GECO(math.nan), "tolerance must be a number, got NaN"),
+        (lambda: GECO(math.inf), "finite tolerance"),
         (lambda: GECO(1.0, rate=0.0), "a rate above 0"),
         (lambda: GECO(1.0, momentum=1.0), r"momentum in \[0, 1\)"),
         (lambda: GECO(1.0, initial=1e9), "initial must lie within the bounds"),

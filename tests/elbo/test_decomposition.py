@@ -4,7 +4,15 @@ import math
 
 import pytest
 import torch
-from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
+from torch.distributions import (
+    Categorical,
+    Independent,
+    MixtureSameFamily,
+    MultivariateNormal,
+    Normal,
+    TanhTransform,
+    TransformedDistribution,
+)
 
 from torch_klloss import AnalyticKL, diagonal_normal, standard_normal_like
 from torch_klloss.elbo import decompose_kl
@@ -134,3 +142,19 @@ def test_what_does_not_split_or_is_no_data_set_is_refused():
         decompose_kl(flat, flat)
     with pytest.raises(ValueError, match="num_samples and chunk_size must be at least 1, got 0"):
         decompose_kl(good, standard_normal_like(good), num_samples=0)
+
+
+@pytest.mark.parametrize("chunk_size", [2**22, 10])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_saturated_posterior_has_the_parts_of_the_space_it_was_drawn_in(dtype, chunk_size):
+    """A map of every dimension changes no part, and tanh rounds to 1 long before 20."""
+    mean = torch.tensor([[20.0, -20.0], [20.5, 20.0], [18.0, 30.0]], dtype=dtype)
+    base_q, base_p = Normal(mean, 0.5), Normal(torch.zeros(2, dtype=dtype), 10.0)
+    parts = []
+    for transforms in ([], [TanhTransform()]):
+        q, p = (Independent(TransformedDistribution(d, transforms) if transforms else d, 1) for d in (base_q, base_p))
+        torch.manual_seed(0)
+        parts.append(decompose_kl(q, p, num_samples=6, chunk_size=chunk_size))
+    for found, expected in zip(*reversed(parts), strict=True):
+        torch.testing.assert_close(found.value, expected.value, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.std_error, expected.std_error, rtol=1e-3, atol=1e-4)

@@ -7,7 +7,19 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
-from torch.distributions import Bernoulli, Categorical, Independent, MultivariateNormal, Normal, Uniform
+from torch.distributions import (
+    AffineTransform,
+    Bernoulli,
+    Beta,
+    Categorical,
+    Independent,
+    MultivariateNormal,
+    Normal,
+    SigmoidTransform,
+    TanhTransform,
+    TransformedDistribution,
+    Uniform,
+)
 
 from torch_klloss import AutoKL, ELBOLoss, MonteCarloKL, diagonal_normal, standard_normal_like
 from torch_klloss.elbo import IWAELoss
@@ -267,3 +279,64 @@ def test_a_graph_of_the_gradient_that_is_not_used_changes_nothing():
         torch.func.hessian(value)(*parameters)
     with pytest.raises(NotImplementedError, match="gradient='pathwise'"):
         torch.func.jvp(value, tuple(parameters), tuple(parameters))
+
+
+def saturated(mean, cache=0):
+    """Return a tanh policy whose draws round to the end of its support, and the base-space quantities of it."""
+    base = Normal(mean, torch.ones_like(mean))
+    return Independent(TransformedDistribution(base, [TanhTransform(cache_size=cache)]), 1)
+
+
+def base_space_bound(mean, num_samples, stopped):
+    """Return the bound of a saturated policy under the uniform law, in the space of the draws before tanh.
+
+    With `stopped` log q has fixed parameters, and the gradient to the draws is multiplied by their weights once more.
+    """
+    u = mean + torch.randn(num_samples, *mean.shape, dtype=mean.dtype)
+    if stopped:
+        u = u.view_as(u)
+    log_slope = 2 * (math.log(2) - u - torch.nn.functional.softplus(-2 * u))
+    log_q = Normal(mean.detach() if stopped else mean, 1.0).log_prob(u) - log_slope
+    log_likelihood = Normal(u.tanh(), 1.0).log_prob(torch.ones_like(u))
+    log_weight = (log_likelihood - math.log(2) - log_q).sum(-1)
+    if stopped:
+        weights = log_weight.detach().softmax(0).unsqueeze(-1)
+        u.register_hook(lambda grad: weights * grad)
+    return -(log_weight.logsumexp(0) - math.log(num_samples))
+
+
+@pytest.mark.parametrize("cache", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gradient", ["doubly_reparameterized", "pathwise", "none"])
+def test_a_saturated_posterior_has_the_bound_and_the_gradient_of_the_space_it_was_drawn_in(gradient, dtype, cache):
+    mean = torch.full((5, 3), 20.0, dtype=dtype, requires_grad=True)
+    p = Independent(Uniform(-torch.ones(5, 3, dtype=dtype), torch.ones(5, 3, dtype=dtype)), 1)
+    torch.manual_seed(0)
+    found = IWAELoss(8, gradient=gradient, reduction="none")(
+        lambda z: Independent(Normal(z, 1.0), 1), torch.ones(5, 3, dtype=dtype), saturated(mean, cache), p
+    )
+    torch.manual_seed(0)
+    expected = base_space_bound(mean, 8, stopped=gradient == "doubly_reparameterized")
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    if gradient != "none":
+        grads = [torch.autograd.grad(value.sum(), mean)[0] for value in (found, expected)]
+        assert grads[0].abs().min() > 0.1
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
+def test_a_learned_transform_has_the_doubly_reparameterised_gradient_of_its_plain_form():
+    """exp(a + b u) is drawn through a learned affine map; a LogNormal of the same parameters has the same gradient."""
+    grads = []
+    for form in ("transformed", "plain"):
+        loc = torch.full((4, 2), 0.3, dtype=torch.float64, requires_grad=True)
+        scale = torch.full((4, 2), 0.7, dtype=torch.float64, requires_grad=True)
+        base = Normal(torch.zeros_like(loc), torch.ones_like(loc))
+        image = TransformedDistribution(base, [AffineTransform(loc, scale), SigmoidTransform()])
+        plain = TransformedDistribution(Normal(loc, scale), [SigmoidTransform()])
+        q = Independent(image if form == "transformed" else plain, 1)
+        p = Independent(Beta(torch.full_like(loc, 2.0), torch.ones_like(loc)), 1)
+        torch.manual_seed(0)
+        bound = IWAELoss(6)(lambda z: Independent(Normal(z, 1.0), 1), torch.ones_like(loc), q, p)
+        grads.append(torch.autograd.grad(bound, [loc, scale]))
+    for found, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(found, expected)

@@ -125,3 +125,15 @@ def test_what_is_no_method_is_an_error():
     for wrong in (ClosedForm, "closed_form", None):
         with pytest.raises(TypeError, match=r"a method must have estimate\(q, p, generator=None\)"):
             FirstOf(wrong)
+
+
+def test_methods_are_given_one_by_one_or_in_a_sequence():
+    assert FirstOf([ClosedForm(), MonteCarlo(2)]) == FirstOf((ClosedForm(), MonteCarlo(2)))
+    assert FirstOf([ClosedForm()], MonteCarlo(2)) == FirstOf(ClosedForm(), MonteCarlo(2))
+    assert repr(FirstOf(methods=[ClosedForm()])) == "FirstOf(ClosedForm())"
+    for nothing in ((), []):
+        with pytest.raises(ValueError, match="at least one method"):
+            FirstOf(nothing)
+    for bad in ("closed_form", None, 3, [ClosedForm(), "x"]):
+        with pytest.raises(TypeError, match="a method must have estimate"):
+            FirstOf(bad)

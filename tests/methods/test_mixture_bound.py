@@ -217,5 +217,5 @@ def test_no_loss_takes_a_bound_by_default():
 def test_invalid_arguments_are_refused():
     with pytest.raises(ValueError, match="side must be 'upper' or 'lower', got 'both'"):
         MixtureBound("both")
-    with pytest.raises(ValueError, match="num_iterations must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_iterations must be an integer of at least 1, got 0"):
         MixtureBound("upper", 0)

@@ -23,6 +23,7 @@ from torch_klloss.language import DistillationLoss, ReferenceKL
 from torch_klloss.language.observers import TokenCall
 from torch_klloss.losses import AutoKL, Call, KLLoss
 from torch_klloss.methods import FirstOf, Method, MonteCarlo, NotCertifiedError, Quadrature
+from torch_klloss.numerics.arguments import check_flag, check_integer
 from torch_klloss.rng import private_rng, rng_state
 
 PairFunction = Callable[[Any, Any], Mapping[str, Pair]]
@@ -101,6 +102,15 @@ class EstimatorGap(LossWatcher):
         prog_bar: bool = False,
     ) -> None:
         super().__init__(every_n_steps, prefix)
+        check_integer("seed", seed, at_least=None)
+        check_flag("figure", figure)
+        check_flag("prog_bar", prog_bar)
+        if pairs is not None and not callable(pairs):
+            raise TypeError(f"pairs must be a function (module, batch) -> {{name: (q, p)}}, got {pairs!r}.")
+        if not isinstance(side_by_side, (list, tuple)):
+            raise TypeError(
+                f"side_by_side must be a list of 'sampled', 'exact' and 'quadrature', got {side_by_side!r}."
+            )
         unknown = [word for word in side_by_side if word not in get_args(Column)]
         if unknown:
             raise ValueError(f"side_by_side may hold 'sampled', 'exact' and 'quadrature', got {unknown[0]!r}.")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch_klloss.callbacks.watching import StepCounter, publish
 from torch_klloss.elbo import ELBOLoss
 from torch_klloss.language.weight import Weighted
+from torch_klloss.numerics.arguments import check_integer, check_text
 from torch_klloss.schedules import Schedule
 
 TimeUnit = Literal["step", "epoch"]
@@ -91,8 +92,10 @@ class KLAnnealing(StepCounter):
             )
         if interval not in get_args(TimeUnit):
             raise ValueError(f"interval must be 'step' or 'epoch', got {interval!r}.")
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}.")
+        check_integer("every_n_steps", every_n_steps)
+        check_text("prefix", prefix)
+        if attribute is not None:
+            check_text("attribute", attribute)
         self.schedule = schedule
         self.attribute = attribute
         self.interval = interval

@@ -15,6 +15,7 @@ from torch_klloss.callbacks.watching import AllRanks, LossWatcher
 from torch_klloss.distributions.checks import check_pair
 from torch_klloss.distributions.tensors import device_of, expand_to
 from torch_klloss.losses import Call
+from torch_klloss.numerics.arguments import check_flag, check_integer, check_number
 from torch_klloss.rng import private_rng
 
 Stage = Literal["train", "validation"]
@@ -81,9 +82,12 @@ class PosteriorCollapse(LossWatcher):
         super().__init__(every_n_steps, prefix)
         if stage not in get_args(Stage):
             raise ValueError(f"stage must be 'train' or 'validation', got {stage!r}.")
-        for word, value in (("patience", patience), ("num_draws", num_draws)):
-            if value < 1:
-                raise ValueError(f"{word} must be at least 1, got {value}.")
+        for word, count in (("patience", patience), ("num_draws", num_draws)):
+            check_integer(word, count)
+        for word, level in (("active_above", active_above), ("collapsed_below", collapsed_below)):
+            check_number(word, level, at_least=0)
+        check_integer("seed", seed, at_least=None)
+        check_flag("figure", figure)
         self.stage = stage
         self.measures_training = stage == "train"
         self.active_above = active_above

@@ -16,7 +16,7 @@ from torch_klloss.distributions.tensors import device_of
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.losses import Call, KLLoss
 from torch_klloss.methods import ClosedForm, Enumeration, FirstOf
-from torch_klloss.numerics.arguments import call_of
+from torch_klloss.numerics.arguments import call_of, check_integer, check_text
 from torch_klloss.numerics.devices import has_float64
 from torch_klloss.rng import replayed_rng
 
@@ -137,8 +137,8 @@ class LossWatcher(StepCounter):
 
     def __init__(self, every_n_steps: int, prefix: str) -> None:
         super().__init__()
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}.")
+        check_integer("every_n_steps", every_n_steps)
+        check_text("prefix", prefix)
         self.every_n_steps = every_n_steps
         self.prefix = prefix
         self._losses: dict[Any, tuple[str, nn.Module]] = {}

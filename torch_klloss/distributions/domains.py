@@ -11,6 +11,7 @@ from torch.distributions import Distribution, Uniform, constraints
 
 from torch_klloss.numerics.devices import can_be_read
 from torch_klloss.numerics.tracing import constant_in_graphs
+from torch_klloss.numerics.versions import may_be_changed
 
 # What the relaxed families do not declare, and a Wishart not as a class.
 _UNDECLARED = {"temperature": constraints.positive, "scale_tril": constraints.lower_cholesky}
@@ -31,7 +32,7 @@ def where_outside(q: Distribution, p: Distribution) -> Tensor | None:
     """Return where q or p has a parameter outside of its domain; None for nowhere.
 
     The mask has a shape that broadcasts to the batch. A scale of 0 counts as inside, and so does NaN. What the
-    constructor has validated is not looked at again.
+    constructor has validated is looked at again only if it was written to in place at some time.
     """
     of_q, of_p = _where_outside(q), _where_outside(p)
     return of_p if of_q is None else of_q if of_p is None else of_q | of_p
@@ -75,7 +76,10 @@ def _where_outside(d: Distribution) -> Tensor | None:
     held = d.__dict__
     own = [domain for domain in domains_of(type(d)) if isinstance(held.get(domain.name), Tensor)]
     if own or isinstance(d, Uniform):
-        return None if d._validate_args else _any_of([_beyond(held[each.name], each) for each in own] + [_reversed(d)])
+        names = ("low", "high") if isinstance(d, Uniform) else [each.name for each in own]
+        if d._validate_args and not may_be_changed(*[held[name] for name in names]):
+            return None
+        return _any_of([_beyond(held[each.name], each) for each in own] + [_reversed(d)])
     parts = [part for part in held.values() if isinstance(part, Distribution)]
     return _any_of([_in_batch_of(d, part, _where_outside(part)) for part in parts])
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from torch_klloss.distributions.densities import log_density_within
+from torch_klloss.distributions.located import Located
 from torch_klloss.distributions.tensors import copy_with, device_of, is_transparent, log_prob_of_a_draw, tensors_of
 from torch_klloss.numerics.graph import Edge, edge_of, edges_below, leaves_of
 from torch_klloss.numerics.tracing import is_traced
@@ -47,12 +49,18 @@ def _log_prob_of_fixed(d: Distribution) -> Tensor:
         return log_prob_of_a_draw(copy_with(d, lambda t, *_: t.detach()))
 
 
-def log_prob_with_fixed_parameters(d: Distribution, x: Tensor) -> Tensor:
-    """Return log d(x), `[*sample, *batch]`, with a gradient to x alone."""
+def log_density_with_fixed_parameters(d: Distribution, x: Located, shape: torch.Size) -> Tensor:
+    """Return log d(x), `[*sample, *batch]`, with a gradient to x alone.
+
+    Args:
+        d: the distribution, unvalidated.
+        x: points within its support, without an origin.
+        shape: of the result.
+    """
     if is_transparent(d):
-        return copy_with(d, lambda t, *_: t.detach()).log_prob(x)
-    by_parameters = d.log_prob(x.detach())
-    return d.log_prob(x) - (by_parameters - by_parameters.detach())
+        return log_density_within(copy_with(d, lambda t, *_: t.detach()), x, shape)
+    by_parameters = log_density_within(d, x.detach(), shape)
+    return log_density_within(d, x, shape) - (by_parameters - by_parameters.detach())
 
 
 def check_dropped(value: Tensor, keep: Tensor, *distributions: Distribution) -> None:
@@ -142,4 +150,5 @@ def _all_moved(x: Tensor, log_prob: Tensor, own: dict[Edge, Edge]) -> bool:
             return edge not in tensors and not hasattr(edge[0], "variable")
         return all(below in moved or is_moved(below) for below in edges_below(edge, until=tensors))
 
-    return all(is_moved(edge) for edge in edges_below(edge_of(log_prob), until=own) - moving)
+    # Below an edge that moves the draw, all do.
+    return all(is_moved(edge) for edge in edges_below(edge_of(log_prob), until=own.keys() | moving) - moving)

@@ -95,8 +95,11 @@ def contained(q: Distribution, p: Distribution) -> bool | Tensor | None:
     q_support, p_support = believed_support(q), believed_support(p)
     if q_support is p_support is not None and not vars(q_support) and _is_tight(q) and _is_tight(p):
         return True  # one constant: the real line, the simplex, …
-    bounds, limits = bounds_of(q), bounds_of(p)
-    if bounds is None or limits is None or q_support is None or p_support is None:
+    limits = None if p_support is None else bounds_of(p)
+    if limits is _LINE:
+        return True  # whatever q is
+    bounds = bounds_of(q)
+    if bounds is None or limits is None or q_support is None:
         return None
     fits = is_within(bounds.lower, limits) & is_within(bounds.upper, limits)
     event_dims = len(q.event_shape)

@@ -99,12 +99,12 @@ def is_infinite(q: Distribution, p: Distribution, power: int = 1) -> Tensor | No
 
 def is_infinite_by_tails(q: Distribution, p: Distribution, q_tails: Tails, p_tails: Tails) -> Tensor | None:
     """Return where KL(q‖p) is infinite, for q and p on the line with these tails; None if it is not known."""
-    within = contained(q, p)
-    if within is None:
+    within, of_q, of_p = contained(q, p), bounds_of(q), bounds_of(p)
+    if within is None or of_q is None or of_p is None:
         return None
     mask: bool | Tensor = ~within if isinstance(within, Tensor) else not within
     for end, q_tail, p_tail in zip(("lower", "upper"), q_tails, p_tails, strict=True):
-        q_end, p_end = (getattr(bounds_of(d), end) for d in (q, p))
+        q_end, p_end = getattr(of_q, end), getattr(of_p, end)
         mask = mask | ((q_end == p_end) & _diverges(q_tail, p_tail))
     if isinstance(mask, bool):
         return torch.full(_broadcast(q, p), mask, device=device_of(q))

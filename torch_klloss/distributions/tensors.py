@@ -15,8 +15,10 @@ from torch.distributions import (
 )
 from torch.distributions.transforms import _InverseTransform  # its _inv is the transform that it inverts
 
-from torch_klloss.numerics.devices import has_float64, number_on
+from torch_klloss.numerics.devices import can_be_read, has_float64, number_on
+from torch_klloss.numerics.graph import with_gradient_if
 from torch_klloss.numerics.tracing import is_traced
+from torch_klloss.numerics.versions import may_be_changed
 from torch_klloss.rng import private_rng
 
 D = TypeVar("D", bound=Distribution)
@@ -195,7 +197,7 @@ def in_full_precision(d: Distribution) -> Distribution:
     if not _has(d, lambda t, name, owner: t.dtype in HALF or _is_whole(t, name, owner)):
         return d
     if _has_half(d):
-        copy = copy_with(d, lambda t, *_: full_precision(t))
+        copy = copy_with(d, lambda t, *_: full_precision(t), _unvalidated_if_changed)
         d = copy if is_transparent(d) or _can_be_evaluated(copy) else d
     return in_floating_point(d)
 
@@ -205,7 +207,8 @@ def in_floating_point(d: Distribution) -> Distribution:
     if not _has(d, _is_whole):
         return d
     dtype = dtype_of(d)
-    return copy_with(d, lambda t, name, owner: t.to(dtype) if _is_whole(t, name, owner) else t)
+    wide: _TensorMap = lambda t, name, owner: t.to(dtype) if _is_whole(t, name, owner) else t  # noqa: E731
+    return copy_with(d, wide, _unvalidated_if_changed)
 
 
 def _is_whole(t: Tensor, name: str, owner: Distribution) -> bool:
@@ -294,7 +297,7 @@ def replace_examples(d: Distribution, keep: Tensor, batch_shape: torch.Size) -> 
     """Return d with the parameters of every example that `keep` drops replaced by the parameters of a kept one.
 
     The parameters of a dropped example, even NaN, then reach neither a value nor a gradient; 0 · NaN would, even if the
-    value is masked afterwards.
+    value is masked afterwards. Where the host cannot see that none is kept, all of them stay, without a gradient.
 
     Args:
         d: a distribution; one that has no example dimensions of its own comes back as it is.
@@ -308,6 +311,7 @@ def replace_examples(d: Distribution, keep: Tensor, batch_shape: torch.Size) -> 
         d = expand_to(d, batch_shape)
     flat = keep.flatten()
     index = torch.where(flat, torch.arange(flat.numel(), device=flat.device), flat.int().argmax())
+    any_kept = None if can_be_read(flat) else flat.any()
 
     def take(t: Tensor, name: str, owner: Distribution) -> Tensor:
         if len(owner.batch_shape) < len(batch_shape):  # a distribution within a transform, which broadcasts
@@ -315,9 +319,16 @@ def replace_examples(d: Distribution, keep: Tensor, batch_shape: torch.Size) -> 
         if t.dim() < len(owner.batch_shape) + _event_dims(t, name, owner) or _are_shared(t.shape[:dims]):
             return t
         t = t.expand(examples + t.shape[dims:])
-        return t.flatten(0, dims - 1).index_select(0, index.to(t.device)).unflatten(0, examples)
+        t = t.flatten(0, dims - 1).index_select(0, index.to(t.device)).unflatten(0, examples)
+        return t if any_kept is None else with_gradient_if(any_kept, t)
 
-    return copy_with(d, take)
+    return copy_with(d, take, _unvalidated_if_changed)
+
+
+def _unvalidated_if_changed(owner: Distribution) -> dict[str, Any]:
+    """Return the attributes of a copy with new tensors, which do not show that the old ones were written to."""
+    changed = any(isinstance(value, Tensor) and may_be_changed(value) for value in owner.__dict__.values())
+    return {"_validate_args": False} if changed else {}
 
 
 def _are_shared(sizes: torch.Size) -> bool:

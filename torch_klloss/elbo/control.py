@@ -14,6 +14,7 @@ import warnings
 import torch
 from torch import Tensor, distributed, nn
 
+from torch_klloss.numerics.arguments import check_number
 from torch_klloss.numerics.devices import can_be_read
 
 
@@ -69,6 +70,9 @@ class GECO(BetaController):
     ) -> None:
         super().__init__()
         _check_bounds(bounds, positive=True)
+        numbers = {"tolerance": tolerance, "rate": rate, "momentum": momentum, "initial": initial}
+        for name, number in numbers.items():
+            check_number(name, number)
         if not math.isfinite(tolerance) or not rate > 0 or not 0 <= momentum < 1:
             raise ValueError(
                 "GECO needs a finite tolerance, a rate above 0 and a momentum in [0, 1), got "
@@ -142,6 +146,8 @@ class PIControl(BetaController):
     ) -> None:
         super().__init__()
         _check_bounds(bounds, positive=False)
+        for name, number in {"target": target, "proportional": proportional, "integral": integral}.items():
+            check_number(name, number)
         if not all(0 <= number < math.inf for number in (target, proportional, integral)):
             raise ValueError(
                 f"PIControl needs target, proportional and integral to be finite and at least 0, got {target!r}, "
@@ -177,7 +183,11 @@ class PIControl(BetaController):
 
 
 def _check_bounds(bounds: tuple[float, float], *, positive: bool) -> None:
+    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
+        raise TypeError(f"bounds must be two numbers, the least and the largest β, got {bounds!r}.")
     low, high = bounds
+    check_number("bounds", low)
+    check_number("bounds", high)
     if not (0 <= low <= high < math.inf) or (positive and low == 0):
         least = "above 0" if positive else "at least 0"
         raise ValueError(f"bounds must be finite, in order and {least}, got {bounds!r}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -11,13 +12,14 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from torch_klloss.distributions.checks import check_pair, type_name
-from torch_klloss.distributions.densities import log_density
+from torch_klloss.distributions.densities import log_density, log_density_within
+from torch_klloss.distributions.located import Located
 from torch_klloss.distributions.simplify import peel
-from torch_klloss.distributions.supports import log_prob_at
 from torch_klloss.distributions.tensors import device_of, pair_in_full_precision, unvalidated
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.rng import draw_seed, private_rng
-from torch_klloss.samplers import Points
+from torch_klloss.samplers import IID, Points
+from torch_klloss.samplers.origins import prepare_located
 
 
 class KLDecomposition(NamedTuple):
@@ -87,8 +89,9 @@ def decompose_kl(
     base_q, base_p = _factorised(q, p, num_samples, chunk_size)
     base_q = unvalidated(base_q)
     with nullcontext() if generator is None else private_rng(draw_seed(generator, device_of(q)), device_of(q)):
-        z = base_q.sample(torch.Size((num_samples,)))  # [num_samples, N, latent]
-    log_conditional = log_prob_at(base_q, z, z.shape)
+        draws = prepare_located(IID(), base_q, num_samples, differentiable=False)
+    _, z = draws.part(0, num_samples)  # [num_samples, N, latent]
+    log_conditional = log_density_within(base_q, z, z.x.shape)
     log_prior = log_density(base_p, z, None)
     log_aggregate, log_marginals = _aggregate(base_q, z, chunk_size)
     sweeps = {
@@ -122,17 +125,18 @@ def _factorised(
     return base_q, base_p
 
 
-def _aggregate(q: Distribution, z: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
+def _aggregate(q: Distribution, z: Located, chunk_size: int) -> tuple[Tensor, Tensor]:
     """Return log q(z) `[*points]` and log q(z_j) `[*points, latent]` of the mixture over all examples."""
     num_examples, latent = q.batch_shape
-    points = z.flatten(0, 1)
+    shape, points = z.x.shape, z.map(lambda t: t.flatten(0, 1).unsqueeze(1))  # [points, 1, latent]
+    size = max(1, chunk_size // (num_examples * latent))
     log_joint, log_each = [], []
-    for block in points.split(max(1, chunk_size // (num_examples * latent))):
-        at_examples = q.log_prob(block.unsqueeze(1))  # [points, N, latent]
+    for rows in torch.arange(len(points.x), device=points.x.device).split(size):
+        at_examples = log_density_within(q, points.map(itemgetter(rows)))  # [points, N, latent]
         log_joint.append(at_examples.sum(-1).logsumexp(1))
         log_each.append(at_examples.logsumexp(1))
-    shift, shape = math.log(num_examples), z.shape[:2]
-    return (torch.cat(log_joint) - shift).view(shape), (torch.cat(log_each) - shift).view(*shape, latent)
+    shift = math.log(num_examples)
+    return (torch.cat(log_joint) - shift).view(shape[:2]), (torch.cat(log_each) - shift).view(shape)
 
 
 def _estimate(terms: Tensor) -> KLEstimate:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from torch_klloss.distributions.checks import check_pair, type_name
-from torch_klloss.distributions.densities import log_density
-from torch_klloss.distributions.reach import check_dropped, has_path, log_prob_with_fixed_parameters
+from torch_klloss.distributions.densities import log_density, log_density_within
+from torch_klloss.distributions.located import Located
+from torch_klloss.distributions.reach import check_dropped, has_path, log_density_with_fixed_parameters
 from torch_klloss.distributions.stated_supports import is_discrete
-from torch_klloss.distributions.supports import check_log_prob, contained, has_moving_support, log_prob_at
+from torch_klloss.distributions.supports import check_log_prob, contained, has_moving_support
 from torch_klloss.distributions.tensors import device_of, expand_to, pair_in_full_precision, unvalidated
 from torch_klloss.elbo.batches import batch_of
 from torch_klloss.elbo.likelihoods import negative_log_prob
@@ -25,6 +26,8 @@ from torch_klloss.numerics.once import constant_in, differentiable_once
 from torch_klloss.numerics.tracing import is_forward_mode
 from torch_klloss.reduction import Batch, ReductionName, check_reduction
 from torch_klloss.rng import draw_seed, private_rng
+from torch_klloss.samplers import IID
+from torch_klloss.samplers.origins import prepare_located
 
 IWAEGradient = Literal["doubly_reparameterized", "pathwise", "none"]
 
@@ -128,16 +131,18 @@ class IWAELoss(nn.Module):
         gradient = self._gradient_for(q)
         q = unvalidated(expand_to(q, batch_shape))
         with nullcontext() if generator is None else private_rng(draw_seed(generator, device_of(q)), device_of(q)):
-            shape = torch.Size((self.num_samples,))
-            z = q.sample(shape).detach() if gradient == "none" else q.rsample(shape)
-        z = z.view_as(z)  # a cache of q knows its own draw, and would lead the gradient past the hook below
-        log_q = self._log_q(q, z, gradient)
-        log_ratio = log_density(p, z, contained(q, p)) - log_q
+            draws = prepare_located(IID(), q, self.num_samples, differentiable=gradient != "none")
+        points, x_q = draws.part(0, self.num_samples)
+        if gradient == "doubly_reparameterized":  # without an origin, which would lead the gradient past the hooks
+            x_q = x_q.map(lambda t: t.view_as(t))
+        z = x_q.x
+        log_q = self._log_q(q, x_q, points.log_q, gradient)
+        log_ratio = log_density(p, x_q, contained(q, p)) - log_q
         log_likelihood = -self._negative_log_prob(likelihood(z), x, batch)
         kept_dims = 1 + len(batch.elements)
         log_weight = sum_after(log_likelihood, kept_dims) + sum_after(log_ratio, kept_dims)
         if gradient == "doubly_reparameterized" and z.requires_grad:
-            log_weight = _with_squared_weights(z, log_weight)
+            log_weight = _with_squared_weights(x_q, log_weight)
         bound = log_weight.logsumexp(0) - math.log(self.num_samples)
         if batch.weights is not None:
             check_dropped(bound, batch.weights != 0, q, p)
@@ -147,14 +152,17 @@ class IWAELoss(nn.Module):
 
         def __call__(self, *args: Any, **kwargs: Any) -> Tensor: ...  # noqa: D102
 
-    def _log_q(self, q: Distribution, z: Tensor, gradient: str) -> Tensor:
-        """Return log q(z), with a gradient to q's parameters if `gradient` is "pathwise"."""
-        shape = z.shape[:1] + q.batch_shape
+    def _log_q(self, q: Distribution, z: Located, given: Tensor | None, gradient: str) -> Tensor:
+        """Return log q(z), given with z or not, with a gradient to q's parameters if `gradient` is "pathwise"."""
+        shape = z.x.shape[:1] + q.batch_shape
         if gradient == "none":
-            return log_prob_at(q, z, shape).detach()
-        log_q = q.log_prob(z) if gradient == "pathwise" else log_prob_with_fixed_parameters(q, z)
+            return log_density_within(q, z, shape).detach()
+        if gradient == "pathwise":
+            log_q = log_density_within(q, z, shape) if given is None else given
+        else:
+            log_q = log_density_with_fixed_parameters(q, z, shape)
         check_log_prob(q, log_q, shape)
-        if not has_path(q, z, log_q):
+        if not has_path(q, z.x, log_q):
             raise NotImplementedError(
                 f"IWAELoss(gradient={self.gradient!r}) needs draws of q.rsample that carry a gradient to every "
                 f"parameter, which those of {type_name(q)} do not; use gradient='none', or torch.no_grad() to evaluate."
@@ -196,9 +204,11 @@ class IWAELoss(nn.Module):
         return f"num_samples={self.num_samples}, gradient={self.gradient!r}, reduction={self.reduction!r}"
 
 
-def _with_squared_weights(z: Tensor, log_weight: Tensor) -> Tensor:
-    """Return log w, and multiply the gradient to z, which contains the weights w̃, by w̃ once more."""
+def _with_squared_weights(z: Located, log_weight: Tensor) -> Tensor:
+    """Return log w, and multiply the gradient to the draws, which contains the weights w̃, by w̃ once more."""
     weights = log_weight.detach().softmax(0)
-    weights = weights.reshape(weights.shape + (1,) * (z.dim() - weights.dim()))
-    z.register_hook(lambda grad: constant_in(weights.to(grad.dtype) * grad, grad, _ONCE))
-    return differentiable_once(log_weight, z, _ONCE)
+    weights = weights.reshape(weights.shape + (1,) * (z.x.dim() - weights.dim()))
+    for t in (z.x, z.log_below, z.log_above):
+        if t is not None and t.requires_grad:
+            t.register_hook(lambda grad: constant_in(weights.to(grad.dtype) * grad, grad, _ONCE))
+    return differentiable_once(log_weight, z.x, _ONCE)

@@ -33,7 +33,7 @@ from torch_klloss.elbo.likelihoods import (
 from torch_klloss.elbo.terms import ELBOTerms
 from torch_klloss.elbo.weighting import FreeNats, FreeNatsPer, balanced
 from torch_klloss.losses import AutoKL, KLLoss
-from torch_klloss.numerics.arguments import call_of, check_tensors
+from torch_klloss.numerics.arguments import call_of, check_number, check_tensors
 from torch_klloss.numerics.tracing import without_autocast
 from torch_klloss.reduction import Batch
 from torch_klloss.rng import rng_state
@@ -111,6 +111,8 @@ class ELBOLoss(nn.Module):
         self.capacity = (
             capacity if capacity is None or isinstance(capacity, Schedule) else _checked_weight("capacity", capacity)
         )
+        if balance is not None:
+            check_number("balance", balance)
         if balance is not None and not 0 <= balance <= 1:
             raise ValueError(f"balance must lie in [0, 1], the prior's share of the gradient, got {balance!r}.")
         self.balance = balance

@@ -14,7 +14,7 @@ from torch.distributions import Distribution, constraints
 
 from torch_klloss.distributions.reach import has_hidden_parameters
 from torch_klloss.distributions.tensors import copy_with, tensors_of
-from torch_klloss.numerics.arguments import check_integer
+from torch_klloss.numerics.arguments import check_integer, check_number
 from torch_klloss.numerics.once import constant_in
 
 FreeNatsPer = Literal["example", "dimension", "group"]
@@ -45,6 +45,7 @@ class FreeNats:
     groups: int | None = None
 
     def __post_init__(self) -> None:
+        check_number("free_nats", self.nats)
         if not (math.isfinite(self.nats) and self.nats >= 0):
             raise ValueError(f"free_nats must be finite and at least 0, got {self.nats!r}.")
         if self.per not in get_args(FreeNatsPer):

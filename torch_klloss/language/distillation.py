@@ -15,7 +15,7 @@ from torch_klloss.language.sparse_divergence import METHODS, Found, sparse_diver
 from torch_klloss.language.sparse_teacher import SparseTeacher
 from torch_klloss.language.tokens import Normalizer, TokenReduction, Tokens, check_token_reduction, tokens_of
 from torch_klloss.language.weight import Weighted
-from torch_klloss.numerics.arguments import check_integer
+from torch_klloss.numerics.arguments import check_flag, check_integer
 from torch_klloss.numerics.softmax_divergence import divergence_of_logits
 from torch_klloss.numerics.tracing import without_autocast
 from torch_klloss.schedules import Schedule
@@ -99,6 +99,8 @@ class DistillationLoss(Weighted):
             )
         check_temperature(temperature)
         check_token_reduction(reduction)
+        check_flag("scale_by_temperature", scale_by_temperature)
+        check_integer("ignore_index", ignore_index, at_least=None)
         check_integer("shift", shift, at_least=0)
         if shift > 1:
             raise ValueError(

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from torch_klloss.numerics.arguments import check_number
+from torch_klloss.numerics.arguments import check_flag, check_number
 from torch_klloss.numerics.softmax_pairs import Terms
 
 
@@ -123,6 +123,8 @@ class JensenShannon(Divergence):
     scaled: bool = False
 
     def __post_init__(self) -> None:
+        check_flag("scaled", self.scaled)
+        check_number("beta", self.beta)
         if not self.scaled and self.beta in (0, 1):
             raise ValueError(
                 f"beta must lie strictly between 0 and 1, got {self.beta!r}: at both ends the divergence is 0 whatever "
@@ -170,6 +172,8 @@ class SkewKL(Divergence):
     reverse: bool = False
 
     def __post_init__(self) -> None:
+        check_flag("reverse", self.reverse)
+        check_number("alpha", self.alpha)
         if self.alpha == 1:
             raise ValueError("alpha must lie in [0, 1), got 1: the divergence is 0 there whatever the student is.")
         _check_range("alpha", self.alpha, "it is the share of the first distribution in the mixture")

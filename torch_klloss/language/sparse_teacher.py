@@ -81,7 +81,8 @@ class SparseTeacher:
                 f"{tuple(log_probs.shape)}."
             )
         if valid is not None and (not isinstance(valid, Tensor) or valid.dtype is not torch.bool):
-            raise TypeError("valid must be a bool tensor, which says which of the k entries there are.")
+            got = valid.dtype if isinstance(valid, Tensor) else type(valid).__name__
+            raise TypeError(f"valid must be a bool tensor, which says which of the k entries there are, got {got}.")
         if valid is not None and valid.shape != ids.shape:
             raise ValueError(f"valid must have the shape of ids {tuple(ids.shape)}, got {tuple(valid.shape)}.")
         self.ids, self.log_probs, self.temperature = ids, log_probs, temperature

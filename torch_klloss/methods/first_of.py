@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -26,7 +26,12 @@ class FirstOf(BaseMethod):
     to one method as a whole. Bias and variance are those of the method taken, which `KLEstimate.method` names.
 
     Args:
-        methods: at least one method, the preferred one first.
+        methods: the preferred method, or a sequence of at least one, the preferred one first.
+        others: the methods after it.
+
+    Raises:
+        ValueError: if no method is given.
+        TypeError: if one of them is no method.
 
     Examples:
         >>> import torch
@@ -42,11 +47,12 @@ class FirstOf(BaseMethod):
     methods: tuple[Method, ...]
     name: ClassVar[str] = "first_of"
 
-    def __init__(self, *methods: Method) -> None:
-        if not methods:
+    def __init__(self, methods: Method | Sequence[Method] = (), *others: Method) -> None:
+        first = tuple(methods) if isinstance(methods, (list, tuple)) else (methods,)
+        self.methods = cast("tuple[Method, ...]", (*first, *others))
+        if not self.methods:
             raise ValueError("FirstOf needs at least one method, got none: FirstOf(ClosedForm(), MonteCarlo(64)).")
-        self.methods = methods
-        self._methods = [as_method(method) for method in methods]
+        self._methods = [as_method(method) for method in self.methods]
 
     def estimate_checked(
         self, q: Distribution, p: Distribution, batch_shape: torch.Size, generator: torch.Generator | None = None

@@ -25,6 +25,7 @@ from torch_klloss.estimate import KLEstimate
 from torch_klloss.methods.base import BaseMethod, estimate_on_host
 from torch_klloss.methods.closed_form import ClosedForm
 from torch_klloss.methods.enumeration.masses import Masses, kl_terms
+from torch_klloss.numerics.arguments import check_integer
 from torch_klloss.numerics.devices import can_be_read
 from torch_klloss.numerics.dimensions import sum_last
 from torch_klloss.numerics.tracing import is_traced
@@ -79,8 +80,7 @@ class MixtureBound(BaseMethod):
     def __post_init__(self) -> None:
         if self.side not in get_args(Side):
             raise ValueError(f"side must be 'upper' or 'lower', got {self.side!r}.")
-        if self.num_iterations < 1:
-            raise ValueError(f"num_iterations must be at least 1, got {self.num_iterations}.")
+        check_integer("num_iterations", self.num_iterations)
 
     def estimate_checked(
         self, q: Distribution, p: Distribution, batch_shape: torch.Size, generator: torch.Generator | None = None

@@ -24,18 +24,33 @@ def call_of(cls: type, settings: Mapping[str, object]) -> str:
     return f"{cls.__name__}({', '.join(f'{name}={settings[name]!r}' for name in shown)})"
 
 
-def check_integer(name: str, value: object, at_least: int = 1) -> None:
+def check_integer(name: str, value: object, at_least: int | None = 1) -> None:
     """Raise a ValueError unless the value is an integer, and at least so large."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ValueError(f"{name} must be an integer of at least {at_least}, got {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, int) or (at_least is not None and value < at_least):
+        least = "" if at_least is None else f" of at least {at_least}"
+        raise ValueError(f"{name} must be an integer{least}, got {value!r}.")
 
 
-def check_number(name: str, value: Any) -> None:
-    """Raise a TypeError unless the value is a number, and a ValueError if it is NaN."""
+def check_flag(name: str, value: object) -> None:
+    """Raise a TypeError unless the value is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}.")
+
+
+def check_text(name: str, value: object) -> None:
+    """Raise a TypeError unless the value is a string."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, got {value!r}.")
+
+
+def check_number(name: str, value: Any, at_least: float = -math.inf) -> None:
+    """Raise a TypeError unless the value is a number, and a ValueError if it is NaN or smaller than it may be."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}.")
     if math.isnan(value):
         raise ValueError(f"{name} must be a number, got NaN.")
+    if value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {value!r}.")
 
 
 def check_word(name: str, value: object, options: Any) -> None:

@@ -50,3 +50,8 @@ def edges_below(edge: Edge, until: Collection[Edge] = ()) -> set[Edge]:
             if edge not in until:
                 waiting += edge[0].next_functions
     return seen
+
+
+def with_gradient_if(condition: Tensor, t: Tensor) -> Tensor:
+    """Return t, with zero in place of its gradient, NaN included, where a condition on its device does not hold."""
+    return torch.where(condition, t, t.detach())

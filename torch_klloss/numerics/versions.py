@@ -1,4 +1,4 @@
-"""The check that tensors have not been changed in place since they were read, as autograd makes it for saved ones."""
+"""Checks that tensors have not been changed in place since they were read, as autograd makes them for saved ones."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import weakref
 from collections.abc import Iterable
 
 from torch import Tensor
+
+from torch_klloss.numerics.tracing import is_traced
 
 
 class Versions:
@@ -24,3 +26,8 @@ class Versions:
                     f"a tensor of shape {tuple(tensor.shape)}, which the KL read, is at version {tensor._version}; "
                     f"expected version {version} instead. Call backward() before the change, or change a clone."
                 )
+
+
+def may_be_changed(*tensors: Tensor) -> bool:
+    """Return whether a tensor may have been written to in place since it was made; False where that is unknown."""
+    return any(t.is_inference() or t._version > 0 for t in tensors) if not is_traced() else False

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from torch_klloss.numerics.tracing import is_traced
-from torch_klloss.rng import private_rng
+from torch_klloss.rng import private_streams
 from torch_klloss.samplers.points import Points, Sampler
 from torch_klloss.samplers.streams import OtherNoiseError, draw_at_once
 
@@ -102,17 +102,18 @@ def noise_in_blocks(
     num_blocks = -(-num_draws // BLOCK)
     seeds = torch.randint(2**63 - 1, (num_blocks,), device="cpu").tolist()
 
-    def block(index: int) -> _N:
-        with private_rng(seeds[index], device):
-            return make(min(BLOCK, num_draws - index * BLOCK))
-
     def blocks(first: int, last: int) -> _N:
+        sizes = [min(BLOCK, num_draws - index * BLOCK) for index in range(first, last)]
         if is_slow and device.type == "cpu" and last - first > 1:
-            sizes = [min(BLOCK, num_draws - index * BLOCK) for index in range(first, last)]
             with suppress(OtherNoiseError):
                 made: _N = draw_at_once(make, seeds[first:last], sizes)
                 return made
-        return _joined([block(index) for index in range(first, last)])
+        made_each = []
+        with private_streams(device) as reseed:
+            for seed, size in zip(seeds[first:last], sizes, strict=True):
+                reseed(seed)
+                made_each.append(make(size))
+        return _joined(made_each)
 
     def part(start: int, stop: int) -> _N:
         first, last = start // BLOCK, -(-stop // BLOCK)

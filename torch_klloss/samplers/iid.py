@@ -13,7 +13,7 @@ from torch.distributions import Distribution, VonMises
 from torch_klloss.distributions.simplify import diagonal_normal_of
 from torch_klloss.distributions.tensors import device_of, is_transparent, lacks_float64, on_host
 from torch_klloss.numerics.tracing import concrete, is_func_transformed
-from torch_klloss.samplers.draws import Draws, PreparedSampler, noise_in_blocks
+from torch_klloss.samplers.draws import BLOCK, Draws, PreparedSampler, noise_in_blocks
 from torch_klloss.samplers.points import Points, evenly_weighted
 
 
@@ -49,7 +49,8 @@ class IID(PreparedSampler):
             joint: Any = q
             return joint.rsample_and_log_prob(shape) if _gives_log_prob(q) else (q.rsample(shape),)
 
-        noise = noise_in_blocks(make, num_samples, device_of(q), is_slow=not is_transparent(q))
+        is_slow = num_samples > BLOCK and not is_transparent(q)
+        noise = noise_in_blocks(make, num_samples, device_of(q), is_slow=is_slow)
         return _IndependentDraws(q, num_samples, noise)
 
 

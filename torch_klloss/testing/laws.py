@@ -21,6 +21,7 @@ from torch_klloss.distributions.supports import has_moving_support
 from torch_klloss.distributions.tensors import copy_with, device_of, tensors_of, unvalidated
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.methods import Enumeration, FirstOf, MonteCarlo, Quadrature
+from torch_klloss.numerics.arguments import check_integer
 from torch_klloss.numerics.special import student_t_quantile
 from torch_klloss.rng import private_rng
 from torch_klloss.testing.leaves import derivatives, with_leaves
@@ -74,6 +75,7 @@ def check_kl(
     Raises:
         AssertionError: if a check fails: the expectation, the value, and where to look, for every failed check.
         NotImplementedError: if no closed form is registered for the pair.
+        TypeError, ValueError: if an argument is of a wrong kind, or the shapes of q and p do not fit.
 
     Examples:
         >>> import torch
@@ -88,6 +90,11 @@ def check_kl(
           value: expected 0.636294 by quadrature, got 1.61371; KL(p‖q) is 1.61371: are q and p swapped?
           gradient: expected d KL/d q.rate = 0.375, got 1.5; compare it with autograd's.
     """
+    check_pair(q, p)
+    check_integer("num_samples", num_samples)
+    check_integer("seed", seed, at_least=None)
+    if not callable(kl):
+        raise TypeError(f"kl must be a function of q and p, such as kl_divergence, got {kl!r}.")
     case = _Case(q, p, kl, num_samples, seed)
     passed, skipped, failed = [], {}, []
     for title, check in _CHECKS.items():

@@ -321,7 +321,7 @@ def test_a_support_above_the_limit_is_refused():
     assert not Enumeration(max_support=10).supports(q, q)
     with pytest.raises(NotImplementedError, match="at most 10 points"):
         Enumeration(max_support=10).estimate(q, q)
-    with pytest.raises(ValueError, match="max_support must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_support must be an integer of at least 1, got 0"):
         Enumeration(max_support=0)
 
 

@@ -96,6 +96,25 @@ def test_a_relaxed_bernoulli_of_a_low_temperature_is_right_or_refused(temperatur
         assert value == pytest.approx(truth, rel=1e-4)
 
 
+# An undeclared tail shows only as far as float64 has digits, which near 1 is not far: no power of the distance there.
+UNCLEAR = {
+    "mass against the end": (relaxed(0.0885, 3.17), dist.FisherSnedecor(f64(2.13), f64(4.17)), 33.489),
+    "a power of the logarithm": (dist.Kumaraswamy(f64(2.97), f64(0.0722)), logit_normal(3.818, 0.2843), 1948.0),
+    "two of them": (relaxed(0.1393, 5.827), relaxed(1.33, 1.88), 58.0),
+    "a steep tail": (dist.HalfNormal(f64(3.5143)), TransformedDistribution(
+        Gumbel(f64(0.0), f64(0.0873)), [dist.AffineTransform(-1.0, -1.0)]), math.inf),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNCLEAR)
+@pytest.mark.parametrize("hidden", [(True, False), (False, True), (True, True)])
+def test_what_does_not_show_is_not_called_infinite(name, hidden):
+    q, p, _ = UNCLEAR[name]
+    q, p = (Undeclared(d) if hide else d for d, hide in zip((q, p), hidden, strict=True))
+    with pytest.raises(NotCertifiedError):
+        Quadrature().estimate(q, p)
+
+
 INFINITE = {
     "far Gumbel": (Logistic(f64(0.0), f64(2.2)), Gumbel(f64(-26943.0), f64(1.0))),
     "Gumbel": (Laplace(f64(0.0), f64(2.0)), Gumbel(f64(0.0), f64(1.0))),
@@ -159,17 +178,47 @@ def random_mixture(generator: torch.Generator, count: int, components: int) -> t
     return torch.log_softmax(8 * raw[3].round() * noise[1], -1), locs, scales
 
 
+def component_densities(shape, mixture, x: Tensor) -> Tensor:
+    """Return the weighted log-densities of the components at points `[count, points]`.
+
+    Shape: `[count, components, points]`.
+    """
+    weights, locs, scales = (t.unsqueeze(-1) for t in mixture)
+    return weights + shape((x.unsqueeze(1) - locs) / scales) - scales.log()
+
+
 def log_density(shape, mixture, x: Tensor) -> Tensor:
     """Return the log-density at points `[count, points]`."""
-    weights, locs, scales = (t.unsqueeze(-1) for t in mixture)
-    return (weights + shape((x.unsqueeze(1) - locs) / scales) - scales.log()).logsumexp(1)
+    return component_densities(shape, mixture, x).logsumexp(1)
+
+
+def around_takeovers(shape, mixture, edges: Tensor) -> Tensor:
+    """Return edges that close in on where one component takes over from another, in up to six panels."""
+
+    def largest(x: Tensor) -> Tensor:
+        return component_densities(shape, mixture, x).argmax(1)
+
+    takes_over = largest(edges).diff(dim=1) != 0
+    index = takes_over.to(torch.uint8).topk(6, 1).indices
+    low, high = edges.gather(1, index), edges.gather(1, index + 1)
+    width, before = high - low, largest(low)
+    for _ in range(60):
+        middle = (low + high) / 2
+        is_before = largest(middle) == before
+        low, high = torch.where(is_before, middle, low), torch.where(is_before, high, middle)
+    return torch.cat([low + sign * width * 4.0**-k for sign in (-1, 1) for k in range(1, 20)] + [low], 1)
 
 
 def dense_kl(of_q, q, of_p, p, jitter: float) -> Tensor:
-    """Return the KLs by Gauss-Legendre panels whose edges lie around every component, ever farther apart."""
+    """Return the KLs by Gauss-Legendre panels.
+
+    Their edges lie around every component, ever farther apart, and around every takeover.
+    """
     steps = torch.cat([torch.zeros(1), 0.05 * 1.08 ** torch.arange(0, 260, dtype=torch.float64)]) * jitter
     steps = torch.cat([-steps.flip(0), steps[1:]])
     edges = torch.cat([(locs + s * scales).flatten(1) for _, locs, scales in (q, p) for s in steps], 1).sort(1).values
+    more = [around_takeovers(shape, mixture, edges) for shape, mixture in ((of_q, q), (of_p, p))]
+    edges = torch.cat([edges, *more], 1).sort(1).values
     nodes, weights = (torch.as_tensor(t) for t in leggauss(16))
     low, high = edges[:, :-1, None], edges[:, 1:, None]
     x = ((low + high) / 2 + (high - low) / 2 * nodes).flatten(1)
@@ -246,3 +295,63 @@ def test_a_component_that_takes_over_beyond_the_last_node_is_right_or_refused(co
     except NotCertifiedError:
         return
     assert abs(estimate.value - truth) <= estimate.error_bound + 1e-10
+
+
+def test_a_narrow_component_is_found_behind_a_transform():
+    weights = f64(-16.1890105749365, -9.3154118299e-8)
+    base = MixtureSameFamily(
+        Categorical(logits=weights), Normal(f64(0.5949092896537765, -20.0), f64(4.357717e-4, 1.7784))
+    )
+    p = relaxed(1.0, -4.204063463293559).base_dist
+    plain = MixtureSameFamily(
+        base.mixture_distribution, dist.LogNormal(f64(0.5949092896537765, -20.0), f64(4.357717e-4, 1.7784))
+    )
+    found, expected = (
+        Quadrature().estimate(q, p) for q in (TransformedDistribution(base, [dist.ExpTransform()]), plain)
+    )
+    assert abs(found.value - expected.value) <= found.error_bound.minimum(expected.error_bound)
+    assert found.value.item() == pytest.approx(expected.value.item(), rel=1e-11)
+
+
+def test_the_image_of_a_mixture_has_its_gradients():
+    weights, locs = f64(0.3, 0.7).requires_grad_(), f64(0.0, 1.0).requires_grad_()
+    stretch = f64(1.0, 2.0, 0.5).requires_grad_()
+    base = MixtureSameFamily(Categorical(weights), Normal(locs, f64(0.7, 0.2))).expand((3,))
+    q = TransformedDistribution(base, [dist.AffineTransform(0.0, stretch), dist.ExpTransform()])
+    p = dist.LogNormal(f64(0.0), f64(2.0))
+    plain = MixtureSameFamily(
+        Categorical(weights.expand(3, 2)), dist.LogNormal(locs * stretch[:, None], f64(0.7, 0.2) * stretch[:, None])
+    )
+    gradients = []
+    for each in (q, plain):
+        value = Quadrature(rtol=1e-8).estimate(each, p).value
+        gradients.append(torch.autograd.grad(value.sum(), [weights, locs, stretch]))
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_terms_that_change_their_sign_beyond_the_last_node_are_no_exponential():
+    """log(q/p) is 0.8 at the last node and rises by 0.95 a unit of log distance, over twenty units that matter."""
+    q = MixtureSameFamily(
+        Categorical(logits=f64(-5.967654026179542, -19.771365088246394, -0.0025635262548294414)),
+        Beta(f64(3.526060888579599, 1.0, 4.290324133687322), f64(1.995111560690008, 0.047479514236309354, 2.029548301)),
+    )
+    rates = f64(0.0424813060603165, 0.5267658888845965, 32.59983573403365)
+    p = MixtureSameFamily(
+        Categorical(logits=f64(-2.3779982222823133, -0.09732213934086086, -15.097348213402611)),
+        TransformedDistribution(
+            dist.Gamma(f64(0.4707815844660619, 0.9586059180189666, 9.134901480104862), rates), [dist.ExpTransform().inv]
+        ),
+    )
+    # In u = logit x, with 1 - x = sigmoid(-u), each density is accurate.
+    u, w = (torch.as_tensor(t) for t in leggauss(30))
+    edges = torch.linspace(-120, 1000, 1121, dtype=torch.float64)
+    low, high = edges[:-1, None], edges[1:, None]
+    u, w = ((low + high) / 2 + (high - low) / 2 * u).flatten(), ((high - low) / 2 * w).flatten()
+    log_x, log_rest, x = -torch.log1p((-u).exp()), -torch.nn.functional.softplus(u), u.sigmoid()
+    a, b = q.component_distribution.concentration1, q.component_distribution.concentration0
+    norm = torch.lgamma(a + b) - torch.lgamma(a) - torch.lgamma(b) + q.mixture_distribution.logits
+    log_q = (norm + (a - 1) * log_x[:, None] + (b - 1) * log_rest[:, None]).logsumexp(-1)
+    truth = (w * (log_q + log_x + log_rest).exp() * (log_q - p.log_prob(x))).sum()
+    estimate = Quadrature().estimate(q, p)
+    assert abs(estimate.value - truth) <= estimate.error_bound

@@ -12,7 +12,7 @@ NONE = torch.zeros(1, dtype=torch.float64)
 
 
 def at_end(f, end: float) -> Tensor:
-    return f(end + torch.arange(-3, 1, dtype=torch.float64)).unsqueeze(1)
+    return f(end + torch.arange(-4, 1, dtype=torch.float64)).unsqueeze(1)
 
 
 @pytest.mark.parametrize("k", [0.02, 0.3, 2.0])
@@ -47,3 +47,17 @@ def test_rounding_of_the_points_counts():
     _, clean = remainder(*terms, NONE)
     _, noisy = remainder(*terms, NONE + 1e-6)
     assert noisy > 100 * clean
+
+
+@pytest.mark.parametrize("middle", torch.linspace(15.0, 30.0, 31).tolist())
+def test_a_bend_shows_wherever_it_lies(middle):
+    """The slope of the factor goes from one value to another around the end; some derivative is always near zero."""
+    k, width = 0.42, 3.5
+
+    def factor(v):
+        return 2 * width * torch.nn.functional.softplus((v - middle) / width) - v
+
+    rest, error = remainder(at_end(lambda v: (-k * v).exp(), 22.0), at_end(factor, 22.0), NONE)
+    v = torch.linspace(22.0, 200.0, 200_001, dtype=torch.float64)
+    truth = torch.trapezoid((-k * v).exp() * factor(v), v)
+    assert abs(rest.item() - truth) <= error.item()

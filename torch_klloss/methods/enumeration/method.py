@@ -19,6 +19,7 @@ from torch_klloss.methods.base import BaseMethod, estimate_on_host
 from torch_klloss.methods.enumeration.counts import is_countable, sum_over_counts
 from torch_klloss.methods.enumeration.masses import has_masses, kl_terms, masses, zero_gradient_where_infinite
 from torch_klloss.methods.enumeration.support import align, support_points
+from torch_klloss.numerics.arguments import check_integer
 from torch_klloss.numerics.devices import scalar
 from torch_klloss.numerics.dimensions import sum_last
 
@@ -65,10 +66,8 @@ class Enumeration(BaseMethod):
     name: ClassVar[str] = "enumeration"
 
     def __post_init__(self) -> None:
-        if self.max_support < 1:
-            raise ValueError(f"max_support must be at least 1, got {self.max_support}.")
-        if self.max_terms < 0:
-            raise ValueError(f"max_terms must be at least 0, got {self.max_terms}.")
+        check_integer("max_support", self.max_support)
+        check_integer("max_terms", self.max_terms, at_least=0)
 
     def estimate_checked(
         self, q: Distribution, p: Distribution, batch_shape: torch.Size, generator: torch.Generator | None = None

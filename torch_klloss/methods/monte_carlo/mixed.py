@@ -27,7 +27,7 @@ from torch_klloss.methods.monte_carlo.options import HELD_OUT
 from torch_klloss.methods.monte_carlo.plan import Plan, PreparedPair
 from torch_klloss.methods.monte_carlo.rounded_draws import RoundedDraws
 from torch_klloss.methods.monte_carlo.surrogates import ONCE, reaches_others, zero_with_gradient
-from torch_klloss.numerics.arguments import call_of
+from torch_klloss.numerics.arguments import call_of, check_number
 from torch_klloss.numerics.devices import can_be_read
 from torch_klloss.numerics.dimensions import sum_after, sum_last
 from torch_klloss.numerics.once import differentiable_once
@@ -76,6 +76,7 @@ class MixedGradient(nn.Module):
 
     def __init__(self, decay: float = 0.95) -> None:
         super().__init__()
+        check_number("decay", decay)
         if not 0 < decay < 1:
             raise ValueError(f"decay must lie strictly between 0 and 1, got {decay!r}.")
         self.decay = decay

@@ -35,6 +35,10 @@ class Coordinate(Protocol):
         """Return the least and the greatest v that float64 can follow."""
         ...
 
+    def log_distance(self, v: Tensor) -> Tensor:
+        """Return what grows or falls like the logarithm of the distance, towards either end."""
+        ...
+
 
 @dataclass(frozen=True)
 class Line:
@@ -57,6 +61,10 @@ class Line:
         end = (_FARTHEST - self.scale.log()).min().clamp_max(_FAR)  # one for all, so that a grid of v is shared
         return -end, end
 
+    def log_distance(self, v: Tensor) -> Tensor:
+        """Return v."""
+        return v
+
 
 @dataclass(frozen=True)
 class HalfLine:
@@ -78,6 +86,10 @@ class HalfLine:
         """Return the ends of v."""
         nearest = _log_nearest(self.end.detach())
         return nearest, torch.full_like(nearest, _FARTHEST)
+
+    def log_distance(self, v: Tensor) -> Tensor:
+        """Return v."""
+        return v
 
 
 @dataclass(frozen=True)
@@ -102,6 +114,10 @@ class Interval:
         length = (self.upper - self.lower).detach().log()
         return _log_nearest(self.lower.detach()) - length, length - _log_nearest(self.upper.detach())
 
+    def log_distance(self, v: Tensor) -> Tensor:
+        """Return v."""
+        return v
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -122,6 +138,10 @@ class Segment:
     def limits(self) -> tuple[Tensor, Tensor]:
         """Return the ends of v."""
         return self.inverse(self.lower), self.inverse(self.upper)
+
+    def log_distance(self, v: Tensor) -> Tensor:
+        """Return v."""
+        return v
 
 
 @dataclass(frozen=True)
@@ -146,6 +166,10 @@ class Shifted:
         low, high = self.inner.limits()
         return (low - self.offset) / self.stretch, (high - self.offset) / self.stretch
 
+    def log_distance(self, v: Tensor) -> Tensor:
+        """Return the other coordinate's."""
+        return self.inner.log_distance(self.offset + self.stretch * v)
+
 
 @dataclass(frozen=True)
 class Mixed:
@@ -168,6 +192,10 @@ class Mixed:
         """Return the ends of v."""
         (low, high), (other_low, other_high) = self.first.limits(), self.second.limits()
         return torch.where(self.mask, low, other_low), torch.where(self.mask, high, other_high)
+
+    def log_distance(self, v: Tensor) -> Tensor:
+        """Return that of the coordinate of each integral."""
+        return torch.where(self.mask, self.first.log_distance(v), self.second.log_distance(v))
 
 
 def coordinate(lower: Tensor, upper: Tensor, centre: Tensor, scale: Tensor) -> Coordinate:

@@ -11,6 +11,7 @@ from torch.distributions import Distribution, MixtureSameFamily, VonMises
 
 from torch_klloss.distributions.checks import type_name
 from torch_klloss.distributions.densities import log_density, point_inside
+from torch_klloss.distributions.mixtures import with_components_outside
 from torch_klloss.distributions.supports import bounds_of
 from torch_klloss.distributions.tensors import (
     NotSelectableError,
@@ -105,7 +106,7 @@ def integrand(q: Distribution, p: Distribution, contains_support: bool | None, b
     Raises:
         NotImplementedError: if q or p cannot be evaluated in float64.
     """
-    q, p = _in_float64(q), _in_float64(p)
+    q, p = (with_components_outside(_in_float64(d)) for d in (q, p))
     with suppress(NotSelectableError):
         flat_q, flat_p = flattened(q, batch_shape), flattened(p, batch_shape)
         if _can_be_selected(flat_q) and _can_be_selected(flat_p):

@@ -23,7 +23,7 @@ from torch_klloss.methods.quadrature.certificate import Certificate, refusal
 from torch_klloss.methods.quadrature.gradient import with_gradient
 from torch_klloss.methods.quadrature.integrand import Integrand, integrand
 from torch_klloss.methods.quadrature.solver import solve
-from torch_klloss.numerics.arguments import check_integer
+from torch_klloss.numerics.arguments import check_integer, check_number
 from torch_klloss.numerics.dimensions import sum_last
 from torch_klloss.numerics.tracing import is_traced
 
@@ -85,6 +85,7 @@ class Quadrature(BaseMethod):
 
     def __post_init__(self) -> None:
         check_integer("num_nodes", self.num_nodes, at_least=16)
+        check_number("rtol", self.rtol)
         if not 0 < self.rtol < 1:
             raise ValueError(f"rtol must lie strictly between 0 and 1, got {self.rtol!r}.")
 

@@ -56,7 +56,7 @@ def start(f: Integrand, index: Tensor, num_nodes: int) -> tuple[State, Scan]:
     tails = torch.zeros(2, 4, *f.shape, dtype=torch.float64, device=ends.device)
     if is_open.any():
         tails = torch.stack(tail_integrals(f, coordinate, ends, is_open))
-        evaluations += 8
+        evaluations += 10
     is_smooth = f.is_periodic or not (f.is_closed or is_open.any() or len(split_points(f, coordinate)))
     rule = _trapezoid(f, ends, num_nodes) if is_smooth else panels_of(f, coordinate, scan, num_nodes)
     values, sums = integrate(f, coordinate, rule)

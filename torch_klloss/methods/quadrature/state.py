@@ -82,7 +82,7 @@ def status_of(f: Integrand, coordinate: Coordinate, scan: Scan) -> tuple[Tensor,
     declared, within = is_infinite(f.q, f.p), contained(f.q, f.p)
     slope = torch.full(f.batch_shape, -torch.inf, dtype=torch.float64, device=scan.v.device)
     if declared is None and not f.is_closed:
-        slope = f.largest(slopes(scan).amax(0))
+        slope = f.largest(slopes(scan, coordinate).amax(0))
     diverges = (slope >= DIVERGES) & ~is_excessive(scan, f)
     status = torch.where(diverges, INFINITE, torch.where(slope < CONVERGES, FINITE, UNDECIDED))
     is_beyond = False if within is None else ~torch.as_tensor(within)
