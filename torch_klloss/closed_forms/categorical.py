@@ -44,7 +44,7 @@ def _categorical_categorical(q: Categorical, p: Categorical) -> Tensor:
         if lacks_float64(q, p):
             q_param, p_param = q_param.cpu(), p_param.cpu()
         return mixed_categoricals.KL[given](q_param, p_param).to(device)
-    if q_param.dtype == p_param.dtype and has_digits_to_spare(q_param) and q_param.numel() <= _SMALL:
+    if q_param.dtype == p_param.dtype and has_digits_to_spare(q_param) and q_param.is_cpu and q_param.numel() <= _SMALL:
         return _small_kl(q_param, p_param)
     return _logits_kl(q_param, p_param)
 
