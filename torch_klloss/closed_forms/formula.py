@@ -14,7 +14,7 @@ from torch_klloss.numerics.blocks import Derivatives
 from torch_klloss.numerics.custom_gradient import Formula, Kernel, Partials, formula_of, kernel_of
 from torch_klloss.numerics.devices import can_be_read
 from torch_klloss.numerics.elementary import nan_below_zero
-from torch_klloss.numerics.quick_kernels import Direct, Quick, direct_or_careful, quick_or_careful
+from torch_klloss.numerics.quick_kernels import Direct, Quick, direct_or_careful, quick_or_careful, whole_or_careful
 
 
 def register_formula(
@@ -23,6 +23,7 @@ def register_formula(
     partials: Partials | None = None,
     quick: Quick | None = None,
     direct: Direct | None = None,
+    whole: Kernel | None = None,
     event_dims: int = 0,
     needs_float64: bool = False,
     guards: Sequence[str] | None = None,
@@ -39,6 +40,7 @@ def register_formula(
             kernel, which takes the flags first and returns them too.
         quick: a kernel for parameters that are not at their ends, as `quick_or_careful` takes it.
         direct: a kernel for terms that do not cancel, as `direct_or_careful` takes it.
+        whole: a kernel of few operations, for what was given in float32 on an accelerator that has float64.
         event_dims: how many of the last dimensions of the parameters make up an event.
         needs_float64: whether it computes in float64 on every device.
         guards: parameters such as "p.scale" that have to be made NaN below zero so that the KL is. Of the others the
@@ -51,6 +53,8 @@ def register_formula(
             kernel = quick_or_careful(quick, kernel)
         if direct is not None:
             kernel = direct_or_careful(direct, kernel)
+        if whole is not None:
+            kernel = whole_or_careful(whole, kernel)
         if guards is not None:
             kernel = _guarded(kernel, [f"{side}.{name}" in guards for side in "qp" for name in names])
         opaque = None if direct is None else cls.__name__

@@ -27,6 +27,7 @@ from torch_klloss.numerics.elementary import (
     replaced,
     sign_of,
     spare_gkl_and_log,
+    widened,
     within,
 )
 from torch_klloss.numerics.tracing import needs_plain_operations
@@ -38,6 +39,7 @@ LARGEST_ODDS = {torch.float32: 1e38, torch.float64: 1e300}
 BOUND = 645.0
 _TOP = 3.0  # of exp(t), beyond which L and mt are far apart
 _NEAR_SQUARE = 1 / 9  # of s in `artanh_terms`, where exp(t) is a half or two
+_VERY_NEAR = 1e-7  # of t in float64: L - mt has eight digits there, and its first term seven
 _NEAR = 2.0**-25  # of t: two log-odds near 0 may be nearer than that, where u has lost digits of their difference
 
 
@@ -65,9 +67,7 @@ def quick_trial(given: Given, by_q: bool, by_p: bool, q: Tensor, p: Tensor) -> T
     return _quick_by_probs(by_q, by_p, q, p) if all(given) else _quick_by_log_odds(given, by_q, by_p, q, p)
 
 
-def careful_trial(
-    given: Given, by_q: bool, by_p: bool, q: Tensor, p: Tensor, *, with_failures: bool = False
-) -> Trial:
+def careful_trial(given: Given, by_q: bool, by_p: bool, q: Tensor, p: Tensor, *, with_failures: bool = False) -> Trial:
     """Return the trial for any parameters, in their dtype.
 
     No probability is clamped: the KL is finite where q is 0 or 1, and inf, with a gradient of 0, where p is and q is
@@ -166,14 +166,14 @@ def _at_end(gap: Tensor, p: Tensor) -> Tensor:
     return torch.where(gap == 0, 1 - 2 * p, 0.0)
 
 
-def _by_log_odds(
-    given: Given, by_q: bool, by_p: bool, q_param: Tensor, p_param: Tensor, with_failures: bool
-) -> Trial:
+def _by_log_odds(given: Given, by_q: bool, by_p: bool, q_param: Tensor, p_param: Tensor, with_failures: bool) -> Trial:
     """Near equality m lag(v) - lag(mv) with v = exp(t) - 1 and `lag` of x - log(1 + x), elsewhere L - mt.
 
+    In float64 of what was given in float32 the first is m (1 - m) t²/2, and near equality is very near.
     For infinite log-odds the largest numbers stand; what these fall short of p's makes the KL infinite.
     """
-    q_odds, p_odds = log_odds(q_param, given.q_is_probs), log_odds(p_param, given.p_is_probs)
+    is_spare = has_digits_to_spare(q_param)
+    q_odds, p_odds = log_odds(widened(q_param), given.q_is_probs), log_odds(widened(p_param), given.p_is_probs)
     q, p = (x.clamp(-LARGEST_ODDS[x.dtype], LARGEST_ODDS[x.dtype]) for x in (q_odds, p_odds))
     excess, sign, shift = p_odds - p, sign_of(q), p - q
     low, t, other = (product(sign, x, times=-1) for x in (q, shift, p))  # of the outcome that q finds rarer
@@ -181,20 +181,22 @@ def _by_log_odds(
     mean = m * growth
     L = torch.where(is_low, torch.log1p(mean), _softplus(other) - _softplus(low))
     far = torch.addcmul(torch.addcmul(L, m, t, value=-1), excess, excess)
-    value = _near_or(far, m, growth, mean)
+    variance = torch.addcmul(m, m, m, value=-1)
+    if is_spare:
+        value = torch.where(t.abs() < _VERY_NEAR, product(variance * t, t, times=0.5), far)
+    else:
+        value = _near_or(far, m, growth, mean)
     slope_q = slope_p = log_failures = None
     is_infinite = excess != 0
     if with_failures:
         log_failures = replaced((t - shift) / 2 - L, is_infinite, 0.0)
-    if by_q or by_p:
-        variance = torch.addcmul(m, m, m, value=-1)
-        if by_q:
-            slope_q = -within(shift, -BOUND, BOUND) if given.q_is_probs else product(variance, shift, times=-1)
-            slope_q = replaced(slope_q, is_infinite, 0.0)
-        if by_p:
-            slope_p = torch.where(is_low, variance * growth / (1 + mean), torch.sigmoid(other) - m)
-            slope_p = replaced(product(slope_p, sign, times=-1), is_infinite, 0.0)
-            slope_p = _by_probability(slope_p, p) if given.p_is_probs else slope_p
+    if by_q:
+        slope_q = -within(shift, -BOUND, BOUND) if given.q_is_probs else product(variance, shift, times=-1)
+        slope_q = replaced(slope_q, is_infinite, 0.0)
+    if by_p:
+        slope_p = torch.where(is_low, variance * growth / (1 + mean), torch.sigmoid(other) - m)
+        slope_p = replaced(product(slope_p, sign, times=-1), is_infinite, 0.0)
+        slope_p = _by_probability(slope_p, p) if given.p_is_probs else slope_p
     return Trial(value, slope_q, slope_p, log_failures)
 
 

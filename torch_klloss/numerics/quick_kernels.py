@@ -85,5 +85,15 @@ def direct_or_careful(direct: Direct, careful: Kernel) -> Kernel:
     return kernel
 
 
+def whole_or_careful(whole: Kernel, careful: Kernel) -> Kernel:
+    """Return a kernel that takes few operations on an accelerator with float64, and another one elsewhere."""
+
+    def kernel(needs: Sequence[bool], *tensors: Tensor) -> tuple[Tensor, Derivatives]:
+        is_whole = has_digits_to_spare(tensors[0]) and not can_be_read(tensors[0])
+        return (whole if is_whole else careful)(needs, *tensors)
+
+    return kernel
+
+
 def _can_be_quick(x: Tensor) -> bool:
     return has_digits_to_spare(x) and can_be_read(x)
