@@ -54,16 +54,20 @@ def _categorical_categorical(q: Categorical, p: Categorical) -> Tensor:
         if lacks_float64(q, p):
             q_param, p_param = q_param.cpu(), p_param.cpu()
         return mixed_categoricals.KL[given](q_param, p_param).to(device)
-    if q_param.dtype == p_param.dtype and has_digits_to_spare(q_param):
-        if q_param.numel() <= (_SMALL if can_be_read(q_param) else _SMALL_ELSEWHERE):
-            return (_small_kl if can_be_read(q_param) else _small_kl_elsewhere)(q_param, p_param)
-    return _logits_kl(q_param, p_param)
+    return _by_logits(q_param, p_param)
 
 
 @register_kl(OneHotCategorical, OneHotCategorical, needs_float64=False)
 def _one_hot_one_hot(q: OneHotCategorical, p: OneHotCategorical) -> Tensor:
     """The KL of the two Categoricals: a class and its one-hot code are the same outcome."""
     return _categorical_categorical(q._categorical, p._categorical)
+
+
+def _by_logits(q: Tensor, p: Tensor) -> Tensor:
+    if q.dtype != p.dtype or not has_digits_to_spare(q):
+        return _logits_kl(q, p)
+    small, largest = (_small_kl, _SMALL) if can_be_read(q) else (_small_kl_elsewhere, _SMALL_ELSEWHERE)
+    return small(q, p) if q.numel() <= largest else _logits_kl(q, p)
 
 
 def _logits_kl(q: Tensor, p: Tensor) -> Tensor:

@@ -244,7 +244,7 @@ def lag(x: Tensor, ratio: Tensor) -> Tensor:
 
 
 def artanh_terms(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return s = x/(2 + x), s², and s³ (1/3 + s²/5 + …) for ratios 1 + x from a half to two: log(1 + x) = 2 artanh(s)."""
+    """Return s = x/(2 + x), s² and artanh(s) - s, which is half of log(1 + x) less s, for 1 + x from ½ to 2."""
     s = x / (x + 2)
     square = s * s
     return s, square, s * square * horner(square, _ARTANH[x.dtype])

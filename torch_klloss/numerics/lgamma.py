@@ -136,6 +136,7 @@ def binet_digamma_difference(difference: Tensor, a: Tensor, b: Tensor) -> Tensor
 
 
 def stirling_slope_difference(difference: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return S'(a) - S'(b) of the S of `stirling_bregman`, for a, b ≥ 4."""
     s, r = a.reciprocal(), b.reciprocal()
     a_square, b_square = s * s, r * r
     squares = a_square + b_square

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from torch_klloss.numerics.elementary import horner
 from torch_klloss.numerics.lgamma import (
-    NODES,
     SHIFT,
     leading,
     stirling_bregman,
@@ -53,7 +52,8 @@ def divergence_and_slope(x: Arguments) -> tuple[Tensor, Tensor]:
     far_a, far_b = all_a[SHIFT], all_b[SHIFT]
     rows = (x.b * far_a, x.means[0]), (x.a * far_b, x.means[1]), (x.gap * -SHIFT, x.cross)
     numerators, denominators, gaps = (
-        torch.cat((first, torch.stack(rest))) for first, rest in zip((all_a, all_b, x.gap.expand_as(all_a)), rows)
+        torch.cat((first, torch.stack(rest)))
+        for first, rest in zip((all_a, all_b, x.gap.expand_as(all_a)), rows, strict=True)
     )
     lags, logs = _lags_and_logs(gaps / denominators, numerators / denominators)
     value = (leading(_WEIGHTS, x.a) * lags[:-2]).sum(0) + stirling_bregman(x.gap, far_a, far_b)
