@@ -1,10 +1,10 @@
 """Accuracy of the formulas that stay in float32, as accelerators and compiled graphs compute them."""
 
-import sys
 from itertools import compress
 
 import pytest
 import torch
+from torch.distributions import Beta, Dirichlet, Gamma
 from torch.distributions import kl_divergence as torch_kl
 
 from tests.references.harness import EVERY, draw, errors_at
@@ -25,18 +25,7 @@ def is_native(reference):
 
 
 NATIVE = {reference.name: reference for reference in references() if is_native(reference)}
-
-
-@pytest.fixture(params=[True, False], ids=["with float64", "without float64"])
-def accelerator(request, monkeypatch):
-    """Have no value looked at, and on one without float64 nothing computed in it that was given in float32."""
-    replaced = {"can_be_read": lambda *_: False}
-    if not request.param:
-        replaced["has_digits_to_spare"] = lambda _: False
-    for name, module in list(sys.modules.items()):
-        if name.startswith("torch_klloss"):
-            for function in replaced.keys() & vars(module).keys():
-                monkeypatch.setattr(module, function, replaced[function])
+AT_ONCE = {r.name: r for r in references() if r.type_q is r.type_p and r.type_q in (Gamma, Beta, Dirichlet)}
 
 
 def test_all_families_of_elementary_formulas_are_native():
@@ -45,10 +34,25 @@ def test_all_families_of_elementary_formulas_are_native():
     )
 
 
+def regimes_of(some):
+    return pytest.mark.parametrize(
+        ("name", "regime"), [(name, regime) for name in some for regime in some[name].regimes]
+    )
+
+
 @pytest.mark.usefixtures("accelerator")
-@pytest.mark.parametrize(("name", "regime"), [(name, regime) for name, r in NATIVE.items() for regime in r.regimes])
+@regimes_of(NATIVE)
 def test_values_and_gradients_in_float32_have_the_digits_that_were_promised(name, regime):
-    reference = NATIVE[name]
+    check(NATIVE[name], regime)
+
+
+@pytest.mark.parametrize("accelerator", [True], indirect=True)
+@regimes_of(AT_ONCE)
+def test_the_gamma_family_has_them_where_it_is_computed_at_once(accelerator, name, regime):
+    check(AT_ONCE[name], regime)
+
+
+def check(reference, regime):
     q, p = draw(reference, regime, torch.float32, 100 // EVERY)
     errors = errors_at(reference, q, p)
     used = target(reference, torch.float32).used(errors, reference, q, p)
