@@ -35,9 +35,8 @@ def test_all_families_of_elementary_formulas_are_native():
 
 
 def regimes_of(some):
-    return pytest.mark.parametrize(
-        ("name", "regime"), [(name, regime) for name in some for regime in some[name].regimes]
-    )
+    pairs = [(name, regime) for name, reference in some.items() for regime in reference.regimes]
+    return pytest.mark.parametrize(("name", "regime"), pairs)
 
 
 @pytest.mark.usefixtures("accelerator")
