@@ -108,6 +108,10 @@ def formula_of(
         grad = _with_event(grad, event_dims)
         return None, *[None if d is None else _scaled(d, grad, t) for d, t in zip(derivatives, tensors, strict=True)]
 
+    def functional_forward(*tensors: Tensor) -> Tensor:
+        with torch.no_grad():  # which the kernels ask for
+            return value(*tensors)
+
     def save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
@@ -122,7 +126,7 @@ def formula_of(
         "FunctionalFormula",
         (torch.autograd.Function,),
         {
-            "forward": staticmethod(value),
+            "forward": staticmethod(functional_forward),
             "setup_context": staticmethod(save),
             "backward": staticmethod(functional_backward),
             "generate_vmap_rule": True,
@@ -134,8 +138,10 @@ def formula_of(
         if is_traced():
             if opaque is not None and opaque_kernels.is_opaque_to(tensors):
                 return opaque_kernels.call(opaque, tensors, num_summed)
-            is_plain = is_forward_mode() or _is_only_a_value(tensors)
-            return sum_last(value(*tensors) if is_plain else functional.apply(*tensors), num_summed)
+            if is_forward_mode():
+                return sum_last(value(*tensors), num_summed)
+            is_plain = _is_only_a_value(tensors)
+            return sum_last(functional_forward(*tensors) if is_plain else functional.apply(*tensors), num_summed)
         if torch.is_grad_enabled():
             for t in tensors:
                 if t.requires_grad:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch_klloss.numerics import devices
 from torch_klloss.numerics.devices import can_be_read
 from torch_klloss.numerics.error_free import difference_error
-from torch_klloss.numerics.tracing import is_traced, needs_plain_operations, without_func
+from torch_klloss.numerics.tracing import is_forward_mode, is_traced, needs_plain_operations, without_func
 
 # Of (artanh(s)/s - 1)/s², in s²: minimax for |s| ≤ ⅓, that is for ratios from a half to two; relative errors 5e-7,
 # of a term that is a ninth of the whole, and 1e-16.
@@ -130,7 +130,12 @@ def may_be_infinite(x: Tensor) -> bool:
 
 def is_differentiated() -> bool:
     """Return whether autograd may differentiate what is computed, instead of a hand-written derivative."""
-    return torch.is_grad_enabled() or needs_plain_operations()
+    return torch.is_grad_enabled() or is_forward_mode()
+
+
+def _chooses(x: Tensor) -> bool:
+    """Return whether one of two forms is chosen by `where`, which is cheap on an accelerator and in a graph."""
+    return not (is_differentiated() or can_be_read(x))
 
 
 def sign_of(x: Tensor) -> Tensor:
@@ -230,6 +235,9 @@ def lag(x: Tensor, ratio: Tensor) -> Tensor:
 
     With s = x/(2 + x), log(1 + x) = 2 artanh(s) and x - 2s = xs.
     """
+    if _chooses(x):
+        s, square, third = artanh_terms(x)
+        return torch.where(square < 1 / 9, torch.addcmul(-2 * third, s, x), x - torch.log(ratio.clamp_max(largest(x))))
     near = within(x, -0.5, 1.0) if is_differentiated() else x.clamp(-0.5, 1.0)
     s = near / (near + 2)
     square = s * s
@@ -271,6 +279,8 @@ def gkl_and_log(a: Tensor, b: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
 
     The first is a (x - log(1 + x)) with x = (b - a)/a where b is near a, and as written in what b has beyond that.
     """
+    if _chooses(a):
+        return _chosen_gkl_and_log(a, b, gap)
     least, half = torch.finfo(a.dtype).smallest_normal * torch.finfo(a.dtype).eps, 0.5 * a
     if is_differentiated():  # as in `lag`
         near_gap = torch.where(gap > half, half, torch.where(gap < -a, -a, gap))
@@ -285,6 +295,17 @@ def gkl_and_log(a: Tensor, b: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
     value = torch.addcmul(near_gap - gap, a, lead - rest)
     value = torch.where((b == 0) & (a > 0), torch.inf, value) if may_fall_to(b, 0) else value
     return value, (x - lead) + rest
+
+
+def _chosen_gkl_and_log(a: Tensor, b: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
+    least = torch.finfo(a.dtype).smallest_normal * torch.finfo(a.dtype).eps
+    s = -gap / (a + b).clamp_min(least)
+    square = s * s
+    third = s * square * horner(square, _ARTANH[a.dtype])
+    is_near = square < 1 / 9
+    log = torch.where(is_near, 2 * (s + third), _log_of_quotient(b.clamp_min(least), a.clamp_min(least)))
+    value = torch.where(is_near, torch.addcmul(-gap * s, a, third, value=-2), torch.addcmul(-gap, a, log, value=-1))
+    return replaced(value, (b == 0) & (a > 0), torch.inf), log
 
 
 def spare_gkl_and_log(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -304,6 +325,10 @@ def _log_of_quotient(a: Tensor, b: Tensor) -> Tensor:
     ratio = (a / b).clamp_max(largest(a))
     if a.dtype == torch.float64:
         return torch.log(ratio)
+    if _chooses(a):
+        is_small = ratio < _SMALL_RATIO
+        log = torch.log(torch.where(is_small, a / _SMALL_RATIO / b, ratio))
+        return log + torch.where(is_small, math.log(_SMALL_RATIO), 0.0)
     return torch.log(ratio.clamp_min(_SMALL_RATIO)) + torch.log((a / _SMALL_RATIO / b).clamp_max(1))
 
 
@@ -324,6 +349,9 @@ def x_minus_log1p(x: Tensor) -> Tensor:
 
 def e2(x: Tensor) -> Tensor:
     """Return exp(x) - 1 - x ≥ 0."""
+    if _chooses(x):
+        square = x * x
+        return torch.where(square < 1, square * horner(x, _EXP[x.dtype]), torch.expm1(x) - x)
     near = within(x, -1.0, 1.0) if is_differentiated() else x.clamp(-1, 1)
     lead = horner(near, _EXP[x.dtype])
     return torch.addcmul((torch.exp(x) - torch.exp(near)) - (x - near), near * near, lead)
