@@ -21,6 +21,7 @@ from torch_klloss.numerics.elementary import has_digits_to_spare, may_be_infinit
 Quick = Callable[..., "tuple[Tensor, Derivatives] | None"]
 Direct = Callable[..., tuple[Tensor, Derivatives, Tensor]]
 
+_MOST_WHOLE = 2**19  # elements of a whole kernel, which has some forty float64 tensors of them at once
 LOST = 1e-8  # of the terms of a sum: what is smaller has lost half of float64's digits
 
 
@@ -92,6 +93,7 @@ def whole_or_careful(whole: Kernel, careful: Kernel) -> Kernel:
         is_whole = has_digits_to_spare(tensors[0]) and not can_be_read(tensors[0])
         return (whole if is_whole else careful)(needs, *tensors)
 
+    kernel.most_elsewhere = _MOST_WHOLE  # type: ignore[attr-defined]
     return kernel
 
 
