@@ -19,7 +19,7 @@ from torch_klloss.numerics import opaque_kernels
 from torch_klloss.numerics.blocks import Derivatives, evaluate
 from torch_klloss.numerics.dimensions import sum_last
 from torch_klloss.numerics.elementary import common_dtype
-from torch_klloss.numerics.tracing import is_forward_mode, is_traced
+from torch_klloss.numerics.tracing import is_forward_mode, is_func_transformed, is_traced
 
 Value = Callable[..., Tensor]
 Partials = Callable[..., Derivatives]
@@ -116,7 +116,10 @@ def formula_of(
         ctx.save_for_backward(*inputs)
 
     def functional_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return tuple(pull_back(ctx.needs_input_grad, grad, ctx.saved_tensors))
+        if not torch.compiler.is_compiling() or is_func_transformed():  # torch.func may differentiate it again
+            return tuple(pull_back(ctx.needs_input_grad, grad, ctx.saved_tensors))
+        with torch.no_grad():  # so that both ways take the same form, and have most of it in common
+            return tuple(pull_back(ctx.needs_input_grad, grad, ctx.saved_tensors))
 
     # A call of the form that torch.func needs takes three times as long.
     eager: Any = type(

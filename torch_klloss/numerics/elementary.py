@@ -322,13 +322,14 @@ def spare_gkl_and_log(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def _log_of_quotient(a: Tensor, b: Tensor) -> Tensor:
     """Return log(a/b), exactly 0 for equal a and b, where float32 cannot hold a quotient as small as that."""
-    ratio = (a / b).clamp_max(largest(a))
     if a.dtype == torch.float64:
-        return torch.log(ratio)
+        return torch.log((a / b).clamp_max(largest(a)))
     if _chooses(a):
-        is_small = ratio < _SMALL_RATIO
-        log = torch.log(torch.where(is_small, a / _SMALL_RATIO / b, ratio))
+        root = _SMALL_RATIO**0.5
+        is_small = a * (1 / root) < b * root
+        log = torch.log((torch.where(is_small, a * (1 / _SMALL_RATIO), a) / b).clamp_max(largest(a)))
         return log + torch.where(is_small, math.log(_SMALL_RATIO), 0.0)
+    ratio = (a / b).clamp_max(largest(a))
     return torch.log(ratio.clamp_min(_SMALL_RATIO)) + torch.log((a / _SMALL_RATIO / b).clamp_max(1))
 
 
