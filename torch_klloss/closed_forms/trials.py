@@ -6,7 +6,6 @@ p/q of the two outcomes are t - L and -L, with L = log(1 + m (exp(t) - 1)), and 
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -20,7 +19,6 @@ from torch_klloss.numerics.elementary import (
     gkl_and_log,
     has_digits_to_spare,
     is_differentiated,
-    may_be_infinite,
     may_fall_to,
     product,
     quotient,
@@ -32,13 +30,13 @@ from torch_klloss.numerics.elementary import (
 )
 from torch_klloss.numerics.tracing import needs_plain_operations
 
-# By dtype: the argument of an exponential, and what stands for an infinite log-odds in a value; then in a derivative.
+# By dtype: the argument of an exponential, and what stands for infinite log-odds.
 LARGEST = {torch.float32: 87.0, torch.float64: 700.0}
-HUGE = {torch.float32: 1e30, torch.float64: 1e100}
 LARGEST_ODDS = {torch.float32: 1e38, torch.float64: 1e300}
-BOUND = 645.0
+BOUND = 645.0  # of infinite log-odds in a derivative by a probability
 _TOP = 3.0  # of exp(t), beyond which L and mt are far apart
 _NEAR_SQUARE = 1 / 9  # of s in `artanh_terms`, where exp(t) is a half or two
+_FAR = 3.0  # of t, beyond which the logarithms of both sums do not cancel
 _VERY_NEAR = 1e-7  # of t in float64: L - mt has eight digits there, and its first term seven
 _NEAR = 2.0**-25  # of t: two log-odds near 0 may be nearer than that, where u has lost digits of their difference
 
@@ -126,20 +124,6 @@ def log_odds(param: Tensor, is_probs: bool) -> Tensor:
     return torch.where(is_end, ends, torch.log(inside) - torch.log1p(-inside))
 
 
-def shift_between(q: Tensor, p: Tensor, infinity: float) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return p, the shift p - q of the log-odds, and where p never has an outcome that q has; None if nowhere.
-
-    There p is replaced by q. A shift from an infinite q to a finite p is the number `infinity` or its negative.
-    """
-    shift = p - q
-    if not may_be_infinite(shift):
-        return p, shift, None
-    missed = p.isinf() & (q != p)
-    p = torch.where(missed, q, p)
-    shift = torch.where((q == p) & q.isinf(), 0.0, p - q)
-    return p, shift.nan_to_num(nan=math.nan, posinf=infinity, neginf=-infinity), missed
-
-
 def _by_probs(by_q: bool, by_p: bool, q: Tensor, p: Tensor) -> Trial:
     gap = q - p
     if has_digits_to_spare(q):
@@ -177,7 +161,7 @@ def _by_log_odds(given: Given, by_q: bool, by_p: bool, q_param: Tensor, p_param:
     q, p = (x.clamp(-LARGEST_ODDS[x.dtype], LARGEST_ODDS[x.dtype]) for x in (q_odds, p_odds))
     excess, sign, shift = p_odds - p, sign_of(q), p - q
     low, t, other = (product(sign, x, times=-1) for x in (q, shift, p))  # of the outcome that q finds rarer
-    m, growth, is_low = torch.sigmoid(low), torch.expm1(at_most(t, _TOP) if is_differentiated() else t), t < _TOP
+    m, growth, is_low = torch.sigmoid(low), torch.expm1(at_most(t, _FAR) if is_differentiated() else t), t < _FAR
     mean = m * growth
     L = torch.where(is_low, torch.log1p(mean), _softplus(other) - _softplus(low))
     far = torch.addcmul(torch.addcmul(L, m, t, value=-1), excess, excess)

@@ -333,16 +333,6 @@ def _log_of_quotient(a: Tensor, b: Tensor) -> Tensor:
     return torch.log(ratio.clamp_min(_SMALL_RATIO)) + torch.log((a / _SMALL_RATIO / b).clamp_max(1))
 
 
-def gkl_of_log_ratio(q: Tensor, p: Tensor, z: Tensor) -> Tensor:
-    """Return q log(q/p) - q + p, given a finite z = log(p/q) as well.
-
-    The two forms agree; the first keeps its digits near equality and the second where p is far above q.
-    """
-    near = z.clamp(-1, 1)
-    lead = near * near * horner(near, _EXP[z.dtype])
-    return torch.where(z.abs() < 1, q * lead, torch.addcmul(p - q, q, z, value=-1))
-
-
 def x_minus_log1p(x: Tensor) -> Tensor:
     """Return x - log(1 + x) ≥ 0 of x > -1."""
     return lag(x, 1 + x)
