@@ -32,8 +32,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tests.devices import cases, comparison  # noqa: E402
-from tests.devices.cases import ALIKE, Case  # noqa: E402
+from tests.devices.cases import ALIKE  # noqa: E402
 from tests.devices.documentation import write  # noqa: E402
+from tests.devices.pairs import Case, N  # noqa: E402
 from tests.devices.pretended import pretended  # noqa: E402
 
 STEPS = (
@@ -62,10 +63,10 @@ TIMES = {"case": "case", "us": "time (µs)|.0f", "torch_us": "torch's (µs)|.0f"
 
 def enlarged(case: Case) -> Case:
     """Return a case with more examples, which are those of the case again."""
-    if case.tensors[0].shape[:1] != (cases.N,):
+    if case.tensors[0].shape[:1] != (N,):
         return case
-    repeats = EXAMPLES // cases.N
-    tensors = [torch.cat([t] * repeats) if t.shape[:1] == (cases.N,) else t for t in case.tensors]
+    repeats = EXAMPLES // N
+    tensors = [torch.cat([t] * repeats) if t.shape[:1] == (N,) else t for t in case.tensors]
     return replace(case, tensors=tensors)
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from collections import defaultdict
 
 import pytest
@@ -31,6 +32,18 @@ def unvalidated():
     Distribution.set_default_validate_args(False)
     yield
     Distribution.set_default_validate_args(True)
+
+
+@pytest.fixture(params=[True, False], ids=["with float64", "without float64"])
+def accelerator(request, monkeypatch):
+    """Have no value looked at, and on one without float64 nothing computed in it that was given in float32."""
+    replaced = {"can_be_read": lambda *_: False}
+    if not request.param:
+        replaced["has_digits_to_spare"] = lambda _: False
+    for name, module in list(sys.modules.items()):
+        if name.startswith("torch_klloss"):
+            for function in replaced.keys() & vars(module).keys():
+                monkeypatch.setattr(module, function, replaced[function])
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,10 @@
 """Accuracy of the formulas that stay in float32, as accelerators and compiled graphs compute them."""
 
-import sys
 from itertools import compress
 
 import pytest
 import torch
+from torch.distributions import Beta, Dirichlet, Gamma
 from torch.distributions import kl_divergence as torch_kl
 
 from tests.references.harness import EVERY, draw, errors_at
@@ -25,14 +25,7 @@ def is_native(reference):
 
 
 NATIVE = {reference.name: reference for reference in references() if is_native(reference)}
-
-
-@pytest.fixture
-def narrow(monkeypatch):
-    """Have nothing computed in float64 that was given in float32."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("torch_klloss") and hasattr(module, "has_digits_to_spare"):
-            monkeypatch.setattr(module, "has_digits_to_spare", lambda x: False)
+AT_ONCE = {r.name: r for r in references() if r.type_q is r.type_p and r.type_q in (Gamma, Beta, Dirichlet)}
 
 
 def test_all_families_of_elementary_formulas_are_native():
@@ -41,10 +34,24 @@ def test_all_families_of_elementary_formulas_are_native():
     )
 
 
-@pytest.mark.usefixtures("narrow")
-@pytest.mark.parametrize(("name", "regime"), [(name, regime) for name, r in NATIVE.items() for regime in r.regimes])
+def regimes_of(some):
+    pairs = [(name, regime) for name, reference in some.items() for regime in reference.regimes]
+    return pytest.mark.parametrize(("name", "regime"), pairs)
+
+
+@pytest.mark.usefixtures("accelerator")
+@regimes_of(NATIVE)
 def test_values_and_gradients_in_float32_have_the_digits_that_were_promised(name, regime):
-    reference = NATIVE[name]
+    check(NATIVE[name], regime)
+
+
+@pytest.mark.parametrize("accelerator", [True], indirect=True)
+@regimes_of(AT_ONCE)
+def test_the_gamma_family_has_them_where_it_is_computed_at_once(accelerator, name, regime):
+    check(AT_ONCE[name], regime)
+
+
+def check(reference, regime):
     q, p = draw(reference, regime, torch.float32, 100 // EVERY)
     errors = errors_at(reference, q, p)
     used = target(reference, torch.float32).used(errors, reference, q, p)
@@ -56,7 +63,7 @@ def test_values_and_gradients_in_float32_have_the_digits_that_were_promised(name
         assert not kl_divergence(*reference.build(q, q)).any()
 
 
-@pytest.mark.usefixtures("narrow")
+@pytest.mark.usefixtures("accelerator")
 def test_the_targets_reject_a_formula_that_cancels_near_equality():
     q, p = draw(NATIVE["Normal"], "near", torch.float32, 50)
     errors = errors_at(NATIVE["Normal"], q, p, kl=torch_kl, with_gradient=False)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from tests.devices.cases import Case, Step, case
+from tests.devices.cases import case
+from tests.devices.pairs import Case, Step
 from tests.devices.pretended import NAME, pretended
 from torch_klloss.samplers import origins
 

@@ -7,8 +7,9 @@ import inspect
 
 import pytest
 
-from tests.devices.cases import ALIKE, ELBO_OPTIONS, HALF, OTHERS, UNLIKE
+from tests.devices.cases import ALIKE, HALF, OTHERS, UNLIKE
 from tests.devices.documentation import text, written
+from tests.devices.vae_cases import ELBO_OPTIONS
 from tests.processes import run
 from torch_klloss import ELBOLoss
 

@@ -8,7 +8,7 @@ CODE = """
 import json, torch
 from torch.distributions import Normal
 from tests.devices.comparison import on_device, problem
-from tests.devices.cases import BUILDS, Case, by_hand
+from tests.devices.pairs import BUILDS, Case, by_hand
 from tests.devices.pretended import NAME, pretended
 
 def raises(function):

@@ -12,7 +12,7 @@ from tests.closed_forms.test_registered_pairs import PAIRS, Pair
 from tests.closed_forms.test_ties import every_pair
 from tests.families import FAMILIES
 from tests.processes import run
-from torch_klloss import AnalyticKL, AutoKL, MonteCarloKL, kl_divergence
+from torch_klloss import AnalyticKL, AutoKL, MonteCarloKL, has_closed_form, kl_divergence
 from torch_klloss.distributions.domains import domains_of, where_outside
 from torch_klloss.estimate import NotCertifiedError
 from torch_klloss.methods import Enumeration, MixtureBound, MonteCarlo, Quadrature
@@ -51,9 +51,21 @@ def assert_only_the_second_is_nan(pair: Pair, refusals: tuple[type[Exception], .
                 torch.testing.assert_close(found[::2], value[::2], rtol=1e-12, atol=1e-14)
 
 
+def has_form(f) -> bool:
+    pair = Pair.of(f, f)
+    t = pair.parameters((), ())
+    return has_closed_form(pair.q.build(t[: len(pair.q.spaces)]), pair.p.build(t[len(pair.q.spaces) :]))
+
+
 @every_pair
 def test_a_closed_form_is_nan_where_a_parameter_is_outside_of_its_domain(pair):
     assert_only_the_second_is_nan(pair, (*REFUSED, NotImplementedError))  # some need parameters that are alike
+
+
+@pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize("f", [f for f in FAMILIES if has_form(f)], ids=lambda f: f.name)
+def test_it_is_on_an_accelerator_where_no_parameter_is_looked_at(f):
+    assert_only_the_second_is_nan(Pair.of(f, f), (*REFUSED, NotImplementedError), torch.float32)
 
 
 @pytest.mark.parametrize(

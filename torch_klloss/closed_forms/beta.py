@@ -51,7 +51,15 @@ def _apart(x: Tensor | None) -> Sequence[Tensor | None]:
     return (None, None) if x is None else x.unbind(-1)
 
 
-@register_formula(Beta, "concentration1", "concentration0", partials=_partials, direct=_direct, needs_float64=True)
+def _whole(needs: Sequence[bool], q_a: Tensor, q_b: Tensor, p_a: Tensor, p_b: Tensor) -> tuple[Tensor, Derivatives]:
+    value, (by_q, by_p) = dirichlet.whole((needs[0] or needs[1], needs[2] or needs[3]), *_joined(q_a, q_b, p_a, p_b))
+    slopes = *_apart(by_q), *_apart(by_p)
+    return value, [slope if need else None for slope, need in zip(slopes, needs, strict=True)]
+
+
+@register_formula(
+    Beta, "concentration1", "concentration0", partials=_partials, direct=_direct, whole=_whole, needs_float64=True
+)
 def _kl(q_a: Tensor, q_b: Tensor, p_a: Tensor, p_b: Tensor) -> Tensor:
     """KL of the Dirichlets of (concentration1, concentration0)."""
     return dirichlet.value(*_joined(q_a, q_b, p_a, p_b))

@@ -14,10 +14,9 @@ from torch_klloss.closed_forms.trials import Trial, careful_trial, quick_trial
 from torch_klloss.distributions.given import GIVEN, Given, both_as_given
 from torch_klloss.numerics.blocks import Derivatives
 from torch_klloss.numerics.custom_gradient import formula_of
-from torch_klloss.numerics.dimensions import sum_last
-from torch_klloss.numerics.elementary import may_fall_to
+from torch_klloss.numerics.devices import can_be_read
+from torch_klloss.numerics.elementary import may_fall_to, replaced
 from torch_klloss.numerics.quick_kernels import quick_or_careful
-from torch_klloss.numerics.tracing import is_traced
 
 
 def _quick(
@@ -31,33 +30,44 @@ def _careful(given: Given, needs: Sequence[bool], count: Tensor, q: Tensor, p: T
     return _repeated(needs[0], count, careful_trial(given, needs[1], needs[2], q, p))
 
 
+def _of_unequal(
+    given: Given, needs: Sequence[bool], q_count: Tensor, p_count: Tensor, q: Tensor, p: Tensor
+) -> tuple[Tensor, Derivatives]:
+    """Return the KL of numbers that may differ: inf where q has more trials and may succeed, NaN where it has fewer.
+
+    There the derivatives are 0.
+    """
+    one = careful_trial(given, needs[2], needs[3], q, p)
+    more = replaced((q_count - p_count).detach(), q == (0.0 if given.q_is_probs else -torch.inf), 0.0)
+    value, (by_count, by_q, by_p) = _repeated(needs[1], replaced(p_count, more != 0, 0.0), one)
+    return value + torch.xlogy(more.sqrt(), torch.inf), (None, by_count, by_q, by_p)
+
+
 def _repeated(by_count: bool, count: Tensor, one: Trial) -> tuple[Tensor, Derivatives]:
     """Return the KL of so many trials; without any there is none, be it infinite for one."""
-    value = torch.where(count == 0, 0.0, count * one.value) if may_fall_to(count, 0) else count * one.value
+    value = replaced(count * one.value, count == 0, 0.0) if may_fall_to(count, 0) else count * one.value
     by_q, by_p = (d if d is None else count * d for d in (one.by_q, one.by_p))
     return value, (one.value if by_count else None, by_q, by_p)
 
 
 _KL = {given: formula_of(quick_or_careful(partial(_quick, given), partial(_careful, given))) for given in GIVEN}
+_KL_OF_UNEQUAL = {given: formula_of(partial(_of_unequal, given)) for given in GIVEN}
 
 
 def _summed(q: Binomial, p: Binomial, num_summed: int) -> Tensor:
     q_param, p_param, given = both_as_given(q, p)
     if _are_equal(q.total_count, p.total_count):
         return _KL[given](p.total_count, q_param, p_param, num_summed=num_summed)
-    succeeds = q_param > (0 if given.q_is_probs else -torch.inf)
-    fewer = succeeds & (q.total_count < p.total_count)
-    if not is_traced() and fewer.is_cpu and bool(fewer.any()):
-        raise NotImplementedError("q has fewer trials than p; a sum over q's support is exact: Enumeration()")
-    value = torch.where(
-        succeeds & (q.total_count > p.total_count), torch.inf, _KL[given](p.total_count, q_param, p_param)
-    )
-    return sum_last(torch.where(fewer, torch.nan, value), num_summed)
+    if can_be_read(q_param, q.total_count, p.total_count):
+        succeeds = q_param > (0 if given.q_is_probs else -torch.inf)
+        if bool((succeeds & (q.total_count < p.total_count)).any()):
+            raise NotImplementedError("q has fewer trials than p; a sum over q's support is exact: Enumeration()")
+    return _KL_OF_UNEQUAL[given](q.total_count, p.total_count, q_param, p_param, num_summed=num_summed)
 
 
 def _are_equal(a: Tensor, b: Tensor) -> bool:
     """Return whether the numbers are known to be equal: they are one tensor, or can be read."""
-    return a is b or (a.is_cpu and b.is_cpu and not is_traced() and bool((a == b).all()))
+    return a is b or (can_be_read(a, b) and bool((a == b).all()))
 
 
 @register_kl(Binomial, Binomial, summed=_summed, needs_float64=False)

@@ -12,9 +12,18 @@ from torch_klloss.closed_forms import mixed_categoricals
 from torch_klloss.closed_forms.registry import register_kl
 from torch_klloss.distributions.given import both_as_given
 from torch_klloss.distributions.tensors import lacks_float64
+from torch_klloss.numerics import softmax_whole
 from torch_klloss.numerics.blocks import Derivatives
 from torch_klloss.numerics.custom_gradient import formula_of, kernel_of
-from torch_klloss.numerics.elementary import gkl, has_digits_to_spare, log_ratio
+from torch_klloss.numerics.devices import can_be_read
+from torch_klloss.numerics.elementary import (
+    gkl,
+    has_digits_to_spare,
+    log_ratio,
+    quotient,
+    replaced,
+    spare_gkl_and_log,
+)
 from torch_klloss.numerics.logit_sides import Dense
 from torch_klloss.numerics.quick_kernels import direct_or_careful
 from torch_klloss.numerics.softmax_divergence import divergence_of_logits
@@ -38,15 +47,14 @@ def _categorical_categorical(q: Categorical, p: Categorical) -> Tensor:
             "classes that one of them lacks a probability of 0 (a logit of -inf)."
         )
     if all(given):
-        return _kl(q_param, p_param)
+        is_elsewhere = has_digits_to_spare(q_param) and not can_be_read(q_param)
+        return (_kl_elsewhere if is_elsewhere else _kl)(q_param, p_param)
     if any(given):
         device = q_param.device
         if lacks_float64(q, p):
             q_param, p_param = q_param.cpu(), p_param.cpu()
         return mixed_categoricals.KL[given](q_param, p_param).to(device)
-    if q_param.dtype == p_param.dtype and has_digits_to_spare(q_param) and q_param.numel() <= _SMALL:
-        return _small_kl(q_param, p_param)
-    return _logits_kl(q_param, p_param)
+    return _by_logits(q_param, p_param)
 
 
 @register_kl(OneHotCategorical, OneHotCategorical, needs_float64=False)
@@ -55,12 +63,20 @@ def _one_hot_one_hot(q: OneHotCategorical, p: OneHotCategorical) -> Tensor:
     return _categorical_categorical(q._categorical, p._categorical)
 
 
+def _by_logits(q: Tensor, p: Tensor) -> Tensor:
+    if q.dtype != p.dtype or not has_digits_to_spare(q):
+        return _logits_kl(q, p)
+    small, largest = (_small_kl, _SMALL) if can_be_read(q) else (_small_kl_elsewhere, _SMALL_ELSEWHERE)
+    return small(q, p) if q.numel() <= largest else _logits_kl(q, p)
+
+
 def _logits_kl(q: Tensor, p: Tensor) -> Tensor:
     q, p = torch.broadcast_tensors(q, p)
     return divergence_of_logits(Dense(q), Dense(p), KL)
 
 
 _SMALL = 2**16  # logits, up to which copies in float64 cost less than the many steps that need none
+_SMALL_ELSEWHERE = 2**18  # the same on an accelerator
 
 
 def _direct_by_logits(needs: Sequence[bool], q: Tensor, p: Tensor) -> tuple[Tensor, Derivatives, Tensor]:
@@ -86,6 +102,7 @@ def _careful_by_logits(needs: Sequence[bool], q: Tensor, p: Tensor) -> tuple[Ten
 
 
 _small_kl = formula_of(direct_or_careful(_direct_by_logits, _careful_by_logits), event_dims=1)
+_small_kl_elsewhere = formula_of(softmax_whole.kernel, event_dims=1)
 """The KL of two Categoricals, from their logits."""
 
 _NEAR = 1e-7  # times `LOST`: a KL, below which the rounding of q/p is felt
@@ -100,6 +117,21 @@ def _direct(needs: Sequence[bool], q: Tensor, p: Tensor) -> tuple[Tensor, Deriva
     by_q = (log + value) / -q_total if needs[0] else None
     by_p = x / (ratio * p_total) if needs[1] else None
     return value.squeeze(-1), (by_q, by_p), value.new_tensor(_NEAR)
+
+
+def _whole(needs: Sequence[bool], q: Tensor, p: Tensor) -> tuple[Tensor, Derivatives]:
+    """The same in float64, over all classes."""
+    q, p = q.double(), p.double()
+    q_total, p_total = q.sum(-1, keepdim=True), p.sum(-1, keepdim=True)
+    q, p = q / q_total, p / p_total
+    terms, log = spare_gkl_and_log(q, p)
+    value = terms.sum(-1, keepdim=True)
+    missed, by_q, by_p = value == torch.inf, None, None
+    if needs[0]:
+        by_q = replaced(quotient(log + value, q_total, times=-1), missed, 0.0)
+    if needs[1]:
+        by_p = replaced((1 - q / replaced(p, p == 0, 1.0)) / p_total, missed, 0.0)
+    return value.squeeze(-1), (by_q, by_p)
 
 
 def _value(q: Tensor, p: Tensor) -> Tensor:
@@ -133,4 +165,5 @@ def _shares(q: Tensor, p: Tensor) -> tuple[Tensor, ...]:
 
 
 _kl = formula_of(direct_or_careful(_direct, kernel_of(_value, _partials)), partials=_partials, event_dims=1)
+_kl_elsewhere = formula_of(_whole, event_dims=1)
 """The KL of two Categoricals, from weights of the classes."""

@@ -10,10 +10,11 @@ from torch.distributions import Cauchy, HalfCauchy
 
 from torch_klloss.closed_forms.formula import register_formula
 from torch_klloss.numerics.blocks import Derivatives
+from torch_klloss.numerics.elementary import product, quotient
 from torch_klloss.numerics.quick_kernels import narrow_or_wide
 
 
-@register_formula(Cauchy, "loc", "scale")
+@register_formula(Cauchy, "loc", "scale", guards=("q.scale", "p.scale"))
 @narrow_or_wide
 def kl(
     needs: Sequence[bool], q_loc: Tensor, q_scale: Tensor, p_loc: Tensor, p_scale: Tensor
@@ -25,24 +26,25 @@ def kl(
         Nielsen, 2019).
     """
     distance, gap = q_loc - p_loc, q_scale - p_scale
-    value = torch.log1p((gap / q_scale * (gap / p_scale) + distance / q_scale * (distance / p_scale)) / 4)
+    span = torch.hypot(gap, distance)
+    value = torch.log1p(product(span / q_scale, span / p_scale, times=0.25))
     if not any(needs):
         return value, (None,) * 4
     total = q_scale + p_scale
     x, r = gap / total, distance / total
     square = r * r
-    by_q_loc = 2 * r / (total * (1 + square)) if needs[0] or needs[2] else None
+    by_q_loc = quotient(r, torch.addcmul(total, total, square), times=2) if needs[0] or needs[2] else None
     by_p_loc = -by_q_loc if by_q_loc is not None and needs[2] else None
-    by_q_scale = (x - square) / (q_scale * (1 + square)) if needs[1] else None
-    by_p_scale = -(x + square) / (p_scale * (1 + square)) if needs[3] else None
+    by_q_scale = (x - square) / torch.addcmul(q_scale, q_scale, square) if needs[1] else None
+    by_p_scale = quotient(x + square, torch.addcmul(p_scale, p_scale, square), times=-1) if needs[3] else None
     return value, (by_q_loc if needs[0] else None, by_q_scale, by_p_loc, by_p_scale)
 
 
-@register_formula(HalfCauchy, "scale")
+@register_formula(HalfCauchy, "scale", guards=("q.scale", "p.scale"))
 @narrow_or_wide
 def half_kl(needs: Sequence[bool], q_scale: Tensor, p_scale: Tensor) -> tuple[Tensor, Derivatives]:
     """log(1 + (σq - σp)² / (4 σq σp)): by symmetry, the KL of the two Cauchy distributions around 0."""
     gap = q_scale - p_scale
     x = gap / (q_scale + p_scale) if any(needs) else gap
-    value = torch.log1p(gap / q_scale * (gap / p_scale) / 4)
-    return value, (x / q_scale if needs[0] else None, -x / p_scale if needs[1] else None)
+    value = torch.log1p(product(gap / q_scale, gap / p_scale, times=0.25))
+    return value, (x / q_scale if needs[0] else None, quotient(x, p_scale, times=-1) if needs[1] else None)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import Dirichlet
 
 from torch_klloss.closed_forms.formula import register_formula
+from torch_klloss.numerics import lgamma_at_once as at_once
 from torch_klloss.numerics.blocks import Derivatives
 from torch_klloss.numerics.elementary import at_least, isd_from_gap, log_ratio
 from torch_klloss.numerics.lgamma import (
@@ -20,6 +21,7 @@ from torch_klloss.numerics.lgamma import (
     stirling_bregman,
     trigamma,
 )
+from torch_klloss.numerics.lgamma_at_once import Arguments, divergence_and_slope
 
 
 def partials(needs: Sequence[bool], q: Tensor, p: Tensor) -> Sequence[Tensor | None]:
@@ -67,9 +69,25 @@ def value(q: Tensor, p: Tensor) -> Tensor:
     return at_least(bregman(rest.p, rest.q).sum(0) + _means_and_top(rest, top), 0.0)
 
 
-kl = register_formula(Dirichlet, "concentration", partials=partials, direct=direct, event_dims=1, needs_float64=True)(
-    value
-)
+def whole(needs: Sequence[bool], q: Tensor, p: Tensor) -> tuple[Tensor, Derivatives]:
+    """The same by few operations: the terms of all components, less the one of their total."""
+    q, p = torch.broadcast_tensors(q.double(), p.double())
+    b, a, gap = (torch.cat((t, t.sum(-1, keepdim=True)), -1) for t in (q, p, p - q))
+    q_total, p_total, total_gap = (t[..., -1:] for t in (b, a, gap))
+    cross = torch.addcmul(b * total_gap, gap, q_total, value=-1)
+    terms, slopes = divergence_and_slope(Arguments(a, b, gap, (b * p_total, a * q_total), cross))
+    by_q = by_p = None
+    if needs[0]:
+        curves = gap * at_once.binet_trigamma(b)
+        by_q = torch.addcdiv(curves[..., -1:] - curves[..., :-1], cross[..., :-1], q * q_total)
+    if needs[1]:
+        by_p = slopes[..., :-1] - slopes[..., -1:]
+    return at_least(terms[..., :-1].sum(-1) - terms[..., -1], 0.0), (by_q, by_p)
+
+
+kl = register_formula(
+    Dirichlet, "concentration", partials=partials, direct=direct, whole=whole, event_dims=1, needs_float64=True
+)(value)
 """The KL of two Dirichlets, from their concentrations."""
 
 

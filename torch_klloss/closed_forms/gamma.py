@@ -9,10 +9,12 @@ from torch import Tensor
 from torch.distributions import Gamma
 
 from torch_klloss.closed_forms.formula import register_formula
+from torch_klloss.numerics import lgamma_at_once as at_once
 from torch_klloss.numerics.blocks import Derivatives
-from torch_klloss.numerics.elementary import has_float64, isd_from_gap, log_ratio
+from torch_klloss.numerics.elementary import has_float64, isd_from_gap, log_ratio, quotient
 from torch_klloss.numerics.error_free import product_error
 from torch_klloss.numerics.lgamma import binet_digamma_difference, binet_trigamma, bregman
+from torch_klloss.numerics.lgamma_at_once import Arguments, divergence_and_slope
 
 
 def _direct(
@@ -48,7 +50,26 @@ def _partials(
     return by_q_shape, by_q_rate, by_p_shape, by_p_rate
 
 
-@register_formula(Gamma, "concentration", "rate", partials=_partials, direct=_direct, needs_float64=True)
+def _whole(
+    needs: Sequence[bool], q_shape: Tensor, q_rate: Tensor, p_shape: Tensor, p_rate: Tensor
+) -> tuple[Tensor, Derivatives]:
+    """The formula of `_kl`, by few operations."""
+    q_shape, q_rate, p_shape, p_rate = torch.broadcast_tensors(
+        *(t.double() for t in (q_shape, q_rate, p_shape, p_rate))
+    )
+    scaled_q, scaled_p, step = q_shape * p_rate, p_shape * q_rate, p_shape - q_shape
+    gap = scaled_q - scaled_p
+    value, by_p_shape = divergence_and_slope(Arguments(p_shape, q_shape, step, (scaled_q, scaled_p), gap))
+    over_rate = gap / q_rate
+    return value, (
+        torch.addcmul(over_rate / q_shape, step, at_once.binet_trigamma(q_shape), value=-1) if needs[0] else None,
+        quotient(over_rate, q_rate, times=-1) if needs[1] else None,
+        by_p_shape if needs[2] else None,
+        over_rate / p_rate if needs[3] else None,
+    )
+
+
+@register_formula(Gamma, "concentration", "rate", partials=_partials, direct=_direct, whole=_whole, needs_float64=True)
 def _kl(q_shape: Tensor, q_rate: Tensor, p_shape: Tensor, p_rate: Tensor) -> Tensor:
     """αp (m - 1 - log m) + B(αp, αq), with m the ratio of the means and B of `bregman`: two terms, each ≥ 0.
 

@@ -8,17 +8,16 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.distributions import Geometric
-from torch.nn.functional import logsigmoid
 
 from torch_klloss.closed_forms.registry import register_kl
-from torch_klloss.closed_forms.trials import BOUND, HUGE, LARGEST, careful_trial, log_odds, quick_trial, shift_between
+from torch_klloss.closed_forms.trials import LARGEST, LARGEST_ODDS, careful_trial, quick_trial
 from torch_klloss.distributions.given import GIVEN, Given, both_as_given
 from torch_klloss.numerics.blocks import Derivatives
 from torch_klloss.numerics.custom_gradient import formula_of
-from torch_klloss.numerics.elementary import above_minus_one, log_ratio, may_fall_to, sign_of
+from torch_klloss.numerics.elementary import at_least, log_ratio, may_fall_to, sign_of
 from torch_klloss.numerics.quick_kernels import quick_or_careful
 
-_FAR = 40.0  # between log-odds, so far that a difference of their functions keeps its digits
+_FAR = 40.0  # of log-odds: below it the exponential is the odds and the probability
 
 
 def _summed(q: Geometric, p: Geometric, num_summed: int) -> Tensor:
@@ -59,13 +58,14 @@ def _quick_log_failures(given: Given, q: Tensor, p: Tensor) -> Tensor:
 
 def _careful(given: Given, needs: Sequence[bool], q: Tensor, p: Tensor) -> tuple[Tensor, Derivatives]:
     q, p = _raised(given, q, p)
-    one = careful_trial(given, False, needs[1], q, p)
+    one = careful_trial(given, False, needs[1], q, p, with_failures=needs[0])
+    log_failures = _log_failures(q, p) if all(given) and needs[0] else one.log_failures
     if given.q_is_probs:
         trials = 1 / q
-        by_q = _log_failures(given, q, p) * trials * trials if needs[0] else None
+        by_q = None if log_failures is None else log_failures * trials * trials
         return one.value * trials, (by_q, None if one.by_p is None else one.by_p * trials)
-    root = torch.exp((-q / 2).clamp(max=LARGEST[q.dtype]))  # of the mean number of failures, which may overflow
-    by_q = _log_failures(given, q, p) * root * root if needs[0] else None
+    root = torch.exp((q / -2).clamp(max=LARGEST[q.dtype]))  # of the mean number of failures, which may overflow
+    by_q = None if log_failures is None else log_failures * root * root
     by_p = None if one.by_p is None else torch.addcmul(one.by_p, one.by_p * root, root)
     return torch.addcmul(one.value, one.value * root, root), (by_q, by_p)
 
@@ -82,22 +82,11 @@ def _raised(given: Given, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     rare = 27.0 - LARGEST[q.dtype]  # where the exponential still has all of its digits
     if any(given) or not may_fall_to(q, rare):
         return q, p
-    likelier = torch.maximum(q, p)
-    raised_by = torch.where((q < rare) & (likelier < -_FAR), torch.trunc(-_FAR - likelier), 0.0)
+    raised_by = torch.trunc(at_least(-_FAR - torch.maximum(q, p), 0.0).clamp_max(LARGEST_ODDS[q.dtype]))
     return q + raised_by, p + raised_by
 
 
-def _log_failures(given: Given, q: Tensor, p: Tensor) -> Tensor:
+def _log_failures(q: Tensor, p: Tensor) -> Tensor:
     """Return log((1 - p)/(1 - q)), the other factor of the derivative by q; 0 where the KL is infinite."""
-    if given.q_is_probs and given.p_is_probs:
-        fails, ratio = 1 - p, log_ratio(1 - p, 1 - q, q - p)
-        return torch.where((p == 1) & (q < 1), 0.0, ratio) if may_fall_to(fails, 0) else ratio
-    q, p = log_odds(q, given.q_is_probs), log_odds(p, given.p_is_probs)
-    p, shift, _ = shift_between(q, p, infinity=HUGE[q.dtype])
-    # The lower clamp acts where 1 - p is far below 1 - q, and what it changes is multiplied by nearly 0.
-    growth = (torch.sigmoid(q) * torch.expm1(shift.clamp(max=_FAR))).clamp_min(above_minus_one(shift))
-    ratio = -torch.log1p(growth)
-    if may_fall_to(-shift, -_FAR):
-        far = (logsigmoid(-p) - logsigmoid(-q)).clamp(-BOUND, BOUND)
-        ratio = torch.where(shift > _FAR, far, ratio)
-    return ratio
+    fails, ratio = 1 - p, log_ratio(1 - p, 1 - q, q - p)
+    return torch.where((p == 1) & (q < 1), 0.0, ratio) if may_fall_to(fails, 0) else ratio

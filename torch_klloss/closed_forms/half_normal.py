@@ -10,13 +10,16 @@ from torch.distributions import HalfNormal
 
 from torch_klloss.closed_forms.formula import register_formula
 from torch_klloss.numerics.blocks import Derivatives
-from torch_klloss.numerics.elementary import excess
+from torch_klloss.numerics.elementary import excess, quotient
 
 
-@register_formula(HalfNormal, "scale")
+@register_formula(HalfNormal, "scale", guards=("p.scale",))
 def kl(needs: Sequence[bool], q_scale: Tensor, p_scale: Tensor) -> tuple[Tensor, Derivatives]:
     """½ x² + x - log(1 + x) with x = (σq - σp)/σp: the KL of the two Normals around 0."""
     _, x, spread = excess(q_scale, p_scale)
-    value, x = torch.addcmul(spread, x, x, value=0.5), x.to(q_scale.dtype)
-    by_q = x / p_scale + x / q_scale if needs[0] else None
-    return value, (by_q, -x / p_scale * (2 + x) if needs[1] else None)
+    value = torch.addcmul(spread, x, x, value=0.5)
+    if not any(needs):
+        return value, (None, None)
+    half = torch.addcmul(x, x, x, value=0.5).to(q_scale.dtype)  # of the relative difference of the variances
+    by_q = quotient(half, q_scale, times=2) if needs[0] else None
+    return value, (by_q, quotient(half, p_scale, times=-2) if needs[1] else None)

@@ -10,11 +10,11 @@ from torch.distributions import Laplace
 
 from torch_klloss.closed_forms.formula import register_formula
 from torch_klloss.numerics.blocks import Derivatives
-from torch_klloss.numerics.elementary import e2, excess, sign_of
+from torch_klloss.numerics.elementary import e2, excess, quotient, sign_of
 from torch_klloss.numerics.quick_kernels import narrow_or_wide
 
 
-@register_formula(Laplace, "loc", "scale")
+@register_formula(Laplace, "loc", "scale", guards=("p.scale",))
 @narrow_or_wide
 def kl(
     needs: Sequence[bool], q_loc: Tensor, q_scale: Tensor, p_loc: Tensor, p_scale: Tensor
@@ -28,12 +28,15 @@ def kl(
     ratio, x, spread = (t.to(q_loc.dtype) for t in excess(q_scale, p_scale))
     distance = q_loc - p_loc
     sign = sign_of(distance)  # not abs, which would hide the second derivative at 0
-    minus_t = -sign * distance / q_scale
+    minus_t = quotient(sign * distance, q_scale, times=-1)
     lead = e2(minus_t)
     decay = lead + minus_t
     value = torch.addcmul(spread, ratio, lead)
-    by_q_loc = -sign * decay / p_scale if needs[0] or needs[2] else None
-    by_p_loc = -by_q_loc if by_q_loc is not None and needs[2] else None
-    by_q_scale = x / q_scale + (decay - minus_t * (1 + decay)) / p_scale if needs[1] else None
-    by_p_scale = -(x + ratio * lead) / p_scale if needs[3] else None
-    return value, (by_q_loc if needs[0] else None, by_q_scale, by_p_loc, by_p_scale)
+    by_p_loc = sign * decay / p_scale if needs[0] or needs[2] else None
+    by_q_loc = -by_p_loc if by_p_loc is not None and needs[0] else None
+    by_q_scale = by_p_scale = None
+    if needs[1]:
+        by_q_scale = torch.addcdiv(torch.addcmul(lead, minus_t, decay, value=-1) / p_scale, x, q_scale)
+    if needs[3]:
+        by_p_scale = quotient(torch.addcmul(x, ratio, lead), p_scale, times=-1)
+    return value, (by_q_loc, by_q_scale, by_p_loc if needs[2] else None, by_p_scale)

@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.distributions import LowRankMultivariateNormal, MultivariateNormal
 from torch.nn.functional import pad
 
+from torch_klloss.closed_forms import exponential
 from torch_klloss.closed_forms.registry import register_kl
 from torch_klloss.distributions.tensors import dtype_of
+from torch_klloss.numerics.devices import can_be_read
 from torch_klloss.numerics.elementary import at_least, widened
 from torch_klloss.numerics.moments import itakura_saito, log1p_lag
 from torch_klloss.numerics.tracing import is_traced
@@ -42,7 +44,15 @@ def _mvn_mvn(q: MultivariateNormal, p: MultivariateNormal) -> Tensor:
     multiple of eps · cond(Lp): of float64's eps for float32 factors of at most 32 dimensions on the CPU, and of the
     factors' own otherwise.
     """
-    return _from_factors(q, p, q._unbroadcasted_scale_tril, p._unbroadcasted_scale_tril, widened)
+    return _from_factors(q, p, q._unbroadcasted_scale_tril, p._unbroadcasted_scale_tril, _widened)
+
+
+_mvn_mvn.is_nan_outside = True  # type: ignore[attr-defined]
+
+
+def _widened(x: Tensor) -> Tensor:
+    """Return x in float64 on the CPU: elsewhere a product of matrices in it may take fifty times as long."""
+    return widened(x) if can_be_read(x) else x
 
 
 @register_kl(LowRankMultivariateNormal, MultivariateNormal)
@@ -56,8 +66,7 @@ def _mvn_low_rank(q: _AnyNormal, p: _AnyNormal) -> Tensor:
 
 
 def _from_factors(q: _AnyNormal, p: _AnyNormal, L_q: Tensor, L_p: Tensor, wide: Callable[[Tensor], Tensor]) -> Tensor:
-    diagonals = (wide(L.diagonal(dim1=-2, dim2=-1)) for L in (L_q, L_p))
-    ratio = _isd(*diagonals).sum(-1)
+    ratio = exponential.kl(*(L.diagonal(dim1=-2, dim2=-1) for L in (L_p, L_q)), num_summed=1)
     distance = _solve(wide(L_p), (wide(q.loc) - wide(p.loc)).unsqueeze(-1))
     inner = wide if q.event_shape[0] <= _WIDE else partial(Tensor.to, dtype=dtype_of(q, p))
     return (ratio + (_spread(inner(L_q), inner(L_p)) + _square(distance)) / 2).to(dtype_of(q, p))
@@ -111,7 +120,7 @@ def _solve(factor: Tensor, x: Tensor) -> Tensor:
 
 
 def _inverse(factor: Tensor) -> Tensor:
-    factor = widened(factor)
+    factor = _widened(factor)
     identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
     return torch.linalg.solve_triangular(factor, identity, upper=False)
 

@@ -10,7 +10,14 @@ from torch.distributions import Poisson
 
 from torch_klloss.closed_forms.formula import register_formula
 from torch_klloss.numerics.blocks import Derivatives
-from torch_klloss.numerics.elementary import gkl_and_log, may_fall_to
+from torch_klloss.numerics.elementary import (
+    gkl_and_log,
+    has_digits_to_spare,
+    may_fall_to,
+    quotient,
+    replaced,
+    spare_gkl_and_log,
+)
 
 
 def _quick(needs: Sequence[bool], q_rate: Tensor, p_rate: Tensor) -> tuple[Tensor, Derivatives]:
@@ -19,14 +26,17 @@ def _quick(needs: Sequence[bool], q_rate: Tensor, p_rate: Tensor) -> tuple[Tenso
     return q_rate * (x - log), (-log if needs[0] else None, x / ratio if needs[1] else None)
 
 
-@register_formula(Poisson, "rate", quick=_quick)
+@register_formula(Poisson, "rate", quick=_quick, guards=("q.rate", "p.rate"))
 def kl(needs: Sequence[bool], q_rate: Tensor, p_rate: Tensor) -> tuple[Tensor, Derivatives]:
     """λq log(λq/λp) - λq + λp, with 0 log 0 = 0: λp where λq = 0, inf where only λp = 0.
 
     The derivative by λq is log(λq/λp), kept finite at 0.
     """
     gap = q_rate - p_rate
-    value, log = gkl_and_log(q_rate, p_rate, gap)
+    if has_digits_to_spare(q_rate):
+        value, log = spare_gkl_and_log(q_rate.double(), p_rate)
+    else:
+        value, log = gkl_and_log(q_rate, p_rate, gap)
     return value, (-log if needs[0] else None, _by_p(gap, q_rate, p_rate) if needs[1] else None)
 
 
@@ -36,4 +46,4 @@ def _by_p(gap: Tensor, q_rate: Tensor, p_rate: Tensor) -> Tensor:
         return -gap / p_rate
     is_zero = p_rate == 0
     at_zero = (q_rate == 0).to(gap.dtype)
-    return torch.where(is_zero, at_zero, -gap / torch.where(is_zero, 1.0, p_rate))
+    return torch.where(is_zero, at_zero, quotient(gap, replaced(p_rate, is_zero, 1.0), times=-1))

@@ -31,6 +31,7 @@ from torch_klloss.distributions.tensors import (
 )
 from torch_klloss.estimate import NoRouteError, NotCertifiedError
 from torch_klloss.numerics.dimensions import common_shape, sum_last
+from torch_klloss.numerics.tracing import is_traced
 
 Rule = Callable[[Any, Any], Tensor]
 Types = tuple[type[Distribution], type[Distribution]]
@@ -274,7 +275,7 @@ def evaluate(resolution: Resolution, batch_shape: torch.Size, num_summed: int = 
 
 def _by_rule(match: Match, q: Distribution, p: Distribution, num_summed: int, batch_shape: torch.Size) -> Tensor:
     """Return the rule's KL of the simple pair, NaN outside of the parameters' domains, summed."""
-    summed, outside = getattr(match.rule, "summed", None), where_outside(q, p)
+    summed, outside = getattr(match.rule, "summed", None), _where_masked(match.rule, q, p)
     if summed is not None and num_summed and outside is None:
         value: Tensor = summed(q, p, num_summed)
         return value
@@ -283,6 +284,13 @@ def _by_rule(match: Match, q: Distribution, p: Distribution, num_summed: int, ba
     if outside is not None:
         value = torch.where(outside.to(value.device), math.nan, value)
     return sum_last(value, num_summed)
+
+
+def _where_masked(rule: Rule, q: Distribution, p: Distribution) -> Tensor | None:
+    """Return where the KL must be made NaN: on an accelerator and while traced, some rules do so themselves."""
+    if getattr(rule, "is_nan_outside", False) and (is_traced() or device_of(q).type != "cpu"):
+        return None
+    return where_outside(q, p)
 
 
 def _of_shape(value: Tensor, q: Distribution, p: Distribution, match: Match) -> Tensor:

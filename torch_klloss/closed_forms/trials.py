@@ -6,21 +6,38 @@ p/q of the two outcomes are t - L and -L, with L = log(1 + m (exp(t) - 1)), and 
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import softplus
 
 from torch_klloss.distributions.given import Given
-from torch_klloss.numerics.elementary import gkl_and_log, gkl_of_log_ratio, may_be_infinite, may_fall_to, sign_of
+from torch_klloss.numerics.elementary import (
+    artanh_terms,
+    at_most,
+    gkl_and_log,
+    has_digits_to_spare,
+    is_differentiated,
+    may_fall_to,
+    product,
+    quotient,
+    replaced,
+    sign_of,
+    spare_gkl_and_log,
+    widened,
+    within,
+)
+from torch_klloss.numerics.tracing import needs_plain_operations
 
-# By dtype: the argument of an exponential, and what stands for an infinite log-odds in a value; then in a derivative.
+# By dtype: the argument of an exponential, and what stands for infinite log-odds.
 LARGEST = {torch.float32: 87.0, torch.float64: 700.0}
-HUGE = {torch.float32: 1e30, torch.float64: 1e100}
-BOUND = 645.0
+LARGEST_ODDS = {torch.float32: 1e38, torch.float64: 1e300}
+BOUND = 645.0  # of infinite log-odds in a derivative by a probability
 _TOP = 3.0  # of exp(t), beyond which L and mt are far apart
+_NEAR_SQUARE = 1 / 9  # of s in `artanh_terms`, where exp(t) is a half or two
+_FAR = 3.0  # of t, beyond which the logarithms of both sums do not cancel
+_VERY_NEAR = 1e-7  # of t in float64: L - mt has eight digits there, and its first term seven
 _NEAR = 2.0**-25  # of t: two log-odds near 0 may be nearer than that, where u has lost digits of their difference
 
 
@@ -31,13 +48,13 @@ class Trial(NamedTuple):
         value: the KL.
         by_q: its derivative by q's parameter, if it was asked for.
         by_p: the same by p's.
-        log_failures: log((1 - p)/(1 - q)); to the last digits only beside log(p/q), which it may be added to.
+        log_failures: log((1 - p)/(1 - q)), if it was asked for; 0 where log-odds make the KL infinite.
     """
 
     value: Tensor
     by_q: Tensor | None
     by_p: Tensor | None
-    log_failures: Tensor
+    log_failures: Tensor | None = None
 
 
 def quick_trial(given: Given, by_q: bool, by_p: bool, q: Tensor, p: Tensor) -> Trial | None:
@@ -48,13 +65,15 @@ def quick_trial(given: Given, by_q: bool, by_p: bool, q: Tensor, p: Tensor) -> T
     return _quick_by_probs(by_q, by_p, q, p) if all(given) else _quick_by_log_odds(given, by_q, by_p, q, p)
 
 
-def careful_trial(given: Given, by_q: bool, by_p: bool, q: Tensor, p: Tensor) -> Trial:
+def careful_trial(given: Given, by_q: bool, by_p: bool, q: Tensor, p: Tensor, *, with_failures: bool = False) -> Trial:
     """Return the trial for any parameters, in their dtype.
 
     No probability is clamped: the KL is finite where q is 0 or 1, and inf, with a gradient of 0, where p is and q is
     not. The derivative by a q of 0 or 1 is kept finite.
     """
-    return _by_probs(by_q, by_p, q, p) if all(given) else _by_log_odds(given, by_q, by_p, q, p)
+    if all(given):
+        return _by_probs(by_q, by_p, q, p)
+    return _by_log_odds(given, by_q, by_p, q, p, with_failures)
 
 
 def _quick_by_probs(by_q: bool, by_p: bool, q: Tensor, p: Tensor) -> Trial:
@@ -105,32 +124,23 @@ def log_odds(param: Tensor, is_probs: bool) -> Tensor:
     return torch.where(is_end, ends, torch.log(inside) - torch.log1p(-inside))
 
 
-def shift_between(q: Tensor, p: Tensor, infinity: float) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return p, the shift p - q of the log-odds, and where p never has an outcome that q has; None if nowhere.
-
-    There p is replaced by q. A shift from an infinite q to a finite p is the number `infinity` or its negative.
-    """
-    shift = p - q
-    if not may_be_infinite(shift):
-        return p, shift, None
-    missed = p.isinf() & (q != p)
-    p = torch.where(missed, q, p)
-    shift = torch.where((q == p) & q.isinf(), 0.0, p - q)
-    return p, shift.nan_to_num(nan=math.nan, posinf=infinity, neginf=-infinity), missed
-
-
 def _by_probs(by_q: bool, by_p: bool, q: Tensor, p: Tensor) -> Trial:
     gap = q - p
-    successes, log_r = gkl_and_log(q, p, gap)
-    failures, log_s = gkl_and_log(1 - q, 1 - p, -gap)
+    if has_digits_to_spare(q):
+        q, p = q.double(), p.double()
+        successes, log_r = spare_gkl_and_log(q, p)
+        failures, log_s = spare_gkl_and_log(1 - q, 1 - p)
+    else:
+        successes, log_r = gkl_and_log(q, p, gap)
+        failures, log_s = gkl_and_log(1 - q, 1 - p, -gap)
     slope_q, slope_p = (log_s - log_r).clamp(-BOUND, BOUND) if by_q else None, None
     if by_q or by_p:
         variance = p * (1 - p)
         is_end = variance == 0 if may_fall_to(variance, 0) else None
         if is_end is not None and slope_q is not None:
-            slope_q = torch.where(is_end & (gap != 0), 0.0, slope_q)
+            slope_q = replaced(slope_q, is_end & (gap != 0), 0.0)
         if by_p:
-            slope_p = -gap / (variance if is_end is None else torch.where(is_end, 1.0, variance))
+            slope_p = quotient(gap, variance if is_end is None else replaced(variance, is_end, 1.0), times=-1)
             slope_p = slope_p if is_end is None else torch.where(is_end, _at_end(gap, p), slope_p)
     return Trial(successes + failures, slope_q, slope_p, log_s)
 
@@ -140,32 +150,57 @@ def _at_end(gap: Tensor, p: Tensor) -> Tensor:
     return torch.where(gap == 0, 1 - 2 * p, 0.0)
 
 
-def _by_log_odds(given: Given, by_q: bool, by_p: bool, q_param: Tensor, p_param: Tensor) -> Trial:
-    q, p_given = log_odds(q_param, given.q_is_probs), log_odds(p_param, given.p_is_probs)
-    p, shift, missed = shift_between(q, p_given, infinity=HUGE[q.dtype])
-    rare = sign_of(-q)
-    m, t = torch.sigmoid(rare * q), rare * shift
-    L = torch.log1p(m * torch.expm1(t.clamp(max=1.0)))
-    if may_fall_to(-t, -1.0):
-        L = torch.where(t < 1.0, L, torch.log1p(-m) - logsigmoid(-rare * p))
-    value = gkl_of_log_ratio(1 - m, torch.sigmoid(-rare * p), -L)
-    value = value + gkl_of_log_ratio(m, torch.sigmoid(rare * p), t - L)
-    value = value if missed is None else torch.where(missed, torch.inf, value)
-    slopes = _slopes_by_log_odds(given, by_q, by_p, q, p_given)
-    return Trial(value, *slopes, (t - shift) / 2 - L)
+def _by_log_odds(given: Given, by_q: bool, by_p: bool, q_param: Tensor, p_param: Tensor, with_failures: bool) -> Trial:
+    """Near equality m lag(v) - lag(mv) with v = exp(t) - 1 and `lag` of x - log(1 + x), elsewhere L - mt.
 
-
-def _slopes_by_log_odds(
-    given: Given, by_q: bool, by_p: bool, q: Tensor, p: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    slope_q = slope_p = None
-    p, shift, _ = shift_between(q, p, infinity=BOUND)
+    In float64 of what was given in float32 the first is m (1 - m) t²/2, and near equality is very near.
+    For infinite log-odds the largest numbers stand; what these fall short of p's makes the KL infinite.
+    """
+    is_spare = has_digits_to_spare(q_param)
+    q_odds, p_odds = log_odds(widened(q_param), given.q_is_probs), log_odds(widened(p_param), given.p_is_probs)
+    q, p = (x.clamp(-LARGEST_ODDS[x.dtype], LARGEST_ODDS[x.dtype]) for x in (q_odds, p_odds))
+    excess, sign, shift = p_odds - p, sign_of(q), p - q
+    low, t, other = (product(sign, x, times=-1) for x in (q, shift, p))  # of the outcome that q finds rarer
+    m, growth, is_low = torch.sigmoid(low), torch.expm1(at_most(t, _FAR) if is_differentiated() else t), t < _FAR
+    mean = m * growth
+    L = torch.where(is_low, torch.log1p(mean), _softplus(other) - _softplus(low))
+    far = torch.addcmul(torch.addcmul(L, m, t, value=-1), excess, excess)
+    variance = torch.addcmul(m, m, m, value=-1)
+    if is_spare:
+        value = torch.where(t.abs() < _VERY_NEAR, product(variance * t, t, times=0.5), far)
+    else:
+        value = _near_or(far, m, growth, mean)
+    slope_q = slope_p = log_failures = None
+    is_infinite = excess != 0
+    if with_failures:
+        log_failures = replaced((t - shift) / 2 - L, is_infinite, 0.0)
     if by_q:
-        slope_q = -shift if given.q_is_probs else -torch.sigmoid(q) * torch.sigmoid(-q) * shift
+        slope_q = -within(shift, -BOUND, BOUND) if given.q_is_probs else product(variance, shift, times=-1)
+        slope_q = replaced(slope_q, is_infinite, 0.0)
     if by_p:
-        sign = sign_of(shift)  # p - q of the probabilities, as it was before both were rounded
-        slope_p = -sign * torch.sigmoid(sign * p) * torch.sigmoid(-sign * q) * torch.expm1(-sign * shift)
-        if given.p_is_probs:
-            variance = torch.sigmoid(p) * torch.sigmoid(-p)
-            slope_p = slope_p / (torch.where(variance == 0, 1.0, variance) if may_fall_to(variance, 0) else variance)
-    return slope_q, slope_p
+        slope_p = torch.where(is_low, variance * growth / (1 + mean), torch.sigmoid(other) - m)
+        slope_p = replaced(product(slope_p, sign, times=-1), is_infinite, 0.0)
+        slope_p = _by_probability(slope_p, p) if given.p_is_probs else slope_p
+    return Trial(value, slope_q, slope_p, log_failures)
+
+
+def _near_or(far: Tensor, m: Tensor, growth: Tensor, mean: Tensor) -> Tensor:
+    """Return m lag(v) - lag(mv), from v and mv, where that is small; elsewhere what is given."""
+    if needs_plain_operations():
+        (s, square, third), (mean_s, _, mean_third) = artanh_terms(growth), artanh_terms(mean)
+    else:  # at once
+        terms = artanh_terms(torch.stack(torch.broadcast_tensors(growth, mean)))
+        (s, mean_s), (square, _), (third, mean_third) = (t.unbind(0) for t in terms)
+    product = s * mean_s
+    half = torch.addcmul(product, m, product + third, value=-1) + mean_third
+    return torch.where(square < _NEAR_SQUARE, 2 * half, far)
+
+
+def _softplus(x: Tensor) -> Tensor:
+    return softplus(x, threshold=40.0)
+
+
+def _by_probability(slope: Tensor, odds: Tensor) -> Tensor:
+    """Return the derivative by a probability, given the one by its log-odds."""
+    variance = torch.sigmoid(odds) * torch.sigmoid(-odds)
+    return slope / (replaced(variance, variance == 0, 1.0) if may_fall_to(variance, 0) else variance)

@@ -33,14 +33,15 @@ def evaluate(
     """Return the values of a formula, summed, and its partial derivatives in each element, in the tensors' dtype.
 
     Args:
-        kernel: called with the flags and tensors, it returns values and derivatives; elementwise but for the event.
+        kernel: called with the flags and tensors, it returns values and derivatives; elementwise but for the event. It
+            may say in `most_elsewhere` how many elements of a tensor it takes at once on an accelerator.
         needs: which derivatives are needed.
         tensors: `[*dims, *event]` each, or broadcasting to it.
         event_dims: the number of event dimensions.
         num_summed: how many of the last dimensions of `[*dims]` the values are summed over.
     """
-    dtype = tensors[0].dtype
-    if not are_large(tensors):
+    dtype, size = tensors[0].dtype, _block_size(kernel, tensors)
+    if size is None:
         value, partials = kernel(needs, *tensors)
         value = value if num_summed == 0 else sum_last(value, num_summed)
         value = value if value.dtype is dtype else value.to(dtype)
@@ -49,7 +50,7 @@ def evaluate(
     dims = shape[: len(shape) - event_dims]
     num_kept, total, cuts_sum = len(dims) - num_summed, None, False
     results: list[Tensor | None] = [None for _ in tensors]
-    for index in _blocks(dims, BLOCK * torch.get_num_threads() // max(1, shape[len(dims) :].numel())):
+    for index in _blocks(dims, max(1, size // max(1, shape[len(dims) :].numel()))):
         value, partials = kernel(needs, *[_part(t, index, len(shape)) for t in tensors])
         value = sum_last(value, num_summed)
         if total is None:
@@ -64,6 +65,16 @@ def evaluate(
             if result is not None and d is not None:
                 result[index].copy_(d)
     return torch.as_tensor(total, dtype=dtype), results
+
+
+def _block_size(kernel: Callable[..., object], tensors: Sequence[Tensor]) -> int | None:
+    """Return how many elements are computed at once; None for all of them."""
+    if are_large(tensors):
+        return BLOCK * torch.get_num_threads()
+    most: int | None = getattr(kernel, "most_elsewhere", None)
+    if most is None or all(t.numel() <= most or t.is_cpu for t in tensors):
+        return None
+    return most
 
 
 def _part(t: Tensor, index: Index, num_dims: int) -> Tensor:

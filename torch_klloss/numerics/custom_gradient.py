@@ -19,7 +19,7 @@ from torch_klloss.numerics import opaque_kernels
 from torch_klloss.numerics.blocks import Derivatives, evaluate
 from torch_klloss.numerics.dimensions import sum_last
 from torch_klloss.numerics.elementary import common_dtype
-from torch_klloss.numerics.tracing import is_forward_mode, is_traced
+from torch_klloss.numerics.tracing import is_forward_mode, is_func_transformed, is_traced
 
 Value = Callable[..., Tensor]
 Partials = Callable[..., Derivatives]
@@ -108,11 +108,18 @@ def formula_of(
         grad = _with_event(grad, event_dims)
         return None, *[None if d is None else _scaled(d, grad, t) for d, t in zip(derivatives, tensors, strict=True)]
 
+    def functional_forward(*tensors: Tensor) -> Tensor:
+        with torch.no_grad():  # which the kernels ask for
+            return value(*tensors)
+
     def save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     def functional_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return tuple(pull_back(ctx.needs_input_grad, grad, ctx.saved_tensors))
+        if not torch.compiler.is_compiling() or is_func_transformed():  # torch.func may differentiate it again
+            return tuple(pull_back(ctx.needs_input_grad, grad, ctx.saved_tensors))
+        with torch.no_grad():  # so that both ways take the same form, and have most of it in common
+            return tuple(pull_back(ctx.needs_input_grad, grad, ctx.saved_tensors))
 
     # A call of the form that torch.func needs takes three times as long.
     eager: Any = type(
@@ -122,7 +129,7 @@ def formula_of(
         "FunctionalFormula",
         (torch.autograd.Function,),
         {
-            "forward": staticmethod(value),
+            "forward": staticmethod(functional_forward),
             "setup_context": staticmethod(save),
             "backward": staticmethod(functional_backward),
             "generate_vmap_rule": True,
@@ -134,8 +141,10 @@ def formula_of(
         if is_traced():
             if opaque is not None and opaque_kernels.is_opaque_to(tensors):
                 return opaque_kernels.call(opaque, tensors, num_summed)
-            is_plain = is_forward_mode() or _is_only_a_value(tensors)
-            return sum_last(value(*tensors) if is_plain else functional.apply(*tensors), num_summed)
+            if is_forward_mode():
+                return sum_last(value(*tensors), num_summed)
+            is_plain = _is_only_a_value(tensors)
+            return sum_last(functional_forward(*tensors) if is_plain else functional.apply(*tensors), num_summed)
         if torch.is_grad_enabled():
             for t in tensors:
                 if t.requires_grad:

@@ -16,8 +16,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from torch_klloss.numerics import devices
+from torch_klloss.numerics.devices import can_be_read
 from torch_klloss.numerics.error_free import difference_error
-from torch_klloss.numerics.tracing import is_traced, needs_plain_operations, without_func
+from torch_klloss.numerics.tracing import is_forward_mode, is_traced, needs_plain_operations, without_func
 
 # Of (artanh(s)/s - 1)/s², in s²: minimax for |s| ≤ ⅓, that is for ratios from a half to two; relative errors 5e-7,
 # of a term that is a ninth of the whole, and 1e-16.
@@ -56,6 +58,8 @@ _EXP = {
         7.746178593018827e-13,
     ),
 }
+_UNFELT = 1e-250  # in float64, by a number of float32
+_LEAST_LOG = -1e3
 _SMALL_RATIO = 1e-36  # a float32 with all of its digits, whose reciprocal is one as well
 # A parameter below this counts as this much in the derivative of a logarithm, which stays finite at 0.
 _TINY = {torch.float32: 1e-30, torch.float64: 1e-280}
@@ -111,27 +115,33 @@ def common_dtype(*tensors: Tensor) -> torch.dtype:
 
 def may_fall_to(x: Tensor, bound: float) -> bool:
     """Return whether the case of x at or below the bound must be computed: x reaches it, or cannot be read."""
-    return is_traced() or not x.is_cpu or not (x.numel() == 0 or x.amin().item() > bound)
+    return not can_be_read(x) or not (x.numel() == 0 or x.amin().item() > bound)
 
 
 def may_be_negative(x: Tensor) -> bool:
     """Return whether the case of a negative x must be computed: there is one, or x cannot be read."""
-    return is_traced() or not x.is_cpu or (x.numel() > 0 and x.amin().item() < 0)
+    return not can_be_read(x) or (x.numel() > 0 and x.amin().item() < 0)
 
 
 def may_be_infinite(x: Tensor) -> bool:
     """Return whether an element of x may not be finite, from the sum, which is the cheapest to read."""
-    return is_traced() or not x.is_cpu or not math.isfinite(x.sum().item())
+    return not can_be_read(x) or not math.isfinite(x.sum().item())
 
 
-def _is_differentiated() -> bool:
+def is_differentiated() -> bool:
     """Return whether autograd may differentiate what is computed, instead of a hand-written derivative."""
-    return torch.is_grad_enabled() or needs_plain_operations()
+    return torch.is_grad_enabled() or is_forward_mode()
+
+
+def _chooses(x: Tensor) -> bool:
+    """Return whether one of two forms is chosen by `where`, which is cheap on an accelerator and in a graph."""
+    return not (is_differentiated() or can_be_read(x))
 
 
 def sign_of(x: Tensor) -> Tensor:
     """Return 1 or -1, at zero one of them, with the derivative 0."""
-    return torch.copysign(x.new_ones(()), x)
+    one = x.new_ones(()) if needs_plain_operations() else constants((1.0,), x.dtype, x.device)[0]
+    return torch.copysign(one, x)
 
 
 def magnitude(x: Tensor) -> Tensor:
@@ -139,17 +149,45 @@ def magnitude(x: Tensor) -> Tensor:
     return torch.where(x < 0, -x, x)
 
 
+def nan_below_zero(x: Tensor) -> Tensor:
+    """Return x, NaN where it is below 0, by one operation."""
+    return torch.threshold(x, -torch.finfo(x.dtype).smallest_normal, math.nan)
+
+
+def replaced(x: Tensor, where: Tensor, number: float) -> Tensor:
+    """Return x with a number in the places of a mask, by one operation."""
+    if needs_plain_operations():
+        return torch.where(where, number, x)
+    return torch.where(where, constants((number,), x.dtype, x.device)[0], x)
+
+
+def product(x: Tensor, y: Tensor, *, times: float) -> Tensor:
+    """Return xy times a number, by one operation."""
+    if needs_plain_operations():
+        return x * y * times
+    (zero,) = constants((0.0,), x.dtype, x.device)
+    return torch.addcmul(zero, x, y, value=times)
+
+
+def quotient(x: Tensor, y: Tensor, *, times: float) -> Tensor:
+    """Return x/y times a number, by one operation."""
+    if needs_plain_operations():
+        return x / y * times
+    (zero,) = constants((0.0,), x.dtype, x.device)
+    return torch.addcdiv(zero, x, y, value=times)
+
+
 def at_least(x: Tensor, bound: float) -> Tensor:
     """Return x, and the bound where x is below it; the derivative is 1 at the bound.
 
     That of `clamp` at a bound is a convention, which torch has changed. NaN stays NaN.
     """
-    return torch.where(x < bound, bound, x)
+    return torch.where(x < bound, bound, x) if is_differentiated() else x.clamp_min(bound)
 
 
 def at_most(x: Tensor, bound: float) -> Tensor:
     """Return x, and the bound where x is above it; as `at_least`."""
-    return torch.where(x > bound, bound, x)
+    return torch.where(x > bound, bound, x) if is_differentiated() else x.clamp_max(bound)
 
 
 def within(x: Tensor, low: float, high: float) -> Tensor:
@@ -164,12 +202,12 @@ def log_ratio(a: Tensor, b: Tensor, gap: Tensor) -> Tensor:
     they are.
     """
     sign = sign_of(gap)
-    smaller = torch.where(sign > 0, b, a) if _is_differentiated() else torch.minimum(a, b)  # a tie must not be split
+    smaller = torch.where(sign > 0, b, a) if is_differentiated() else torch.minimum(a, b)  # a tie must not be split
     return sign * torch.log1p(sign * gap / smaller.clamp_min(tiny(gap)))
 
 
 def widened(x: Tensor) -> Tensor:
-    """Return x in the dtype to compute in: float64 for float32 on the CPU in eager mode, else its own.
+    """Return x in the dtype to compute in: float64 for float32 in eager mode, where the device has it, else its own.
 
     Two float32 numbers have a relative distance of at least 6e-8, or none, which float64 subtracts without a series,
     and few operations count more there than narrow numbers.
@@ -179,13 +217,13 @@ def widened(x: Tensor) -> Tensor:
 
 def has_digits_to_spare(x: Tensor) -> bool:
     """Return whether `widened` gives x digits that it does not have."""
-    return x.dtype == torch.float32 and x.is_cpu and not is_traced()
+    return x.dtype == torch.float32 and not is_traced() and (x.is_cpu or devices.has_float64(x.device))
 
 
 def excess(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return r = a/b, x = r - 1 and x - log(1 + x) ≥ 0 of positive a and b, all widened."""
     if has_digits_to_spare(a):
-        ratio = a.double() / b.double()
+        ratio = a.double() / b
         x = ratio - 1
         return ratio, x, x - torch.log(ratio)  # both of the rounded ratio, whose rounding drops out
     ratio, x = a / b, (a - b) / b
@@ -197,17 +235,27 @@ def lag(x: Tensor, ratio: Tensor) -> Tensor:
 
     With s = x/(2 + x), log(1 + x) = 2 artanh(s) and x - 2s = xs.
     """
-    near = within(x, -0.5, 1.0) if _is_differentiated() else x.clamp(-0.5, 1.0)
+    if _chooses(x):
+        s, square, third = artanh_terms(x)
+        return torch.where(square < 1 / 9, torch.addcmul(-2 * third, s, x), x - torch.log(ratio.clamp_max(largest(x))))
+    near = within(x, -0.5, 1.0) if is_differentiated() else x.clamp(-0.5, 1.0)
     s = near / (near + 2)
     square = s * s
     lead = torch.addcmul(near, square, horner(square, _ARTANH[x.dtype]), value=-2)
     ratio = ratio.clamp_max(largest(x))
-    if _is_differentiated():  # x and 1 + x may be rounded to two sides of a bound
+    if is_differentiated():  # x and 1 + x may be rounded to two sides of a bound
         far = torch.log(ratio) - torch.log(ratio.detach().clamp(0.5, 2.0))
         rest = torch.where(near == x, 0.0, far)
     else:
         rest = torch.log(ratio / ratio.clamp(0.5, 2.0))
     return torch.addcmul((x - near) - rest, s, lead)
+
+
+def artanh_terms(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return s = x/(2 + x), s² and artanh(s) - s, which is half of log(1 + x) less s, for 1 + x from ½ to 2."""
+    s = x / (x + 2)
+    square = s * s
+    return s, square, s * square * horner(square, _ARTANH[x.dtype])
 
 
 def isd_from_gap(gap: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -231,8 +279,10 @@ def gkl_and_log(a: Tensor, b: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
 
     The first is a (x - log(1 + x)) with x = (b - a)/a where b is near a, and as written in what b has beyond that.
     """
+    if _chooses(a):
+        return _chosen_gkl_and_log(a, b, gap)
     least, half = torch.finfo(a.dtype).smallest_normal * torch.finfo(a.dtype).eps, 0.5 * a
-    if _is_differentiated():  # as in `lag`
+    if is_differentiated():  # as in `lag`
         near_gap = torch.where(gap > half, half, torch.where(gap < -a, -a, gap))
         near_b = torch.where(near_gap == gap, b, a - near_gap)
     else:
@@ -247,22 +297,40 @@ def gkl_and_log(a: Tensor, b: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
     return value, (x - lead) + rest
 
 
+def _chosen_gkl_and_log(a: Tensor, b: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
+    least = torch.finfo(a.dtype).smallest_normal * torch.finfo(a.dtype).eps
+    s = -gap / (a + b).clamp_min(least)
+    square = s * s
+    third = s * square * horner(square, _ARTANH[a.dtype])
+    is_near = square < 1 / 9
+    log = torch.where(is_near, 2 * (s + third), _log_of_quotient(b.clamp_min(least), a.clamp_min(least)))
+    value = torch.where(is_near, torch.addcmul(-gap * s, a, third, value=-2), torch.addcmul(-gap, a, log, value=-1))
+    return replaced(value, (b == 0) & (a > 0), torch.inf), log
+
+
+def spare_gkl_and_log(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `gkl_and_log` as it is written, in float64 of numbers that have the digits of float32.
+
+    Both are raised by what no such number feels where a is 0, so that their ratio is 1 where b is 0 as well.
+    """
+    raised = a + _UNFELT
+    b = b + (raised - a)
+    ratio = b / raised
+    log = torch.log(ratio)
+    return raised * ((ratio - 1) - log), log.clamp_min(_LEAST_LOG)
+
+
 def _log_of_quotient(a: Tensor, b: Tensor) -> Tensor:
     """Return log(a/b), exactly 0 for equal a and b, where float32 cannot hold a quotient as small as that."""
-    ratio = (a / b).clamp_max(largest(a))
     if a.dtype == torch.float64:
-        return torch.log(ratio)
+        return torch.log((a / b).clamp_max(largest(a)))
+    if _chooses(a):
+        root = _SMALL_RATIO**0.5
+        is_small = a * (1 / root) < b * root
+        log = torch.log((torch.where(is_small, a * (1 / _SMALL_RATIO), a) / b).clamp_max(largest(a)))
+        return log + torch.where(is_small, math.log(_SMALL_RATIO), 0.0)
+    ratio = (a / b).clamp_max(largest(a))
     return torch.log(ratio.clamp_min(_SMALL_RATIO)) + torch.log((a / _SMALL_RATIO / b).clamp_max(1))
-
-
-def gkl_of_log_ratio(q: Tensor, p: Tensor, z: Tensor) -> Tensor:
-    """Return q log(q/p) - q + p, given a finite z = log(p/q) as well.
-
-    The two forms agree; the first keeps its digits near equality and the second where p is far above q.
-    """
-    near = z.clamp(-1, 1)
-    lead = near * near * horner(near, _EXP[z.dtype])
-    return torch.where(z.abs() < 1, q * lead, torch.addcmul(p - q, q, z, value=-1))
 
 
 def x_minus_log1p(x: Tensor) -> Tensor:
@@ -272,7 +340,10 @@ def x_minus_log1p(x: Tensor) -> Tensor:
 
 def e2(x: Tensor) -> Tensor:
     """Return exp(x) - 1 - x ≥ 0."""
-    near = within(x, -1.0, 1.0) if _is_differentiated() else x.clamp(-1, 1)
+    if _chooses(x):
+        square = x * x
+        return torch.where(square < 1, square * horner(x, _EXP[x.dtype]), torch.expm1(x) - x)
+    near = within(x, -1.0, 1.0) if is_differentiated() else x.clamp(-1, 1)
     lead = horner(near, _EXP[x.dtype])
     return torch.addcmul((torch.exp(x) - torch.exp(near)) - (x - near), near * near, lead)
 

@@ -49,7 +49,7 @@ def _over_nodes(term: Callable[[_Number], tuple[Tensor, Tensor]], like: Tensor) 
     One after the other where memory counts, and all at once on an accelerator, where launches do.
     """
     if _is_summed_at_once(like):
-        nodes, weights = (_leading(numbers, like) for numbers in zip(*NODES, strict=True))
+        nodes, weights = (leading(numbers, like) for numbers in zip(*NODES, strict=True))
         numerator, denominator = term(nodes)
         return (weights * numerator / denominator).sum(0)
     total = torch.zeros_like(like)
@@ -61,7 +61,7 @@ def _over_nodes(term: Callable[[_Number], tuple[Tensor, Tensor]], like: Tensor) 
 def _over_steps(term: Callable[[_Number], Tensor], like: Tensor) -> Tensor:
     """Return Σ term(k) over k = 0, …, SHIFT - 1, as `_over_nodes` does."""
     if _is_summed_at_once(like):
-        return term(_leading(tuple(range(SHIFT)), like)).sum(0)
+        return term(leading(tuple(range(SHIFT)), like)).sum(0)
     return sum((term(k) for k in range(1, SHIFT)), term(0))
 
 
@@ -69,7 +69,7 @@ def _is_summed_at_once(like: Tensor) -> bool:
     return not (like.is_cpu or needs_plain_operations())
 
 
-def _leading(numbers: Sequence[float], like: Tensor) -> Tensor:
+def leading(numbers: Sequence[float], like: Tensor) -> Tensor:
     """Return numbers along a new first dimension of a tensor, on its device."""
     return _column(tuple(numbers), like.dtype, like.device).view(-1, *(1,) * like.dim())
 
@@ -97,10 +97,10 @@ def bregman(a: Tensor, b: Tensor) -> Tensor:
     difference = a - b
     small = torch.minimum(a, b) < LARGE
     if _is_summed_at_once(a):
-        k = _leading(range(SHIFT + 1), a)
+        k = leading(range(SHIFT + 1), a)
         all_a, all_b = a + k, b + k
         far_a, far_b = all_a[SHIFT], all_b[SHIFT]
-        gaps = difference * _leading([1] * (SHIFT + 1) + [-SHIFT], a)
+        gaps = difference * leading([1] * (SHIFT + 1) + [-SHIFT], a)
         terms = isd_from_gap(
             gaps, *(torch.cat((x, y.unsqueeze(0))) for x, y in ((all_a, b * far_a), (all_b, a * far_b)))
         )
@@ -131,11 +131,12 @@ def binet_digamma_difference(difference: Tensor, a: Tensor, b: Tensor) -> Tensor
     steps = _over_steps(lambda k: difference / ((a + k) * (b + k)), a + b)
     steps = steps + log_ratio(b * far_a, a * far_b, -SHIFT * difference)
     far_a, far_b = torch.where(small, far_a, a), torch.where(small, far_b, b)
-    rest = difference / (2 * far_a * far_b) + _stirling_slope_difference(difference, far_a, far_b)
+    rest = difference / (2 * far_a * far_b) + stirling_slope_difference(difference, far_a, far_b)
     return torch.where(small, steps, 0.0) + rest
 
 
-def _stirling_slope_difference(difference: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def stirling_slope_difference(difference: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return S'(a) - S'(b) of the S of `stirling_bregman`, for a, b ≥ 4."""
     s, r = a.reciprocal(), b.reciprocal()
     a_square, b_square = s * s, r * r
     squares = a_square + b_square

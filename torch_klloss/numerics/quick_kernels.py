@@ -1,7 +1,8 @@
 """Kernels that take a quick way where it has the digits, and a careful one elsewhere.
 
 What was given in float32 has half of its digits to spare in float64, on the CPU and in eager mode. There a formula may
-be computed as it is written, unless that cancels or a parameter is at its end.
+be computed as it is written, unless that cancels or a parameter is at its end, which is looked at. On an accelerator
+nothing can be looked at without a wait.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from torch import Tensor
 
 from torch_klloss.numerics.blocks import Derivatives
 from torch_klloss.numerics.custom_gradient import Kernel
+from torch_klloss.numerics.devices import can_be_read
 from torch_klloss.numerics.elementary import has_digits_to_spare, may_be_infinite
 
 Quick = Callable[..., "tuple[Tensor, Derivatives] | None"]
 Direct = Callable[..., tuple[Tensor, Derivatives, Tensor]]
 
+_MOST_WHOLE = 2**19  # elements of a whole kernel, which has some forty float64 tensors of them at once
 LOST = 1e-8  # of the terms of a sum: what is smaller has lost half of float64's digits
 
 
@@ -28,7 +31,7 @@ def narrow_or_wide(kernel: Kernel) -> Kernel:
     @wraps(kernel)
     def either(needs: Sequence[bool], *tensors: Tensor) -> tuple[Tensor, Derivatives]:
         found = kernel(needs, *tensors)
-        if has_digits_to_spare(tensors[0]) and may_be_infinite(found[0]):
+        if _can_be_quick(tensors[0]) and may_be_infinite(found[0]):
             return kernel(needs, *(t.double() for t in tensors))
         return found
 
@@ -45,7 +48,7 @@ def quick_or_careful(quick: Quick, careful: Kernel) -> Kernel:
     """
 
     def kernel(needs: Sequence[bool], *tensors: Tensor) -> tuple[Tensor, Derivatives]:
-        if not has_digits_to_spare(tensors[0]):
+        if not _can_be_quick(tensors[0]):
             return careful(needs, *tensors)
         wide = [t.double() for t in tensors]
         found = quick(needs, *wide)
@@ -64,7 +67,7 @@ def direct_or_careful(direct: Direct, careful: Kernel) -> Kernel:
     """
 
     def kernel(needs: Sequence[bool], *tensors: Tensor) -> tuple[Tensor, Derivatives]:
-        if not has_digits_to_spare(tensors[0]):
+        if not _can_be_quick(tensors[0]):
             return careful(needs, *tensors)
         tensors = torch.broadcast_tensors(*(t.double() for t in tensors))
         value, derivatives, size = direct(needs, *tensors)
@@ -81,3 +84,18 @@ def direct_or_careful(direct: Direct, careful: Kernel) -> Kernel:
         return value, derivatives
 
     return kernel
+
+
+def whole_or_careful(whole: Kernel, careful: Kernel) -> Kernel:
+    """Return a kernel that takes few operations on an accelerator with float64, and another one elsewhere."""
+
+    def kernel(needs: Sequence[bool], *tensors: Tensor) -> tuple[Tensor, Derivatives]:
+        is_whole = has_digits_to_spare(tensors[0]) and not can_be_read(tensors[0])
+        return (whole if is_whole else careful)(needs, *tensors)
+
+    kernel.most_elsewhere = _MOST_WHOLE  # type: ignore[attr-defined]
+    return kernel
+
+
+def _can_be_quick(x: Tensor) -> bool:
+    return has_digits_to_spare(x) and can_be_read(x)

@@ -180,11 +180,11 @@ def _sums(masses_at: _MassesAt, window: Window, num_elements: int) -> tuple[Tens
         inside = align(x < window.upper, terms.dim() - 1)
         return torch.where(inside, terms, 0.0).sum(0), torch.where(inside, at_p.value, 0.0).sum(0)
 
-    size = max(1, _CHUNK // max(1, num_elements))
-    starts = range(0, window.num_terms, size)
+    size, num_terms = max(1, _CHUNK // max(1, num_elements)), window.num_terms
+    starts = range(0, num_terms, size)
     if len(starts) == 1 or is_func_transformed():  # which has no checkpoints
-        return part(0, window.num_terms)
-    ends = [min(start + size, window.num_terms) for start in starts]
+        return part(0, num_terms)
+    ends = [min(start + size, num_terms) for start in starts]
     again = partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
     parts = [again(start, stop) for start, stop in zip(starts, ends, strict=True)]
     divergence, mass = (torch.stack(each).sum(0) for each in zip(*parts, strict=True))

@@ -216,7 +216,8 @@ def coordinate(lower: Tensor, upper: Tensor, centre: Tensor, scale: Tensor) -> C
         (False, False): lambda: Line(centre, scale),
     }
     masks = {kind: (lower.isfinite() == kind[0]) & (upper.isfinite() == kind[1]) for kind in kinds}
-    present = [kind for kind, mask in masks.items() if mask.any()]
+    is_present = torch.stack([mask.any() for mask in masks.values()]).tolist()  # one wait on an accelerator
+    present = [kind for kind, is_there in zip(masks, is_present, strict=True) if is_there]
     chosen = kinds[present[0]]() if present else Line(centre, scale)
     for kind in present[1:]:
         chosen = Mixed(masks[kind], kinds[kind](), chosen)

@@ -45,7 +45,7 @@ class Placement(NamedTuple):
         lower, upper = ends_of(f.measure, f.p, f.shape)
         inner: Coordinate
         inner = Segment(lower, upper, self.centre) if f.is_closed else coordinate(lower, upper, self.centre, self.scale)
-        is_moved = (self.offset != 0).any() or (self.stretch != 1).any()
+        is_moved = ((self.offset != 0) | (self.stretch != 1)).any()
         return Shifted(inner, self.offset, self.stretch) if is_moved else inner
 
     def select(self, index: Tensor) -> Placement:
