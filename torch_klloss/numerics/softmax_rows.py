@@ -30,6 +30,7 @@ from torch_klloss.numerics.softmax_tiles import Problem, add_to_sums, tiles_of, 
 _TILE = 2**15  # numbers of a tile elsewhere than on the CPU, at least; otherwise this part of the logits:
 _SHARE = 2**8
 _CAREFUL_TILE = 2**12  # numbers of a tile of the careful formula, which has many tensors, in float64
+_EQUAL = 3
 _FEWEST = 256  # classes from which on their roundings average out in float32
 
 
@@ -39,7 +40,8 @@ class Computed:
 
     Attributes:
         rows: `[12, rows, 1]`, in float64 on the CPU, the fields of `Rows`.
-        kind: on the CPU 0 for a row of the careful formula, 1 and 2 for a difference in float32 and float64.
+        kind: on the CPU 0 for a row of the careful formula, 1 and 2 for a difference in float32 and float64, 3 for one
+            that is the same on both sides.
     """
 
     rows: Tensor
@@ -55,9 +57,11 @@ def compute(a: Tensor, b: Tensor, index: Tensor | None, problem: Problem) -> Com
     if not a.is_cpu:
         return Computed(torch.stack(_careful(a, b, None, problem, wide_dtype(a))), None)
     num_rows = len(a) if index is None else len(index)
-    rows = torch.empty(len(Rows._fields), num_rows, 1, dtype=torch.float64)
+    rows = torch.zeros(len(Rows._fields), num_rows, 1, dtype=torch.float64)
     kind = torch.zeros(num_rows, dtype=torch.int8)
-    left = torch.arange(num_rows)
+    if not problem.is_sharded:  # a shard does not see the others
+        kind[_equal_rows(a, b, index)] = _EQUAL
+    left = (kind == 0).nonzero().squeeze(-1)
     for number, dtype in ((1, torch.float32), (2, torch.float64)):
         if not _is_worth_it(a, dtype, problem):
             continue
@@ -71,6 +75,21 @@ def compute(a: Tensor, b: Tensor, index: Tensor | None, problem: Problem) -> Com
     if len(left):
         rows[:, left] = torch.stack(_careful(a, b, _at(index, left), problem, torch.float64))
     return Computed(rows, kind)
+
+
+def _equal_rows(a: Tensor, b: Tensor, index: Tensor | None) -> Tensor:
+    """Return the places of the rows that are the same on both sides, as those of a copy are, and finite at the top."""
+    first = [t[:, :1] if index is None else t[index, :1] for t in (a, b)]
+    rows = (first[0] == first[1]).all(-1).nonzero().squeeze(-1)  # hardly a row but the equal ones
+    if len(rows) == 0:
+        return rows
+    is_equal = torch.ones(len(rows), 1, dtype=torch.bool)
+    top = torch.full((len(rows), 1), -torch.inf)
+    for tile in tiles_of(a, _at(index, rows), _TILE):
+        x = tile.of(a)
+        is_equal[tile.place] &= (x == tile.of(b)).all(-1, keepdim=True)
+        top[tile.place] = torch.maximum(top[tile.place], x.amax(-1, keepdim=True).to(top.dtype))
+    return rows[(is_equal & top.isfinite()).squeeze(-1)]
 
 
 def _is_worth_it(a: Tensor, dtype: torch.dtype, problem: Problem) -> bool:
@@ -92,13 +111,18 @@ def write_derivatives(
     if computed.kind is None:
         _write(a, b, None, rows, grad, problem, wide_dtype(a), by_a, by_b)
         return
-    for number, dtype in ((1, torch.float32), (2, torch.float64), (0, torch.float64)):
+    for number, dtype in ((1, torch.float32), (2, torch.float64), (_EQUAL, torch.float64), (0, torch.float64)):
         which = (computed.kind == number).nonzero().squeeze(-1)
         if len(which) == 0:
             continue
         is_all = len(which) == len(computed.kind)
         some = index if is_all else _at(index, which)
         chosen, g = (rows, grad) if is_all else (Rows(*computed.rows[:, which]), grad[which])
+        if number == _EQUAL:
+            for whole in (by_a, by_b):
+                if whole is not None:
+                    whole[slice(None) if some is None else some] = 0
+            continue
         write = write_by_differences if number else _write
         write(a, b, some, chosen, g, problem, dtype, by_a, by_b)
 
