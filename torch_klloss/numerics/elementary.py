@@ -134,8 +134,11 @@ def is_differentiated() -> bool:
 
 
 def _chooses(x: Tensor) -> bool:
-    """Return whether one of two forms is chosen by `where`, which is cheap on an accelerator and in a graph."""
-    return not (is_differentiated() or can_be_read(x))
+    """Return whether one of two forms is chosen by `where`, which is cheap on an accelerator and in a graph.
+
+    It costs a few units in the last place, which a graph in float64 has no reason to pay.
+    """
+    return not (is_differentiated() or can_be_read(x) or (is_traced() and x.dtype == torch.float64))
 
 
 def sign_of(x: Tensor) -> Tensor:

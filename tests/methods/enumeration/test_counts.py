@@ -170,7 +170,7 @@ def test_batch_elements_of_unlike_scale_are_those_alone():
 def test_a_spread_that_takes_too_many_terms_is_refused(q):
     with pytest.raises(NotImplementedError, match=r"at most max_terms=524288 counts.*Raise max_terms"):
         Enumeration().estimate(q, Poisson(1.0))
-    with pytest.raises(ValueError, match="max_terms must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="max_terms must be an integer of at least 0, got -1"):
         Enumeration(max_terms=-1)
 
 
