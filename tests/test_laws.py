@@ -97,7 +97,7 @@ def check_definition(f: Family, g: Family, q_raw: Tensor, p_raw: Tensor, form: F
 
 @each(EXACT)
 @given(data=st.data())
-@settings(max_examples=max(10, EXAMPLES // 4))
+@settings(max_examples=max(6, EXAMPLES // 8))
 def test_the_closed_form_and_its_gradient_are_those_of_the_definition(f, data):
     check_definition(f, f, *data.draw(pairs(f, f)))
 
@@ -114,7 +114,7 @@ def test_the_closed_form_across_families_is_that_of_the_definition(f, g, data):
 
 @each(EXACT)
 @given(data=st.data())
-@settings(max_examples=max(10, EXAMPLES // 4))
+@settings(max_examples=max(6, EXAMPLES // 8))
 def test_no_kl_is_negative_and_the_kl_to_itself_is_zero(f, data):
     q_raw, step = data.draw(raw((3,), f.size, f.dtype)), data.draw(raw((3,), f.size, f.dtype))
     p_raw = q_raw + 10.0 ** data.draw(st.integers(-8, -1)) * step

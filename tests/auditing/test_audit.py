@@ -100,7 +100,8 @@ def test_a_right_loss_is_called_right(loss):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("loss", [loss for loss in CORRECT if not loss.stochastic], ids=lambda loss: loss.name)
 def test_a_right_loss_is_called_right_with_other_seeds(loss, seed):
     report = report_on(loss, seed)

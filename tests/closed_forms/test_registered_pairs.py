@@ -180,7 +180,9 @@ def test_batch_shapes_broadcast_to_the_kl_of_every_element(pair, q_batch, p_batc
         torch.testing.assert_close(value[index], pair.kl(*alone), rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float16, marks=pytest.mark.exhaustive), torch.bfloat16, torch.float32, torch.float64]
+)
 @every_pair
 def test_the_dtype_that_comes_in_goes_out(pair, dtype):
     if dtype.itemsize == 2 and not (pair.q.takes("half") and pair.p.takes("half")):
@@ -273,7 +275,7 @@ for name in %r:
 print(json.dumps(wrong))
 """
 
-WITH_GRADIENTS = {name_of((r.type_q, r.type_p)) for r in (*elementary.REFERENCES, *gamma_family.REFERENCES)}
+WITH_GRADIENTS = {name_of((r.type_q, r.type_p)) for r in (*elementary.REFERENCES[::2], *gamma_family.REFERENCES[::2])}
 """The pairs that `test_elementary.py` and `test_gamma_family.py` compile, in every run."""
 TRACED = [name for name, pair in PAIRS.items() if pair.traced]
 IN_EVERY_RUN = [

@@ -15,7 +15,7 @@ from torch_klloss.methods.quadrature import method
 
 Distribution.set_default_validate_args(False)
 PART = 4  # elements, so that a few dozen are many parts
-method._LARGE_CHUNK, counts._CHUNK = 64 * PART, 64
+method._LARGE_CHUNK, counts._CHUNK = 64 * PART, 2**11
 
 CASES = {
     "kinks": (Quadrature(rtol=1e-4), lambda x: (Normal(x - 1, x), Laplace(0 * x, 1 + 0 * x))),
@@ -49,7 +49,7 @@ def memory(size):
 
 with pretended():  # before any backward pass
     pass
-found = {name: [waits(*case, size) for size in (PART, 4 * PART, 16 * PART)] for name, case in CASES.items()}
+found = {name: [waits(*case, size) for size in (PART, 4 * PART, 8 * PART)] for name, case in CASES.items()}
 print(json.dumps(found | {"memory": [memory(size) for size in (2**10, 2**20)]}))
 """
 
