@@ -158,10 +158,12 @@ def disagreements() -> list[str]:
     return wrong
 
 
-def measure(rounds: int) -> list[Row]:
-    """Return one row for every callback, and one for training without a callback."""
+def measure(rounds: int, warm_up: int) -> list[Row]:
+    """Return one row for every callback, and one for training without a callback.
+
+    In the rounds of warm-up the CSV file gets its columns, and the allocator its memory.
+    """
     switch = Switch(callbacks())
-    warm_up = 2  # rounds: the CSV file gets its columns, the allocator its memory
     with tempfile.TemporaryDirectory() as folder:
         gc.collect()
         gc.disable()
@@ -196,7 +198,7 @@ def main() -> int:
     torch.set_num_threads(1)
     quiet(".*have no `val_dataloader`.*")  # nothing but steps
     wrong = disagreements()
-    rows = measure(1 if arguments.quick else 30)
+    rows = measure(1, warm_up=0) if arguments.quick else measure(30, warm_up=2)
     show("digits VAE, batches of 128, one row a callback", rows, COLUMNS)
     for row in rows:
         if row["target"] is not None:
