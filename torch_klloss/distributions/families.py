@@ -219,11 +219,11 @@ def categorical(logits: Tensor) -> RawCategorical:
 
 
 def _are_probabilities(logits: Tensor) -> bool:
-    """Return whether all rows are at least 0 and sum to 1, but not all are uniform or a single 1; first asks one."""
+    """Return whether all rows are at least 0 and sum to 1, and one of them is neither uniform nor a single 1."""
     if not can_be_read(logits) or logits.numel() == 0:
         return False
     rows = logits.detach() if logits.is_floating_point() else logits.float()
-    first = rows[(0,) * (rows.dim() - 1)]
+    first = rows[(0,) * (rows.dim() - 1)]  # which tells logits apart without a look at all rows
     if not (_add_up(first) and _add_up(rows)):
         return False
     largest = rows.amax(-1)
