@@ -2,11 +2,14 @@
 
 import math
 
+import mpmath
 import pytest
 import torch
 from torch import Tensor
+from torch.distributions import Categorical, MixtureSameFamily, StudentT
 
-from torch_klloss.methods.quadrature.remainder import remainder
+from torch_klloss.methods.quadrature.integrand import integrand
+from torch_klloss.methods.quadrature.remainder import _bend, _bent, remainder
 
 NONE = torch.zeros(1, dtype=torch.float64)
 
@@ -61,3 +64,34 @@ def test_a_bend_shows_wherever_it_lies(middle):
     v = torch.linspace(22.0, 200.0, 200_001, dtype=torch.float64)
     truth = torch.trapezoid((-k * v).exp() * factor(v), v)
     assert abs(rest.item() - truth) <= error.item()
+
+
+@pytest.mark.parametrize(("k", "bend"), [(1.0, 0.3), (2.0, 1.9), (0.5, 1e-6), (1.0, 0.0)])
+def test_what_another_component_adds_is_the_integral_of_a_slope_that_rises(k, bend):
+    mass = at_end(lambda v: (-k * v).exp(), 0.0)  # 1 at the last point
+    plain, near, nothing, again = _bent(mass, NONE, torch.full_like(NONE, bend))
+    # what log(q/p) = bend·v beyond the end adds to ∫ m log(q/p) and to ∫ m (p/q - 1)
+    assert plain.item() == pytest.approx(float(mpmath.quad(lambda v: mpmath.exp(-k * v) * bend * v, [0, mpmath.inf])))
+    rising = mpmath.quad(lambda v: mpmath.exp(-k * v) * mpmath.expm1(bend * v), [0, mpmath.inf])
+    assert near.item() == again.item() == pytest.approx(float(rising))
+    assert nothing.item() == 0
+
+
+def test_a_slope_that_rises_faster_than_the_mass_falls_leaves_no_bound():
+    mass = at_end(lambda v: (-v).exp(), 0.0)
+    _, near, _, _ = _bent(mass, NONE, torch.full_like(NONE, 1.5))
+    assert near.item() == math.inf
+
+
+def test_the_slope_of_a_mixture_can_rise_to_that_of_its_heaviest_tail():
+    freedom = torch.tensor([8.0, 2.0], dtype=torch.float64)
+    weights = torch.tensor([1.0, 1e-6], dtype=torch.float64)
+    q = MixtureSameFamily(Categorical(weights), StudentT(freedom))
+    f = integrand(q, StudentT(torch.tensor(3.0, dtype=torch.float64)), True, torch.Size())
+    near, far = (torch.tensor([v, v + 1], dtype=torch.float64).exp().unsqueeze(-1) for v in (1.0, 30.0))
+    slope = lambda d, x: (d.log_prob(x[1]) - d.log_prob(x[0])).item()
+    heaviest = StudentT(freedom[1])
+    assert _bend(f, q, near).item() == pytest.approx(slope(heaviest, near) - slope(q, near))
+    assert _bend(f, q, near).item() > 2
+    assert _bend(f, q, far).item() == pytest.approx(0.0, abs=1e-6)
+    assert _bend(f, f.p, near).item() == 0
