@@ -23,7 +23,7 @@ def _direct(
     """Log Γ(αp)/Γ(αq) + (αq - αp) ψ(αq) - αp log r + αq (r - 1) of the ratio r of the rates."""
     ratio, step, digamma = p_rate / q_rate, q_shape - p_shape, torch.digamma(q_shape)
     log_ratio = torch.log(ratio)
-    terms = torch.lgamma(p_shape), -torch.lgamma(q_shape), step * digamma, -p_shape * log_ratio, q_shape * (ratio - 1)
+    terms = torch.lgamma(p_shape), -torch.lgamma(q_shape), step * digamma, -p_shape * log_ratio, q_shape * (ratio - 1.0)
     size = sum((t.abs() for t in terms), p_shape + q_shape * ratio)
     gap_over_rate = (q_shape * p_rate - p_shape * q_rate) / q_rate
     derivatives = (

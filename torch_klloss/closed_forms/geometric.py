@@ -38,8 +38,8 @@ def _quick(given: Given, needs: Sequence[bool], q: Tensor, p: Tensor) -> tuple[T
     one = quick_trial(given, False, needs[1], q, p)
     if one is None:
         return None
-    failures = (1 - q) / q if given.q_is_probs else torch.exp(-q)
-    trials, by_q = 1 + failures, None
+    failures = (1.0 - q) / q if given.q_is_probs else torch.exp(-q)
+    trials, by_q = 1.0 + failures, None
     if needs[0]:
         by_q = _quick_log_failures(given, q, p) * (trials * trials if given.q_is_probs else failures)
     return one.value * trials, (by_q, None if one.by_p is None else one.by_p * trials)
@@ -48,12 +48,12 @@ def _quick(given: Given, needs: Sequence[bool], q: Tensor, p: Tensor) -> tuple[T
 def _quick_log_failures(given: Given, q: Tensor, p: Tensor) -> Tensor:
     """Return log((1 - p)/(1 - q)) from the odds, to the last digits however rare success is."""
     successes = (
-        param / (1 - param) if is_probs else torch.exp(param.clamp_max(LARGEST[param.dtype]))
+        param / (1.0 - param) if is_probs else torch.exp(param.clamp_max(LARGEST[param.dtype]))
         for param, is_probs in zip((q, p), given, strict=True)
     )
     of_q, of_p = successes
     gap = of_q - of_p
-    return sign_of(gap) * torch.log1p(gap.abs() / (torch.minimum(of_q, of_p) + 1))
+    return sign_of(gap) * torch.log1p(gap.abs() / (torch.minimum(of_q, of_p) + 1.0))
 
 
 def _careful(given: Given, needs: Sequence[bool], q: Tensor, p: Tensor) -> tuple[Tensor, Derivatives]:
@@ -61,7 +61,7 @@ def _careful(given: Given, needs: Sequence[bool], q: Tensor, p: Tensor) -> tuple
     one = careful_trial(given, False, needs[1], q, p, with_failures=needs[0])
     log_failures = _log_failures(q, p) if all(given) and needs[0] else one.log_failures
     if given.q_is_probs:
-        trials = 1 / q
+        trials = 1.0 / q
         by_q = None if log_failures is None else log_failures * trials * trials
         return one.value * trials, (by_q, None if one.by_p is None else one.by_p * trials)
     root = torch.exp((q / -2).clamp(max=LARGEST[q.dtype]))  # of the mean number of failures, which may overflow
@@ -88,5 +88,5 @@ def _raised(given: Given, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
 
 def _log_failures(q: Tensor, p: Tensor) -> Tensor:
     """Return log((1 - p)/(1 - q)), the other factor of the derivative by q; 0 where the KL is infinite."""
-    fails, ratio = 1 - p, log_ratio(1 - p, 1 - q, q - p)
+    fails, ratio = 1.0 - p, log_ratio(1.0 - p, 1.0 - q, q - p)
     return torch.where((p == 1) & (q < 1), 0.0, ratio) if may_fall_to(fails, 0) else ratio

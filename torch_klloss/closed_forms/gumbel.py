@@ -26,21 +26,21 @@ _LOWEST, _HIGHEST = -709.0, 2800.0  # of m, so that the fourth root of exp(-m) i
 def _direct(
     needs: Sequence[bool], q_loc: Tensor, q_scale: Tensor, p_loc: Tensor, p_scale: Tensor
 ) -> tuple[Tensor, Derivatives, Tensor]:
-    per_scale = 1 / p_scale
+    per_scale = 1.0 / p_scale
     r, m = q_scale * per_scale, (q_loc - p_loc) * per_scale
     log_gamma = torch.lgamma(r)
     log_next = log_gamma + torch.log(r)  # of 1 + r
     grown = torch.exp(log_next - m)
-    excess = grown - 1
-    linear = EULER * (r - 1)
+    excess = grown - 1.0
+    linear = EULER * (r - 1.0)
     value = excess - (log_next - m) + log_gamma + linear
-    size = grown + 1 + log_next.abs() + m.abs() + log_gamma.abs() + linear.abs()
+    size = grown + 1.0 + log_next.abs() + m.abs() + log_gamma.abs() + linear.abs()
     by_p_loc = excess * per_scale if needs[0] or needs[2] else None
     by_q_loc = -by_p_loc if by_p_loc is not None and needs[0] else None
     by_q_scale = by_p_scale = None
     if needs[1] or needs[3]:
         digamma = torch.digamma(r)
-        by_q_scale = (excess * (digamma + 1 / r) + digamma + EULER) * per_scale
+        by_q_scale = (excess * (digamma + 1.0 / r) + digamma + EULER) * per_scale
         by_p_scale = torch.addcmul(excess * m * per_scale, r, by_q_scale, value=-1) if needs[3] else None
     derivatives = by_q_loc, by_q_scale if needs[1] else None, by_p_loc if needs[2] else None, by_p_scale
     return value, derivatives, size
@@ -85,6 +85,6 @@ def kl(q_loc: Tensor, q_scale: Tensor, p_loc: Tensor, p_scale: Tensor) -> Tensor
         lost_m = quotient_error(q_loc - p_loc, p_scale, m) + difference_error(q_loc, p_loc) / p_scale
         digamma = torch.log(r + 0.56)  # of 1 + r, as good as a correction needs it
         kept = m.clamp(_LOWEST, _HIGHEST)
-        large = gamma_times(r, torch.exp(-kept), torch.exp(-kept / 4)) * (1 + (digamma * lost_r - lost_m)) - 1 - w
+        large = gamma_times(r, torch.exp(-kept), torch.exp(-kept / 4.0)) * (1.0 + (digamma * lost_r - lost_m)) - 1.0 - w
         first = torch.where((w > 1) & (r < LARGEST_R) & (m > _LOWEST) & (m < _HIGHEST), large, first)
     return (first + second).to(dtype)

@@ -26,11 +26,11 @@ def kl_of_log_variances(
     _, grown, lead = growth(q_logvar, p_logvar)
     gap, precision = q_loc - p_loc, torch.exp(-p_logvar)
     by_q_loc = gap * precision
-    value = torch.addcmul(lead.to(gap.dtype), gap, by_q_loc) / 2
+    value = torch.addcmul(lead.to(gap.dtype), gap, by_q_loc) / 2.0
     grown = grown.to(gap.dtype) if needs[1] or needs[3] else grown
     by_p_logvar = torch.addcmul(grown, gap, by_q_loc) * -0.5 if needs[3] else None
     by_p_loc = -by_q_loc if needs[2] else None
-    return value, (by_q_loc if needs[0] else None, grown / 2 if needs[1] else None, by_p_loc, by_p_logvar)
+    return value, (by_q_loc if needs[0] else None, grown / 2.0 if needs[1] else None, by_p_loc, by_p_logvar)
 
 
 @formula_of
@@ -45,17 +45,17 @@ def kl_to_scale(
     if not has_digits_to_spare(q_loc):
         q_scale = torch.exp(0.5 * q_logvar)
         value, (by_q_loc, by_scale, by_p_loc, by_p_scale) = normal.kernel(needs, q_loc, q_scale, p_loc, p_scale)
-        return value, (by_q_loc, None if by_scale is None else by_scale * q_scale / 2, by_p_loc, by_p_scale)
+        return value, (by_q_loc, None if by_scale is None else by_scale * q_scale / 2.0, by_p_loc, by_p_scale)
     wide_scale = p_scale.double()
     ratio = torch.exp(q_logvar.double()) / (wide_scale * wide_scale)
-    grown, distance = ratio - 1, (q_loc - p_loc) / p_scale
+    grown, distance = ratio - 1.0, (q_loc - p_loc) / p_scale
     lead = grown - torch.log(ratio)  # both of the rounded ratio, whose rounding drops out
-    value = torch.addcmul(lead.to(distance.dtype), distance, distance) / 2
+    value = torch.addcmul(lead.to(distance.dtype), distance, distance) / 2.0
     grown = grown.to(distance.dtype) if needs[1] or needs[3] else grown
     by_q_loc = distance / p_scale if needs[0] or needs[2] else None
     by_p_loc = -by_q_loc if by_q_loc is not None and needs[2] else None
     by_p_scale = torch.addcmul(grown, distance, distance) / -p_scale if needs[3] else None
-    return value, (by_q_loc if needs[0] else None, grown / 2 if needs[1] else None, by_p_loc, by_p_scale)
+    return value, (by_q_loc if needs[0] else None, grown / 2.0 if needs[1] else None, by_p_loc, by_p_scale)
 
 
 def _summed_log_variances(q: LogVarNormal, p: LogVarNormal, num_summed: int) -> Tensor:

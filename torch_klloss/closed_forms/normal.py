@@ -10,7 +10,7 @@ from torch.distributions import Normal
 
 from torch_klloss.closed_forms.formula import register_formula
 from torch_klloss.numerics.blocks import Derivatives
-from torch_klloss.numerics.elementary import excess, quotient
+from torch_klloss.numerics.elementary import excess_of_squares, quotient
 
 
 def kernel(
@@ -21,17 +21,14 @@ def kernel(
     Every difference is taken before anything is rounded, so that the KL is exactly 0 at q = p and keeps its
     digits near it.
     """
-    _, x, spread = excess(q_scale, p_scale)
-    spread, distance = torch.addcmul(spread, x, x, value=0.5).to(q_loc.dtype), (q_loc - p_loc) / p_scale
+    (half, spread), distance = excess_of_squares(q_scale, p_scale), (q_loc - p_loc) / p_scale
     value = torch.addcmul(spread, distance, distance, value=0.5)
     by_q_loc = distance / p_scale if needs[0] or needs[2] else None
     by_p_loc = -by_q_loc if by_q_loc is not None and needs[2] else None
-    by_q_scale = by_p_scale = None
-    if needs[1] or needs[3]:
-        half = torch.addcmul(x, x, x, value=0.5).to(q_loc.dtype)  # of the relative difference of the variances
-        by_q_scale = quotient(half, q_scale, times=2) if needs[1] else None
-        if needs[3]:
-            by_p_scale = quotient(torch.addcmul(half, distance, distance, value=0.5), p_scale, times=-2)
+    by_q_scale = quotient(half, q_scale, times=2) if needs[1] else None
+    by_p_scale = None
+    if needs[3]:
+        by_p_scale = quotient(torch.addcmul(half, distance, distance, value=0.5), p_scale, times=-2)
     return value, (by_q_loc if needs[0] else None, by_q_scale, by_p_loc, by_p_scale)
 
 

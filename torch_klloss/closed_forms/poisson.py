@@ -22,7 +22,7 @@ from torch_klloss.numerics.elementary import (
 
 def _quick(needs: Sequence[bool], q_rate: Tensor, p_rate: Tensor) -> tuple[Tensor, Derivatives]:
     ratio = p_rate / q_rate
-    x, log = ratio - 1, torch.log(ratio)
+    x, log = ratio - 1.0, torch.log(ratio)
     return q_rate * (x - log), (-log if needs[0] else None, x / ratio if needs[1] else None)
 
 

@@ -24,8 +24,8 @@ def kernel(needs: Sequence[bool], loc: Tensor, logvar: Tensor) -> tuple[Tensor, 
         *Auto-encoding variational Bayes* (Kingma and Welling, 2014), appendix B.
     """
     _, grown, lead = growth(logvar)
-    value = torch.addcmul(lead.to(loc.dtype), loc, loc) / 2
-    return value, (loc if needs[0] else None, grown / 2 if needs[1] else None)
+    value = torch.addcmul(lead.to(loc.dtype), loc, loc) / 2.0
+    return value, (loc if needs[0] else None, grown / 2.0 if needs[1] else None)
 
 
 kl = formula_of(kernel)

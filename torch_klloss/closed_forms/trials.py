@@ -78,11 +78,11 @@ def careful_trial(given: Given, by_q: bool, by_p: bool, q: Tensor, p: Tensor, *,
 
 def _quick_by_probs(by_q: bool, by_p: bool, q: Tensor, p: Tensor) -> Trial:
     """Σ q (r - 1 - log r) of r = p/q over both outcomes: the rounding of r drops out."""
-    fails = 1 - q
+    fails = 1.0 - q
     r = p / q
-    s = (1 - p) / fails
+    s = (1.0 - p) / fails
     log_r, log_s = torch.log(r), torch.log(s)
-    value = torch.addcmul(q * ((r - 1) - log_r), fails, (s - 1) - log_s)
+    value = torch.addcmul(q * ((r - 1.0) - log_r), fails, (s - 1.0) - log_s)
     slope_p = (p - q) / (p - p * p) if by_p else None
     return Trial(value, log_s - log_r if by_q else None, slope_p, log_s)
 
@@ -95,8 +95,8 @@ def _quick_by_log_odds(given: Given, by_q: bool, by_p: bool, q: Tensor, p: Tenso
     if may_fall_to(shift.abs(), _NEAR):
         return None
     t, rarity = rare * shift, torch.exp(-rare * q_odds)  # inf where m would lose digits
-    m, u = (1 + rarity).reciprocal(), torch.exp(t)
-    grown, near = u - 1, u.clamp_max(_TOP) - 1
+    m, u = (1.0 + rarity).reciprocal(), torch.exp(t)
+    grown, near = u - 1.0, u.clamp_max(_TOP) - 1.0
     K = m * grown
     L = torch.log1p(K)
     value = torch.addcmul(L - m * near, m, near - torch.log(u))
@@ -105,13 +105,13 @@ def _quick_by_log_odds(given: Given, by_q: bool, by_p: bool, q: Tensor, p: Tenso
     if by_q or by_p:
         variance = m - m * m
         slope_q = (-shift if given.q_is_probs else -variance * shift) if by_q else None
-        slope_p = rare * variance * grown / (1 + K) if by_p else None
+        slope_p = rare * variance * grown / (1.0 + K) if by_p else None
         slope_p = slope_p / (p - p * p) if slope_p is not None and given.p_is_probs else slope_p
-    return Trial(value, slope_q, slope_p, (t - shift) / 2 - L)
+    return Trial(value, slope_q, slope_p, (t - shift) / 2.0 - L)
 
 
 def _quick_log_odds(param: Tensor, is_probs: bool) -> Tensor:
-    return torch.log(param / (1 - param)) if is_probs else param
+    return torch.log(param / (1.0 - param)) if is_probs else param
 
 
 def log_odds(param: Tensor, is_probs: bool) -> Tensor:
@@ -129,13 +129,13 @@ def _by_probs(by_q: bool, by_p: bool, q: Tensor, p: Tensor) -> Trial:
     if has_digits_to_spare(q):
         q, p = q.double(), p.double()
         successes, log_r = spare_gkl_and_log(q, p)
-        failures, log_s = spare_gkl_and_log(1 - q, 1 - p)
+        failures, log_s = spare_gkl_and_log(1.0 - q, 1.0 - p)
     else:
         successes, log_r = gkl_and_log(q, p, gap)
-        failures, log_s = gkl_and_log(1 - q, 1 - p, -gap)
+        failures, log_s = gkl_and_log(1.0 - q, 1.0 - p, -gap)
     slope_q, slope_p = (log_s - log_r).clamp(-BOUND, BOUND) if by_q else None, None
     if by_q or by_p:
-        variance = p * (1 - p)
+        variance = p * (1.0 - p)
         is_end = variance == 0 if may_fall_to(variance, 0) else None
         if is_end is not None and slope_q is not None:
             slope_q = replaced(slope_q, is_end & (gap != 0), 0.0)
@@ -147,7 +147,7 @@ def _by_probs(by_q: bool, by_p: bool, q: Tensor, p: Tensor) -> Trial:
 
 def _at_end(gap: Tensor, p: Tensor) -> Tensor:
     """Return the derivative by a p of 0 or 1: that of a q which is the same, and 0 where the KL is infinite."""
-    return torch.where(gap == 0, 1 - 2 * p, 0.0)
+    return torch.where(gap == 0, 1 - 2.0 * p, 0.0)
 
 
 def _by_log_odds(given: Given, by_q: bool, by_p: bool, q_param: Tensor, p_param: Tensor, with_failures: bool) -> Trial:
@@ -173,12 +173,12 @@ def _by_log_odds(given: Given, by_q: bool, by_p: bool, q_param: Tensor, p_param:
     slope_q = slope_p = log_failures = None
     is_infinite = excess != 0
     if with_failures:
-        log_failures = replaced((t - shift) / 2 - L, is_infinite, 0.0)
+        log_failures = replaced((t - shift) / 2.0 - L, is_infinite, 0.0)
     if by_q:
         slope_q = -within(shift, -BOUND, BOUND) if given.q_is_probs else product(variance, shift, times=-1)
         slope_q = replaced(slope_q, is_infinite, 0.0)
     if by_p:
-        slope_p = torch.where(is_low, variance * growth / (1 + mean), torch.sigmoid(other) - m)
+        slope_p = torch.where(is_low, variance * growth / (1.0 + mean), torch.sigmoid(other) - m)
         slope_p = replaced(product(slope_p, sign, times=-1), is_infinite, 0.0)
         slope_p = _by_probability(slope_p, p) if given.p_is_probs else slope_p
     return Trial(value, slope_q, slope_p, log_failures)
@@ -193,7 +193,7 @@ def _near_or(far: Tensor, m: Tensor, growth: Tensor, mean: Tensor) -> Tensor:
         (s, mean_s), (square, _), (third, mean_third) = (t.unbind(0) for t in terms)
     product = s * mean_s
     half = torch.addcmul(product, m, product + third, value=-1) + mean_third
-    return torch.where(square < _NEAR_SQUARE, 2 * half, far)
+    return torch.where(square < _NEAR_SQUARE, 2.0 * half, far)
 
 
 def _softplus(x: Tensor) -> Tensor:

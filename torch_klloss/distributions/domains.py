@@ -15,6 +15,7 @@ from torch_klloss.numerics.versions import may_be_changed
 
 # What the relaxed families do not declare, and a Wishart not as a class.
 _UNDECLARED = {"temperature": constraints.positive, "scale_tril": constraints.lower_cholesky}
+_UNIFORM = ("low", "high")  # which bound one another
 _KNOWN: dict[type[Distribution], tuple[_Domain, ...]] = {}
 
 
@@ -74,14 +75,20 @@ def _domain(name: str, constraint: Any) -> _Domain | None:
 
 def _where_outside(d: Distribution) -> Tensor | None:
     held = d.__dict__
+    if d._validate_args and _is_as_validated(d):
+        return None
     own = [domain for domain in domains_of(type(d)) if isinstance(held.get(domain.name), Tensor)]
     if own or isinstance(d, Uniform):
-        names = ("low", "high") if isinstance(d, Uniform) else [each.name for each in own]
-        if d._validate_args and not may_be_changed(*[held[name] for name in names]):
-            return None
         return _any_of([_beyond(held[each.name], each) for each in own] + [_reversed(d)])
     parts = [part for part in held.values() if isinstance(part, Distribution)]
     return _any_of([_in_batch_of(d, part, _where_outside(part)) for part in parts])
+
+
+def _is_as_validated(d: Distribution) -> bool:
+    """Return whether d has parameters of its own, and none was written to after the constructor had looked at it."""
+    names = _UNIFORM if isinstance(d, Uniform) else [domain.name for domain in domains_of(type(d))]
+    own = [t for name in names if isinstance(t := d.__dict__.get(name), Tensor)]
+    return bool(own) and not may_be_changed(*own)
 
 
 def _beyond(x: Tensor, domain: _Domain) -> Tensor | None:

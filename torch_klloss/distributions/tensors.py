@@ -14,6 +14,7 @@ from torch.distributions import (
     constraints,
 )
 from torch.distributions.transforms import _InverseTransform  # its _inv is the transform that it inverts
+from torch.nn import Parameter
 
 from torch_klloss.numerics.devices import can_be_read, has_float64, number_on
 from torch_klloss.numerics.graph import with_gradient_if
@@ -27,6 +28,7 @@ _Condition = Callable[[Tensor, str, Distribution], bool]
 _Attributes = Callable[[Distribution], dict[str, Any]]
 
 HALF = (torch.float16, torch.bfloat16)
+_FULL = (torch.float32, torch.float64)
 _PLAIN = (torch.Size, int, bool, type(None))
 _UNDECLARED = ("_param", "temperature")  # parameters under names that are not in `arg_constraints`
 _KNOWN = (bool, int, float, str, torch.Size, torch.dtype, torch.device, type(None), constraints.Constraint)
@@ -194,12 +196,24 @@ def in_full_precision(d: Distribution) -> Distribution:
     Returns:
         d itself if it has none. What cannot be evaluated afterwards keeps its half precision: a network is in it.
     """
-    if not _has(d, lambda t, name, owner: t.dtype in HALF or _is_whole(t, name, owner)):
+    if _is_in_full_precision(d):
         return d
     if _has_half(d):
         copy = copy_with(d, lambda t, *_: full_precision(t), _unvalidated_if_changed)
         d = copy if is_transparent(d) or _can_be_evaluated(copy) else d
     return in_floating_point(d)
+
+
+def _is_in_full_precision(d: Distribution) -> bool:
+    """Return whether d holds nothing but floating-point tensors in full precision, shapes and flags, as most do."""
+    for value in d.__dict__.values():  # every loss runs this
+        kind = type(value)
+        if kind is Tensor or kind is Parameter:
+            if value.dtype not in _FULL:
+                return False
+        elif kind not in _PLAIN and not (isinstance(value, Distribution) and _is_in_full_precision(value)):
+            return not _has(d, lambda t, name, owner: t.dtype in HALF or _is_whole(t, name, owner))
+    return True
 
 
 def in_floating_point(d: Distribution) -> Distribution:

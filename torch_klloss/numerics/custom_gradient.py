@@ -19,7 +19,7 @@ from torch_klloss.numerics import opaque_kernels
 from torch_klloss.numerics.blocks import Derivatives, evaluate
 from torch_klloss.numerics.dimensions import sum_last
 from torch_klloss.numerics.elementary import common_dtype
-from torch_klloss.numerics.tracing import is_forward_mode, is_func_transformed, is_traced
+from torch_klloss.numerics.tracing import apply_outside_of_func, is_forward_mode, is_func_transformed, is_traced
 
 Value = Callable[..., Tensor]
 Partials = Callable[..., Derivatives]
@@ -148,7 +148,7 @@ def formula_of(
         if torch.is_grad_enabled():
             for t in tensors:
                 if t.requires_grad:
-                    result: Tensor = eager.apply(num_summed, *tensors)
+                    result: Tensor = apply_outside_of_func(eager, num_summed, *tensors)
                     return result
         with torch.no_grad():
             return evaluate(kernel, [False for _ in tensors], tensors, event_dims, num_summed)[0]
@@ -168,7 +168,8 @@ def _with_event(grad: Tensor, event_dims: int) -> Tensor:
 
 def _scaled(derivative: Tensor, grad: Tensor, parameter: Tensor) -> Tensor:
     """Return the gradient to a parameter, written over its derivative where that has its size."""
-    if derivative.shape == parameter.shape and derivative is not parameter and _broadcasts_to(grad, derivative):
+    fits = grad.shape == derivative.shape or _broadcasts_to(grad, derivative)
+    if fits and derivative.shape == parameter.shape and derivative is not parameter:
         return derivative.mul_(grad)
     return _unbroadcast(derivative * grad, parameter)
 

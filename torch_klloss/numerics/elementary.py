@@ -1,7 +1,8 @@
 """Building blocks of the elementary closed forms: each ≥ 0, exactly 0 at equality, and accurate near it.
 
 They compute in the dtype of what comes in, with about five units in the last place of it, by operations that are quick
-on every device: no branch on data, and on the CPU no `where`, which costs there as much as twenty additions.
+on every device: no branch on data, and on the CPU no `where`, which costs there as much as twenty additions. Numbers
+are written as floats: torch casts an integer first, which costs as much as another operation.
 
 A function f with f(1) = 0 whose series is good between a half and two is computed as f(r) = near(c) + far(r, c), with
 c = clamp(r, ½, 2) and a second term that is exactly 0 where r = c. The derivative does not depend on that of `clamp`.
@@ -218,6 +219,13 @@ def widened(x: Tensor) -> Tensor:
     return x.double() if has_digits_to_spare(x) else x
 
 
+def narrowed(x: Tensor, like: Tensor) -> Tensor:
+    """Return x in the dtype of another tensor: what `widened` has been used for."""
+    if x.dtype is like.dtype:
+        return x
+    return x.float() if like.dtype is torch.float32 else x.to(like.dtype)  # the quicker of two spellings
+
+
 def has_digits_to_spare(x: Tensor) -> bool:
     """Return whether `widened` gives x digits that it does not have."""
     return x.dtype == torch.float32 and not is_traced() and (x.is_cpu or devices.has_float64(x.device))
@@ -227,10 +235,21 @@ def excess(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return r = a/b, x = r - 1 and x - log(1 + x) ≥ 0 of positive a and b, all widened."""
     if has_digits_to_spare(a):
         ratio = a.double() / b
-        x = ratio - 1
+        x = ratio - 1.0
         return ratio, x, x - torch.log(ratio)  # both of the rounded ratio, whose rounding drops out
     ratio, x = a / b, (a - b) / b
     return ratio, x, lag(x, ratio)
+
+
+def excess_of_squares(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return half of r² - 1 and that less log r, which is ≥ 0, of r = a/b; a and b positive and in one dtype."""
+    if has_digits_to_spare(a):
+        ratio = a.double() / b
+        x = ratio - 1.0
+        half = torch.addcmul(x, x, x, value=0.5)
+        return narrowed(half, a), narrowed(half - torch.log(ratio), a)  # as in `excess`
+    _, x, spread = excess(a, b)
+    return torch.addcmul(x, x, x, value=0.5), torch.addcmul(spread, x, x, value=0.5)
 
 
 def lag(x: Tensor, ratio: Tensor) -> Tensor:
@@ -240,9 +259,11 @@ def lag(x: Tensor, ratio: Tensor) -> Tensor:
     """
     if _chooses(x):
         s, square, third = artanh_terms(x)
-        return torch.where(square < 1 / 9, torch.addcmul(-2 * third, s, x), x - torch.log(ratio.clamp_max(largest(x))))
+        return torch.where(
+            square < 1 / 9, torch.addcmul(third * -2.0, s, x), x - torch.log(ratio.clamp_max(largest(x)))
+        )
     near = within(x, -0.5, 1.0) if is_differentiated() else x.clamp(-0.5, 1.0)
-    s = near / (near + 2)
+    s = near / (near + 2.0)
     square = s * s
     lead = torch.addcmul(near, square, horner(square, _ARTANH[x.dtype]), value=-2)
     ratio = ratio.clamp_max(largest(x))
@@ -256,7 +277,7 @@ def lag(x: Tensor, ratio: Tensor) -> Tensor:
 
 def artanh_terms(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return s = x/(2 + x), s² and artanh(s) - s, which is half of log(1 + x) less s, for 1 + x from ½ to 2."""
-    s = x / (x + 2)
+    s = x / (x + 2.0)
     square = s * s
     return s, square, s * square * horner(square, _ARTANH[x.dtype])
 
@@ -289,9 +310,9 @@ def gkl_and_log(a: Tensor, b: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
         near_gap = torch.where(gap > half, half, torch.where(gap < -a, -a, gap))
         near_b = torch.where(near_gap == gap, b, a - near_gap)
     else:
-        near_gap, near_b = torch.clamp(gap, -a, half), torch.clamp(b, half, 2 * a)
+        near_gap, near_b = torch.clamp(gap, -a, half), torch.clamp(b, half, 2.0 * a)
     x = -near_gap / a.clamp_min(least)
-    s = x / (x + 2)
+    s = x / (x + 2.0)
     square = s * s
     lead = s * torch.addcmul(x, square, horner(square, _ARTANH[x.dtype]), value=-2)
     rest = _log_of_quotient(b.clamp_min(least), near_b.clamp_min(least))
@@ -306,7 +327,7 @@ def _chosen_gkl_and_log(a: Tensor, b: Tensor, gap: Tensor) -> tuple[Tensor, Tens
     square = s * s
     third = s * square * horner(square, _ARTANH[a.dtype])
     is_near = square < 1 / 9
-    log = torch.where(is_near, 2 * (s + third), _log_of_quotient(b.clamp_min(least), a.clamp_min(least)))
+    log = torch.where(is_near, 2.0 * (s + third), _log_of_quotient(b.clamp_min(least), a.clamp_min(least)))
     value = torch.where(is_near, torch.addcmul(-gap * s, a, third, value=-2), torch.addcmul(-gap, a, log, value=-1))
     return replaced(value, (b == 0) & (a > 0), torch.inf), log
 
@@ -320,7 +341,7 @@ def spare_gkl_and_log(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     b = b + (raised - a)
     ratio = b / raised
     log = torch.log(ratio)
-    return raised * ((ratio - 1) - log), log.clamp_min(_LEAST_LOG)
+    return raised * ((ratio - 1.0) - log), log.clamp_min(_LEAST_LOG)
 
 
 def _log_of_quotient(a: Tensor, b: Tensor) -> Tensor:
@@ -338,7 +359,7 @@ def _log_of_quotient(a: Tensor, b: Tensor) -> Tensor:
 
 def x_minus_log1p(x: Tensor) -> Tensor:
     """Return x - log(1 + x) ≥ 0 of x > -1."""
-    return lag(x, 1 + x)
+    return lag(x, 1.0 + x)
 
 
 def e2(x: Tensor) -> Tensor:

@@ -46,17 +46,17 @@ def log_gamma_and_bregman(r: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return lgamma(1 + r), and the Bregman divergence lgamma(r) + γ (r - 1) ≥ 0, for x = r - 1."""
     is_near, t = x.abs() < _NEAR, x.clamp(-_NEAR, _NEAR)
     series = t * t * horner(t, _ZETA_OVER_K)
-    log_gamma = torch.where(is_near, t * (1 - EULER) + series, torch.lgamma(1 + r))
-    far = log_gamma - torch.log(r) + EULER * (r - 1)
+    log_gamma = torch.where(is_near, t * (1.0 - EULER) + series, torch.lgamma(1.0 + r))
+    far = log_gamma - torch.log(r) + EULER * (r - 1.0)
     return log_gamma, torch.where(is_near, x_minus_log1p(t) + series, far)
 
 
 def digamma_and_bregman_slope(r: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return ψ(1 + r), and the derivative of the Bregman divergence, ψ(r) + γ, for x = r - 1."""
     t = x.clamp(-_NEAR, _NEAR)
-    near = t / (1 + t) + t * horner(t, _ZETA)
-    digamma = torch.digamma(1 + r)
-    return digamma, torch.where(x.abs() < _NEAR, near, digamma - 1 / r + EULER)
+    near = t / (1.0 + t) + t * horner(t, _ZETA)
+    digamma = torch.digamma(1.0 + r)
+    return digamma, torch.where(x.abs() < _NEAR, near, digamma - 1.0 / r + EULER)
 
 
 def gamma_times(r: Tensor, factor: Tensor, fourth_root: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def gamma_times(r: Tensor, factor: Tensor, fourth_root: Tensor) -> Tensor:
     good to the last place.
     """
     small, large = at_most(r, 8.0), within(r, 8.0, LARGEST_R)
-    series = horner(1 / (large * large), _STIRLING) / large
-    root = torch.pow(large, large / 4) * torch.exp(-large / 4) * fourth_root
-    stirling = (root * root) * (torch.sqrt(2 * math.pi * large) * torch.exp(series)) * (root * root)
-    return torch.where(r < 8, torch.exp(torch.lgamma(1 + small)) * factor, stirling)
+    series = horner(1.0 / (large * large), _STIRLING) / large
+    root = torch.pow(large, large / 4.0) * torch.exp(-large / 4.0) * fourth_root
+    stirling = (root * root) * (torch.sqrt(2.0 * math.pi * large) * torch.exp(series)) * (root * root)
+    return torch.where(r < 8, torch.exp(torch.lgamma(1.0 + small)) * factor, stirling)

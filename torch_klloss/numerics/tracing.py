@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ def constant_in_graphs(function: _FunctionT) -> _FunctionT:
 
 def is_traced() -> bool:
     """Return whether `torch.compile`, `torch.func` or forward-mode AD is active, which may not branch on values."""
-    return needs_plain_operations() or is_func_transformed()
+    forward_level = torch.autograd.forward_ad._current_level  # every formula asks several times: no further calls
+    return torch.compiler.is_compiling() or forward_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def needs_plain_operations() -> bool:
@@ -50,6 +51,11 @@ def concrete(t: Tensor) -> Tensor:
     while torch._C._functorch.is_functorch_wrapped_tensor(t):
         t = torch._C._functorch.get_unwrapped(t)
     return t.detach()
+
+
+def apply_outside_of_func(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """Call a function of autograd as its `apply` does, once no transform of `torch.func` is known to be active."""
+    return super(torch.autograd.Function, function).apply(*torch._functorch.utils.unwrap_dead_wrappers(args))  # type: ignore[misc]
 
 
 def is_func_transformed() -> bool:

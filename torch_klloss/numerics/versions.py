@@ -30,4 +30,4 @@ class Versions:
 
 def may_be_changed(*tensors: Tensor) -> bool:
     """Return whether a tensor may have been written to in place since it was made; False where that is unknown."""
-    return any(t.is_inference() or t._version > 0 for t in tensors) if not is_traced() else False
+    return not is_traced() and any(t.is_inference() or t._version > 0 for t in tensors)
