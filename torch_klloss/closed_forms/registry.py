@@ -295,6 +295,8 @@ def _where_masked(rule: Rule, q: Distribution, p: Distribution) -> Tensor | None
 
 def _of_shape(value: Tensor, q: Distribution, p: Distribution, match: Match) -> Tensor:
     """Return the value of a rule, which must have the broadcast batch shape: any other would be broadcast."""
+    if value.shape == q.batch_shape == p.batch_shape:
+        return value
     shape = common_shape(q.batch_shape, p.batch_shape)
     if value.shape != shape:
         types = "‖".join(cls.__name__ for cls in match.types)

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.distributions import Distribution, Uniform, constraints
 
 from torch_klloss.numerics.devices import can_be_read
-from torch_klloss.numerics.tracing import constant_in_graphs
+from torch_klloss.numerics.tracing import constant_in_graphs, is_traced
 from torch_klloss.numerics.versions import may_be_changed
 
 # What the relaxed families do not declare, and a Wishart not as a class.
 _UNDECLARED = {"temperature": constraints.positive, "scale_tril": constraints.lower_cholesky}
-_UNIFORM = ("low", "high")  # which bound one another
+_NAMES: dict[type[Distribution], tuple[str, ...]] = {}
 _KNOWN: dict[type[Distribution], tuple[_Domain, ...]] = {}
 
 
@@ -35,7 +35,8 @@ def where_outside(q: Distribution, p: Distribution) -> Tensor | None:
     The mask has a shape that broadcasts to the batch. A scale of 0 counts as inside, and so does NaN. What the
     constructor has validated is looked at again only if it was written to in place at some time.
     """
-    of_q, of_p = _where_outside(q), _where_outside(p)
+    looks_back = not is_traced()  # at what has been written to, which no graph may ask
+    of_q, of_p = _where_outside(q, looks_back), _where_outside(p, looks_back)
     return of_p if of_q is None else of_q if of_p is None else of_q | of_p
 
 
@@ -73,22 +74,36 @@ def _domain(name: str, constraint: Any) -> _Domain | None:
     return None if low == -high == -math.inf else _Domain(name, float(low), float(high), event_dims, is_matrix=False)
 
 
-def _where_outside(d: Distribution) -> Tensor | None:
+def _where_outside(d: Distribution, looks_back: bool) -> Tensor | None:
     held = d.__dict__
-    if d._validate_args and _is_as_validated(d):
+    if d._validate_args and _is_as_validated(d, looks_back):
         return None
     own = [domain for domain in domains_of(type(d)) if isinstance(held.get(domain.name), Tensor)]
     if own or isinstance(d, Uniform):
         return _any_of([_beyond(held[each.name], each) for each in own] + [_reversed(d)])
     parts = [part for part in held.values() if isinstance(part, Distribution)]
-    return _any_of([_in_batch_of(d, part, _where_outside(part)) for part in parts])
+    return _any_of([_in_batch_of(d, part, _where_outside(part, looks_back)) for part in parts])
 
 
-def _is_as_validated(d: Distribution) -> bool:
+def _is_as_validated(d: Distribution, looks_back: bool) -> bool:
     """Return whether d has parameters of its own, and none was written to after the constructor had looked at it."""
-    names = _UNIFORM if isinstance(d, Uniform) else [domain.name for domain in domains_of(type(d))]
-    own = [t for name in names if isinstance(t := d.__dict__.get(name), Tensor)]
-    return bool(own) and not may_be_changed(*own)
+    held, is_found = d.__dict__, False
+    for name in _bounded_names(type(d)):  # every loss runs this
+        value = held.get(name)
+        if isinstance(value, Tensor):
+            if looks_back and may_be_changed(value):
+                return False
+            is_found = True
+    return is_found
+
+
+@constant_in_graphs
+def _bounded_names(cls: type[Distribution]) -> tuple[str, ...]:
+    """Return the names of the parameters that a class keeps within bounds."""
+    if cls not in _NAMES:
+        own = tuple(domain.name for domain in domains_of(cls))
+        _NAMES[cls] = ("low", "high") if issubclass(cls, Uniform) else own
+    return _NAMES[cls]
 
 
 def _beyond(x: Tensor, domain: _Domain) -> Tensor | None:

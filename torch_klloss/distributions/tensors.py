@@ -341,6 +341,8 @@ def replace_examples(d: Distribution, keep: Tensor, batch_shape: torch.Size) -> 
 
 def _unvalidated_if_changed(owner: Distribution) -> dict[str, Any]:
     """Return the attributes of a copy with new tensors, which do not show that the old ones were written to."""
+    if is_traced():
+        return {}
     changed = any(isinstance(value, Tensor) and may_be_changed(value) for value in owner.__dict__.values())
     return {"_validate_args": False} if changed else {}
 

@@ -7,8 +7,6 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from torch_klloss.numerics.tracing import is_traced
-
 
 class Versions:
     """The versions of tensors that a backward pass is going to read again; they are not kept alive."""
@@ -28,6 +26,6 @@ class Versions:
                 )
 
 
-def may_be_changed(*tensors: Tensor) -> bool:
-    """Return whether a tensor may have been written to in place since it was made; False where that is unknown."""
-    return not is_traced() and any(t.is_inference() or t._version > 0 for t in tensors)
+def may_be_changed(t: Tensor) -> bool:
+    """Return whether a tensor may have been written to in place since it was made; no graph may ask."""
+    return t.is_inference() or t._version > 0
