@@ -13,7 +13,7 @@ from torch_klloss.closed_forms.registry import register_kl
 from torch_klloss.distributions.families import LogVarNormal
 from torch_klloss.numerics.blocks import Derivatives
 from torch_klloss.numerics.custom_gradient import formula_of
-from torch_klloss.numerics.elementary import growth, has_digits_to_spare
+from torch_klloss.numerics.elementary import growth, has_digits_to_spare, narrowed
 from torch_klloss.numerics.quick_kernels import narrow_or_wide
 
 
@@ -26,8 +26,8 @@ def kl_of_log_variances(
     _, grown, lead = growth(q_logvar, p_logvar)
     gap, precision = q_loc - p_loc, torch.exp(-p_logvar)
     by_q_loc = gap * precision
-    value = torch.addcmul(lead.to(gap.dtype), gap, by_q_loc) / 2.0
-    grown = grown.to(gap.dtype) if needs[1] or needs[3] else grown
+    value = torch.addcmul(narrowed(lead, gap), gap, by_q_loc) / 2.0
+    grown = narrowed(grown, gap) if needs[1] or needs[3] else grown
     by_p_logvar = torch.addcmul(grown, gap, by_q_loc) * -0.5 if needs[3] else None
     by_p_loc = -by_q_loc if needs[2] else None
     return value, (by_q_loc if needs[0] else None, grown / 2.0 if needs[1] else None, by_p_loc, by_p_logvar)
@@ -50,8 +50,8 @@ def kl_to_scale(
     ratio = torch.exp(q_logvar.double()) / (wide_scale * wide_scale)
     grown, distance = ratio - 1.0, (q_loc - p_loc) / p_scale
     lead = grown - torch.log(ratio)  # both of the rounded ratio, whose rounding drops out
-    value = torch.addcmul(lead.to(distance.dtype), distance, distance) / 2.0
-    grown = grown.to(distance.dtype) if needs[1] or needs[3] else grown
+    value = torch.addcmul(narrowed(lead, distance), distance, distance) / 2.0
+    grown = narrowed(grown, distance) if needs[1] or needs[3] else grown
     by_q_loc = distance / p_scale if needs[0] or needs[2] else None
     by_p_loc = -by_q_loc if by_q_loc is not None and needs[2] else None
     by_p_scale = torch.addcmul(grown, distance, distance) / -p_scale if needs[3] else None

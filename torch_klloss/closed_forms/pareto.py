@@ -10,7 +10,15 @@ from torch.distributions import Pareto
 
 from torch_klloss.closed_forms.formula import register_formula
 from torch_klloss.numerics.blocks import Derivatives
-from torch_klloss.numerics.elementary import at_least, excess, has_digits_to_spare, may_be_negative, quotient, replaced
+from torch_klloss.numerics.elementary import (
+    at_least,
+    excess,
+    has_digits_to_spare,
+    may_be_negative,
+    narrowed,
+    quotient,
+    replaced,
+)
 
 
 @register_formula(Pareto, "scale", "alpha", guards=("q.scale", "p.scale", "q.alpha"))
@@ -26,7 +34,7 @@ def kl(
     _, x, value = excess(p_alpha, q_alpha)
     log = _log_of_scales(q_scale, p_scale, gap, outside)
     value = torch.addcmul(value, p_alpha.to(value.dtype), log.to(value.dtype))
-    x, alpha = x.to(q_alpha.dtype), p_alpha
+    x, alpha = narrowed(x, q_alpha), p_alpha
     if outside is not None:
         value = replaced(value, outside, torch.inf)
         x, alpha = (replaced(t, outside, 0.0) for t in (x, alpha))  # where the logarithm is 0 too

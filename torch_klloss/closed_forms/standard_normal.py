@@ -12,7 +12,7 @@ from torch_klloss.distributions.families import LogVarNormal, StandardNormal
 from torch_klloss.numerics.blocks import Derivatives
 from torch_klloss.numerics.custom_gradient import formula_of
 from torch_klloss.numerics.dimensions import sum_last
-from torch_klloss.numerics.elementary import growth
+from torch_klloss.numerics.elementary import growth, narrowed
 
 
 def kernel(needs: Sequence[bool], loc: Tensor, logvar: Tensor) -> tuple[Tensor, Derivatives]:
@@ -24,7 +24,7 @@ def kernel(needs: Sequence[bool], loc: Tensor, logvar: Tensor) -> tuple[Tensor, 
         *Auto-encoding variational Bayes* (Kingma and Welling, 2014), appendix B.
     """
     _, grown, lead = growth(logvar)
-    value = torch.addcmul(lead.to(loc.dtype), loc, loc) / 2.0
+    value = torch.addcmul(narrowed(lead, loc), loc, loc) / 2.0
     return value, (loc if needs[0] else None, grown / 2.0 if needs[1] else None)
 
 

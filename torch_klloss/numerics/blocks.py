@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_klloss.numerics.dimensions import common_shape, sum_last
+from torch_klloss.numerics.elementary import narrowed
 
 Derivatives = Sequence["Tensor | None"]
 Index = tuple[slice, ...]
@@ -44,8 +45,7 @@ def evaluate(
     if size is None:
         value, partials = kernel(needs, *tensors)
         value = value if num_summed == 0 else sum_last(value, num_summed)
-        value = value if value.dtype is dtype else value.to(dtype)
-        return value, [d if d is None or d.dtype is dtype else d.to(dtype) for d in partials]
+        return narrowed(value, tensors[0]), [None if d is None else narrowed(d, tensors[0]) for d in partials]
     shape = common_shape(*[t.shape for t in tensors])
     dims = shape[: len(shape) - event_dims]
     num_kept, total, cuts_sum = len(dims) - num_summed, None, False

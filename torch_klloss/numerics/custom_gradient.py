@@ -18,7 +18,7 @@ from torch import Tensor
 from torch_klloss.numerics import opaque_kernels
 from torch_klloss.numerics.blocks import Derivatives, evaluate
 from torch_klloss.numerics.dimensions import sum_last
-from torch_klloss.numerics.elementary import common_dtype
+from torch_klloss.numerics.elementary import common_dtype, narrowed
 from torch_klloss.numerics.tracing import apply_outside_of_func, is_forward_mode, is_func_transformed, is_traced
 
 Value = Callable[..., Tensor]
@@ -82,7 +82,7 @@ def formula_of(
 
     def value(*tensors: Tensor) -> Tensor:
         result = kernel([False for _ in tensors], *tensors)[0]
-        return result if result.dtype is tensors[0].dtype else result.to(tensors[0].dtype)
+        return narrowed(result, tensors[0])
 
     def pull_back(needs: Sequence[bool], grad: Tensor, tensors: Sequence[Tensor]) -> list[Tensor | None]:
         derivatives = kernel(needs, *tensors)[1] if partials is None else partials(needs, *tensors)

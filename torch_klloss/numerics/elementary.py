@@ -372,6 +372,20 @@ def e2(x: Tensor) -> Tensor:
     return torch.addcmul((torch.exp(x) - torch.exp(near)) - (x - near), near * near, lead)
 
 
+def decay(t: Tensor) -> tuple[Tensor, Tensor]:
+    """Return exp(t) - 1 and exp(t) - 1 - t ≥ 0 of t ≤ 0, in the dtype of t.
+
+    In float64 the second is a difference, and within the first terms of its series where that has lost digits.
+    """
+    if not has_digits_to_spare(t) or is_differentiated():
+        lead = e2(t)
+        return lead + t, lead
+    wide = t.double()
+    lost, above = torch.expm1(wide), product(wide, wide, times=0.5)
+    below = torch.addcmul(above, above, wide, value=1 / 3)
+    return narrowed(lost, t), narrowed(torch.clamp(lost - wide, below, above), t)
+
+
 def growth(a: Tensor, b: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Return x, exp(x) - 1 and exp(x) - 1 - x ≥ 0, all widened, of x = a, or of x = a - b."""
     if has_digits_to_spare(a):
