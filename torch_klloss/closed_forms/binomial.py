@@ -39,13 +39,16 @@ def _of_unequal(
     """
     one = careful_trial(given, needs[2], needs[3], q, p)
     more = replaced((q_count - p_count).detach(), q == (0.0 if given.q_is_probs else -torch.inf), 0.0)
-    value, (by_count, by_q, by_p) = _repeated(needs[1], replaced(p_count, more != 0, 0.0), one)
-    return value + torch.xlogy(more.sqrt(), torch.inf), (None, by_count, by_q, by_p)
+    count, without = replaced(p_count, more != 0, 0.0), torch.xlogy(more.sqrt(), torch.inf)
+    value, (by_count, by_q, by_p) = _repeated(needs[1], count, one, without)
+    return value, (None, by_count, by_q, by_p)
 
 
-def _repeated(by_count: bool, count: Tensor, one: Trial) -> tuple[Tensor, Derivatives]:
-    """Return the KL of so many trials; without any there is none, be it infinite for one."""
-    value = replaced(count * one.value, count == 0, 0.0) if may_fall_to(count, 0) else count * one.value
+def _repeated(by_count: bool, count: Tensor, one: Trial, without: Tensor | float = 0.0) -> tuple[Tensor, Derivatives]:
+    """Return the KL of so many trials, and another number without any; by default none, be it infinite for one."""
+    value = count * one.value
+    if may_fall_to(count, 0):
+        value = torch.where(count == 0, without, value)
     by_q, by_p = (d if d is None else count * d for d in (one.by_q, one.by_p))
     return value, (one.value if by_count else None, by_q, by_p)
 

@@ -37,7 +37,7 @@ BOUND = 645.0  # of infinite log-odds in a derivative by a probability
 _TOP = 3.0  # of exp(t), beyond which L and mt are far apart
 _NEAR_SQUARE = 1 / 9  # of s in `artanh_terms`, where exp(t) is a half or two
 _FAR = 3.0  # of t, beyond which the logarithms of both sums do not cancel
-_VERY_NEAR = 1e-7  # of t in float64: L - mt has eight digits there, and its first term seven
+_VERY_NEAR_SQUARE = 1e-14  # of t in float64: L - mt has eight digits at 1e-7, and its first term seven
 _NEAR = 2.0**-25  # of t: two log-odds near 0 may be nearer than that, where u has lost digits of their difference
 
 
@@ -167,7 +167,8 @@ def _by_log_odds(given: Given, by_q: bool, by_p: bool, q_param: Tensor, p_param:
     far = torch.addcmul(torch.addcmul(L, m, t, value=-1), excess, excess)
     variance = torch.addcmul(m, m, m, value=-1)
     if is_spare:
-        value = torch.where(t.abs() < _VERY_NEAR, product(variance * t, t, times=0.5), far)
+        square = t * t
+        value = torch.where(square < _VERY_NEAR_SQUARE, product(variance, square, times=0.5), far)
     else:
         value = _near_or(far, m, growth, mean)
     slope_q = slope_p = log_failures = None
