@@ -18,6 +18,7 @@ from torch.distributions import kl_divergence as torch_kl
 
 from tests.closed_forms.test_registered_pairs import PAIRS, Pair
 from tests.devices.pairs import BUILDS, WEIGHTS, Case, N, by_hand, drawn, numbers, vae
+from tests.devices.token_cases import token_losses
 from tests.devices.vae_cases import vaes
 from tests.families import FAMILIES
 from torch_klloss import (
@@ -218,7 +219,7 @@ def log_prob_case(name: str, tensors: list[Tensor], options: dict[str, Any], thi
     return Case(f"kl_from_log_probs: {name}", tensors, step, peer, [2] if third else ())
 
 
-MAKERS = (losses, families, sampling, deterministic, vaes, log_probs)
+MAKERS = (losses, families, sampling, deterministic, vaes, log_probs, token_losses)
 GROUPS = {make.__name__: {case.name: case for case in make()} for make in MAKERS}
 OTHERS = {name: case for group in GROUPS.values() for name, case in group.items()}
 

@@ -46,7 +46,7 @@ def divergence_of_logits(
         return divergence_of_logits(
             p, q, Terms(terms.by_p, terms.p_mix), temperature=temperature, keep=keep, total=total, largest=largest
         )
-    reduces = {} if total is None or largest is None else {"total": total, "largest": largest}
+    reduces: dict[str, Any] = {} if total is None or largest is None else {"total": total, "largest": largest}
     if reduces and is_traced():
         return in_eager_mode(divergence_of_logits)(q, p, terms, temperature=temperature, keep=keep, **reduces)
     tokens = q.shape[:-1]

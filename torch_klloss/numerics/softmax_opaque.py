@@ -16,7 +16,7 @@ from torch_klloss.numerics.elementary import common_dtype
 from torch_klloss.numerics.logit_sides import Dense, Head, Side
 from torch_klloss.numerics.softmax_pairs import Rows, Terms
 from torch_klloss.numerics.softmax_plan import Plan, evaluate, pull_back
-from torch_klloss.numerics.softmax_rows import wide_dtype
+from torch_klloss.numerics.softmax_rows import rows_dtype
 from torch_klloss.numerics.softmax_tiles import Problem
 from torch_klloss.numerics.tracing import is_forward_mode, is_func_transformed
 
@@ -72,7 +72,7 @@ def _(
     dtype = torch.promote_types(common_dtype(q[0], p[0]), torch.float32)
     return [
         q[0].new_empty(num_rows, dtype=dtype),
-        q[0].new_empty(len(Rows._fields), num_rows, 1, dtype=torch.float64 if on_cpu else wide_dtype(q[0])),
+        q[0].new_empty(len(Rows._fields), num_rows, 1, dtype=rows_dtype(q[0])),
         q[0].new_empty(num_rows if on_cpu else 0, dtype=torch.int8),
     ]
 

@@ -67,7 +67,7 @@ def picked_log_weights(
         total: adds a tensor over the shards.
         largest: takes the maximum over the shards.
     """
-    reduces = {} if total is None or largest is None else {"total": total, "largest": largest}
+    reduces: dict[str, Any] = {} if total is None or largest is None else {"total": total, "largest": largest}
     if reduces and is_traced():
         return in_eager_mode(picked_log_weights)(
             side, ids, is_rest=is_rest, temperature=temperature, start=start, valid=valid, keep=keep, **reduces

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from torch_klloss.numerics.elementary import common_dtype
 from torch_klloss.numerics.logit_sides import Dense, Gradient, Side, add_to_tensors, panels
 from torch_klloss.numerics.softmax_rows import Computed, compute, write_derivatives
 from torch_klloss.numerics.softmax_tiles import Problem
+
+_PARTS = 8  # of the logits of a panel, which are few of all
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Plan:
     def of(cls, q: Side, p: Side, problem: Problem, keep: Tensor | None) -> Plan:
         """Plan a divergence of two sides, of all rows or of those to keep, `[rows, 1]`."""
         index = None
+        if not (isinstance(q, Dense) and isinstance(p, Dense)):
+            problem = replace(problem, parts=_PARTS)
         if keep is not None and q.tensors[0].is_cpu:
             index, keep = keep.reshape(-1).nonzero().squeeze(-1), None
         return cls(problem, (type(q), type(p)), len(q.tensors), index, keep)
@@ -105,7 +109,7 @@ def _pull_back(
     write_derivatives(a, b, None, computed, grad, plan.problem, by_a, by_b)
     for side, sums, out in zip((q, p), (by_q, by_p), (by_a, by_b), strict=True):
         if out is not None:
-            add_to_tensors(side, sums, rows, out if plan.keep is None else torch.where(plan.keep[rows], out, 0.0))
+            add_to_tensors(side, sums, rows, out if plan.keep is None else out.masked_fill_(~plan.keep[rows], 0.0))
 
 
 def _drop(plan: Plan, outs: tuple[Tensor | None, ...]) -> None:

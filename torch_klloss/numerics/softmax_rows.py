@@ -2,7 +2,7 @@
 
 A difference of two numbers is the fastest form of a divergence, in float32 where the numbers are not much larger than
 their difference, else in float64; where the float64 numbers cancel too, `softmax_pairs` computes the row. Off the CPU
-no number can be looked at without a wait, and `softmax_pairs` computes all rows.
+no number can be looked at without a wait: `softmax_wide` computes all rows where it can, and `softmax_pairs` elsewhere.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torch_klloss.numerics import softmax_wide
 from torch_klloss.numerics.softmax_differences import by_differences, write_by_differences
 from torch_klloss.numerics.softmax_pairs import (
     Arithmetic,
@@ -54,6 +55,8 @@ class Computed:
 
 def compute(a: Tensor, b: Tensor, index: Tensor | None, problem: Problem) -> Computed:
     """Return the rows of logits a and b, `[rows, classes]`; on the CPU only of those at the index, in its order."""
+    if softmax_wide.is_wide(a):
+        return Computed(torch.stack(softmax_wide.compute(a, b, problem)), None)
     if not a.is_cpu:
         return Computed(torch.stack(_careful(a, b, None, problem, wide_dtype(a))), None)
     num_rows = len(a) if index is None else len(index)
@@ -108,6 +111,9 @@ def write_derivatives(
 ) -> None:  # fmt: skip
     """Write grad, `[rows, 1]`, times the derivatives into `by_a` and `by_b`."""
     rows = Rows(*computed.rows)
+    if softmax_wide.is_wide(a):
+        softmax_wide.write_derivatives(a, b, rows, grad, problem, by_a, by_b)
+        return
     if computed.kind is None:
         _write(a, b, None, rows, grad, problem, wide_dtype(a), by_a, by_b)
         return
@@ -125,6 +131,11 @@ def write_derivatives(
             continue
         write = write_by_differences if number else _write
         write(a, b, some, chosen, g, problem, dtype, by_a, by_b)
+
+
+def rows_dtype(a: Tensor) -> torch.dtype:
+    """Return the dtype of `Computed.rows`."""
+    return torch.float64 if a.is_cpu or softmax_wide.is_wide(a) else wide_dtype(a)
 
 
 def wide_dtype(a: Tensor) -> torch.dtype:
