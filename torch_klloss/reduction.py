@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from torch_klloss.distributions.tensors import replace_examples
+from torch_klloss.distributions.batch_dims import replace_examples
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.numerics.arguments import check_integer
 from torch_klloss.numerics.devices import can_be_read

@@ -6,7 +6,8 @@ from torch.distributions import Bernoulli, Binomial, Categorical, ContinuousBern
 
 from torch_klloss import kl_divergence
 from torch_klloss.distributions.given import as_given
-from torch_klloss.distributions.tensors import copy_with, in_full_precision
+from torch_klloss.distributions.precision import in_full_precision
+from torch_klloss.distributions.tensors import copy_with
 
 BINARY = [Bernoulli, Binomial, ContinuousBernoulli, Geometric, NegativeBinomial]
 LOGITS = torch.tensor([50.0, -30.0, 0.3])

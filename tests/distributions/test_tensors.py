@@ -9,16 +9,9 @@ import torch.distributions as dist
 from torch.distributions import Independent, Normal
 
 from tests.families import FAMILIES
-from torch_klloss.distributions.tensors import (
-    copy_with,
-    device_of,
-    dtype_of,
-    in_full_precision,
-    replace_examples,
-    tensors_of,
-    unvalidated,
-    with_batch_dim,
-)
+from torch_klloss.distributions.batch_dims import replace_examples, with_batch_dim
+from torch_klloss.distributions.precision import in_full_precision
+from torch_klloss.distributions.tensors import copy_with, device_of, dtype_of, tensors_of, unvalidated
 
 
 @pytest.mark.parametrize("f", FAMILIES, ids=lambda f: f.name)

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from torch_klloss import AnalyticKL, AutoKL, KLLoss, MonteCarloKL, has_closed_form, kl_divergence
+from torch_klloss.distributions.precision import in_floating_point, in_full_precision
 from torch_klloss.distributions.stated_supports import is_discrete
-from torch_klloss.distributions.tensors import in_floating_point, in_full_precision
 from torch_klloss.methods import ClosedForm, Enumeration, MonteCarlo, Quadrature
 
 tensor = torch.tensor

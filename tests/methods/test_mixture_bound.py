@@ -23,7 +23,7 @@ from torch.distributions import (
 )
 
 from torch_klloss import AutoKL
-from torch_klloss.distributions.tensors import with_batch_dim
+from torch_klloss.distributions.batch_dims import with_batch_dim
 from torch_klloss.methods import MixtureBound
 
 F64 = torch.float64

@@ -12,8 +12,9 @@ from torch_klloss.callbacks.history import History
 from torch_klloss.callbacks.latent import kl_per_unit, mutual_information, posterior_means
 from torch_klloss.callbacks.moments import Moments
 from torch_klloss.callbacks.watching import AllRanks, LossWatcher
+from torch_klloss.distributions.batch_dims import expand_to
 from torch_klloss.distributions.checks import check_pair
-from torch_klloss.distributions.tensors import device_of, expand_to
+from torch_klloss.distributions.tensors import device_of
 from torch_klloss.losses import Call
 from torch_klloss.numerics.arguments import check_flag, check_integer, check_number
 from torch_klloss.rng import private_rng

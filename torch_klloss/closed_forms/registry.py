@@ -18,17 +18,9 @@ from torch.distributions.kl import _KL_REGISTRY as _TORCH_RULES
 
 from torch_klloss.distributions.checks import check_common_measure, check_pair, type_name
 from torch_klloss.distributions.domains import where_outside
+from torch_klloss.distributions.precision import HALF, in_floating_point, pair_in_full_precision
 from torch_klloss.distributions.simplify import peel, simplify
-from torch_klloss.distributions.tensors import (
-    HALF,
-    device_of,
-    dtype_of,
-    in_floating_point,
-    lacks_float64,
-    on_host,
-    on_shared_device,
-    pair_in_full_precision,
-)
+from torch_klloss.distributions.tensors import device_of, dtype_of, lacks_float64, on_host, on_shared_device
 from torch_klloss.estimate import NoRouteError, NotCertifiedError
 from torch_klloss.numerics.dimensions import common_shape, sum_last
 from torch_klloss.numerics.tracing import is_traced

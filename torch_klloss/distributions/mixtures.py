@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.distributions import Distribution, MixtureSameFamily, TransformedDistribution
 
-from torch_klloss.distributions.tensors import with_batch_dim
+from torch_klloss.distributions.batch_dims import with_batch_dim
 from torch_klloss.distributions.transforms import elementwise, is_injective, parts_of
 
 

@@ -14,8 +14,9 @@ from torch.distributions import Distribution
 from torch_klloss.distributions.checks import check_pair, type_name
 from torch_klloss.distributions.densities import log_density, log_density_within
 from torch_klloss.distributions.located import Located
+from torch_klloss.distributions.precision import pair_in_full_precision
 from torch_klloss.distributions.simplify import peel
-from torch_klloss.distributions.tensors import device_of, pair_in_full_precision, unvalidated
+from torch_klloss.distributions.tensors import device_of, unvalidated
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.rng import draw_seed, private_rng
 from torch_klloss.samplers import IID, Points

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from torch_klloss.distributions.batch_dims import expand_to
 from torch_klloss.distributions.checks import check_pair, type_name
 from torch_klloss.distributions.densities import log_density, log_density_within
 from torch_klloss.distributions.located import Located
+from torch_klloss.distributions.precision import pair_in_full_precision
 from torch_klloss.distributions.reach import check_dropped, has_path, log_density_with_fixed_parameters
 from torch_klloss.distributions.stated_supports import is_discrete
 from torch_klloss.distributions.supports import check_log_prob, contained, has_moving_support
-from torch_klloss.distributions.tensors import device_of, expand_to, pair_in_full_precision, unvalidated
+from torch_klloss.distributions.tensors import device_of, unvalidated
 from torch_klloss.elbo.batches import batch_of
 from torch_klloss.elbo.likelihoods import negative_log_prob
 from torch_klloss.numerics.arguments import check_generator, check_integer, check_tensors

@@ -12,9 +12,10 @@ from torch.distributions import Bernoulli, Distribution, Independent, constraint
 from torch.nn import functional
 
 from torch_klloss.distributions.checks import type_name
+from torch_klloss.distributions.precision import in_full_precision
 from torch_klloss.distributions.stated_supports import support_of
 from torch_klloss.distributions.supports import log_prob_at
-from torch_klloss.distributions.tensors import dtype_of, in_full_precision, unvalidated
+from torch_klloss.distributions.tensors import dtype_of, unvalidated
 from torch_klloss.numerics.arguments import check_word
 from torch_klloss.numerics.custom_gradient import custom_gradient
 from torch_klloss.numerics.devices import can_be_read

@@ -14,16 +14,11 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.utils.hooks import RemovableHandle
 
+from torch_klloss.distributions.batch_dims import replace_examples
 from torch_klloss.distributions.checks import built_first, check_pair, type_name
+from torch_klloss.distributions.precision import in_full_precision, pair_in_full_precision
 from torch_klloss.distributions.reach import check_dropped, hidden_parameters
-from torch_klloss.distributions.tensors import (
-    device_of,
-    dtype_of,
-    in_full_precision,
-    pair_in_full_precision,
-    replace_examples,
-    tensors_of,
-)
+from torch_klloss.distributions.tensors import device_of, dtype_of, tensors_of
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.methods import Method
 from torch_klloss.methods.base import as_method

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from torch_klloss.distributions.checks import check_pair, type_name
-from torch_klloss.distributions.tensors import device_of, in_floating_point, is_transparent, on_host, on_shared_device
+from torch_klloss.distributions.precision import in_floating_point
+from torch_klloss.distributions.tensors import device_of, is_transparent, on_host, on_shared_device
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.estimate import NotCertifiedError as NotCertifiedError  # methods raise it, and closed forms too
 from torch_klloss.numerics.dimensions import sum_last

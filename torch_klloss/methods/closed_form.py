@@ -13,8 +13,9 @@ from torch.distributions import Distribution
 
 from torch_klloss.closed_forms.registry import Resolution, evaluate, has_formula, refuse, resolve
 from torch_klloss.distributions.checks import check_pair
+from torch_klloss.distributions.precision import in_floating_point
 from torch_klloss.distributions.supports import check_log_prob
-from torch_klloss.distributions.tensors import device_of, in_floating_point, on_shared_device, unvalidated
+from torch_klloss.distributions.tensors import device_of, on_shared_device, unvalidated
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.methods.base import BaseMethod
 from torch_klloss.rng import private_rng

@@ -17,10 +17,11 @@ from torch.distributions import (
     Normal,
 )
 
+from torch_klloss.distributions.batch_dims import with_batch_dim
 from torch_klloss.distributions.checks import check_common_measure, type_name
 from torch_klloss.distributions.domains import nan_outside
 from torch_klloss.distributions.simplify import flatten_independent, peel
-from torch_klloss.distributions.tensors import device_of, dtype_of, lacks_float64, with_batch_dim
+from torch_klloss.distributions.tensors import device_of, dtype_of, lacks_float64
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.methods.base import BaseMethod, estimate_on_host
 from torch_klloss.methods.closed_form import ClosedForm

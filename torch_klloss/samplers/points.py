@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from torch_klloss.distributions.tensors import HALF, dtype_of
+from torch_klloss.distributions.precision import HALF
+from torch_klloss.distributions.tensors import dtype_of
 from torch_klloss.numerics.dimensions import sum_last
 
 

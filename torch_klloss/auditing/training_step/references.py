@@ -21,8 +21,9 @@ from torch_klloss.auditing.explanation.mistake import ANALYTIC, CATEGORICAL, SAM
 from torch_klloss.auditing.explanation.mistakes import CATALOGUE
 from torch_klloss.auditing.training_step.pairs import Pair
 from torch_klloss.distributions.checks import check_pair
+from torch_klloss.distributions.precision import pair_in_full_precision
 from torch_klloss.distributions.simplify import simplify
-from torch_klloss.distributions.tensors import pair_in_full_precision, tensors_of
+from torch_klloss.distributions.tensors import tensors_of
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.losses import AutoKL
 from torch_klloss.methods import MonteCarlo, Quadrature

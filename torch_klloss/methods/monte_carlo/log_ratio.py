@@ -13,8 +13,8 @@ from torch.distributions import Distribution
 
 from torch_klloss.distributions.located import Located
 from torch_klloss.distributions.maps import fixed
+from torch_klloss.distributions.precision import full_precision
 from torch_klloss.distributions.supports import check_log_prob
-from torch_klloss.distributions.tensors import full_precision
 from torch_klloss.methods.monte_carlo.chunks import Expectation, expectation_in_chunks
 from torch_klloss.methods.monte_carlo.gradients import REPARAMETERISED, Draw, advantage, by_score, null_ratio
 from torch_klloss.methods.monte_carlo.plan import Plan, PreparedPair

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from torch_klloss.distributions.batch_dims import expand_to
 from torch_klloss.distributions.checks import check_common_measure, check_pair, type_name
 from torch_klloss.distributions.domains import nan_outside
 from torch_klloss.distributions.impossible import lacks_an_outcome
@@ -18,7 +19,7 @@ from torch_klloss.distributions.simplify import peel, simplify, wrap
 from torch_klloss.distributions.stated_supports import is_discrete
 from torch_klloss.distributions.supports import contained, has_moving_support
 from torch_klloss.distributions.tails import is_infinite
-from torch_klloss.distributions.tensors import device_of, expand_to, unvalidated
+from torch_klloss.distributions.tensors import device_of, unvalidated
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.methods.base import BaseMethod
 from torch_klloss.methods.monte_carlo.chunks import Expectation, check_chunk_size

@@ -12,8 +12,9 @@ from torch.distributions import Distribution
 from torch_klloss.distributions.checks import type_name
 from torch_klloss.distributions.densities import log_density, log_density_within
 from torch_klloss.distributions.located import Located, located
+from torch_klloss.distributions.precision import full_precision
 from torch_klloss.distributions.supports import has_moving_support
-from torch_klloss.distributions.tensors import copy_with, full_precision
+from torch_klloss.distributions.tensors import copy_with
 from torch_klloss.samplers import Sampler
 
 

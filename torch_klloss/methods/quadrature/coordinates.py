@@ -7,9 +7,9 @@ exponentials there, which a Gauss rule integrates to rounding, and every scale o
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,28 +20,28 @@ _NEAREST = -300 * math.log(10)
 _RESOLUTION = -34 * math.log(2)  # nearer to an end other than 0, float64 has too few digits for the distance
 
 
-class Coordinate(Protocol):
+class Coordinate(ABC):
     """A map from v to points x of a support, one for every integral; its parameters broadcast to `[*integrals]`."""
 
+    @abstractmethod
     def points(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """Return x and log dx/dv; gradients flow into the ends of the support."""
-        ...
 
+    @abstractmethod
     def inverse(self, x: Tensor) -> Tensor:
         """Return v; infinite or NaN outside the support."""
-        ...
 
+    @abstractmethod
     def limits(self) -> tuple[Tensor, Tensor]:
         """Return the least and the greatest v that float64 can follow."""
-        ...
 
     def log_distance(self, v: Tensor) -> Tensor:
-        """Return what grows or falls like the logarithm of the distance, towards either end."""
-        ...
+        """Return what grows or falls like the logarithm of the distance, towards either end: v itself."""
+        return v
 
 
 @dataclass(frozen=True)
-class Line:
+class Line(Coordinate):
     """x = centre + scale sinh v."""
 
     centre: Tensor
@@ -61,13 +61,9 @@ class Line:
         end = (_FARTHEST - self.scale.log()).min().clamp_max(_FAR)  # one for all, so that a grid of v is shared
         return -end, end
 
-    def log_distance(self, v: Tensor) -> Tensor:
-        """Return v."""
-        return v
-
 
 @dataclass(frozen=True)
-class HalfLine:
+class HalfLine(Coordinate):
     """x = end + sign exp v."""
 
     end: Tensor
@@ -87,13 +83,9 @@ class HalfLine:
         nearest = _log_nearest(self.end.detach())
         return nearest, torch.full_like(nearest, _FARTHEST)
 
-    def log_distance(self, v: Tensor) -> Tensor:
-        """Return v."""
-        return v
-
 
 @dataclass(frozen=True)
-class Interval:
+class Interval(Coordinate):
     """x = lower + (upper - lower) sigmoid v."""
 
     lower: Tensor
@@ -114,13 +106,9 @@ class Interval:
         length = (self.upper - self.lower).detach().log()
         return _log_nearest(self.lower.detach()) - length, length - _log_nearest(self.upper.detach())
 
-    def log_distance(self, v: Tensor) -> Tensor:
-        """Return v."""
-        return v
-
 
 @dataclass(frozen=True)
-class Segment:
+class Segment(Coordinate):
     """x = centre + v, for a density that does not vanish at the ends of its support."""
 
     lower: Tensor
@@ -139,13 +127,9 @@ class Segment:
         """Return the ends of v."""
         return self.inverse(self.lower), self.inverse(self.upper)
 
-    def log_distance(self, v: Tensor) -> Tensor:
-        """Return v."""
-        return v
-
 
 @dataclass(frozen=True)
-class Shifted:
+class Shifted(Coordinate):
     """Another coordinate, whose v is offset + stretch v."""
 
     inner: Coordinate
@@ -172,7 +156,7 @@ class Shifted:
 
 
 @dataclass(frozen=True)
-class Mixed:
+class Mixed(Coordinate):
     """One coordinate for the integrals in `mask`, another one for the others."""
 
     mask: Tensor

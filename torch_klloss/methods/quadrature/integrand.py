@@ -9,20 +9,13 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, MixtureSameFamily, VonMises
 
+from torch_klloss.distributions.batch_dims import flattened, select
 from torch_klloss.distributions.checks import type_name
 from torch_klloss.distributions.densities import log_density, point_inside
 from torch_klloss.distributions.mixtures import with_components_outside
+from torch_klloss.distributions.precision import in_float64
 from torch_klloss.distributions.supports import bounds_of
-from torch_klloss.distributions.tensors import (
-    NotSelectableError,
-    copy_with,
-    device_of,
-    flattened,
-    in_float64,
-    is_transparent,
-    select,
-    unvalidated,
-)
+from torch_klloss.distributions.tensors import NotSelectableError, copy_with, device_of, is_transparent, unvalidated
 
 
 @dataclass(frozen=True)
@@ -95,7 +88,7 @@ class Integrand:
         return batch.unsqueeze(-1) if self.is_mixture else batch
 
     def select(self, index: Tensor, leaves: list[tuple[Tensor, Tensor]] | None = None) -> Integrand:
-        """Return some elements of a flat batch; `leaves` as in `torch_klloss.distributions.tensors.select`."""
+        """Return some elements of a flat batch; `leaves` as in `torch_klloss.distributions.batch_dims.select`."""
         q, p = select(self.q, index, leaves), select(self.p, index, leaves)
         return Integrand(q, p, self.contains_support, q.batch_shape, True)
 

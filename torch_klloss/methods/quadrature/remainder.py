@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, MixtureSameFamily
 
+from torch_klloss.distributions.batch_dims import with_batch_dim
 from torch_klloss.distributions.densities import log_density
 from torch_klloss.distributions.supports import bounds_of
-from torch_klloss.distributions.tensors import with_batch_dim
 from torch_klloss.methods.quadrature.coordinates import Coordinate
 from torch_klloss.methods.quadrature.integrand import Integrand
 from torch_klloss.methods.quadrature.rules import weigh

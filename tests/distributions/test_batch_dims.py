@@ -17,7 +17,9 @@ from torch.distributions import (
     constraints,
 )
 
-from torch_klloss.distributions.tensors import NotSelectableError, flattened, in_float64, select
+from torch_klloss.distributions.batch_dims import flattened, select
+from torch_klloss.distributions.precision import in_float64
+from torch_klloss.distributions.tensors import NotSelectableError
 
 SHAPE = torch.Size([2, 3])
 
