@@ -1,7 +1,6 @@
 """Laws that every elementary pair obeys: shapes, derivatives, equality, NaN, extreme parameters."""
 
 import math
-import textwrap
 
 import pytest
 import torch
@@ -21,7 +20,6 @@ from torch.distributions import (
 )
 
 from tests.closed_forms.checks import DTYPES, t64, value_and_gradients
-from tests.processes import run
 from tests.references.elementary import REFERENCES
 from tests.references.harness import draw
 from torch_klloss import kl_divergence
@@ -140,41 +138,6 @@ def differentiate_twice(reference, q, p, kl):
     params = [t.clone().requires_grad_(not c) for t, c in zip(q + p, constants, strict=True)]
     assert torch.autograd.gradcheck(kl, params)
     assert torch.autograd.gradgradcheck(kl, params, atol=1e-4 if "Gumbel" in reference.name else 1e-5)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("part", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
-def test_compile_makes_one_graph_with_the_same_values_and_gradients_in_a_fresh_process(part):
-    script = """
-        import json, torch
-        from torch.distributions import Distribution
-        from tests.references.elementary import REFERENCES
-        from tests.references.harness import draw
-        from torch_klloss import kl_divergence
-        torch.set_num_threads(1)
-        errors = {}
-        for reference in REFERENCES[%d::2]:
-            wide, near = (draw(reference, regime, torch.float64, 20) for regime in ("moderate", "near"))
-            sides = [
-                {k: torch.cat((one[k], other[k])).detach().requires_grad_(k not in reference.constants) for k in one}
-                for one, other in zip(wide, near)
-            ]
-            leaves = [t for side in sides for t in side.values() if t.requires_grad]
-            build = lambda q, p: kl_divergence(*reference.build(q, p))
-            torch._dynamo.reset()  # which compiles one function a few times only
-            found = []
-            for kl in (build, torch.compile(build, fullgraph=True, backend="eager")):
-                value = kl(*sides)
-                found.append((value.detach(), torch.autograd.grad(value.sum(), leaves)))
-            (value, grads), (again, again_grads) = found
-            largest = sum(g.abs().reshape(40, -1).amax(-1) for g in grads)
-            off = sum((g - a).abs().reshape(40, -1).amax(-1) for g, a in zip(grads, again_grads))
-            errors[reference.name] = [float(((again - value) / value).abs().max()), float((off / largest).max())]
-        print(json.dumps(errors))
-    """
-    errors = run(textwrap.dedent(script % part))
-    assert len(errors) == len(REFERENCES[part::2])
-    assert all(value <= 1e-14 and gradient <= 1e-9 for value, gradient in errors.values()), errors
 
 
 @DTYPES

@@ -1,7 +1,6 @@
 """Gamma, Beta, Dirichlet, ContinuousBernoulli, VonMises and Wishart, each against its own family: edges and laws."""
 
 import math
-import textwrap
 from functools import partial
 
 import mpmath
@@ -20,7 +19,6 @@ from torch.distributions import (
 )
 from torch.distributions import kl_divergence as torch_kl
 
-from tests.processes import run
 from tests.references.gamma_family import REFERENCES
 from tests.references.harness import draw
 from torch_klloss import kl_divergence
@@ -118,38 +116,6 @@ def test_vmap_gives_what_a_batch_gives(reference, monkeypatch):
     by_vmap = torch.func.vmap(torch.func.grad(kl, argnums=tuple(range(len(params)))))(*params)
     for one, other in zip(by_vmap, grads, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("part", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
-def test_compile_makes_one_graph_with_the_same_values_and_gradients_in_a_fresh_process(part):
-    script = """
-        import json, torch
-        from tests.references.gamma_family import REFERENCES
-        from tests.references.harness import draw
-        from torch_klloss import kl_divergence
-        torch.set_num_threads(1)
-        errors = {}
-        for reference in REFERENCES[%d::2]:
-            wide, near = (draw(reference, regime, torch.float64, 20) for regime in ("wide", "near"))
-            sides = [
-                {key: torch.cat((one[key], other[key])).detach().requires_grad_() for key in one}
-                for one, other in zip(wide, near)
-            ]
-            leaves = [t for side in sides for t in side.values()]
-            found = []
-            for kl in (kl_divergence, torch.compile(kl_divergence, fullgraph=True, backend="eager")):
-                value = kl(*reference.build(*sides))
-                found.append((value.detach(), torch.autograd.grad(value.sum(), leaves)))
-            (value, grads), (again, again_grads) = found
-            largest = sum(g.abs().reshape(40, -1).amax(-1) for g in grads)
-            off = sum((g - a).abs().reshape(40, -1).amax(-1) for g, a in zip(grads, again_grads))
-            errors[reference.name] = [float(((again - value) / value).abs().max()), float((off / largest).max())]
-        print(json.dumps(errors))
-    """
-    errors = run(textwrap.dedent(script % part))
-    assert len(errors) == len(REFERENCES[part::2])
-    assert all(value <= 64 * EPS and gradient <= 1e-9 for value, gradient in errors.values()), errors
 
 
 @SCALAR_PAIRS

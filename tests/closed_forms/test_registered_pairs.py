@@ -18,10 +18,7 @@ from torch.distributions import kl_divergence as torch_kl
 from torch.distributions.kl import _KL_REGISTRY
 
 from tests.families import FAMILIES, Family, Space
-from tests.processes import chunks, run
-from tests.references import elementary, gamma_family
 from torch_klloss import kl_divergence
-from torch_klloss.closed_forms.cross_family import registration
 from torch_klloss.closed_forms.cross_family.registration import FORMULAS
 from torch_klloss.closed_forms.registry import _RULES
 
@@ -127,22 +124,15 @@ def by_function(types: tuple[type[Distribution], type[Distribution]]) -> set[obj
     return {code, *((code, cls) for cls in types)}
 
 
-def by_kind(types: tuple[type[Distribution], type[Distribution]]) -> set[object]:
-    """Return the function of a pair of like families, the file of another, and the families whose moments it takes."""
-    code = code_of(types)
-    moments = {(code, cls) for cls in types if code.co_filename == registration.__file__}
-    return {code if types[0] is types[1] else code.co_filename, *moments}
-
-
 @cache
-def representatives(parts_of: Callable[[tuple[type[Distribution], type[Distribution]]], set[object]]) -> frozenset[str]:
+def representatives() -> frozenset[str]:
     """Return pairs that have all parts together: those first that add most, so that few suffice."""
     kept, seen = set(), set()
     for num_new in (3, 2, 1):
         for types in OURS:
-            if len(parts_of(types) - seen) >= num_new:
+            if len(by_function(types) - seen) >= num_new:
                 kept.add(name_of(types))
-                seen |= parts_of(types)
+                seen |= by_function(types)
     return frozenset(kept)
 
 
@@ -161,7 +151,7 @@ def pairs_with_batches():
     """Return the pairs with batch shapes: in every run all of a representative, and one of any other, in turn."""
     for i, (name, pair) in enumerate(PAIRS.items()):
         for j, batches in enumerate(BATCHES):
-            often = name in representatives(by_function) or i % len(BATCHES) == j
+            often = name in representatives() or i % len(BATCHES) == j
             marks = [] if often else [pytest.mark.exhaustive]
             yield pytest.param(pair, *batches, id=f"{name}-{j}", marks=marks)
 
@@ -254,53 +244,3 @@ def test_the_sweep_rejects_the_shapes_of_torch(name):
     pair = replace(PAIRS[name], rule=torch_kl)
     with pytest.raises((AssertionError, RuntimeError)):
         test_batch_shapes_broadcast_to_the_kl_of_every_element(pair, (3,), (2, 1))
-
-
-COMPILE = """
-import gc, json, torch
-torch.set_num_threads(1)
-from tests.closed_forms.test_registered_pairs import PAIRS
-
-gc.freeze()  # a collection need not pass over what was imported
-wrong = {}
-for name in %r:
-    pair = PAIRS[name]
-    parameters = pair.parameters((3,), (3,))
-    torch.compiler.reset()
-    try:
-        value = torch.compile(pair.kl, fullgraph=True, backend="eager")(*parameters)
-        torch.testing.assert_close(value, pair.kl(*parameters), rtol=1e-10, atol=1e-12)
-    except Exception as error:
-        wrong[name] = f"{type(error).__name__}: {error}"[:300]
-print(json.dumps(wrong))
-"""
-
-WITH_GRADIENTS = {name_of((r.type_q, r.type_p)) for r in (*elementary.REFERENCES[::2], *gamma_family.REFERENCES[::2])}
-"""The pairs that `test_elementary.py` and `test_gamma_family.py` compile, in every run."""
-TRACED = [name for name, pair in PAIRS.items() if pair.traced]
-IN_EVERY_RUN = [
-    name
-    for name in TRACED
-    if name not in WITH_GRADIENTS and (name in representatives(by_kind) or name not in map(name_of, OURS))
-]
-THE_REST = [name for name in TRACED if name not in IN_EVERY_RUN]
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("names", chunks(IN_EVERY_RUN, 2), ids=["0", "1"])
-def test_a_pair_of_every_kind_compiles_to_one_graph_in_a_fresh_process(names):
-    assert run(COMPILE % names) == {}
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("names", chunks(THE_REST, 6), ids=map(str, range(6)))
-def test_every_other_pair_compiles_as_well(names):
-    assert run(COMPILE % names) == {}
-
-
-def test_every_kind_is_compiled_in_every_run():
-    traced = [types for types in OURS if name_of(types) in TRACED]
-    compiled = [types for types in traced if name_of(types) in WITH_GRADIENTS.union(IN_EVERY_RUN)]
-    assert set().union(*map(by_kind, compiled)) == set().union(*map(by_kind, traced))
-    assert {cls for types in compiled for cls in types} == {cls for types in traced for cls in types}
-    assert len(compiled) < len(traced) / 4
