@@ -144,7 +144,7 @@ def disagreements() -> list[str]:
     """Return the disagreements: wrong logged values, or weights that the callbacks changed."""
     named = callbacks()
     watchers = [named[name] for name in ("EstimatorGap", "PosteriorCollapse", "KLRoute")]
-    plain, watched = train(2 * BLOCK + 1, [], None), train(2 * BLOCK + 1, watchers, None)
+    plain, watched = train(BLOCK + 1, [], None), train(BLOCK + 1, watchers, None)
     wrong = []
     if not all(torch.equal(a, b) for a, b in zip(plain.parameters(), watched.parameters(), strict=True)):
         wrong.append("the weights differ from a training without callbacks")

@@ -249,7 +249,7 @@ def main() -> int:
     rounds, num_runs = (1, 1) if arguments.quick else (20, NUM_RUNS)
     rows: list[Row] = []
     disagreements: list[str] = []
-    for case in cases():
+    for case in cases()[:: 3 if arguments.quick else 1]:
         own, wrong = measure(case, rounds, num_runs)
         rows, disagreements = rows + own, disagreements + wrong
         show(case.name, own, COLUMNS)

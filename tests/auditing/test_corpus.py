@@ -257,40 +257,46 @@ def has_wrong_gradient(loss: Loss, measured: Measured) -> bool:
 
 
 def entries(corpus: tuple[Loss, ...]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("loss", corpus, ids=lambda loss: loss.name)
+    """Run a test for every loss with one seed in every run, and with the others in `make test-all`."""
+    cases = [
+        pytest.param(loss, seed, id=f"{loss.name}-{seed}", marks=pytest.mark.exhaustive if seed else ())
+        for loss in corpus
+        for seed in seeds(loss)
+    ]
+    return pytest.mark.parametrize(("loss", "seed"), cases)
 
 
 @entries(CORRECT)
-def test_a_correct_loss_has_the_exact_value_and_gradient_and_half_as_much_again_has_not(loss):
-    for seed in seeds(loss):
-        measured = measure(loss, seed)
-        assert has_right_value(loss, measured), seed
-        assert has_right_gradient(loss, measured), seed
-        twin = Measured(Result(*(1.5 * each for each in measured.calls)), measured.exact)
-        assert not has_right_value(loss, twin), seed
-        assert has_wrong_value(twin), seed
-        assert has_wrong_gradient(loss, twin) or not sides(loss), seed
-        assert not (has_right_gradient(loss, twin) and sides(loss)), seed
+def test_a_correct_loss_has_the_exact_value_and_gradient_and_half_as_much_again_has_not(loss, seed):
+    measured = measure(loss, seed)
+    assert has_right_value(loss, measured)
+    assert has_right_gradient(loss, measured)
+    twin = Measured(Result(*(1.5 * each for each in measured.calls)), measured.exact)
+    assert not has_right_value(loss, twin)
+    assert has_wrong_value(twin)
+    assert has_wrong_gradient(loss, twin) or not sides(loss)
+    assert not (has_right_gradient(loss, twin) and sides(loss))
 
 
 @entries(WRONG)
-def test_a_wrong_loss_is_wrong_as_it_says(loss):
-    for seed in seeds(loss):
-        measured = measure(loss, seed)
-        assert has_wrong_value(measured) if loss.value_wrong else has_right_value(loss, measured), seed
-        assert has_wrong_gradient(loss, measured) if loss.gradient_wrong else has_right_gradient(loss, measured), seed
+def test_a_wrong_loss_is_wrong_as_it_says(loss, seed):
+    measured = measure(loss, seed)
+    assert has_wrong_value(measured) if loss.value_wrong else has_right_value(loss, measured)
+    assert has_wrong_gradient(loss, measured) if loss.gradient_wrong else has_right_gradient(loss, measured)
 
 
 @entries(tuple(loss for loss in WRONG if loss.expectation is not None))
-def test_a_wrong_loss_returns_what_it_is_said_to_return(loss):
-    for seed in seeds(loss):
-        measured, pair = measure(loss, seed), pair_of(loss, seed)
-        expected = loss.expectation(pair.q, pair.p).detach().reshape(-1)
-        assert agrees(measured.calls.value, expected, loss.tolerance), seed
-        assert differs(1.5 * measured.calls.value + 0.1, expected), seed
+def test_a_wrong_loss_returns_what_it_is_said_to_return(loss, seed):
+    measured, pair = measure(loss, seed), pair_of(loss, seed)
+    expected = loss.expectation(pair.q, pair.p).detach().reshape(-1)
+    assert agrees(measured.calls.value, expected, loss.tolerance)
+    assert differs(1.5 * measured.calls.value + 0.1, expected)
 
 
-@entries(tuple(loss for loss in WRONG if loss.inputs == "extreme"))
+EXTREME = [loss for loss in WRONG if loss.inputs == "extreme"]
+
+
+@pytest.mark.parametrize("loss", EXTREME, ids=lambda loss: loss.name)
 def test_what_is_wrong_at_extremes_alone_is_right_elsewhere_and_others_are_right_there(loss):
     ordinary = replace(loss, inputs="ordinary", tolerance=1e-6)
     assert has_right_value(ordinary, measure(ordinary, 0))
@@ -399,7 +405,7 @@ BREAKS: dict[str, Callable[[Loss], bool]] = {
 }
 
 
-@entries(BROKEN)
+@pytest.mark.parametrize("loss", BROKEN, ids=lambda loss: loss.name)
 def test_a_broken_loss_is_broken_as_it_says(loss):
     assert loss.mistakes
     assert all(BREAKS[mistake](loss) for mistake in loss.mistakes)

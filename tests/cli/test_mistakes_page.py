@@ -32,7 +32,7 @@ def loss(signature, line):
 def test_a_wrong_line_is_told_by_its_name(mistake):
     num_dims = mistake.num_dims if mistake.num_dims > 2 else None
     wrong = loss(mistake.signature, mistake.wrong)
-    report = audit(wrong, signature=mistake.signature, budget=640, num_dims=num_dims)
+    report = audit(wrong, signature=mistake.signature, budget=320, num_dims=num_dims)
     told = {finding.id for finding in report.mistakes}
     told |= {name for finding in report.mistakes for name in finding.alternatives}
     assert mistake.id in told, report
