@@ -97,7 +97,13 @@ def named(report: AuditReport) -> list[frozenset[str]]:
 def traits(loss: Loss) -> set[str]:
     """Return what is wrong with a loss, what it takes, and the other ways in which losses of the corpora differ."""
     drawn = "drawn" if loss.stochastic else "exact"
-    return {*loss.mistakes, f"{loss.takes} {loss.family} {drawn}", f"{loss.reduction} {drawn}", loss.gradient, loss.inputs}
+    return {
+        *loss.mistakes,
+        f"{loss.takes} {loss.family} {drawn}",
+        f"{loss.reduction} {drawn}",
+        loss.gradient,
+        loss.inputs,
+    }
 
 
 @pytest.mark.parametrize("loss", one_of_each(CORRECT, traits))
