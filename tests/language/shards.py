@@ -88,6 +88,4 @@ def work(rank, rendezvous, out):
 
 
 if __name__ == "__main__":
-    import torch._dynamo  # once, before the processes part
-
     multiprocessing.start_processes(work, sys.argv[1:3], nprocs=2, start_method="fork")

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from tests.processes import output
+from tests.processes import script
 from torch_klloss.language import VocabShards, log_probs_of, token_kl
 
 
@@ -50,7 +50,7 @@ def test_the_gradient_of_shards_cannot_be_differentiated_again_nor_transformed(o
 
 @pytest.mark.long
 def test_two_processes_have_the_value_and_each_its_own_gradient_once(tmp_path):
-    output("-m", "tests.language.shards", tmp_path / "meet", tmp_path / "out")
+    script("tests/language/shards.py", str(tmp_path / "meet"), str(tmp_path / "out"))
     for rank in (0, 1):
         found = json.loads((tmp_path / f"out.{rank}").read_text())
         assert "they overlap: one begins at 2 where the one before ends at 3" in found.pop("overlap")

@@ -86,7 +86,7 @@ def test_a_benchmark_confirms_its_numbers(name):
     assert script(f"benchmarks/{name}.py", "--quick")
 
 
-@pytest.mark.parametrize("prior", PRIORS)
+@pytest.mark.parametrize("prior", [*(pytest.param(p, marks=pytest.mark.exhaustive) for p in PRIORS[:-1]), PRIORS[-1]])
 def test_the_digits_vae_trains_with_a_prior_and_goes_on(main, capsys, tmp_path, prior):
     assert main("vae_digits", "--epochs", 2, "--prior", prior, "--out", tmp_path) == 0
     if prior == PRIORS[-1]:
@@ -138,7 +138,14 @@ def test_the_vae_trains_from_yaml(main, tmp_path):
     assert list(tmp_path.rglob("metrics.csv"))
 
 
-@pytest.mark.parametrize(("name", "status"), [("plain_mean", 0), ("weighted_twice", 1), ("missing", 2)])
+@pytest.mark.parametrize(
+    ("name", "status"),
+    [
+        pytest.param("plain_mean", 0, marks=pytest.mark.exhaustive),
+        pytest.param("weighted_twice", 1, marks=pytest.mark.exhaustive),  # tests/cli/test_audit.py runs both in a shell
+        ("missing", 2),
+    ],
+)
 def test_the_audit_of_a_file_leaves_with_its_verdict(main, name, status):
     assert main("torch_klloss", "audit", f"{EXAMPLES / 'audit_my_kl.py'}:{name}") == status
 
