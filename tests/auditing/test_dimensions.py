@@ -40,11 +40,11 @@ def test_every_fix_is_right_where_it_is_shown(name, num_dims):
     signature = SIGNATURES[name]
     given = name in ("log_probs", "samples")
     right = loss_of(signature.right.partition(", or with")[0], signature.roles)
-    report = audit(lambda *x: 3 * right(*x), signature=name, num_dims=num_dims, budget=320, gradient=False)
+    report = audit(lambda *x: 3 * right(*x), signature=name, num_dims=num_dims, budget=160, gradient=False)
     assert not report.ok
     line = fix_of(report)
     assert line
-    again = audit(loss_of(line, signature.roles), signature=name, num_dims=num_dims, budget=320, gradient=not given)
+    again = audit(loss_of(line, signature.roles), signature=name, num_dims=num_dims, budget=160, gradient=not given)
     assert again.ok, (line, str(again))
 
 
