@@ -20,8 +20,6 @@ from torch_klloss.cli.entry_point import main
 from torch_klloss.cli.pairs import RoutedPair, routes
 from torch_klloss.methods.monte_carlo.method import Gradient
 
-NUM_GRADIENTS = len(get_args(Gradient))
-
 
 @pytest.fixture
 def _untimed(monkeypatch):

@@ -5,7 +5,7 @@ The combinations are read off the options themselves, so that a new word needs a
 """
 
 import itertools
-from typing import NamedTuple, get_args
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, Distribution, Normal, constraints, kl_divergence
 
+from tests.methods.monte_carlo.moments import Moments
 from torch_klloss import samplers
 from torch_klloss.methods import MonteCarlo
 from torch_klloss.methods.monte_carlo import mixed, surrogates
@@ -38,14 +39,6 @@ class Quartic(Distribution):
 
     def log_prob(self, x: Tensor) -> Tensor:
         return -self.a * x**4 / 4 - self.b * x**2 / 2
-
-
-class Moments(NamedTuple):
-    """The expectation of an estimator's value, and of its gradients to the parameters of q and of p."""
-
-    value: Tensor
-    grad_q: Tensor
-    grad_p: Tensor
 
 
 def matches(actual: Moments, expected: Moments, tolerance: float = 1e-11) -> bool:

@@ -8,7 +8,6 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -28,6 +27,7 @@ from torch.distributions import (
     VonMises,
 )
 
+from tests.methods.monte_carlo.moments import Moments
 from torch_klloss.methods import Enumeration, MixtureBound, MonteCarlo
 from torch_klloss.samplers import IID, Points
 from torch_klloss.samplers.components import prepare_by_component
@@ -39,14 +39,6 @@ WEIGHTS = Normal(torch.zeros((), dtype=F64), 1.0).log_prob(NOISE).exp() * (NOISE
 # Logits, locations and log-scales of two components; then location and log-scale of p.
 Q_RAW = torch.tensor([0.4, -0.3, -0.8, 1.1, 0.1, -0.2], dtype=F64)
 P_RAW = torch.tensor([0.3, 0.4], dtype=F64)
-
-
-class Moments(NamedTuple):
-    """The expectation of an estimator's value, and of its gradients to the parameters of q and of p."""
-
-    value: Tensor
-    grad_q: Tensor
-    grad_p: Tensor
 
 
 @dataclass(frozen=True, eq=False)

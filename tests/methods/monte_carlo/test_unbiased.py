@@ -6,7 +6,6 @@ Each proof runs on the library's estimator and on its well-known wrong twins, wh
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -14,18 +13,11 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, Distribution, Normal, Uniform, kl_divergence
 
+from tests.methods.monte_carlo.moments import Moments
 from torch_klloss.methods import MonteCarlo
 from torch_klloss.samplers import Points
 
 Estimator = Callable[[Distribution, Distribution, Tensor], Tensor]
-
-
-class Moments(NamedTuple):
-    """The expectation of an estimator's value, and of its gradients to the parameters of q and of p."""
-
-    value: Tensor
-    grad_q: Tensor
-    grad_p: Tensor
 
 
 @dataclass(frozen=True, eq=False)
