@@ -28,7 +28,7 @@ def check_pair(q: Distribution, p: Distribution) -> torch.Size:
         _refuse_kind(q, p)
     if q.event_shape != p.event_shape:
         _refuse_event_shapes(q, p)
-    if q.batch_shape == p.batch_shape:
+    if q.batch_shape == p.batch_shape or not p.batch_shape:  # torch.broadcast_shapes takes its time
         return q.batch_shape
     try:
         return torch.broadcast_shapes(q.batch_shape, p.batch_shape)

@@ -98,7 +98,7 @@ def noise_in_blocks(
     """
     if num_draws <= BLOCK or is_traced():
         noise = make(num_draws)
-        return lambda start, stop: _rows(noise, start, stop)
+        return lambda start, stop: noise if stop - start == num_draws else _rows(noise, start, stop)
     num_blocks = -(-num_draws // BLOCK)
     seeds = torch.randint(2**63 - 1, (num_blocks,), device="cpu").tolist()
 

@@ -83,10 +83,10 @@ class Enumeration(BaseMethod):
         check_common_measure(q, p)
         if lacks_float64(q, p):
             return estimate_on_host(self, q, p, batch_shape)
-        dtype = dtype_of(q, p)
         inner_q, inner_p, peeled = peel(q, p)
         if batch_shape.numel() == 0 and self.supports(q, p) is not False:
-            return KLEstimate(torch.zeros(batch_shape, dtype=dtype, device=device_of(q)), exact=True, method=self.name)
+            nothing = torch.zeros(batch_shape, dtype=dtype_of(q, p), device=device_of(q))
+            return KLEstimate(nothing, exact=True, method=self.name)
         points = support_points(inner_q, self.max_support)
         if points is not None:
             value, bound, num_points = _finite_sum(inner_q, inner_p, points), None, len(points)
@@ -98,7 +98,7 @@ class Enumeration(BaseMethod):
                 f"got {type_name(q)}; use MonteCarloKL or AutoKL."
             )
         return KLEstimate(
-            sum_last(nan_outside(value, inner_q, inner_p), peeled).to(dtype).expand(batch_shape),
+            sum_last(nan_outside(value, inner_q, inner_p), peeled).to(dtype_of(q, p)).expand(batch_shape),
             exact=bound is None,
             error_bound=None if bound is None else sum_last(bound, peeled).expand(batch_shape),
             method=self.name,
