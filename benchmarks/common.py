@@ -26,7 +26,7 @@ def argument_parser(doc: str | None) -> argparse.ArgumentParser:
     """Return a parser with the options of every benchmark, described by the docstring of the script."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows to FILE")
-    parser.add_argument("--quick", action="store_true", help="a few seconds: checks everything, measures roughly")
+    parser.add_argument("--quick", action="store_true", help="a few seconds: fewer cases, measured roughly")
     return parser
 
 
