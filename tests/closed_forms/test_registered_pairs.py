@@ -19,6 +19,7 @@ from torch.distributions.kl import _KL_REGISTRY
 
 from tests.families import FAMILIES, Family, Space
 from torch_klloss import kl_divergence
+from torch_klloss.closed_forms.cross_family import registration
 from torch_klloss.closed_forms.cross_family.registration import FORMULAS
 from torch_klloss.closed_forms.registry import _RULES
 
@@ -124,15 +125,22 @@ def by_function(types: tuple[type[Distribution], type[Distribution]]) -> set[obj
     return {code, *((code, cls) for cls in types)}
 
 
+def by_kind(types: tuple[type[Distribution], type[Distribution]]) -> set[object]:
+    """Return the function of a pair of like families, the file of another, and the families whose moments it takes."""
+    code = code_of(types)
+    moments = {(code, cls) for cls in types if code.co_filename == registration.__file__}
+    return {code if types[0] is types[1] else code.co_filename, *moments}
+
+
 @cache
-def representatives() -> frozenset[str]:
+def representatives(parts_of: Callable[[tuple[type[Distribution], type[Distribution]]], set[object]]) -> frozenset[str]:
     """Return pairs that have all parts together: those first that add most, so that few suffice."""
     kept, seen = set(), set()
     for num_new in (3, 2, 1):
         for types in OURS:
-            if len(by_function(types) - seen) >= num_new:
+            if len(parts_of(types) - seen) >= num_new:
                 kept.add(name_of(types))
-                seen |= by_function(types)
+                seen |= parts_of(types)
     return frozenset(kept)
 
 
@@ -151,7 +159,7 @@ def pairs_with_batches():
     """Return the pairs with batch shapes: in every run all of a representative, and one of any other, in turn."""
     for i, (name, pair) in enumerate(PAIRS.items()):
         for j, batches in enumerate(BATCHES):
-            often = name in representatives() or i % len(BATCHES) == j
+            often = name in representatives(by_function) or i % len(BATCHES) == j
             marks = [] if often else [pytest.mark.exhaustive]
             yield pytest.param(pair, *batches, id=f"{name}-{j}", marks=marks)
 
@@ -175,7 +183,7 @@ def pairs_with_dtypes():
     dtypes = (torch.bfloat16, torch.float32, torch.float64, torch.float16)
     for i, (name, pair) in enumerate(PAIRS.items()):
         for j, dtype in enumerate(dtypes):
-            often = j == i % 3 or (j < 3 and name in representatives())
+            often = j == i % 3 or (j < 3 and name in representatives(by_function))
             marks = [] if often else [pytest.mark.exhaustive]
             yield pytest.param(pair, dtype, id=f"{name}-{dtype}", marks=marks)
 
