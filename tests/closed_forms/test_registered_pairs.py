@@ -108,7 +108,6 @@ def name_of(types: tuple[type[Distribution], type[Distribution]]) -> str:
 PAIRS = {
     name_of(types): Pair.of(*(INSTANCES[cls] for cls in types)) for types in TYPES if INSTANCES.keys() >= set(types)
 }
-every_pair = pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
 
 
 OURS = [types for types in TYPES if types in _RULES and name_of(types) in PAIRS]
@@ -144,6 +143,18 @@ def representatives(parts_of: Callable[[tuple[type[Distribution], type[Distribut
     return frozenset(kept)
 
 
+SAID_BEFORE = {name_of(types) for types in OURS} - representatives(by_function)
+"""Pairs of a function, and of families, that the pairs before have had together; `make test-all` takes them too."""
+
+every_pair = pytest.mark.parametrize(
+    "pair",
+    [
+        pytest.param(pair, id=name, marks=pytest.mark.exhaustive if name in SAID_BEFORE else ())
+        for name, pair in PAIRS.items()
+    ],
+)
+
+
 def finite_sum(value: Tensor) -> Tensor:
     return torch.where(value.isfinite(), value, 0.0).sum()
 
@@ -159,7 +170,7 @@ def pairs_with_batches():
     """Return the pairs with batch shapes: in every run all of a representative, and one of any other, in turn."""
     for i, (name, pair) in enumerate(PAIRS.items()):
         for j, batches in enumerate(BATCHES):
-            often = name in representatives(by_function) or i % len(BATCHES) == j
+            often = name not in SAID_BEFORE or i % len(BATCHES) == j
             marks = [] if often else [pytest.mark.exhaustive]
             yield pytest.param(pair, *batches, id=f"{name}-{j}", marks=marks)
 
@@ -183,7 +194,7 @@ def pairs_with_dtypes():
     dtypes = (torch.bfloat16, torch.float32, torch.float64, torch.float16)
     for i, (name, pair) in enumerate(PAIRS.items()):
         for j, dtype in enumerate(dtypes):
-            often = j == i % 3 or (j < 3 and name in representatives(by_function))
+            often = j == i % 3 or (j < 3 and name not in SAID_BEFORE)
             marks = [] if often else [pytest.mark.exhaustive]
             yield pytest.param(pair, dtype, id=f"{name}-{dtype}", marks=marks)
 
