@@ -97,6 +97,6 @@ def cauchy_student_t(q_loc: Tensor, q_scale: Tensor, df: Tensor, loc: Tensor, sc
 @cross_family(dist.VonMises, dist.Uniform)
 def von_mises_uniform(loc: Tensor, concentration: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """The KL from the Uniform on the circle, which is a VonMises of concentration 0, and log(width/2π)."""
-    zero = torch.zeros_like(loc)
+    zeros = torch.zeros_like(loc), torch.zeros_like(concentration)  # two, for a compiled Function takes no tensor twice
     beyond = ((high - torch.pi) - (low + torch.pi)) / (2 * torch.pi)
-    return von_mises_kl(loc, concentration, zero, zero) + torch.log1p(at_least(beyond, 0.0))
+    return von_mises_kl(loc, concentration, *zeros) + torch.log1p(at_least(beyond, 0.0))
