@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_klloss.numerics import softmax_wide
+from torch_klloss.numerics.softmax_blocks import by_blocks, can_be_tried, write_by_blocks
 from torch_klloss.numerics.softmax_differences import by_differences, write_by_differences
 from torch_klloss.numerics.softmax_pairs import (
     Arithmetic,
@@ -72,7 +72,10 @@ def compute(a: Tensor, b: Tensor, index: Tensor | None, problem: Problem) -> Com
         for some in (pilot, left[len(pilot) :]):
             if len(some) == 0 or (some is not pilot and len(pilot) and kind[pilot].sum() * 2 < len(pilot)):
                 continue
-            found, is_good = by_differences(a, b, _at(index, some), problem, dtype)
+            if number == 1 and can_be_tried(a, problem):
+                found, is_good = by_blocks(a, b, _at(index, some), problem)
+            else:
+                found, is_good = by_differences(a, b, _at(index, some), problem, dtype)
             rows[:, some[is_good]], kind[some[is_good]] = found[:, is_good], number
         left = left[kind[left] == 0]
     if len(left):
@@ -128,6 +131,9 @@ def write_derivatives(
             for whole in (by_a, by_b):
                 if whole is not None:
                     whole[slice(None) if some is None else some] = 0
+            continue
+        if number == 1 and can_be_tried(a, problem):
+            write_by_blocks(a, b, some, torch.stack(chosen), g, problem, by_a, by_b)
             continue
         write = write_by_differences if number else _write
         write(a, b, some, chosen, g, problem, dtype, by_a, by_b)
