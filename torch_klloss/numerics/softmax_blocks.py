@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from torch_klloss.numerics.softmax_pairs import Terms
-from torch_klloss.numerics.softmax_strips import BLOCK, strips_of
+from torch_klloss.numerics.softmax_strips import BLOCK, Strips
 from torch_klloss.numerics.softmax_tiles import Problem
 
 FEWEST = 2**13  # classes; a block of fewer would often be heavy
 _HEAVY = 2.0**-5  # of the mass of q or p
 _AT_ONCE = 2**6  # heavy blocks
-_BAND = 2**20  # numbers of the rows that are looked at together
+_BAND = 2**21  # numbers of the rows that are looked at together
 _LEAST, _LEAST_MIXED = 1.0, 0.2  # a divergence, relative to what its terms round to
 _SMALL, _SMALL_MIXED = 2.0**-6, 2.0**-9  # below it the gradient is the difference of numbers that are much larger
 _SAME = 2.0**-5  # the same for the largest change of a block, relative to the heaviest one, where one is heavy
@@ -35,13 +35,11 @@ class Sums(NamedTuple):
 
     Attributes:
         count: how many they are.
-        num_work: how many buffers their terms take.
         terms: called with x, y, a shift a row, buffers or Nones, and whether there may be infinite logits, it yields the
             terms of one sum after the other, in the same memory.
     """
 
     count: int
-    num_work: int
     terms: Callable[[Tensor, Tensor, Tensor | None, Work, bool], Iterator[Tensor]]
 
 
@@ -82,11 +80,11 @@ def _is_single(terms: Terms) -> bool:
 
 def by_blocks(a: Tensor, b: Tensor, index: Tensor | None, problem: Problem) -> tuple[Tensor, Tensor]:
     """Return the rows `[12, rows, 1]`, and which of them have kept their digits."""
-    num_rows = len(a) if index is None else len(index)
+    strips = Strips(a, b, index, problem.scale, 3 if problem.terms.is_mixed else 2)
     found, are_good, with_gaps = [], [], False
     step = max(1, _BAND // a.shape[-1])
-    for start in range(0, num_rows, step):
-        band = _Band(a, b, index, slice(start, min(start + step, num_rows)), problem)
+    for start in range(0, strips.num_rows, step):
+        band = _Band(a, b, index, slice(start, min(start + step, strips.num_rows)), problem, strips)
         rows, is_good = band.rows(with_gaps)
         if not with_gaps and not bool(rows.isfinite().all()):
             rows, is_good = band.rows(True)
@@ -104,6 +102,7 @@ class _Band(NamedTuple):
     index: Tensor | None
     place: slice
     problem: Problem
+    strips: Strips
 
     def rows(self, with_gaps: bool) -> tuple[Tensor, Tensor]:
         """Return the rows, and which of them have kept their digits."""
@@ -146,11 +145,12 @@ class _Band(NamedTuple):
         """Return sums, with the heavy blocks of others, or those that are found."""
         num_rows = self.place.stop - self.place.start
         light = torch.empty(sums.count, num_rows, -(-self.a.shape[-1] // BLOCK))
-        for strip in strips_of(self.a, self.b, self.index, self.place, self.problem.scale, sums.num_work):
+        fields = light.unbind()
+        for strip in self.strips.within(self.place):
             factors = None if factor is None else factor[strip.place]
-            outs = light[:, strip.place, strip.blocks].unbind()
-            for out, terms in zip(outs, sums.terms(strip.x, strip.y, factors, strip.work, with_gaps), strict=True):
-                _add_up_blocks(terms, out)
+            each = sums.terms(strip.x, strip.y, factors, strip.work, with_gaps)
+            for field, terms in zip(fields, each, strict=True):
+                _add_up_blocks(terms, field[strip.blocks])
         rows, blocks, are_alike = _heavy_of(light) if like is None else like[2:]
         heavy = self.heavy(sums, (rows, blocks), factor, with_gaps)
         light[:, rows, blocks] = 0.0
@@ -216,7 +216,7 @@ def _first(terms: Terms) -> Sums:
         if terms.by_p:
             yield _ratio(x, y, work[1], with_gaps).mul_(p)
 
-    return Sums(2 if terms.is_mixed else 4 if terms.by_p else 3, 1 if terms.is_mixed else 2, parts)
+    return Sums(2 if terms.is_mixed else 4 if terms.by_p else 3, parts)
 
 
 def _ratio(x: Tensor, y: Tensor, out: Tensor | None, with_gaps: bool) -> Tensor:
@@ -245,7 +245,7 @@ def _second(terms: Terms) -> Sums:
         yield log.mul_(torch.exp(x, out=work[2]))
         yield ratio.mul_(torch.exp(y, out=work[2]))
 
-    return Sums(2, 3, parts)
+    return Sums(2, parts)
 
 
 def _rest(mix: float) -> tuple[float, float]:
@@ -273,10 +273,10 @@ def write_by_blocks(
         for out, form, is_first in zip((by_a, by_b), forms, (True, False), strict=True)
         if out is not None
     ]
-    num_work = 3 if a.dtype != torch.float32 else 2
-    for strip in strips_of(a, b, index, slice(0, rows.shape[1]), problem.scale, num_work):
+    num_work = 2 + any(out.dtype != torch.float32 for out, *_ in wanted)
+    for strip in Strips(a, b, index, problem.scale, num_work).within(slice(0, rows.shape[1])):
         for out, factors, is_first in wanted:
-            target = strip.of(out)
+            target = out[strip.where]
             into = target if out.dtype == torch.float32 else strip.work[2]
             some = [None if f is None else f[strip.place] for f in factors]
             write(strip.x, strip.y, is_first, some, problem.terms, strip.work, into)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 BLOCK = 2**7  # classes that are added up by themselves
-_SHARE = {4: 0.07, 2: 0.10}  # of the logits, that all buffers take, by the bytes of a number
-_NUMBERS = 2**14, 3 * 2**15  # of a strip, at least and at most: so many stay in the cache
+_SHARE = {4: 0.07, 2: 0.11}  # of the logits, that all buffers take, by the bytes of a number
+_NUMBERS = 2**14, 2**17  # of a strip, at least and at most: so many stay in the cache
 
 
 class Strip(NamedTuple):
@@ -19,72 +19,81 @@ class Strip(NamedTuple):
 
     Attributes:
         place: the rows in the list of rows.
-        rows: the same in the tensors.
-        classes: the classes.
+        where: the rows and classes in the logits.
+        blocks: the same rows and the blocks of the classes.
         x, y: the logits over the temperature, in float32; not to be written to.
         work: buffers of their shape.
     """
 
     place: slice
-    rows: slice
-    classes: slice
+    where: tuple[slice, ...]
+    blocks: tuple[slice, ...]
     x: Tensor
     y: Tensor
     work: tuple[Tensor, ...]
 
-    def of(self, t: Tensor) -> Tensor:
-        """Return a view of a tensor of the logits' shape."""
-        return t[self.rows, self.classes]
 
-    @property
-    def blocks(self) -> slice:
-        """The blocks of the classes."""
-        return slice(self.classes.start // BLOCK, -(-self.classes.stop // BLOCK))
+class Strips:
+    """The strips of logits times a scale, whose buffers they share, at the rows of an index, or at all."""
 
+    def __init__(self, a: Tensor, b: Tensor, index: Tensor | None, scale: float, num_work: int) -> None:
+        self.sides, self.scale, self.num_work = (a, b), scale, num_work
+        self.num_rows, num_classes = a.shape
+        self.rows = None if index is None else index.tolist()
+        if index is not None:
+            self.num_rows = len(index)
+        self.are_given = [t.dtype == torch.float32 and scale == 1 for t in self.sides]
+        num_buffers = num_work + 2 - sum(self.are_given)
+        share = _SHARE[a.element_size()] * a.numel() * a.element_size()
+        size = int(min(_NUMBERS[1], max(_NUMBERS[0], share / (4 * num_buffers))))
+        self.step, self.width = max(1, size // num_classes), num_classes
+        if num_classes > size:
+            self.width = math.ceil(num_classes / math.ceil(num_classes / size) / BLOCK) * BLOCK
+        self.step = min(self.step, self.num_rows)
+        self.memory = torch.empty(num_buffers, self.step * self.width).unbind()
+        self.buffers: dict[tuple[int, int], list[Tensor]] = {}
 
-def strips_of(a: Tensor, b: Tensor, index: Tensor | None, place: slice, scale: float, num_work: int) -> Iterator[Strip]:
-    """Yield the strips of logits times a scale, of the rows in a slice of the index, or of all rows."""
-    is_given = [t.dtype == torch.float32 and scale == 1 for t in (a, b)]
-    num_copies = 2 - sum(is_given)
-    num_classes = a.shape[-1]
-    low, high = _NUMBERS
-    share = _SHARE[a.element_size()] * a.numel() * a.element_size()
-    size = int(min(high, max(low, share / (4 * (num_work + num_copies)))))
-    num_rows, width = max(1, size // num_classes), num_classes
-    if width > size:
-        width = math.ceil(width / math.ceil(width / size) / BLOCK) * BLOCK
-    num_rows = min(num_rows, place.stop - place.start)
-    memory = torch.empty(num_work + num_copies, num_rows * width)
-    for where, rows in _runs(index, place, num_rows):
-        for first in range(0, num_classes, width):
-            classes = slice(first, min(first + width, num_classes))
-            shape = where.stop - where.start, classes.stop - first
-            buffers = [m[: shape[0] * shape[1]].view(shape) for m in memory.unbind()]
-            x, y = (
-                t[rows, classes] if given else _scaled(t[rows, classes], scale, buffers.pop())
-                for t, given in zip((a, b), is_given, strict=True)
-            )
-            yield Strip(where, rows, classes, x, y, tuple(buffers))
+    def within(self, place: slice) -> Iterator[Strip]:
+        """Yield the strips of the rows of a slice, whose places count from its start on."""
+        num_classes = self.sides[0].shape[-1]
+        for rows, found in self._runs(place):
+            if self.width == num_classes:
+                yield self._strip(rows, (found,), (rows,), (found.stop - found.start, num_classes))
+                continue
+            for first in range(0, num_classes, self.width):
+                stop = min(first + self.width, num_classes)
+                blocks = slice(first // BLOCK, -(-stop // BLOCK))
+                shape = found.stop - found.start, stop - first
+                yield self._strip(rows, (found, slice(first, stop)), (rows, blocks), shape)
 
+    def _strip(
+        self, rows: slice, where: tuple[slice, ...], blocks: tuple[slice, ...], shape: tuple[int, int]
+    ) -> Strip:
+        if shape not in self.buffers:
+            self.buffers[shape] = [m[: shape[0] * shape[1]].view(shape) for m in self.memory]
+        buffers = self.buffers[shape]
+        x, y = (
+            t[where] if given else self._copied(t[where], out)
+            for t, given, out in zip(self.sides, self.are_given, (buffers[-1], buffers[-2]), strict=True)
+        )
+        return Strip(rows, where, blocks, x, y, tuple(buffers[: self.num_work]))
 
-def _scaled(x: Tensor, scale: float, out: Tensor) -> Tensor:
-    out.copy_(x)
-    return out if scale == 1 else out.mul_(scale)
+    def _copied(self, x: Tensor, out: Tensor) -> Tensor:
+        out.copy_(x)
+        return out if self.scale == 1 else out.mul_(self.scale)
 
-
-def _runs(index: Tensor | None, place: slice, most: int) -> Iterator[tuple[slice, slice]]:
-    """Yield runs of consecutive rows: their places from the start of the slice on, and the rows."""
-    start, count = place.start, place.stop - place.start
-    if index is None:
-        for first in range(0, count, most):
-            stop = min(first + most, count)
-            yield slice(first, stop), slice(start + first, start + stop)
-        return
-    rows = index[place].tolist()
-    first = 0
-    while first < count:
-        stop = first + 1
-        while stop < count and stop - first < most and rows[stop] == rows[stop - 1] + 1:
-            stop += 1
-        yield slice(first, stop), slice(rows[first], rows[first] + stop - first)
-        first = stop
+    def _runs(self, place: slice) -> Iterator[tuple[slice, slice]]:
+        """Yield runs of consecutive rows: their places from the start of the slice on, and the rows."""
+        start, count = place.start, place.stop - place.start
+        if self.rows is None:
+            for first in range(0, count, self.step):
+                stop = min(first + self.step, count)
+                yield slice(first, stop), slice(start + first, start + stop)
+            return
+        rows, first = self.rows[place], 0
+        while first < count:
+            stop = first + 1
+            while stop < count and stop - first < self.step and rows[stop] == rows[stop - 1] + 1:
+                stop += 1
+            yield slice(first, stop), slice(rows[first], rows[first] + stop - first)
+            first = stop
