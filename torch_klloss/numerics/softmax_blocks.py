@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from torch_klloss.numerics.softmax_pairs import Terms
+from torch_klloss.numerics.softmax_pairs import Rows, Terms
 from torch_klloss.numerics.softmax_strips import BLOCK, Strips
 from torch_klloss.numerics.softmax_tiles import Problem
 
@@ -79,19 +79,23 @@ def _is_single(terms: Terms) -> bool:
 
 
 def by_blocks(a: Tensor, b: Tensor, index: Tensor | None, problem: Problem) -> tuple[Tensor, Tensor]:
-    """Return the rows `[12, rows, 1]`, and which of them have kept their digits."""
+    """Return the rows `[12, rows, 1]`, and which of them have kept their digits; the first few say whether to go on."""
     strips = Strips(a, b, index, problem.scale, 3 if problem.terms.is_mixed else 2)
-    found, are_good, with_gaps = [], [], False
-    step = max(1, _BAND // a.shape[-1])
-    for start in range(0, strips.num_rows, step):
-        band = _Band(a, b, index, slice(start, min(start + step, strips.num_rows)), problem, strips)
-        rows, is_good = band.rows(with_gaps)
-        if not with_gaps and not bool(rows.isfinite().all()):
-            rows, is_good = band.rows(True)
+    num_rows, at_once = strips.num_rows, max(1, _BAND // a.shape[-1])
+    rows = torch.zeros(len(Rows._fields), num_rows, 1, dtype=torch.float64)
+    is_good = torch.zeros(num_rows, dtype=torch.bool)
+    start, stop, with_gaps = 0, max(1, num_rows // 8) if num_rows > at_once // 4 else num_rows, False
+    while start < num_rows:
+        band = _Band(a, b, index, slice(start, stop), problem, strips)
+        found, are_good = band.rows(with_gaps)
+        if not with_gaps and not bool(found.isfinite().all()):
+            found, are_good = band.rows(True)
             with_gaps = True  # classes that one side lacks are rare, and then in every row
-        found.append(rows)
-        are_good.append(is_good)
-    return torch.cat(found, 1), torch.cat(are_good)
+        rows[:, start:stop], is_good[start:stop] = found, are_good
+        if int(are_good.sum()) * 2 < stop - start:
+            break
+        start, stop = stop, min(stop + at_once, num_rows)
+    return rows, is_good
 
 
 class _Band(NamedTuple):

@@ -64,18 +64,19 @@ def compute(a: Tensor, b: Tensor, index: Tensor | None, problem: Problem) -> Com
     kind = torch.zeros(num_rows, dtype=torch.int8)
     if not problem.is_sharded:  # a shard does not see the others
         kind[_equal_rows(a, b, index)] = _EQUAL
-    left = (kind == 0).nonzero().squeeze(-1)
+    left, in_blocks = (kind == 0).nonzero().squeeze(-1), can_be_tried(a, problem)
     for number, dtype in ((1, torch.float32), (2, torch.float64)):
         if not _is_worth_it(a, dtype, problem):
             continue
-        pilot = left[: max(1, len(left) // 8)] if number == 1 else left
+        pilot = left[: max(1, len(left) // 8)] if number == 1 and not in_blocks else left
         for some in (pilot, left[len(pilot) :]):
-            if len(some) == 0 or (some is not pilot and len(pilot) and kind[pilot].sum() * 2 < len(pilot)):
+            if len(some) == 0 or (some is not pilot and kind[pilot].sum() * 2 < len(pilot)):
                 continue
-            if number == 1 and can_be_tried(a, problem):
-                found, is_good = by_blocks(a, b, _at(index, some), problem)
+            where = index if len(some) == num_rows else _at(index, some)
+            if number == 1 and in_blocks:
+                found, is_good = by_blocks(a, b, where, problem)
             else:
-                found, is_good = by_differences(a, b, _at(index, some), problem, dtype)
+                found, is_good = by_differences(a, b, where, problem, dtype)
             rows[:, some[is_good]], kind[some[is_good]] = found[:, is_good], number
         left = left[kind[left] == 0]
     if len(left):
