@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,14 +12,15 @@ from torch import Tensor
 
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.language.divergences import Divergence, ForwardKL
-from torch_klloss.language.logits import Logits, check_temperature, side_of, sides_of
+from torch_klloss.language.logits import Logits, Sides, check_temperature, side_of, sides_of
 from torch_klloss.language.sparse_divergence import METHODS, Found, sparse_divergence
 from torch_klloss.language.sparse_teacher import SparseTeacher
 from torch_klloss.language.tokens import Normalizer, TokenReduction, Tokens, check_token_reduction, tokens_of
 from torch_klloss.language.weight import Weighted
 from torch_klloss.numerics.arguments import check_flag, check_integer
+from torch_klloss.numerics.logit_sides import Head
 from torch_klloss.numerics.softmax_divergence import divergence_of_logits
-from torch_klloss.numerics.tracing import without_autocast
+from torch_klloss.numerics.tracing import is_traced, without_autocast
 from torch_klloss.schedules import Schedule
 
 
@@ -151,9 +154,10 @@ class DistillationLoss(Weighted):
         """
         _by_name(positional, student, teacher)
         check_token_reduction(self.reduction, normalizer)
-        result = self.per_token(student, teacher, labels, mask, vocab_size, boundaries)
-        value = result.tokens.reduce(result.found.value, self.reduction, normalizer)
-        return value * self.weight_at(step)
+        weight = self.weight_at(step)
+        guess = partial(self._guess, normalizer=normalizer, weight=weight)
+        result = self.per_token(student, teacher, labels, mask, vocab_size, boundaries, guess)
+        return result.tokens.reduce(result.found.value, self.reduction, normalizer) * weight
 
     if TYPE_CHECKING:  # torch's has no types
 
@@ -207,8 +211,12 @@ class DistillationLoss(Weighted):
         mask: Tensor | None,
         vocab_size: int | None,
         boundaries: Tensor | None,
+        guess: Callable[[Tokens], Tensor | None] | None = None,
     ) -> PerToken:
-        """Return the divergence of every token, without weights, and the tokens; the arguments are `forward`'s."""
+        """Return the divergence of every token, without weights, and the tokens; the arguments are `forward`'s.
+
+        The guess of the gradient that the divergences will get spares a head to be multiplied twice.
+        """
         is_sparse = isinstance(teacher, SparseTeacher)
         if is_sparse:
             one = side_of("student", student, vocab_size)
@@ -228,6 +236,7 @@ class DistillationLoss(Weighted):
             else:
                 value = divergence_of_logits(
                     sides.p, sides.q, self.divergence.terms, temperature=self.temperature, keep=tokens.keep,
+                    guess=guess(tokens) if guess is not None and _has_head(sides) else None,
                     **sides.reduces,
                 )  # fmt: skip
                 found, method = Found(value), "exact"
@@ -240,6 +249,16 @@ class DistillationLoss(Weighted):
         )
         return PerToken(found, tokens, method, num_classes)
 
+    def _guess(self, tokens: Tokens, normalizer: Normalizer | None, weight: float) -> Tensor | None:
+        """Return the gradient that the divergences get from one of 1; None where that is anyone's guess."""
+        if self.reduction == "none":
+            return None
+        shares, counts = tokens.shares(torch.ones(tokens.shape, device="cpu"), self.reduction)
+        scale = weight * self.temperature**2 if self.scale_by_temperature else weight
+        if self.reduction != "sum":
+            shares = shares / (counts.sum() if normalizer is None else normalizer)
+        return shares * scale
+
     def extra_repr(self) -> str:
         """Return the settings, for `repr`."""
         weight = self.schedule if self.schedule is not None else self.weight
@@ -248,6 +267,11 @@ class DistillationLoss(Weighted):
             f"scale_by_temperature={self.scale_by_temperature!r}, reduction={self.reduction!r}, "
             f"ignore_index={self.ignore_index}, shift={self.shift}, weight={weight!r}"
         )
+
+
+def _has_head(sides: Sides) -> bool:
+    """Return whether logits are a head's, on the CPU and outside of a graph, where a guess is looked at."""
+    return sides.q.tensors[0].is_cpu and not is_traced() and any(isinstance(side, Head) for side in sides[:2])
 
 
 def _by_name(positional: tuple[object, ...], student: object, teacher: object) -> None:

@@ -53,7 +53,10 @@ def token_kl(
     weights = None if mask is None else check_mask(mask, sides.q.shape[:-1])
     keep = None if weights is None else weights != 0
     with without_autocast(sides.q.tensors[0].device):
-        value = divergence_of_logits(sides.q, sides.p, KL, temperature=temperature, keep=keep, **sides.reduces)
+        guess = torch.ones(sides.q.shape[:-1], device=sides.q.tensors[0].device) if weights is None else weights
+        value = divergence_of_logits(
+            sides.q, sides.p, KL, temperature=temperature, keep=keep, guess=guess, **sides.reduces
+        )
     if weights is None or weights.dtype is torch.bool or keep is None:
         return value
     return torch.where(keep, value * weights.to(value.dtype), 0.0)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 Reduce: TypeAlias = Callable[[Tensor], Tensor]
 
-_PANEL = 2**19  # logits of a head that exist at once on the CPU; elsewhere this part of them:
-_PARTS = 16
+_PANEL = 2**19  # logits of a head that exist at once on the CPU, at least; there and elsewhere these parts of them:
+_PARTS = 8, 16
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,9 @@ def panels(q: Side, p: Side, index: Tensor | None) -> Iterator[tuple[slice, slic
         if num_rows:
             yield slice(0, num_rows), index
         return
-    is_cpu = q.tensors[0].is_cpu
-    step = max(1, _PANEL // q.shape[-1] if is_cpu else -(-num_rows // _PARTS))
+    are_heads, is_cpu = isinstance(q, Head) and isinstance(p, Head), q.tensors[0].is_cpu
+    step = -(-num_rows // _PARTS[are_heads or not is_cpu])
+    step = max(step, _PANEL // q.shape[-1], 1) if is_cpu else max(step, 1)
     for start in range(0, num_rows, step):
         place = slice(start, min(start + step, num_rows))
         yield place, place if index is None else index[place]
@@ -137,22 +138,21 @@ class Gradient:
             self.rows = (torch.zeros_like if self.is_partial else torch.empty_like)(self.of)
         return self.rows
 
-    def add(self, part: Callable[[], Tensor]) -> None:
-        """Add to the total."""
-        if not self.is_needed:
-            return
-        if self.total is None:
+    def of_all(self) -> Tensor | None:
+        """Return a tensor to add to."""
+        if self.is_needed and self.total is None:
             wide = torch.promote_types(self.of.dtype, torch.float32)
             self.total = torch.zeros_like(self.of, dtype=wide)
-        self.total += part()
+        return self.total
 
-    def result(self) -> Tensor | None:
-        """Return the gradient in the dtype of the tensor; None where none is needed."""
+    def result(self, factor: float = 1.0) -> Tensor | None:
+        """Return the gradient times a factor in the dtype of the tensor; None where none is needed."""
         if not self.is_needed:
             return None
-        if self.total is not None:
-            return self.total.to(self.of.dtype)
-        return self.rows if self.rows is not None else torch.zeros_like(self.of)
+        found = self.total if self.total is not None else self.rows
+        if found is None:
+            return torch.zeros_like(self.of)
+        return (found if factor == 1 else found.mul_(factor)).to(self.of.dtype)
 
 
 def add_to_tensors(side: Side, sums: list[Gradient], rows: slice | Tensor, grad: Tensor) -> None:
@@ -165,7 +165,8 @@ def add_to_tensors(side: Side, sums: list[Gradient], rows: slice | Tensor, grad:
     hidden = sums[0].of_rows()
     if hidden is not None:
         hidden[rows] = grad @ side.weight
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    sums[1].add(lambda: grad.to(wide).mT @ side.hidden[rows].to(wide))
-    if side.bias is not None:
-        sums[2].add(lambda: grad.sum(0, dtype=wide))
+    weight, bias = sums[1].of_all(), sums[2].of_all() if side.bias is not None else None
+    if weight is not None:
+        weight.addmm_(grad.to(weight.dtype).mT, side.hidden[rows].to(weight.dtype))
+    if bias is not None:
+        bias += grad.sum(0, dtype=bias.dtype)

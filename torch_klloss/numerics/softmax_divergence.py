@@ -14,7 +14,7 @@ from torch_klloss.numerics import softmax_opaque
 from torch_klloss.numerics.elementary import common_dtype
 from torch_klloss.numerics.logit_sides import Dense, Reduce, Side
 from torch_klloss.numerics.softmax_pairs import Arithmetic, Terms, derivatives, rows_of
-from torch_klloss.numerics.softmax_plan import Plan, evaluate, pull_back
+from torch_klloss.numerics.softmax_plan import Plan, evaluate, factor_of, guessed, pull_back
 from torch_klloss.numerics.softmax_tiles import Problem
 from torch_klloss.numerics.tracing import in_eager_mode, is_forward_mode, is_traced
 
@@ -28,6 +28,7 @@ def divergence_of_logits(
     keep: Tensor | None = None,
     total: Reduce | None = None,
     largest: Reduce | None = None,
+    guess: Tensor | None = None,
 ) -> Tensor:
     """Return the divergence of softmax(q/T) and softmax(p/T), `[*tokens]`, in at least float32.
 
@@ -41,12 +42,15 @@ def divergence_of_logits(
         keep: whether a token counts, `[*tokens]`; the others are 0, and their logits are not looked at.
         total: adds a tensor over the shards of the vocabulary, for logits that are one of them.
         largest: takes the maximum over the shards.
+        guess: the gradient that the result will probably get, `[*tokens]`, up to a factor. Where it is right, the logits
+            of a head are made once.
     """
     if not terms.by_q:
         return divergence_of_logits(
-            p, q, Terms(terms.by_p, terms.p_mix), temperature=temperature, keep=keep, total=total, largest=largest
-        )
-    reduces: dict[str, Any] = {} if total is None or largest is None else {"total": total, "largest": largest}
+            p, q, Terms(terms.by_p, terms.p_mix), temperature=temperature, keep=keep, total=total, largest=largest,
+            guess=guess,
+        )  # fmt: skip
+    reduces = {} if total is None or largest is None else {"total": total, "largest": largest}
     if reduces and is_traced():
         return in_eager_mode(divergence_of_logits)(q, p, terms, temperature=temperature, keep=keep, **reduces)
     tokens = q.shape[:-1]
@@ -57,7 +61,7 @@ def divergence_of_logits(
         if softmax_opaque.is_opaque(q):
             return softmax_opaque.call(q, p, problem, keep).reshape(tokens)
         return _traced(q, p, problem, keep).reshape(tokens)
-    plan = Plan.of(q, p, problem, keep)
+    plan = Plan.of(q, p, problem, keep, None if guess is None else guess.detach().reshape(-1, 1))
     value: Tensor = _Divergence.apply(plan, *q.tensors, *p.tensors)
     return value.reshape(tokens)
 
@@ -65,9 +69,10 @@ def divergence_of_logits(
 class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, *tensors: Tensor) -> Tensor:
-        value, rows, kind = evaluate(plan, tensors)
+        sums = guessed(plan, tensors, ctx.needs_input_grad[1:])
+        value, rows, kind = evaluate(plan, tensors, sums)
         ctx.save_for_backward(rows, kind, *tensors)
-        ctx.plan = plan
+        ctx.plan, ctx.sums = plan, sums
         return value.squeeze(-1)
 
     @staticmethod
@@ -77,6 +82,10 @@ class _Divergence(torch.autograd.Function):
         grad = grad.unsqueeze(-1)
         if torch.is_grad_enabled():
             return None, *_again(plan, tuple(tensors), needs, grad)
+        sums, ctx.sums = ctx.sums, None  # used once, since what is returned may be written to
+        factor = None if sums is None else factor_of(grad, plan, any(t.element_size() == 2 for t in tensors))
+        if sums is not None and factor is not None:
+            return None, *(s.result(factor) for s in sums)
         return None, *pull_back(plan, tuple(tensors), needs, rows, kind, grad)
 
 

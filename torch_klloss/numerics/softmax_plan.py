@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -26,6 +27,7 @@ class Plan:
         num_first: how many of the tensors belong to the first side.
         index: on the CPU the rows that count; None for all.
         keep: elsewhere whether a row counts, `[rows, 1]`.
+        guess: the gradient that the divergences will probably get, `[rows, 1]`, up to a factor.
     """
 
     problem: Problem
@@ -33,31 +35,40 @@ class Plan:
     num_first: int
     index: Tensor | None = None
     keep: Tensor | None = None
+    guess: Tensor | None = None
 
     @classmethod
-    def of(cls, q: Side, p: Side, problem: Problem, keep: Tensor | None) -> Plan:
+    def of(cls, q: Side, p: Side, problem: Problem, keep: Tensor | None, guess: Tensor | None = None) -> Plan:
         """Plan a divergence of two sides, of all rows or of those to keep, `[rows, 1]`."""
         index = None
         if not (isinstance(q, Dense) and isinstance(p, Dense)):
             problem = replace(problem, parts=_PARTS)
         if keep is not None and q.tensors[0].is_cpu:
             index, keep = keep.reshape(-1).nonzero().squeeze(-1), None
-        return cls(problem, (type(q), type(p)), len(q.tensors), index, keep)
+        return cls(problem, (type(q), type(p)), len(q.tensors), index, keep, guess)
 
     def sides(self, tensors: Sequence[Tensor]) -> tuple[Side, Side]:
         """Return the two sides of the tensors."""
         return self.kinds[0](*tensors[: self.num_first]), self.kinds[1](*tensors[self.num_first :])
 
 
-def evaluate(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the divergences `[rows, 1]`, and the fields of `Computed` for the rows that count, one after the other."""
+def evaluate(
+    plan: Plan, tensors: Sequence[Tensor], sums: Sequence[Gradient] | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the divergences `[rows, 1]`, and the fields of `Computed` for the rows that count, one after the other.
+
+    The gradients of the guess are added to the sums, if there are any.
+    """
     q, p = plan.sides(tensors)
     wide = torch.promote_types(common_dtype(tensors[0], tensors[plan.num_first]), torch.float32)
     value = tensors[0].new_zeros(q.shape[0], 1, dtype=wide)
     computed = []
     for place, rows in panels(q, p, plan.index):
-        found = _computed(q, p, rows, plan.problem)
+        a, b, index = _logits(q, p, rows)
+        found = compute(a, b, index, plan.problem)
         computed.append(found)
+        if sums is not None and plan.guess is not None:
+            _add_gradients(plan, (q, p), rows, (a, b), index, found, _part_of(plan.guess, plan, place), sums)
         part = found.value(plan.problem.terms).to(wide)
         if plan.index is None:
             value[place] = part
@@ -75,41 +86,79 @@ def pull_back(
     """Return the gradients of the tensors, given what `evaluate` returned and that of the divergences, `[rows, 1]`."""
     q, p = plan.sides(tensors)
     sums = [Gradient(t, need, is_partial=plan.index is not None) for t, need in zip(tensors, needs, strict=True)]
-    by_q, by_p = sums[: plan.num_first], sums[plan.num_first :]
     for place, some in panels(q, p, plan.index):
         part = Computed(rows[:, place], None if kind is None else kind[place])
-        g = grad[place if plan.index is None else plan.index[place]].to(rows.dtype)
+        g = _part_of(grad, plan, place)
         if plan.keep is not None:
             g = torch.where(plan.keep[place], g, 0.0)
-        _pull_back(q, p, some, part, g, plan, by_q, by_p)
+        a, b, index = _logits(q, p, some)
+        _add_gradients(plan, (q, p), some, (a, b), index, part, g, sums)
     return [s.result() for s in sums]
 
 
-def _computed(q: Side, p: Side, rows: slice | Tensor | None, problem: Problem) -> Computed:
+def guessed(plan: Plan, tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Gradient] | None:
+    """Return where the gradients of the guess are added up, or None where they had better not be.
+
+    They are taken beside the values where the logits are made for it, which saves to make them again, and all of them
+    belong to heads, whose gradients are small. A guess is compared with what comes, which waits for an accelerator.
+    """
+    sides = plan.sides(tensors)
+    if plan.guess is None or not any(needs) or not tensors[0].is_cpu or plan.problem.is_sharded:
+        return None
+    needed = [any(needs[: plan.num_first]), any(needs[plan.num_first :])]
+    if any(isinstance(side, Dense) and need for side, need in zip(sides, needed, strict=True)):
+        return None
+    return [Gradient(t, need, is_partial=plan.index is not None) for t, need in zip(tensors, needs, strict=True)]
+
+
+def factor_of(grad: Tensor, plan: Plan, is_half: bool) -> float | None:
+    """Return the factor of the guess that a gradient is, up to its roundings; None where it is no multiple of it.
+
+    It is exact for half precision, where a product rounds too much.
+    """
+    assert plan.guess is not None
+    guess, found = (t.double() if plan.index is None else t[plan.index].double() for t in (plan.guess, grad))
+    if guess.numel() == 0:
+        return 1.0
+    largest, eps = guess.abs().argmax(), 4 * torch.finfo(grad.dtype).eps
+    factor = (found.flatten()[largest] / guess.flatten()[largest]).item()
+    factor = 1.0 if abs(factor - 1) <= eps else factor
+    if not bool(((found - factor * guess).abs() <= eps * found.abs()).all()):
+        return None
+    return None if is_half and abs(math.frexp(factor)[0]) != 0.5 else factor
+
+
+def _part_of(rows: Tensor, plan: Plan, place: slice) -> Tensor:
+    """Return what belongs to some of the rows that count, as the numerics take it."""
+    part = rows[place if plan.index is None else plan.index[place]]
+    return part.double() if part.is_cpu else part
+
+
+def _logits(q: Side, p: Side, rows: slice | Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return two tensors of logits, and the index of the rows in them."""
     if isinstance(q, Dense) and isinstance(p, Dense):
-        return compute(q.logits, p.logits, rows, problem)  # type: ignore[arg-type]
+        return q.logits, p.logits, rows  # type: ignore[return-value]
     assert rows is not None
-    return compute(q.panel(rows), p.panel(rows), None, problem)
+    return q.panel(rows), p.panel(rows), None
 
 
-def _pull_back(
-    q: Side, p: Side, rows: slice | Tensor | None, computed: Computed, grad: Tensor, plan: Plan,
-    by_q: list[Gradient], by_p: list[Gradient],
+def _add_gradients(
+    plan: Plan, sides: tuple[Side, Side], rows: slice | Tensor | None, logits: tuple[Tensor, Tensor],
+    index: Tensor | None, computed: Computed, grad: Tensor, sums: Sequence[Gradient],
 ) -> None:  # fmt: skip
-    """Write, or add, the gradients of some rows."""
-    if isinstance(q, Dense) and isinstance(p, Dense):
-        outs = by_q[0].of_rows(), by_p[0].of_rows()
-        write_derivatives(q.logits, p.logits, rows, computed, grad, plan.problem, *outs)  # type: ignore[arg-type]
+    """Write, or add, the gradients of some rows, given their logits."""
+    parts = sums[: plan.num_first], sums[plan.num_first :]
+    if all(isinstance(side, Dense) for side in sides):
+        outs = parts[0][0].of_rows(), parts[1][0].of_rows()
+        write_derivatives(*logits, index, computed, grad, plan.problem, *outs)
         _drop(plan, outs)
         return
     assert rows is not None
-    a, b = q.panel(rows), p.panel(rows)
-    needed = [any(s.is_needed for s in sums) for sums in (by_q, by_p)]
-    by_a, by_b = (torch.empty_like(t) if need else None for t, need in zip((a, b), needed, strict=True))
-    write_derivatives(a, b, None, computed, grad, plan.problem, by_a, by_b)
-    for side, sums, out in zip((q, p), (by_q, by_p), (by_a, by_b), strict=True):
+    by = [torch.empty_like(t) if any(s.is_needed for s in of) else None for t, of in zip(logits, parts, strict=True)]
+    write_derivatives(*logits, None, computed, grad, plan.problem, *by)
+    for side, of, out in zip(sides, parts, by, strict=True):
         if out is not None:
-            add_to_tensors(side, sums, rows, out if plan.keep is None else out.masked_fill_(~plan.keep[rows], 0.0))
+            add_to_tensors(side, of, rows, out if plan.keep is None else torch.where(plan.keep[rows], out, 0.0))
 
 
 def _drop(plan: Plan, outs: tuple[Tensor | None, ...]) -> None:
