@@ -177,7 +177,7 @@ def _add_mixed_terms(
     a: Tensor, b: Tensor, index: Tensor | None, rows: Rows, problem: Problem, dtype: torch.dtype
 ) -> Rows:
     """Return the rows with the terms, and with the means of the scores in `q_score` and `p_score`."""
-    terms, offsets, is_simple = problem.terms, _offsets(rows, dtype), _is_jensens(problem.terms)
+    terms, offsets, is_simple = problem.terms, _offsets(rows, dtype), problem.terms.is_jensens
     sums = [torch.zeros_like(rows.q_top) for _ in range(2 if is_simple else 4)]
     for tile in tiles_of(a, index, _bytes(a) // dtype.itemsize // 2):
         q, p, q_ratio, p_ratio, *mixtures = _ratios(tile, a, b, offsets, problem, dtype)
@@ -188,12 +188,6 @@ def _add_mixed_terms(
     by_q, by_p, *scores = problem.total(torch.stack(sums))
     q_score, p_score = (by_q * terms.by_q, by_p * terms.by_p) if is_simple else scores
     return rows._replace(by_q=by_q, by_p=by_p, q_score=q_score, p_score=p_score)
-
-
-def _is_jensens(terms: Terms) -> bool:
-    """Return whether the derivatives are by_q log q/m and by_p log p/m: both mixtures are one, and the rest cancels."""
-    is_one = math.isclose(terms.q_mix + terms.p_mix, 1)
-    return is_one and math.isclose(terms.by_q * terms.q_mix, terms.by_p * terms.p_mix)
 
 
 Offsets: TypeAlias = tuple[tuple[Tensor | None, Tensor], tuple[Tensor | None, Tensor]]
@@ -249,7 +243,7 @@ def _write_mixed(
     a: Tensor, b: Tensor, index: Tensor | None, rows: Rows, grad: Tensor, problem: Problem, dtype: torch.dtype,
     by_a: Tensor | None, by_b: Tensor | None,
 ) -> None:  # fmt: skip
-    terms, offsets, is_simple = problem.terms, _offsets(rows, dtype), _is_jensens(problem.terms)
+    terms, offsets, is_simple = problem.terms, _offsets(rows, dtype), problem.terms.is_jensens
     by_q, by_p = (terms.by_q, terms.by_p) if is_simple else (1.0, 1.0)
     scale = grad * problem.scale
     factors = torch.stack((rows.q_score / by_q, rows.p_score / by_p, scale * by_q, scale * by_p)).to(dtype)

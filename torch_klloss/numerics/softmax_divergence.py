@@ -42,15 +42,15 @@ def divergence_of_logits(
         keep: whether a token counts, `[*tokens]`; the others are 0, and their logits are not looked at.
         total: adds a tensor over the shards of the vocabulary, for logits that are one of them.
         largest: takes the maximum over the shards.
-        guess: the gradient that the result will probably get, `[*tokens]`, up to a factor. Where it is right, the logits
-            of a head are made once.
+        guess: the gradient that the result will probably get, `[*tokens]`, up to a factor. Where it is right, the
+            logits of a head are made once.
     """
     if not terms.by_q:
         return divergence_of_logits(
             p, q, Terms(terms.by_p, terms.p_mix), temperature=temperature, keep=keep, total=total, largest=largest,
             guess=guess,
         )  # fmt: skip
-    reduces = {} if total is None or largest is None else {"total": total, "largest": largest}
+    reduces: dict[str, Any] = {} if total is None or largest is None else {"total": total, "largest": largest}
     if reduces and is_traced():
         return in_eager_mode(divergence_of_logits)(q, p, terms, temperature=temperature, keep=keep, **reduces)
     tokens = q.shape[:-1]

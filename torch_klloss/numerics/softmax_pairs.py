@@ -49,6 +49,17 @@ class Terms(NamedTuple):
         """Whether a term is a KL to a proper mixture."""
         return (self.by_q != 0 and self.q_mix != 1) or (self.by_p != 0 and self.p_mix != 1)
 
+    @property
+    def is_single(self) -> bool:
+        """Whether there is no term of p."""
+        return self.by_p == 0
+
+    @property
+    def is_jensens(self) -> bool:
+        """Whether the derivatives are by_q log q/m and by_p log p/m: both mixtures are one, and the rest cancels."""
+        is_one = math.isclose(self.q_mix + self.p_mix, 1)
+        return is_one and math.isclose(self.by_q * self.q_mix, self.by_p * self.p_mix)
+
 
 KL = Terms()
 

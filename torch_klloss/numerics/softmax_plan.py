@@ -158,7 +158,7 @@ def _add_gradients(
     write_derivatives(*logits, None, computed, grad, plan.problem, *by)
     for side, of, out in zip(sides, parts, by, strict=True):
         if out is not None:
-            add_to_tensors(side, of, rows, out if plan.keep is None else torch.where(plan.keep[rows], out, 0.0))
+            add_to_tensors(side, list(of), rows, out if plan.keep is None else torch.where(plan.keep[rows], out, 0.0))
 
 
 def _drop(plan: Plan, outs: tuple[Tensor | None, ...]) -> None:

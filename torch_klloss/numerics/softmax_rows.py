@@ -1,19 +1,20 @@
 """Rows of many classes, computed tile by tile in dtypes that are wide enough, on the CPU as fast as each row allows.
 
 A difference of two numbers is the fastest form of a divergence, in float32 where the numbers are not much larger than
-their difference, else in float64; where the float64 numbers cancel too, `softmax_pairs` computes the row. Off the CPU
-no number can be looked at without a wait: `softmax_wide` computes all rows where it can, and `softmax_pairs` elsewhere.
+their difference, else in float64; of many classes it is taken of sums over blocks. Where the float64 numbers cancel
+too, `softmax_pairs` computes the row. Off the CPU no number can be looked at without a wait, and `softmax_pairs`
+computes all rows.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from torch_klloss.numerics.softmax_blocks import by_blocks, can_be_tried, write_by_blocks
+from torch_klloss.numerics.softmax_block_terms import write_by_blocks
+from torch_klloss.numerics.softmax_blocks import by_blocks, can_be_tried
 from torch_klloss.numerics.softmax_differences import by_differences, write_by_differences
 from torch_klloss.numerics.softmax_pairs import (
     Arithmetic,
@@ -31,7 +32,9 @@ from torch_klloss.numerics.softmax_tiles import Problem, add_to_sums, tiles_of, 
 _TILE = 2**15  # numbers of a tile elsewhere than on the CPU, at least; otherwise this part of the logits:
 _SHARE = 2**8
 _CAREFUL_TILE = 2**12  # numbers of a tile of the careful formula, which has many tensors, in float64
-_EQUAL = 3
+_CAREFUL, _EQUAL = 0, 1  # kinds of rows
+_DIFFERENCES = {torch.float32: 2, torch.float64: 3}  # more of them, by the dtype of their derivatives
+_BLOCKS = 4  # another, more by 1 if float32 is enough for the derivative by a, and by 2 if it is for that by b
 _FEWEST = 256  # classes from which on their roundings average out in float32
 
 
@@ -41,8 +44,7 @@ class Computed:
 
     Attributes:
         rows: `[12, rows, 1]`, in float64 on the CPU, the fields of `Rows`.
-        kind: on the CPU 0 for a row of the careful formula, 1 and 2 for a difference in float32 and float64, 3 for one
-            that is the same on both sides.
+        kind: on the CPU how each was computed.
     """
 
     rows: Tensor
@@ -51,6 +53,14 @@ class Computed:
     def value(self, terms: Terms) -> Tensor:
         """Return the divergences, `[rows, 1]`."""
         return Rows(*self.rows).value(terms)
+
+    def take(self, left: Tensor, rows: Tensor, kinds: Tensor | int, is_good: Tensor) -> Tensor:
+        """Keep the good ones of rows that were tried, and return the places of the others."""
+        assert self.kind is not None
+        some = left[is_good]
+        self.rows[:, some] = rows[:, is_good]
+        self.kind[some] = kinds[is_good] if isinstance(kinds, Tensor) else kinds
+        return left[~is_good]
 
 
 def compute(a: Tensor, b: Tensor, index: Tensor | None, problem: Problem) -> Computed:
@@ -61,27 +71,48 @@ def compute(a: Tensor, b: Tensor, index: Tensor | None, problem: Problem) -> Com
         return Computed(torch.stack(_careful(a, b, None, problem, wide_dtype(a))), None)
     num_rows = len(a) if index is None else len(index)
     rows = torch.zeros(len(Rows._fields), num_rows, 1, dtype=torch.float64)
-    kind = torch.zeros(num_rows, dtype=torch.int8)
+    computed = Computed(rows, kind := torch.zeros(num_rows, dtype=torch.int8))
     if not problem.is_sharded:  # a shard does not see the others
         kind[_equal_rows(a, b, index)] = _EQUAL
-    left, in_blocks = (kind == 0).nonzero().squeeze(-1), can_be_tried(a, problem)
-    for number, dtype in ((1, torch.float32), (2, torch.float64)):
-        if not _is_worth_it(a, dtype, problem):
-            continue
-        pilot = left[: max(1, len(left) // 8)] if number == 1 and not in_blocks else left
-        for some in (pilot, left[len(pilot) :]):
-            if len(some) == 0 or (some is not pilot and kind[pilot].sum() * 2 < len(pilot)):
-                continue
-            where = index if len(some) == num_rows else _at(index, some)
-            if number == 1 and in_blocks:
-                found, is_good = by_blocks(a, b, where, problem)
-            else:
-                found, is_good = by_differences(a, b, where, problem, dtype)
-            rows[:, some[is_good]], kind[some[is_good]] = found[:, is_good], number
-        left = left[kind[left] == 0]
+    left = (kind == _CAREFUL).nonzero().squeeze(-1)
+    try_some = _try_blocks if can_be_tried(a, problem) else _try_differences
+    for dtype in (torch.float32, torch.float64):
+        if len(left) and _is_worth_it(a, dtype, problem):
+            left = try_some(a, b, index, left, problem, dtype, computed)
+    if len(left) and try_some is _try_blocks:  # the exponentials may not have been within range
+        left = _try_differences(a, b, index, left, problem, torch.float64, computed)
     if len(left):
         rows[:, left] = torch.stack(_careful(a, b, _at(index, left), problem, torch.float64))
-    return Computed(rows, kind)
+    return computed
+
+
+def _try_blocks(
+    a: Tensor, b: Tensor, index: Tensor | None, left: Tensor, problem: Problem, dtype: torch.dtype, computed: Computed
+) -> Tensor:
+    """Compute rows by sums of blocks, and return what is left."""
+    where = index if len(left) == computed.rows.shape[1] else _at(index, left)
+    found = by_blocks(a, b, where, problem, dtype)
+    first, second = found.is_single
+    return computed.take(left, found.rows, _BLOCKS + first.to(torch.int8) + 2 * second.to(torch.int8), found.is_good)
+
+
+def _try_differences(
+    a: Tensor, b: Tensor, index: Tensor | None, left: Tensor, problem: Problem, dtype: torch.dtype, computed: Computed
+) -> Tensor:
+    """Compute rows by differences, in float32 some of them first, and return what is left."""
+    num_first = max(1, len(left) // 8) if dtype == torch.float32 else len(left)
+    pilot, others = left[:num_first], left[num_first:]
+    missed = computed.take(pilot, *_by_differences(a, b, _at(index, pilot), problem, dtype))
+    if len(others) and len(missed) * 2 <= len(pilot):
+        others = computed.take(others, *_by_differences(a, b, _at(index, others), problem, dtype))
+    return torch.cat((missed, others))
+
+
+def _by_differences(
+    a: Tensor, b: Tensor, index: Tensor, problem: Problem, dtype: torch.dtype
+) -> tuple[Tensor, int, Tensor]:
+    rows, is_good = by_differences(a, b, index, problem, dtype)
+    return rows, _DIFFERENCES[dtype], is_good
 
 
 def _equal_rows(a: Tensor, b: Tensor, index: Tensor | None) -> Tensor:
@@ -100,13 +131,12 @@ def _equal_rows(a: Tensor, b: Tensor, index: Tensor | None) -> Tensor:
 
 
 def _is_worth_it(a: Tensor, dtype: torch.dtype, problem: Problem) -> bool:
-    """Return whether a difference in the dtype is worth trying."""
-    if dtype == torch.float64:
+    """Return whether a dtype is worth trying."""
+    if a.dtype == torch.float64 or dtype == torch.float64:
         return a.dtype != torch.float64
     if problem.is_sharded:  # the shards must all try the same, whatever their size
         return False
-    is_power = math.frexp(problem.temperature)[0] == 0.5
-    return a.dtype != torch.float64 and is_power and a.shape[-1] >= _FEWEST
+    return problem.is_exact and a.shape[-1] >= _FEWEST
 
 
 def write_derivatives(
@@ -121,23 +151,23 @@ def write_derivatives(
     if computed.kind is None:
         _write(a, b, None, rows, grad, problem, wide_dtype(a), by_a, by_b)
         return
-    for number, dtype in ((1, torch.float32), (2, torch.float64), (_EQUAL, torch.float64), (0, torch.float64)):
-        which = (computed.kind == number).nonzero().squeeze(-1)
-        if len(which) == 0:
-            continue
+    for kind in computed.kind.unique().tolist():
+        which = (computed.kind == kind).nonzero().squeeze(-1)
         is_all = len(which) == len(computed.kind)
         some = index if is_all else _at(index, which)
-        chosen, g = (rows, grad) if is_all else (Rows(*computed.rows[:, which]), grad[which])
-        if number == _EQUAL:
+        if kind == _EQUAL:
             for whole in (by_a, by_b):
                 if whole is not None:
                     whole[slice(None) if some is None else some] = 0
             continue
-        if number == 1 and can_be_tried(a, problem):
-            write_by_blocks(a, b, some, torch.stack(chosen), g, problem, by_a, by_b)
+        chosen, g = (rows, grad) if is_all else (Rows(*computed.rows[:, which]), grad[which])
+        if kind < _BLOCKS:
+            write, dtype = _WRITERS[kind]
+            write(a, b, some, chosen, g, problem, dtype, by_a, by_b)
             continue
-        write = write_by_differences if number else _write
-        write(a, b, some, chosen, g, problem, dtype, by_a, by_b)
+        is_single = [(kind - _BLOCKS) & bit or out is None for bit, out in ((1, by_a), (2, by_b))]
+        dtype = torch.float32 if all(is_single) else torch.float64
+        write_by_blocks(a, b, some, chosen, g, problem, dtype, by_a, by_b)
 
 
 def rows_dtype(a: Tensor) -> torch.dtype:
@@ -200,3 +230,9 @@ def _write(
 
 def _part(rows: Rows, place: slice) -> Rows:
     return Rows(*(t[place] for t in rows))
+
+
+_WRITERS = {
+    _CAREFUL: (_write, torch.float64),
+    **{kind: (write_by_differences, dtype) for dtype, kind in _DIFFERENCES.items()},
+}

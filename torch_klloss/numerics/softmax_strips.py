@@ -1,4 +1,4 @@
-"""Strips of logits in float32: a few whole rows, or a part of one, as views where they can be, and buffers beside them."""
+"""Strips of logits: a few whole rows, or a part of one, as views where they can be, and buffers beside them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 BLOCK = 2**7  # classes that are added up by themselves
 _SHARE = {4: 0.07, 2: 0.11}  # of the logits, that all buffers take, by the bytes of a number
-_NUMBERS = 2**14, 2**17  # of a strip, at least and at most: so many stay in the cache
+_BYTES = 2**16, 2**19  # of a buffer, at least and at most: a few of them stay in the cache
 
 
 class Strip(NamedTuple):
@@ -21,7 +21,7 @@ class Strip(NamedTuple):
         place: the rows in the list of rows.
         where: the rows and classes in the logits.
         blocks: the same rows and the blocks of the classes.
-        x, y: the logits over the temperature, in float32; not to be written to.
+        x, y: the logits over the temperature, in the dtype that is computed in; not to be written to.
         work: buffers of their shape.
     """
 
@@ -36,21 +36,23 @@ class Strip(NamedTuple):
 class Strips:
     """The strips of logits times a scale, whose buffers they share, at the rows of an index, or at all."""
 
-    def __init__(self, a: Tensor, b: Tensor, index: Tensor | None, scale: float, num_work: int) -> None:
-        self.sides, self.scale, self.num_work = (a, b), scale, num_work
+    def __init__(
+        self, a: Tensor, b: Tensor, index: Tensor | None, scale: float, dtype: torch.dtype, num_work: int
+    ) -> None:
+        self.sides, self.scale, self.dtype, self.num_work = (a, b), scale, dtype, num_work
         self.num_rows, num_classes = a.shape
         self.rows = None if index is None else index.tolist()
         if index is not None:
             self.num_rows = len(index)
-        self.are_given = [t.dtype == torch.float32 and scale == 1 for t in self.sides]
+        self.are_given = [t.dtype == dtype and scale == 1 for t in self.sides]
         num_buffers = num_work + 2 - sum(self.are_given)
         share = _SHARE[a.element_size()] * a.numel() * a.element_size()
-        size = int(min(_NUMBERS[1], max(_NUMBERS[0], share / (4 * num_buffers))))
+        size = int(min(_BYTES[1], max(_BYTES[0], share / num_buffers))) // dtype.itemsize
         self.step, self.width = max(1, size // num_classes), num_classes
         if num_classes > size:
             self.width = math.ceil(num_classes / math.ceil(num_classes / size) / BLOCK) * BLOCK
         self.step = min(self.step, self.num_rows)
-        self.memory = torch.empty(num_buffers, self.step * self.width).unbind()
+        self.memory = torch.empty(num_buffers, self.step * self.width, dtype=dtype).unbind()
         self.buffers: dict[tuple[int, int], list[Tensor]] = {}
 
     def within(self, place: slice) -> Iterator[Strip]:
@@ -66,9 +68,7 @@ class Strips:
                 shape = found.stop - found.start, stop - first
                 yield self._strip(rows, (found, slice(first, stop)), (rows, blocks), shape)
 
-    def _strip(
-        self, rows: slice, where: tuple[slice, ...], blocks: tuple[slice, ...], shape: tuple[int, int]
-    ) -> Strip:
+    def _strip(self, rows: slice, where: tuple[slice, ...], blocks: tuple[slice, ...], shape: tuple[int, int]) -> Strip:
         if shape not in self.buffers:
             self.buffers[shape] = [m[: shape[0] * shape[1]].view(shape) for m in self.memory]
         buffers = self.buffers[shape]

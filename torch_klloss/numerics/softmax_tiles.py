@@ -42,6 +42,11 @@ class Problem:
         return self.total is not _same
 
     @property
+    def is_exact(self) -> bool:
+        """Whether the logits over the temperature, a power of two, are numbers of their own dtype."""
+        return math.frexp(self.temperature)[0] == 0.5
+
+    @property
     def scale(self) -> float:
         """The factor of the logits."""
         return 1 / self.temperature
