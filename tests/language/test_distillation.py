@@ -20,6 +20,7 @@ from torch_klloss.language import (
     log_probs_of,
     token_kl,
 )
+from torch_klloss.numerics.logit_sides import Head
 from torch_klloss.numerics.softmax_pairs import Arithmetic, Terms, rows_of
 from torch_klloss.schedules import Linear
 
@@ -283,6 +284,67 @@ def test_a_head_is_its_logits_with_weights_and_without_reduction(reduction):
         results.append((loss, *grads_of((loss * outer).sum(), hidden, head.weight, head.bias)))
     for found, right in zip(*results, strict=True):
         torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-7)
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """How many logits of heads were made."""
+    made, panel = [], Head.panel
+
+    def counted(self, rows):
+        logits = panel(self, rows)
+        made.append(logits.numel())
+        return logits
+
+    monkeypatch.setattr(Head, "panel", counted)
+    return made
+
+
+OUTER = {  # what becomes of the loss, the dtype, and how often the logits are made
+    "as it is": (lambda v: v, torch.float32, 1),
+    "times a number": (lambda v: v * 0.3, torch.float32, 1),
+    "in half precision, as it is": (lambda v: v, torch.bfloat16, 1),
+    "in half precision, times a number": (lambda v: v * 0.3, torch.bfloat16, 2),
+    "nothing": (lambda v: v * 0, torch.float32, 1),
+}
+
+
+@pytest.mark.parametrize("outer", OUTER)
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "sequence_sum", "sum"])
+def test_a_head_is_multiplied_once_where_the_loss_is_a_factor_of_what_is_differentiated(outer, reduction, products):
+    function, dtype, times = OUTER[outer]
+    hidden, weight = (torch.randn(n, 16).to(dtype) for n in (36, 500))
+    hidden, weight = hidden.view(4, 9, 16).requires_grad_(), weight.requires_grad_()
+    teacher, weights = torch.randn(4, 9, 500).to(dtype), torch.rand(4, 9) * (torch.rand(4, 9) < 0.7)
+    loss = DistillationLoss(temperature=2.0, reduction=reduction, weight=0.7)
+    value = function(loss(student=LinearHead(hidden, weight), teacher=teacher, mask=weights))
+    found = grads_of(value, hidden, weight)
+    assert sum(products) == times * 500 * (weights > 0).sum()
+    again = grads_of(value, hidden, weight)  # nothing is kept for a second time
+    right = grads_of(function(loss(student=hidden @ weight.T, teacher=teacher, mask=weights)), hidden, weight)
+    for f, g, r in zip(found, again, right, strict=True):
+        for some in (f, g):
+            assert (some - r).norm() <= (1e-6 if dtype is torch.float32 else 2.0**-7) * r.norm()
+
+
+def test_a_head_is_multiplied_again_where_the_tokens_are_weighted_afterwards(products):
+    hidden, weight = torch.randn(9, 16, requires_grad=True), torch.randn(500, 16, requires_grad=True)
+    teacher, outer = torch.randn(9, 500), torch.rand(9)
+    found = grads_of((token_kl(teacher, LinearHead(hidden, weight)) * outer).sum(), hidden, weight)
+    assert sum(products) == 2 * 9 * 500
+    right = grads_of((token_kl(teacher, hidden @ weight.T) * outer).sum(), hidden, weight)
+    for f, r in zip(found, right, strict=True):
+        torch.testing.assert_close(f, r, rtol=1e-5, atol=1e-7)
+    products.clear()
+    grads_of(token_kl(teacher, LinearHead(hidden, weight), mask=outer).mean(), hidden, weight)
+    assert sum(products) == 9 * 500
+
+
+def test_a_head_keeps_no_gradient_that_is_not_asked_for(products):
+    hidden, weight = torch.randn(9, 16), torch.randn(500, 16)
+    teacher = torch.randn(9, 500, requires_grad=True)
+    grads_of(token_kl(teacher, LinearHead(hidden, weight)).sum(), teacher)
+    assert sum(products) == 2 * 9 * 500
 
 
 def test_second_derivatives_are_right():
