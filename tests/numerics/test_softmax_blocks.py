@@ -1,4 +1,4 @@
-"""Rows of many classes, which are added up block by block: the digits of values and gradients, and who refuses a row."""
+"""Rows of many classes, added up block by block: the digits of values and gradients, and which rows are refused."""
 
 import math
 

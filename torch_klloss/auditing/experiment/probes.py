@@ -259,12 +259,14 @@ def draw_normals(shapes: Sequence[Shape], seed: int, *, width: Width, standard: 
     return layout, Normals(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def draw_categoricals(shapes: Sequence[Shape], seed: int) -> tuple[Layout, Categoricals]:
+def draw_categoricals(
+    shapes: Sequence[Shape], seed: int, scales: Sequence[float] = (0.5, 1.0, 1.8)
+) -> tuple[Layout, Categoricals]:
     """Draw pairs of categorical distributions, flat and peaked, from raw scores that are not centred."""
     layout, rng = Layout(tuple(shapes)), torch.Generator().manual_seed(seed)
     q, p = [], []
     for index, shape in enumerate(shapes):
-        scale = (0.5, 1.0, 1.8)[index % 3]
+        scale = scales[index % len(scales)]
         q.append(scale * torch.randn(shape, generator=rng, dtype=torch.float64).reshape(-1) + 0.3)
         p.append(scale * torch.randn(shape, generator=rng, dtype=torch.float64).reshape(-1) - 0.4)
     return layout, Categoricals(torch.cat(q), torch.cat(p), layout)

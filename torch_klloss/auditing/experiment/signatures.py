@@ -25,7 +25,7 @@ from torch_klloss.auditing.experiment.probes import (
     log_density,
     shapes_of_rank,
 )
-from torch_klloss.auditing.experiment.tokens import TOKEN_SHAPES, Tokens, token_mask
+from torch_klloss.auditing.experiment.tokens import TOKEN_SCALES, TOKEN_SHAPES, Tokens, token_mask
 
 SignatureName = Literal[
     "auto",
@@ -126,7 +126,7 @@ class Signature:
     def draw(self, seed: int, *, rank: int, width: Width = "any") -> tuple[Layout, Leaves]:
         """Draw probes of `rank` dimensions: their layout, and the leaves, which require no gradient yet."""
         if self.masked:
-            layout, drawn = draw_categoricals(TOKEN_SHAPES, seed)
+            layout, drawn = draw_categoricals(TOKEN_SHAPES, seed, TOKEN_SCALES)
             return replace(layout, example_dims=2), self.leaves(drawn)
         shapes: tuple[Shape, ...] = shapes_of_rank(rank, few_dims=width != "any")
         if self.categorical:

@@ -13,9 +13,10 @@ from torch_klloss.auditing.experiment.probes import Categoricals, Layout, Shape
 
 # All sizes of a probe differ, and the lengths of its sequences.
 TOKEN_SHAPES: tuple[Shape, ...] = (
-    *((4, 6, 5), (3, 5, 7), (6, 4, 8), (2, 7, 6), (5, 3, 9), (8, 5, 4), (3, 8, 10), (7, 6, 3)),
-    *((5, 7, 4), (3, 6, 8), (4, 3, 7), (2, 5, 9), (6, 8, 5), (9, 4, 6), (5, 6, 3), (4, 7, 9)),
+    *((4, 6, 10), (3, 5, 12), (6, 4, 13), (2, 7, 11), (5, 3, 14), (8, 5, 9), (3, 8, 15), (7, 6, 8)),
+    *((5, 7, 9), (3, 6, 13), (4, 3, 12), (2, 5, 14), (6, 8, 10), (9, 4, 11), (5, 6, 8), (4, 7, 14)),
 )
+TOKEN_SCALES = (0.5, 1.0, 1.8, 4.0)  # of the scores: the last one's rare tokens are as rare as those of a vocabulary
 Shares = Callable[[Tensor, int], Tensor]
 """A reduction of the tokens: takes a mask `[batch, time]` of ones and zeros and the size of the vocabulary, and returns
 the factor of every token in the sum that it is."""

@@ -142,9 +142,21 @@ def _with_bucket(logs: Tensor, c: Categoricals, k: int) -> Tensor:
     return torch.where(top > 0, logs, _log_mass(logs, 1 - top, c))
 
 
-def _with_zero_column(c: Categoricals) -> Tensor:
-    """Return log p in a vocabulary that a score of 0 pads."""
-    return c.layout.row_wise(lambda part: pad(part, (0, 1)).log_softmax(-1)[..., :-1], c.p_logits)
+def _with_zero_columns(number: int, scores: Tensor, c: Categoricals) -> Tensor:
+    """Return the log-probabilities in a vocabulary that scores of 0 pad."""
+    return c.layout.row_wise(lambda part: pad(part, (0, number)).log_softmax(-1)[..., :-number], scores)
+
+
+def _zero_padded(number: int) -> Mistake:
+    scores = "a score" if number == 1 else f"{number} scores"
+    padded = f"F.pad(logits_p, (0, {number})).log_softmax(-1)[..., :-{number}]"
+    return _mistake(
+        "zero-padded-vocabulary" + (f"-{number}" if number > 1 else ""),
+        f"it pads p's vocabulary with {scores} of 0, which takes mass from the real tokens",
+        "Cut both to the real tokens (vocab_size=), or pad with -inf.",
+        f"(({_Q}.exp() * ({_Q} - {padded})).sum(-1) * mask).sum() / mask.sum()",
+        {"log p": lambda c: _with_zero_columns(number, c.p_logits, c)},
+    )
 
 
 def _over_time(scores: Tensor, c: Categoricals) -> Tensor:
@@ -224,7 +236,7 @@ MISTAKES = (
         f"((logits_q.softmax(-1) * ({_Q} - (logits_p / 2).log_softmax(-1))).sum(-1) * mask).sum() / mask.sum()",
         {"pair": lambda c: replace(c, p_logits=c.p_logits / 2)},
     ),
-    *(mistake for k in (2, 3) for mistake in _of_top(k)),
+    *(mistake for k in (2, 3, 4, 5) for mistake in _of_top(k)),
     _mistake(
         "log-space-mixture",
         "it compares both with the mean of their log-probabilities, for a Jensen-Shannon divergence: that mean is no "
@@ -252,12 +264,16 @@ MISTAKES = (
         f"(-({_Q}.exp() * {_MIX}).sum(-1) * mask).sum() / mask.sum()",
         {"log q": lambda c: 0 * c.log_q, "log p": _mixed},
     ),
+    *(_zero_padded(number) for number in (1, 2, 3, 4)),
     _mistake(
-        "zero-padded-vocabulary",
-        "it pads p's vocabulary with a score of 0, which takes mass from the real tokens",
-        "Cut both to the real tokens (vocab_size=), or pad with -inf.",
-        f"(({_Q}.exp() * ({_Q} - F.pad(logits_p, (0, 1)).log_softmax(-1)[..., :-1])).sum(-1) * mask).sum() "
-        "/ mask.sum()",
-        {"log p": _with_zero_column},
+        "floored-log-probabilities",
+        "it floors the log-probabilities of q and p at -10: where p has less, it costs no more and has no gradient",
+        "Leave them as they are: the KL of logits needs no floor.",
+        f"(({_Q}.exp() * ({_Q}.clamp(min=-10) - {_P}.clamp(min=-10))).sum(-1) * mask).sum() / mask.sum()",
+        {
+            "weight": lambda c: c.log_q.exp(),
+            "log q": lambda c: c.log_q.clamp(min=-10),
+            "log p": lambda c: c.log_p.clamp(min=-10),
+        },
     ),
 )
