@@ -12,7 +12,7 @@ from torch import Tensor
 Reduce: TypeAlias = Callable[[Tensor], Tensor]
 
 _PANEL = 2**19  # logits of a head that exist at once on the CPU, at least; there and elsewhere these parts of them:
-_PARTS = 8, 16
+_PARTS = 4, 16
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def write_by_blocks(
     """Write the derivatives of `by_blocks`, given its rows and grad, `[rows, 1]`."""
     form = _mixed_forms if problem.terms.is_mixed else _plain_forms
     write = _write_mixed if problem.terms.is_mixed else _write_plain
-    forms = form(rows, grad * problem.scale, problem.terms)
+    forms, with_gaps = form(rows, grad * problem.scale, problem.terms), bool(rows.q_score.any())
     wanted = [
         (out, [None if f is None else f.to(dtype) for f in form], is_first)
         for out, form, is_first in zip((by_a, by_b), forms, (True, False), strict=True)
@@ -110,7 +110,7 @@ def write_by_blocks(
             target = out[strip.where]
             into = target if out.dtype == dtype else strip.work[2]
             some = [None if f is None else f[strip.place] for f in factors]
-            write(strip.x, strip.y, is_first, some, problem.terms, strip.work, into)
+            write(strip.x, strip.y, is_first, some, problem.terms, strip.work, into, with_gaps)
             if into is not target:
                 target.copy_(into)
 
@@ -132,17 +132,16 @@ def _plain_forms(rows: Rows, g: Tensor, terms: Terms) -> tuple[Form, Form]:
 
 
 def _write_plain(
-    x: Tensor, y: Tensor, is_first: bool, factors: list[Tensor | None], terms: Terms, work: Work, out: Tensor
-) -> None:
+    x: Tensor, y: Tensor, is_first: bool, factors: list[Tensor | None], terms: Terms, work: Work, out: Tensor,
+    with_gaps: bool,
+) -> None:  # fmt: skip
     own, other = (x, y) if is_first else (y, x)
     alpha, beta, gamma = factors
     assert alpha is not None
     if beta is None:
         torch.exp(own, out=out).mul_(alpha)
     else:
-        ratio = torch.sub(y, x, out=work[0])
-        if not bool(ratio.sum().isfinite()):
-            ratio.nan_to_num_(0.0, FAR, -FAR)
+        ratio = _ratio(x, y, work[0], with_gaps)
         torch.exp(own, out=out).mul_(ratio.mul_(beta).add_(alpha))
     if gamma is not None:
         torch.addcmul(out, torch.exp(other, out=work[0]), gamma, out=out)
@@ -167,14 +166,15 @@ def _mixed_forms(rows: Rows, g: Tensor, terms: Terms) -> tuple[Form, Form]:
 
 
 def _write_mixed(
-    x: Tensor, y: Tensor, is_first: bool, factors: list[Tensor | None], terms: Terms, work: Work, out: Tensor
-) -> None:
+    x: Tensor, y: Tensor, is_first: bool, factors: list[Tensor | None], terms: Terms, work: Work, out: Tensor,
+    with_gaps: bool,
+) -> None:  # fmt: skip
     is_turned = not is_first and not terms.is_single
     factor, alpha, beta, gamma = factors
     assert factor is not None
     assert alpha is not None
     ratio = torch.sub(x, y, out=work[0]) if is_turned else torch.sub(y, x, out=work[0])
-    if not bool(ratio.sum().isfinite()):
+    if with_gaps:
         ratio.nan_to_num_(0.0, _FAR_MIXED, -_FAR_MIXED)
     mixture = ratio.exp_().mul_(factor).add_(rest_of(terms.p_mix if is_turned else terms.q_mix)[0])
     result = alpha

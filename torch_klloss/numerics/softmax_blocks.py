@@ -21,7 +21,7 @@ from torch_klloss.numerics.softmax_tiles import Problem
 FEWEST = 2**13  # classes; a block of fewer would often be heavy
 _HEAVY = 2.0**-5  # of the mass of q or p
 _AT_ONCE = 2**6  # heavy blocks
-_BAND = 2**21  # numbers of the rows that are looked at together
+_BAND = 2**22  # numbers of the rows that are looked at together
 _MIXED_LEAST = 0.3  # a mixture's divergence in float32 relative to what a KL has to be
 _LEAST_DOUBLE = 2.0**-24  # one in float64, relative to its terms
 # A gradient in float32 is the difference of much larger numbers if one of these is less:
@@ -62,7 +62,7 @@ class Found(NamedTuple):
     """Rows and what is known of them.
 
     Attributes:
-        rows: `[12, rows, 1]`, the fields of `Rows`.
+        rows: `[12, rows, 1]`, the fields of `Rows`, with whether there were infinite logits as `q_score`.
         is_good: whether the value has kept its digits.
         is_single: whether the gradients to q and to p keep their own in float32, `[2, rows]`.
     """
@@ -114,7 +114,8 @@ class _Band(NamedTuple):
             q_mean, p_mean = first.of[2] / q_total, first.of[-1] / p_total if terms.by_p else zero
             by_q, by_p, share = log_norm - q_mean, p_mean - log_norm, zero
             size = 1 + log_norm.abs() + q_mean.abs() + p_mean.abs()
-        rows = torch.stack((zero, zero, q_total, p_total, log_norm, zero, by_q, by_p, share, zero, zero, zero))
+        gaps = torch.full_like(zero, with_gaps)
+        rows = torch.stack((zero, zero, q_total, p_total, log_norm, zero, by_q, by_p, share, gaps, zero, zero))
         smallest = torch.minimum(by_q, by_p) if terms.by_p else by_q
         is_within = size < FAR**0.5
         for total in (q_total, p_total):
@@ -166,16 +167,17 @@ class _Band(NamedTuple):
             for field, terms in zip(fields, each, strict=True):
                 _add_up_blocks(terms, field[strip.blocks])
         rows, blocks, change, others = _heavy_of(light) if like is None else like[2:]
-        if light.dtype == torch.float64:
-            rows, blocks = rows[:0], blocks[:0]
-        heavy = self.heavy(sums, (rows, blocks), factor, with_gaps)
-        light[:, rows, blocks] = 0.0
-        of = light.sum(-1, dtype=torch.float64).index_add_(1, rows, heavy)
+        is_heavy = len(rows) > 0 and light.dtype == torch.float32
+        if is_heavy:
+            light[:, rows, blocks] = 0.0
+        of = light.sum(-1, dtype=torch.float64)
+        if is_heavy:
+            of.index_add_(1, rows, self.heavy(sums, (rows, blocks), factor, with_gaps))
         return Totals(of, light, rows, blocks, change, others)
 
     def heavy(self, sums: Sums, places: tuple[Tensor, Tensor], factor: Tensor | None, with_gaps: bool) -> Tensor:
         """Return the sums of the blocks at the places in float64, `[sums, heavy]`."""
-        found = [torch.empty(sums.number, 0, dtype=torch.float64)]
+        found = []
         for rows, blocks in zip(*(t.split(_AT_ONCE) for t in places), strict=True):
             classes = blocks.unsqueeze(-1) * BLOCK + torch.arange(BLOCK)
             is_none, where = classes >= self.a.shape[-1], rows + self.place.start

@@ -64,11 +64,9 @@ def evaluate(
     value = tensors[0].new_zeros(q.shape[0], 1, dtype=wide)
     computed = []
     for place, rows in panels(q, p, plan.index):
-        a, b, index = _logits(q, p, rows)
-        found = compute(a, b, index, plan.problem)
+        grad = None if sums is None or plan.guess is None else _part_of(plan.guess, plan, place)
+        found = _evaluate_some(plan, (q, p), rows, grad, sums or ())
         computed.append(found)
-        if sums is not None and plan.guess is not None:
-            _add_gradients(plan, (q, p), rows, (a, b), index, found, _part_of(plan.guess, plan, place), sums)
         part = found.value(plan.problem.terms).to(wide)
         if plan.index is None:
             value[place] = part
@@ -91,9 +89,19 @@ def pull_back(
         g = _part_of(grad, plan, place)
         if plan.keep is not None:
             g = torch.where(plan.keep[place], g, 0.0)
-        a, b, index = _logits(q, p, some)
-        _add_gradients(plan, (q, p), some, (a, b), index, part, g, sums)
+        _add_gradients(plan, (q, p), some, _logits(q, p, some), part, g, sums)
     return [s.result() for s in sums]
+
+
+def _evaluate_some(
+    plan: Plan, sides: tuple[Side, Side], rows: slice | Tensor | None, grad: Tensor | None, sums: Sequence[Gradient]
+) -> Computed:
+    """Return what is computed of some rows, whose logits are gone afterwards, and add their gradients for a grad."""
+    logits = _logits(*sides, rows)
+    found = compute(*logits, plan.problem)
+    if grad is not None:
+        _add_gradients(plan, sides, rows, logits, found, grad, sums)
+    return found
 
 
 def guessed(plan: Plan, tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Gradient] | None:
@@ -143,10 +151,11 @@ def _logits(q: Side, p: Side, rows: slice | Tensor | None) -> tuple[Tensor, Tens
 
 
 def _add_gradients(
-    plan: Plan, sides: tuple[Side, Side], rows: slice | Tensor | None, logits: tuple[Tensor, Tensor],
-    index: Tensor | None, computed: Computed, grad: Tensor, sums: Sequence[Gradient],
+    plan: Plan, sides: tuple[Side, Side], rows: slice | Tensor | None, found: tuple[Tensor, Tensor, Tensor | None],
+    computed: Computed, grad: Tensor, sums: Sequence[Gradient],
 ) -> None:  # fmt: skip
-    """Write, or add, the gradients of some rows, given their logits."""
+    """Write, or add, the gradients of some rows, given what `_logits` returned."""
+    logits, index = found[:2], found[2]
     parts = sums[: plan.num_first], sums[plan.num_first :]
     if all(isinstance(side, Dense) for side in sides):
         outs = parts[0][0].of_rows(), parts[1][0].of_rows()
@@ -154,7 +163,11 @@ def _add_gradients(
         _drop(plan, outs)
         return
     assert rows is not None
-    by = [torch.empty_like(t) if any(s.is_needed for s in of) else None for t, of in zip(logits, parts, strict=True)]
+    needed = [any(s.is_needed for s in of) for of in parts]
+    by = [
+        None if not need else t if sum(needed) == 1 and not isinstance(side, Dense) else torch.empty_like(t)
+        for need, t, side in zip(needed, logits, sides, strict=True)
+    ]  # the logits of a head are its own, and each of them is read before one gradient is written to its place
     write_derivatives(*logits, None, computed, grad, plan.problem, *by)
     for side, of, out in zip(sides, parts, by, strict=True):
         if out is not None:
