@@ -24,23 +24,24 @@ class Sums(NamedTuple):
 
     Attributes:
         number: how many they are.
-        terms: called with x, y, a factor a row, buffers or Nones, and whether there may be infinite logits, it yields
-            the terms of one sum after the other, in the same memory.
+        terms: called with x, y, `factor_of` a row, three buffers or Nones, and whether there may be infinite logits, it
+            yields the terms of one sum after the other, in the same memory.
     """
 
     number: int
-    terms: Callable[[Tensor, Tensor, Tensor | None, Work, bool], Iterator[Tensor]]
+    terms: Callable[[Tensor, Tensor, Tensor, Work, bool], Iterator[Tensor]]
 
 
 def first_sums(terms: Terms) -> Sums:
     """Return the sums of both exponentials; for plain KLs also those of b - a under both."""
 
-    def parts(x: Tensor, y: Tensor, factor: Tensor | None, work: Work, with_gaps: bool) -> Iterator[Tensor]:
+    def parts(x: Tensor, y: Tensor, factor: Tensor, work: Work, with_gaps: bool) -> Iterator[Tensor]:
+        if terms.is_mixed:
+            yield torch.exp(x, out=work[0])
+            yield torch.exp(y, out=work[1])
+            return
         q = torch.exp(x, out=work[0])
         yield q
-        if terms.is_mixed:
-            yield torch.exp(y, out=work[0])
-            return
         first = _ratio(x, y, work[1], with_gaps).mul_(q)
         p = torch.exp(y, out=work[0])
         yield p
@@ -56,27 +57,33 @@ def _ratio(x: Tensor, y: Tensor, out: Tensor | None, with_gaps: bool) -> Tensor:
     return ratio.nan_to_num_(0.0, FAR, -math.inf) if with_gaps else ratio
 
 
-def second_sums(terms: Terms) -> Sums:
-    """Return the sums of log v under q, and of log p/q - log v, or for one term of 1/v, under p, with v ∝ m/q."""
+def second_sums(terms: Terms, *, after_first: bool) -> Sums:
+    """Return two sums, with v ∝ m/q: of log v under q, and under p of log p/q - log v, or of 1/v for a single term.
+
+    After the first sums of the same x and y, the buffers hold their exponentials.
+    """
     rest, _ = rest_of(terms.q_mix)
 
-    def parts(x: Tensor, y: Tensor, factor: Tensor | None, work: Work, with_gaps: bool) -> Iterator[Tensor]:
-        assert factor is not None
-        ratio = torch.sub(y, x, out=work[0])
-        if with_gaps:
-            ratio.nan_to_num_(0.0, _FAR_MIXED, -_FAR_MIXED)
+    def parts(x: Tensor, y: Tensor, factor: Tensor, work: Work, with_gaps: bool) -> Iterator[Tensor]:
+        q, p, out = work
+        if not after_first or q is None or p is None:
+            q, p = torch.exp(x, out=q), torch.exp(y, out=p)
+        mixture = mixed_ratio(x, y, out, with_gaps).exp_().mul_(factor).add_(rest)
         if terms.is_single:
-            mixture = ratio.exp_().mul_(factor).add_(rest)
-            log = torch.log(mixture, out=work[1])
-            yield log.mul_(torch.exp(x, out=work[2]))
-            yield torch.exp(y, out=work[2]).div_(mixture)
+            yield p.div_(mixture)
+            yield q.mul_(mixture.log_())
             return
-        log = torch.exp(ratio, out=work[1]).mul_(factor).add_(rest).log_()
-        ratio.sub_(log)
-        yield log.mul_(torch.exp(x, out=work[2]))
-        yield ratio.mul_(torch.exp(y, out=work[2]))
+        log = mixture.log_()
+        yield q.mul_(log)
+        yield mixed_ratio(x, y, q, with_gaps).sub_(log).mul_(p)
 
     return Sums(2, parts)
+
+
+def mixed_ratio(x: Tensor, y: Tensor, out: Tensor | None, with_gaps: bool) -> Tensor:
+    """Return y - x, within what its exponential can be taken of where one of them is infinite."""
+    ratio = torch.sub(y, x, out=out)
+    return ratio.nan_to_num_(0.0, _FAR_MIXED, -_FAR_MIXED) if with_gaps else ratio
 
 
 def rest_of(mix: float) -> tuple[float, float]:
@@ -173,9 +180,7 @@ def _write_mixed(
     factor, alpha, beta, gamma = factors
     assert factor is not None
     assert alpha is not None
-    ratio = torch.sub(x, y, out=work[0]) if is_turned else torch.sub(y, x, out=work[0])
-    if with_gaps:
-        ratio.nan_to_num_(0.0, _FAR_MIXED, -_FAR_MIXED)
+    ratio = mixed_ratio(*((y, x) if is_turned else (x, y)), work[0], with_gaps)
     mixture = ratio.exp_().mul_(factor).add_(rest_of(terms.p_mix if is_turned else terms.q_mix)[0])
     result = alpha
     if beta is not None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torch_klloss.numerics.softmax_block_terms import FAR, Sums, first_sums, rest_of, second_sums
 from torch_klloss.numerics.softmax_pairs import Rows
-from torch_klloss.numerics.softmax_strips import BLOCK, Strips
+from torch_klloss.numerics.softmax_strips import BLOCK, Strip, Strips
 from torch_klloss.numerics.softmax_tiles import Problem
 
 FEWEST = 2**13  # classes; a block of fewer would often be heavy
@@ -38,15 +38,14 @@ class Totals(NamedTuple):
     Attributes:
         of: the sums, `[sums, rows]`, in float64.
         light: those of the blocks in float32, `[sums, rows, blocks]`, zeros where a block is heavy.
-        rows, blocks: where the heavy blocks are.
+        factor: what the second sums were taken with.
         change: the largest difference of a block in q and p, relative to the heaviest; inf where none is heavy.
         others: what the heaviest block of q, and that of p, leaves to the others, `[2, rows]`.
     """
 
     of: Tensor
     light: Tensor
-    rows: Tensor
-    blocks: Tensor
+    factor: Tensor
     change: Tensor
     others: Tensor
 
@@ -104,11 +103,11 @@ class _Band(NamedTuple):
     def rows(self, with_gaps: bool) -> Found:
         """Return the rows."""
         terms = self.problem.terms
-        first = self.totals(first_sums(terms), None, None, with_gaps)
+        first = self.totals(with_gaps)
         q_total, p_total = first.of[:2]
         log_norm, zero = torch.log(p_total / q_total), torch.zeros_like(q_total)
         if terms.is_mixed:
-            by_q, by_p, share = self.mixed(first, log_norm, with_gaps)
+            by_q, by_p, share = self.mixed(first)
             size = _MIXED_LEAST * (1 + log_norm.abs())
         else:
             q_mean, p_mean = first.of[2] / q_total, first.of[-1] / p_total if terms.by_p else zero
@@ -141,52 +140,70 @@ class _Band(NamedTuple):
         is_single &= -math.log1p(-terms.q_mix) - by_q > _ROOM
         return is_single & (-math.log1p(-terms.p_mix) - by_p > _ROOM) if terms.by_p else is_single
 
-    def mixed(self, first: Totals, log_norm: Tensor, with_gaps: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def mixed(self, found: Totals) -> tuple[Tensor, Tensor, Tensor]:
         """Return the two terms, and for a single one the mean of q/m under p."""
         terms = self.problem.terms
+        q_total, p_total, *sums = found.of
+        under_p, under_q = sums if terms.is_single else reversed(sums)
         _, scale = rest_of(terms.q_mix)
-        exact = terms.q_mix * scale * torch.exp(-log_norm)
-        factor = exact.to(self.strips.dtype)
-        q_total, p_total = first.of[:2]
-        sums = self.totals(second_sums(terms), first, factor.unsqueeze(-1), with_gaps).of
-        by_q, zero = math.log(scale) - sums[0] / q_total, torch.zeros_like(log_norm)
-        lost = torch.log(factor / exact)  # it shifts log p/q of all classes
+        log_norm, zero = torch.log(p_total / q_total), torch.zeros_like(q_total)
+        by_q = math.log(scale) - under_q / q_total
+        # The factor that was multiplied by shifts log p/q of all classes by as much as it is off.
+        lost = torch.log(found.factor.squeeze(-1) / (terms.q_mix * scale)) + log_norm
         if not terms.is_single:
-            return by_q, sums[1] / p_total - log_norm + lost + math.log(scale), zero
-        share = scale * sums[1] / p_total
+            return by_q, under_p / p_total - log_norm + lost + math.log(scale), zero
+        share = scale * under_p / p_total
         return by_q + lost * terms.q_mix * share, zero, share
 
-    def totals(self, sums: Sums, like: Totals | None, factor: Tensor | None, with_gaps: bool) -> Totals:
-        """Return sums, with the heavy blocks of others, or those that are found."""
-        num_rows = self.place.stop - self.place.start
-        light = torch.empty(sums.number, num_rows, -(-self.a.shape[-1] // BLOCK), dtype=self.strips.dtype)
-        fields = light.unbind()
-        for strip in self.strips.within(self.place):
-            factors = None if factor is None else factor[strip.place]
-            each = sums.terms(strip.x, strip.y, factors, strip.work, with_gaps)
-            for field, terms in zip(fields, each, strict=True):
-                _add_up_blocks(terms, field[strip.blocks])
-        rows, blocks, change, others = _heavy_of(light) if like is None else like[2:]
+    def totals(self, with_gaps: bool) -> Totals:
+        """Return the sums over the classes."""
+        terms, num_rows = self.problem.terms, self.place.stop - self.place.start
+        stages: tuple[Sums, ...] = (first_sums(terms),)
+        if terms.is_mixed:
+            stages = *stages, second_sums(terms, after_first=self.strips.are_whole)
+        numbers = [stage.number for stage in stages]
+        light = torch.empty(sum(numbers), num_rows, -(-self.a.shape[-1] // BLOCK), dtype=self.strips.dtype)
+        parts, factor = light.split(numbers), light.new_ones(num_rows, 1)
+        groups = [stages] if self.strips.are_whole else [(stage,) for stage in stages]
+        for group in groups:  # a strip of whole rows is read once for both stages
+            for strip in self.strips.within(self.place):
+                for stage in group:
+                    fields = parts[stages.index(stage)]
+                    if stage is not stages[0] and strip.is_first:
+                        factor[strip.place] = self.factor_of(light[:2, strip.place])
+                    self.add(stage, strip, factor[strip.place], fields, with_gaps)
+        rows, blocks, change, others = _heavy_of(light)
         is_heavy = len(rows) > 0 and light.dtype == torch.float32
         if is_heavy:
             light[:, rows, blocks] = 0.0
         of = light.sum(-1, dtype=torch.float64)
         if is_heavy:
-            of.index_add_(1, rows, self.heavy(sums, (rows, blocks), factor, with_gaps))
-        return Totals(of, light, rows, blocks, change, others)
+            of.index_add_(1, rows, self.heavy(stages, rows, blocks, factor, with_gaps))
+        return Totals(of, light, factor.double(), change, others)
 
-    def heavy(self, sums: Sums, places: tuple[Tensor, Tensor], factor: Tensor | None, with_gaps: bool) -> Tensor:
-        """Return the sums of the blocks at the places in float64, `[sums, heavy]`."""
+    def add(self, stage: Sums, strip: Strip, factor: Tensor, fields: Tensor, with_gaps: bool) -> None:
+        """Write the sums of the blocks of a strip to their fields."""
+        each = stage.terms(strip.x, strip.y, factor, strip.work, with_gaps)
+        for out, terms in zip(fields[(slice(None), *strip.blocks)].unbind(), each, strict=True):
+            _add_up_blocks(terms, out)
+
+    def factor_of(self, light: Tensor) -> Tensor:
+        """Return mix · p/q of unnormalised weights, given the sums of their blocks, `[2, rows, blocks]`."""
+        q_total, p_total = light.sum(-1, keepdim=True)
+        mix = self.problem.terms.q_mix
+        return q_total / p_total * (mix * rest_of(mix)[1])
+
+    def heavy(self, stages: tuple[Sums, ...], rows: Tensor, blocks: Tensor, factor: Tensor, with_gaps: bool) -> Tensor:
+        """Return the sums of some blocks in float64, `[sums, heavy]`."""
         found = []
-        for rows, blocks in zip(*(t.split(_AT_ONCE) for t in places), strict=True):
-            classes = blocks.unsqueeze(-1) * BLOCK + torch.arange(BLOCK)
-            is_none, where = classes >= self.a.shape[-1], rows + self.place.start
+        for some, which in zip(rows.split(_AT_ONCE), blocks.split(_AT_ONCE), strict=True):
+            classes = which.unsqueeze(-1) * BLOCK + torch.arange(BLOCK)
+            is_none, where = classes >= self.a.shape[-1], some + self.place.start
             where = (where if self.among is None else self.among[where]).unsqueeze(-1)
             x, y = (t[where, classes.clamp(max=t.shape[-1] - 1)].double() for t in (self.a, self.b))
             x, y = (t.mul_(self.problem.scale).masked_fill_(is_none, -1e4) for t in (x, y))
-            factors = None if factor is None else factor[rows].double()
-            terms = sums.terms(x, y, factors, (None, None, None), with_gaps)
-            found.append(torch.stack([t.sum(-1) for t in terms]))
+            each = (stage.terms(x, y, factor[some].double(), (None,) * 3, with_gaps) for stage in stages)
+            found.append(torch.stack([t.sum(-1) for terms in each for t in terms]))
         return torch.cat(found, 1)
 
 

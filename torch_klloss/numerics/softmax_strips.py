@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 2**7  # classes that are added up by themselves
-_SHARE = {4: 0.07, 2: 0.11}  # of the logits, that all buffers take, by the bytes of a number
+_SHARE = {4: 0.072, 2: 0.11}  # of the logits, that all buffers take, by the bytes of a number
 _BYTES = 2**16, 2**19  # of a buffer, at least and at most: a few of them stay in the cache
 
 
@@ -32,6 +32,11 @@ class Strip(NamedTuple):
     y: Tensor
     work: tuple[Tensor, ...]
 
+    @property
+    def is_first(self) -> bool:
+        """Whether it holds the first classes."""
+        return len(self.where) == 1 or self.where[1].start == 0
+
 
 class Strips:
     """The strips of logits times a scale, whose buffers they share, at the rows of an index, or at all."""
@@ -51,7 +56,7 @@ class Strips:
         self.step, self.width = max(1, size // num_classes), num_classes
         if num_classes > size:
             self.width = math.ceil(num_classes / math.ceil(num_classes / size) / BLOCK) * BLOCK
-        self.step = min(self.step, self.num_rows)
+        self.step, self.are_whole = min(self.step, self.num_rows), self.width == num_classes
         self.memory = torch.empty(num_buffers, self.step * self.width, dtype=dtype).unbind()
         self.buffers: dict[tuple[int, int], list[Tensor]] = {}
 
@@ -59,7 +64,7 @@ class Strips:
         """Yield the strips of the rows of a slice, whose places count from its start on."""
         num_classes = self.sides[0].shape[-1]
         for rows, found in self._runs(place):
-            if self.width == num_classes:
+            if self.are_whole:
                 yield self._strip(rows, (found,), (rows,), (found.stop - found.start, num_classes))
                 continue
             for first in range(0, num_classes, self.width):
