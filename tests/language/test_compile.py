@@ -10,9 +10,9 @@ CODE = """
 import json, math, torch
 torch.set_num_threads(1)
 from torch_klloss.language import *
-from torch_klloss.numerics import softmax_divergence, softmax_opaque
+from torch_klloss.numerics import softmax_divergence, softmax_opaque, softmax_picked
 if %r:  # every size is called as it is, none is traced
-    softmax_opaque.FEWEST, softmax_divergence._traced = 0, None
+    softmax_opaque.FEWEST, softmax_divergence._traced, softmax_picked._plain = 0, None, None
 def logits(seed):
     x = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(seed))
     x[..., 7] = -math.inf
@@ -67,7 +67,7 @@ def test_compiled_losses_are_the_eager_ones_next_to_padding_and_masked_columns(n
     "names",
     [
         pytest.param(["token_kl", "head"], marks=pytest.mark.long),
-        pytest.param(["mixture", "exact"], marks=pytest.mark.exhaustive),
+        pytest.param(["mixture", "exact", "log_probs_of", "bucket"], marks=pytest.mark.exhaustive),
     ],
 )
 def test_what_a_graph_calls_as_it_is_gives_the_very_numbers_of_eager_mode(names):
@@ -82,5 +82,17 @@ def test_the_operation_has_the_shapes_that_the_compiler_is_told(keep, dtype):
     torch.library.opcheck(
         torch.ops.torch_klloss.divergence.default,
         ([hidden, weight], [p], [True, False], terms, 1.0, keep),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
+
+
+@pytest.mark.parametrize("keep", [None, torch.tensor([[True], [False], [True]])], ids=["all rows", "some rows"])
+@pytest.mark.parametrize("is_head", [True, False])
+def test_the_operation_that_picks_has_the_shapes_that_the_compiler_is_told(keep, is_head):
+    tensors = [torch.randn(size).requires_grad_() for size in (((3, 4), (20, 4)) if is_head else ((3, 20),))]
+    ids, valid = torch.randint(20, (3, 2)), torch.ones(3, 2, dtype=torch.bool)
+    torch.library.opcheck(
+        torch.ops.torch_klloss.picked.default,
+        (tensors, ids, valid, keep, is_head, True, 1.0, 0),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
