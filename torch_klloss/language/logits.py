@@ -17,11 +17,11 @@ from torch_klloss.numerics.tracing import is_traced
 class LinearHead:
     """The logits hidden · weightᵀ + bias, in place of their tensor, which then never exists as a whole.
 
-    The loss multiplies a few tokens at a time, and on the CPU takes the gradients beside the values. If the gradient that
-    comes is no multiple of the one that was expected, as where tokens are weighted afterwards, and on an accelerator, it
-    multiplies again in the backward pass. Gradients go to all three tensors; those of the weight and the bias are added
-    up in at least float32, so that their rounding does not depend on how many tokens are taken at a time. A second
-    derivative is taken through the whole logits.
+    The loss multiplies a few tokens at a time, and on the CPU takes the gradients beside the values. If the gradient
+    that comes is no multiple of the one that was expected, as where tokens are weighted afterwards, and on an
+    accelerator, it multiplies again in the backward pass. Gradients go to all three tensors; those of the weight and
+    the bias are added up in at least float32, so that their rounding does not depend on how many tokens are taken at a
+    time. A second derivative is taken through the whole logits.
 
     Args:
         hidden: the hidden states, `[*tokens, hidden]`.
