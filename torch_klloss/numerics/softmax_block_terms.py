@@ -156,7 +156,8 @@ def _write_plain(
 
 def _mixed_forms(rows: Rows, g: Tensor, terms: Terms) -> tuple[Form, Form]:
     """Return a factor, α, β and γ of both derivatives: own (α + β log v + γ/v), with v ∝ m/q, or m/p for two terms."""
-    log_norm, by_q, by_p, share = rows.centre, rows.by_q, rows.by_p, rows.q_gap
+    # log p/q is off by as much as it was in the means, so that the derivatives add up to zero.
+    log_norm, by_q, by_p, share = rows.centre - rows.p_gap, rows.by_q, rows.by_p, rows.q_gap
     q_share, p_share = g / rows.q_total, g / rows.p_total
     _, scale = rest_of(terms.q_mix)
     factor, log_scale = terms.q_mix * scale * torch.exp(-log_norm), math.log(scale)
@@ -167,7 +168,8 @@ def _mixed_forms(rows: Rows, g: Tensor, terms: Terms) -> tuple[Form, Form]:
         second = p_factor, p_share * (math.log(p_scale) - by_p), -p_share, None
         return (factor, q_share * (log_scale - by_q), -q_share, None), second
     q_share, p_share = terms.by_q * q_share, terms.by_q * p_share
-    mean, rest, mix = by_q - (1 - terms.q_mix * share), 1 - terms.q_mix, terms.q_mix
+    rest, mix = 1 - terms.q_mix, terms.q_mix
+    mean = by_q - rows.p_gap * mix * share - (1 - mix * share)
     first = factor, q_share * (log_scale - mean), -q_share, -rest * scale * q_share
     return first, (factor, p_share * mix * share, None, -mix * scale * p_share)
 

@@ -27,7 +27,7 @@ _LEAST_DOUBLE = 2.0**-24  # one in float64, relative to its terms
 # A gradient in float32 is the difference of much larger numbers if one of these is less:
 _SMALL, _MIXED_SMALL = 2.0**-6, 2.0**-9  # the divergence; that of a mixture, where no block is heavy
 _SAME, _MIXED_SAME = 2.0**-4, 2.0**-2  # the largest change of a block beside a heavy one, relative to it
-_OTHERS = 2.0**-5  # the mass outside of the heaviest block
+_OTHERS = 2.0**-4  # the mass outside of the heaviest block
 _ROOM = 2.0**-4  # what a term of a mixture is below its bound
 _WITHIN = 2.0**-60, 2.0**100  # sums of exponentials with all digits
 
@@ -61,7 +61,8 @@ class Found(NamedTuple):
     """Rows and what is known of them.
 
     Attributes:
-        rows: `[12, rows, 1]`, the fields of `Rows`, with whether there were infinite logits as `q_score`.
+        rows: `[12, rows, 1]`, the fields of `Rows`, with whether there were infinite logits as `q_score`, and with what
+            log p/q was off by in the sums for mixtures as `p_gap`.
         is_good: whether the value has kept its digits.
         is_single: whether the gradients to q and to p keep their own in float32, `[2, rows]`.
     """
@@ -107,14 +108,14 @@ class _Band(NamedTuple):
         q_total, p_total = first.of[:2]
         log_norm, zero = torch.log(p_total / q_total), torch.zeros_like(q_total)
         if terms.is_mixed:
-            by_q, by_p, share = self.mixed(first)
+            by_q, by_p, share, lost = self.mixed(first)
             size = _MIXED_LEAST * (1 + log_norm.abs())
         else:
             q_mean, p_mean = first.of[2] / q_total, first.of[-1] / p_total if terms.by_p else zero
-            by_q, by_p, share = log_norm - q_mean, p_mean - log_norm, zero
+            by_q, by_p, share, lost = log_norm - q_mean, p_mean - log_norm, zero, zero
             size = 1 + log_norm.abs() + q_mean.abs() + p_mean.abs()
         gaps = torch.full_like(zero, with_gaps)
-        rows = torch.stack((zero, zero, q_total, p_total, log_norm, zero, by_q, by_p, share, gaps, zero, zero))
+        rows = torch.stack((zero, zero, q_total, p_total, log_norm, zero, by_q, by_p, share, gaps, lost, zero))
         smallest = torch.minimum(by_q, by_p) if terms.by_p else by_q
         is_within = size < FAR**0.5
         for total in (q_total, p_total):
@@ -140,20 +141,19 @@ class _Band(NamedTuple):
         is_single &= -math.log1p(-terms.q_mix) - by_q > _ROOM
         return is_single & (-math.log1p(-terms.p_mix) - by_p > _ROOM) if terms.by_p else is_single
 
-    def mixed(self, found: Totals) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the two terms, and for a single one the mean of q/m under p."""
+    def mixed(self, found: Totals) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the two terms, for a single one the mean of q/m under p, and what log p/q was off by."""
         terms = self.problem.terms
         q_total, p_total, *sums = found.of
         under_p, under_q = sums if terms.is_single else reversed(sums)
         _, scale = rest_of(terms.q_mix)
         log_norm, zero = torch.log(p_total / q_total), torch.zeros_like(q_total)
         by_q = math.log(scale) - under_q / q_total
-        # The factor that was multiplied by shifts log p/q of all classes by as much as it is off.
         lost = torch.log(found.factor.squeeze(-1) / (terms.q_mix * scale)) + log_norm
         if not terms.is_single:
-            return by_q, under_p / p_total - log_norm + lost + math.log(scale), zero
+            return by_q, under_p / p_total - log_norm + lost + math.log(scale), zero, lost
         share = scale * under_p / p_total
-        return by_q + lost * terms.q_mix * share, zero, share
+        return by_q + lost * terms.q_mix * share, zero, share, lost
 
     def totals(self, with_gaps: bool) -> Totals:
         """Return the sums over the classes."""
