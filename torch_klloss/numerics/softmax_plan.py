@@ -64,7 +64,7 @@ def evaluate(
     value = tensors[0].new_zeros(q.shape[0], 1, dtype=wide)
     computed = []
     for place, rows in panels(q, p, plan.index):
-        grad = None if sums is None or plan.guess is None else _part_of(plan.guess, plan, place)
+        grad = None if sums is None or plan.guess is None else _part_of(plan.guess, plan, place).double()
         found = _evaluate_some(plan, (q, p), rows, grad, sums or ())
         computed.append(found)
         part = found.value(plan.problem.terms).to(wide)
@@ -86,7 +86,7 @@ def pull_back(
     sums = [Gradient(t, need, is_partial=plan.index is not None) for t, need in zip(tensors, needs, strict=True)]
     for place, some in panels(q, p, plan.index):
         part = Computed(rows[:, place], None if kind is None else kind[place])
-        g = _part_of(grad, plan, place)
+        g = _part_of(grad, plan, place).to(rows.dtype)
         if plan.keep is not None:
             g = torch.where(plan.keep[place], g, 0.0)
         _add_gradients(plan, (q, p), some, _logits(q, p, some), part, g, sums)
@@ -137,9 +137,8 @@ def factor_of(grad: Tensor, plan: Plan, is_half: bool) -> float | None:
 
 
 def _part_of(rows: Tensor, plan: Plan, place: slice) -> Tensor:
-    """Return what belongs to some of the rows that count, as the numerics take it."""
-    part = rows[place if plan.index is None else plan.index[place]]
-    return part.double() if part.is_cpu else part
+    """Return what belongs to some of the rows that count."""
+    return rows[place if plan.index is None else plan.index[place]]
 
 
 def _logits(q: Side, p: Side, rows: slice | Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -171,7 +170,7 @@ def _add_gradients(
     write_derivatives(*logits, None, computed, grad, plan.problem, *by)
     for side, of, out in zip(sides, parts, by, strict=True):
         if out is not None:
-            add_to_tensors(side, list(of), rows, out if plan.keep is None else torch.where(plan.keep[rows], out, 0.0))
+            add_to_tensors(side, list(of), rows, out if plan.keep is None else out.masked_fill_(~plan.keep[rows], 0.0))
 
 
 def _drop(plan: Plan, outs: tuple[Tensor | None, ...]) -> None:

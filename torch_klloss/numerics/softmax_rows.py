@@ -2,8 +2,8 @@
 
 A difference of two numbers is the fastest form of a divergence, in float32 where the numbers are not much larger than
 their difference, else in float64; of many classes it is taken of sums over blocks. Where the float64 numbers cancel
-too, `softmax_pairs` computes the row. Off the CPU no number can be looked at without a wait, and `softmax_pairs`
-computes all rows.
+too, `softmax_pairs` computes the row. Off the CPU no number can be looked at without a wait: `softmax_wide` computes
+all rows where it can, and `softmax_pairs` elsewhere.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torch_klloss.numerics import softmax_wide
 from torch_klloss.numerics.softmax_block_terms import write_by_blocks
 from torch_klloss.numerics.softmax_blocks import by_blocks, can_be_tried
 from torch_klloss.numerics.softmax_differences import by_differences, write_by_differences
