@@ -149,3 +149,23 @@ def test_a_row_alone_is_the_row_among_others(divergence):
     whole = loss(student=student, teacher=teacher, mask=mask)
     for i in mask.nonzero().flatten().tolist():
         assert whole[i] == loss(student=student[i : i + 1], teacher=teacher[i : i + 1])
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+@pytest.mark.parametrize("divergence", FORMS, ids=repr)
+def test_the_sides_may_have_different_dtypes(divergence, dtypes):
+    teacher, student = (t.detach().to(dtype) for t, dtype in zip(logits("peaked"), dtypes, strict=True))
+    student.requires_grad_()
+    value = DistillationLoss(divergence, reduction="none")(student=student, teacher=teacher)
+    wide = student.detach().double().requires_grad_()
+    right = by_definition(divergence, teacher, wide)
+    assert units(value, right).max() <= (16 if divergence.terms.is_mixed else 4)
+    (found,), (exact,) = torch.autograd.grad(value.sum(), student), torch.autograd.grad(right.sum(), wide)
+    assert (found.double() - exact).norm() <= (1e-6 if dtypes[1] is torch.float32 else 2.0**-8) * exact.norm()
+
+
+@pytest.mark.parametrize("num_classes", [700, NUM_CLASSES])
+def test_logits_in_float64_on_one_side_have_their_digits(num_classes):
+    q, p = torch.randn(3, num_classes), torch.randn(3, num_classes, dtype=torch.float64)
+    for sides in ((q, p), (p, q)):
+        torch.testing.assert_close(token_kl(*sides), by_definition(ForwardKL(), *sides), rtol=1e-13, atol=0)

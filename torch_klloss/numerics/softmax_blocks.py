@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torch_klloss.numerics.elementary import has_float64
 from torch_klloss.numerics.softmax_block_terms import FAR, Sums, first_sums, rest_of, second_sums
 from torch_klloss.numerics.softmax_pairs import Rows
 from torch_klloss.numerics.softmax_strips import BLOCK, Strip, Strips
@@ -50,9 +51,9 @@ class Totals(NamedTuple):
     others: Tensor
 
 
-def can_be_tried(a: Tensor, problem: Problem) -> bool:
+def can_be_tried(a: Tensor, b: Tensor, problem: Problem) -> bool:
     """Return whether there are enough classes, and a form for the divergence."""
-    if a.shape[-1] < FEWEST or a.dtype == torch.float64 or problem.is_sharded:
+    if a.shape[-1] < FEWEST or has_float64(a, b) or problem.is_sharded:
         return False
     return not problem.terms.is_mixed or problem.terms.is_single or problem.terms.is_jensens
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from torch_klloss.numerics import softmax_wide
+from torch_klloss.numerics.elementary import has_float64
 from torch_klloss.numerics.softmax_block_terms import write_by_blocks
 from torch_klloss.numerics.softmax_blocks import by_blocks, can_be_tried
 from torch_klloss.numerics.softmax_differences import by_differences, write_by_differences
@@ -76,9 +77,9 @@ def compute(a: Tensor, b: Tensor, index: Tensor | None, problem: Problem) -> Com
     if not problem.is_sharded:  # a shard does not see the others
         kind[_equal_rows(a, b, index)] = _EQUAL
     left = (kind == _CAREFUL).nonzero().squeeze(-1)
-    try_some = _try_blocks if can_be_tried(a, problem) else _try_differences
+    try_some = _try_blocks if can_be_tried(a, b, problem) else _try_differences
     for dtype in (torch.float32, torch.float64):
-        if len(left) and _is_worth_it(a, dtype, problem):
+        if len(left) and _is_worth_it(a, b, dtype, problem):
             left = try_some(a, b, index, left, problem, dtype, computed)
     if len(left) and try_some is _try_blocks:  # the exponentials may not have been within range
         left = _try_differences(a, b, index, left, problem, torch.float64, computed)
@@ -131,10 +132,10 @@ def _equal_rows(a: Tensor, b: Tensor, index: Tensor | None) -> Tensor:
     return rows[(is_equal & top.isfinite()).squeeze(-1)]
 
 
-def _is_worth_it(a: Tensor, dtype: torch.dtype, problem: Problem) -> bool:
+def _is_worth_it(a: Tensor, b: Tensor, dtype: torch.dtype, problem: Problem) -> bool:
     """Return whether a dtype is worth trying."""
-    if a.dtype == torch.float64 or dtype == torch.float64:
-        return a.dtype != torch.float64
+    if has_float64(a, b) or dtype == torch.float64:
+        return not has_float64(a, b)
     if problem.is_sharded:  # the shards must all try the same, whatever their size
         return False
     return problem.is_exact and a.shape[-1] >= _FEWEST

@@ -77,9 +77,10 @@ class Strips:
         if shape not in self.buffers:
             self.buffers[shape] = [m[: shape[0] * shape[1]].view(shape) for m in self.memory]
         buffers = self.buffers[shape]
+        spare = iter(buffers[self.num_work :])
         x, y = (
-            t[where] if given else self._copied(t[where], out)
-            for t, given, out in zip(self.sides, self.are_given, (buffers[-1], buffers[-2]), strict=True)
+            t[where] if given else self._copied(t[where], next(spare))
+            for t, given in zip(self.sides, self.are_given, strict=True)
         )
         return Strip(rows, where, blocks, x, y, tuple(buffers[: self.num_work]))
 
