@@ -386,6 +386,11 @@ def decay(t: Tensor) -> tuple[Tensor, Tensor]:
     return narrowed(lost, t), narrowed(torch.clamp(lost - wide, below, above), t)
 
 
+def e2_within_one(x: Tensor) -> Tensor:
+    """Return exp(x) - 1 - x of |x| ≤ 1."""
+    return x * x * horner(x, _EXP[x.dtype])
+
+
 def growth(a: Tensor, b: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Return x, exp(x) - 1 and exp(x) - 1 - x ≥ 0, all widened, of x = a, or of x = a - b."""
     if has_digits_to_spare(a):
