@@ -13,6 +13,7 @@ from torch_klloss.methods.monte_carlo.gradients import by_score, null_ratio
 from torch_klloss.methods.monte_carlo.tail_diagnostics import may_have_heavy_tail
 from torch_klloss.numerics.arguments import check_dim, check_number, check_tensors, check_word
 from torch_klloss.numerics.devices import can_be_read
+from torch_klloss.numerics.exponentials import expm1
 from torch_klloss.reduction import expand_mask
 
 __all__ = [
@@ -190,7 +191,7 @@ class _Samples(NamedTuple):
         if value == "k2":
             log_ratio = log_ratio**2 / 2
         elif value == "k3":
-            log_ratio = torch.expm1(-log_ratio) + log_ratio
+            log_ratio = expm1(-log_ratio) + log_ratio
         return log_ratio * self.log_weight.exp()
 
     def gradient_terms(self, gradient: str | None) -> Tensor:

@@ -15,7 +15,8 @@ from torch.distributions import ContinuousBernoulli
 from torch_klloss.closed_forms.registry import register_kl
 from torch_klloss.distributions.given import both_as_given
 from torch_klloss.numerics.custom_gradient import custom_gradient
-from torch_klloss.numerics.elementary import at_least, at_most, common_dtype, e2, horner, isd_from_gap, log_ratio
+from torch_klloss.numerics.elementary import at_least, at_most, common_dtype, horner, isd_from_gap, log_ratio
+from torch_klloss.numerics.exponentials import e2, expm1
 
 _SMALL = 0.5
 # L(t) = F(t²): the coefficients of F from t² on, 4^k B_2k / (2k (2k)!); good to 1e-17 for |t| ≤ ½.
@@ -129,7 +130,7 @@ def _near_divergence(gap: Tensor, p: Tensor, q: Tensor) -> Tensor:
     decay_q = torch.exp(-2 * q)
     is_close = gap.abs() < 0.5
     rest = torch.where(is_close, decay_q * e2(torch.where(is_close, -2 * gap, 0.0)), drop + 2 * gap * decay_q)
-    below_p, below_q = -torch.expm1(-2 * p), -torch.expm1(-2 * q)
+    below_p, below_q = -expm1(-2 * p), -expm1(-2 * q)
     return isd_from_gap(gap, p, q) - isd_from_gap(-drop, below_p, below_q) - rest / below_q
 
 
@@ -137,23 +138,21 @@ def _exp_difference(gap: Tensor, p: Tensor, q: Tensor) -> Tensor:
     """Return exp(-2p) - exp(-2q)."""
     decay_q = torch.exp(-2 * q)
     is_close = gap.abs() < 0.5
-    return torch.where(
-        is_close, decay_q * torch.expm1(torch.where(is_close, -2 * gap, 0.0)), torch.exp(-2 * p) - decay_q
-    )
+    return torch.where(is_close, decay_q * expm1(torch.where(is_close, -2 * gap, 0.0)), torch.exp(-2 * p) - decay_q)
 
 
 def _log_excess(t: Tensor) -> Tensor:
     """Return L(t) - t for t ≥ 0."""
     small, large = at_most(t, _SMALL), at_least(t, _SMALL)
     series = small.square() * horner(small.square(), _F) - small
-    return torch.where(t < _SMALL, series, torch.log(-torch.expm1(-2 * large) / (2 * large)))
+    return torch.where(t < _SMALL, series, torch.log(-expm1(-2 * large) / (2 * large)))
 
 
 def _slope_deficit(t: Tensor) -> Tensor:
     """Return 1 - L'(t) for t ≥ 0."""
     small, large = at_most(t, _SMALL), at_least(t, _SMALL)
     series = 1 - 2 * small * horner(small.square(), _SLOPE_OF_F)
-    closed = large.reciprocal() + 2 * torch.exp(-2 * large) / torch.expm1(-2 * large)
+    closed = large.reciprocal() + 2 * torch.exp(-2 * large) / expm1(-2 * large)
     return torch.where(t < _SMALL, series, closed)
 
 
@@ -179,12 +178,12 @@ def _small_slope_difference(gap: Tensor, p: Tensor, q: Tensor) -> Tensor:
 
 
 def _near_slope_difference(gap: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    return gap / (p * q) + 2 * _exp_difference(gap, p, q) / (torch.expm1(-2 * p) * torch.expm1(-2 * q))
+    return gap / (p * q) + 2 * _exp_difference(gap, p, q) / (expm1(-2 * p) * expm1(-2 * q))
 
 
 def _curvature(t: Tensor) -> Tensor:
     """Return L''(t) for t ≥ 0: 1/t² - 1/sinh(t)²."""
     small, large = at_most(t, _SMALL), at_least(t, _SMALL)
     series = horner(small.square(), tuple(2 * (2 * k - 1) * c for k, c in enumerate(_SLOPE_OF_F, 1)))
-    closed = large.reciprocal().square() - 4 * torch.exp(-2 * large) / torch.expm1(-2 * large).square()
+    closed = large.reciprocal().square() - 4 * torch.exp(-2 * large) / expm1(-2 * large).square()
     return torch.where(t < _SMALL, series, closed)

@@ -11,8 +11,9 @@ from torch.distributions import Gumbel
 from torch_klloss.closed_forms.formula import register_formula
 from torch_klloss.numerics.blocks import Derivatives
 from torch_klloss.numerics.constants import EULER
-from torch_klloss.numerics.elementary import common_dtype, e2, has_float64
+from torch_klloss.numerics.elementary import common_dtype, has_float64
 from torch_klloss.numerics.error_free import difference_error, quotient_error
+from torch_klloss.numerics.exponentials import e2, expm1
 from torch_klloss.numerics.gamma_function import (
     LARGEST_R,
     digamma_and_bregman_slope,
@@ -54,7 +55,7 @@ def _partials(
     r, x = q_scale / p_scale, (q_scale - p_scale) / p_scale
     m = (q_loc.double() - p_loc.double()) / p_scale
     log_gamma, _ = log_gamma_and_bregman(r, x)
-    excess = torch.expm1((log_gamma - m).clamp(max=709.0))  # inf would make NaN of products with 0
+    excess = expm1((log_gamma - m).clamp(max=709.0))  # inf would make NaN of products with 0
     by_p_loc = excess / p_scale if needs[0] or needs[2] else None
     by_q_loc = -by_p_loc if by_p_loc is not None and needs[0] else None
     if needs[1] or needs[3]:

@@ -10,7 +10,8 @@ from torch.distributions import Laplace
 
 from torch_klloss.closed_forms.formula import register_formula
 from torch_klloss.numerics.blocks import Derivatives
-from torch_klloss.numerics.elementary import decay, excess, narrowed, quotient, sign_of
+from torch_klloss.numerics.elementary import excess, narrowed, quotient, sign_of
+from torch_klloss.numerics.exponentials import decay
 from torch_klloss.numerics.quick_kernels import narrow_or_wide
 
 

@@ -13,7 +13,8 @@ from torch_klloss.closed_forms.registry import register_kl
 from torch_klloss.distributions.families import LogVarNormal
 from torch_klloss.numerics.blocks import Derivatives
 from torch_klloss.numerics.custom_gradient import formula_of
-from torch_klloss.numerics.elementary import growth, has_digits_to_spare, narrowed
+from torch_klloss.numerics.elementary import has_digits_to_spare, narrowed
+from torch_klloss.numerics.exponentials import growth
 from torch_klloss.numerics.quick_kernels import narrow_or_wide
 
 

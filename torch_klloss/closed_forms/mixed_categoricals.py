@@ -10,8 +10,8 @@ from torch import Tensor
 
 from torch_klloss.distributions.given import GIVEN, Given
 from torch_klloss.numerics.custom_gradient import Formula, custom_gradient
-from torch_klloss.numerics.elementary import e2
 from torch_klloss.numerics.error_free import difference_error
+from torch_klloss.numerics.exponentials import e2, expm1
 
 _SMALL = 0.1  # a KL; below it the classes where q and p are far apart cannot hold all the mass
 _TINY = 1e-290
@@ -94,9 +94,9 @@ def _slopes(given: Given, q_param: Tensor, p_param: Tensor, kl: Tensor) -> tuple
     else:
         by_a = r.q * deviation
     if given.p_is_probs:
-        by_b = torch.where(lacks, 1.0, -torch.expm1(-z)) / b.exp().sum(-1, keepdim=True)
+        by_b = torch.where(lacks, 1.0, -expm1(-z)) / b.exp().sum(-1, keepdim=True)
     else:
-        by_b = torch.where((z < 1) & ~lacks, r.q * torch.expm1(z.clamp(max=1)), r.p - r.q)
+        by_b = torch.where((z < 1) & ~lacks, r.q * expm1(z.clamp(max=1)), r.p - r.q)
     missed = missed.any(-1, keepdim=True)
     return torch.where(missed, 0.0, by_a), torch.where(missed, 0.0, by_b)
 

@@ -12,7 +12,8 @@ from torch_klloss.distributions.families import LogVarNormal, StandardNormal
 from torch_klloss.numerics.blocks import Derivatives
 from torch_klloss.numerics.custom_gradient import formula_of
 from torch_klloss.numerics.dimensions import sum_last
-from torch_klloss.numerics.elementary import growth, narrowed
+from torch_klloss.numerics.elementary import narrowed
+from torch_klloss.numerics.exponentials import growth
 
 
 def kernel(needs: Sequence[bool], loc: Tensor, logvar: Tensor) -> tuple[Tensor, Derivatives]:

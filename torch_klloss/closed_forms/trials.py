@@ -28,6 +28,7 @@ from torch_klloss.numerics.elementary import (
     widened,
     within,
 )
+from torch_klloss.numerics.exponentials import expm1
 from torch_klloss.numerics.tracing import needs_plain_operations
 
 # By dtype: the argument of an exponential, and what stands for infinite log-odds.
@@ -161,7 +162,7 @@ def _by_log_odds(given: Given, by_q: bool, by_p: bool, q_param: Tensor, p_param:
     q, p = (x.clamp(-LARGEST_ODDS[x.dtype], LARGEST_ODDS[x.dtype]) for x in (q_odds, p_odds))
     excess, sign, shift = p_odds - p, sign_of(q), p - q
     low, t, other = (product(sign, x, times=-1) for x in (q, shift, p))  # of the outcome that q finds rarer
-    m, growth, is_low = torch.sigmoid(low), torch.expm1(at_most(t, _FAR) if is_differentiated() else t), t < _FAR
+    m, growth, is_low = torch.sigmoid(low), expm1(at_most(t, _FAR) if is_differentiated() else t), t < _FAR
     mean = m * growth
     L = torch.where(is_low, torch.log1p(mean), _softplus(other) - _softplus(low))
     far = torch.addcmul(torch.addcmul(L, m, t, value=-1), excess, excess)

@@ -12,8 +12,9 @@ from torch.distributions import VonMises
 from torch_klloss.closed_forms.registry import register_kl
 from torch_klloss.numerics.custom_gradient import custom_gradient
 from torch_klloss.numerics.devices import constant_on
-from torch_klloss.numerics.elementary import common_dtype, e2
+from torch_klloss.numerics.elementary import common_dtype
 from torch_klloss.numerics.error_free import difference_error
+from torch_klloss.numerics.exponentials import e2, expm1
 
 # tan(φ/2)² at the midpoints of 28 equal parts of [0, π]
 _NODES = torch.tensor([math.tan(math.pi * (2 * i + 1) / 112) ** 2 for i in range(28)], dtype=torch.float64)
@@ -110,7 +111,7 @@ def _resultant_difference(p: Tensor, q: Tensor) -> Tensor:
     """Return E[cos θ] at the concentration p less that at q."""
     is_near, weights, mean, deviation = _around_mean(p, q)
     tilt = (torch.where(is_near, q - p, 0.0) * deviation).clamp_max(_MAX_TILT)
-    near = -(weights * deviation * torch.expm1(tilt)).sum(0) / (weights * torch.exp(tilt)).sum(0)
+    near = -(weights * deviation * expm1(tilt)).sum(0) / (weights * torch.exp(tilt)).sum(0)
     p_weights, p_versines = _rule(p, p)
     return torch.where(is_near, near, mean - (p_weights * p_versines).sum(0))
 

@@ -10,8 +10,9 @@ from torch.distributions import Weibull
 
 from torch_klloss.closed_forms.registry import register_kl
 from torch_klloss.numerics.custom_gradient import custom_gradient
-from torch_klloss.numerics.elementary import common_dtype, e2, has_float64, log_ratio
+from torch_klloss.numerics.elementary import common_dtype, has_float64, log_ratio
 from torch_klloss.numerics.error_free import quotient_error
+from torch_klloss.numerics.exponentials import e2, expm1
 from torch_klloss.numerics.gamma_function import (
     LARGEST_R,
     digamma_and_bregman_slope,
@@ -42,7 +43,7 @@ def _partials(
     by_q_shape = by_p_shape = None
     r, x, log_scales = _ratios(q_scale, q_shape, p_scale, p_shape)
     log_gamma, _ = log_gamma_and_bregman(r, x)
-    excess = torch.expm1((log_gamma + p_shape * log_scales).clamp(max=_LARGEST))
+    excess = expm1((log_gamma + p_shape * log_scales).clamp(max=_LARGEST))
     by_q_scale = excess * p_shape / q_scale if needs[0] else None
     by_p_scale = -excess * p_shape / p_scale if needs[2] else None
     if needs[1] or needs[3]:

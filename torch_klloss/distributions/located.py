@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_klloss.numerics.exponentials import expm1
+
 End = float | Tensor
 
 
@@ -100,7 +102,7 @@ def log1mexp(y: Tensor) -> Tensor:
     near = y > -0.6931
     return torch.where(
         near,
-        torch.log(-torch.expm1(torch.where(near, y, -1.0))),
+        torch.log(-expm1(torch.where(near, y, -1.0))),
         torch.log1p(-torch.exp(torch.where(near, -1.0, y))),
     )
 

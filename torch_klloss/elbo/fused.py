@@ -16,6 +16,7 @@ from torch_klloss.elbo.divergence import is_out_of_bounds, is_plain_normal
 from torch_klloss.elbo.likelihoods import LikelihoodName, log_bernoulli
 from torch_klloss.elbo.terms import ELBOTerms
 from torch_klloss.losses import KLLoss
+from torch_klloss.numerics.exponentials import expm1
 from torch_klloss.numerics.tracing import is_autocast_enabled
 
 _SUM = 2  # reduction="sum" in torch's own kernels
@@ -94,7 +95,7 @@ class _PlainELBO(torch.autograd.Function):
         to_nll = _added((to_loss, 1 / count), (by_nll, 1 / count))
         to_kl = _added((to_loss, beta / count), (to_kl, 1 / count), (by_each, 1 / count))
         # A second derivative needs the first one in the graph.
-        each_by_logvar = logvar.expm1() / 2 if torch.is_grad_enabled() else ctx.by_logvar
+        each_by_logvar = expm1(logvar) / 2 if torch.is_grad_enabled() else ctx.by_logvar
         by_recon = None if to_nll is None or not needs_recon else _NLL_GRADIENT[likelihood](to_nll, recon, x)
         if to_kl is None:
             return by_recon, *(None,) * 6

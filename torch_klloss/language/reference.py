@@ -22,6 +22,7 @@ from torch_klloss.language.weight import Weighted
 from torch_klloss.log_probs import LogProbValue, kl_from_log_probs
 from torch_klloss.methods.monte_carlo.tail_diagnostics import may_have_heavy_tail
 from torch_klloss.numerics.arguments import check_tensors, check_word
+from torch_klloss.numerics.exponentials import expm1
 from torch_klloss.numerics.softmax_divergence import divergence_of_logits
 from torch_klloss.numerics.softmax_pairs import KL
 from torch_klloss.numerics.tracing import without_autocast
@@ -392,4 +393,4 @@ def _kept(values: Tensor, found: Tokens) -> Tensor:
 def _null(values: Tensor) -> Tensor:
     """Return zeros with the derivatives of the ratio to what the values are now, those of every order."""
     finite = torch.where(values.isfinite(), values, 0.0)
-    return torch.expm1(finite - finite.detach())
+    return expm1(finite - finite.detach())

@@ -11,6 +11,7 @@ from torch_klloss.language.divergences import Divergence
 from torch_klloss.language.logits import OneSide, reduces_of
 from torch_klloss.language.sparse_teacher import SampledTeacher, SparseTeacher
 from torch_klloss.language.tokens import check_ids, is_readable
+from torch_klloss.numerics.exponentials import expm1
 from torch_klloss.numerics.logit_sides import Dense
 from torch_klloss.numerics.softmax_divergence import divergence_of_logits
 from torch_klloss.numerics.softmax_pairs import Terms
@@ -69,7 +70,7 @@ def _tail(teacher: SparseTeacher, known: Tensor, num_classes: int, terms: Terms)
     Where the mass has rounded to nothing, and the divergence would be infinite, it counts as half of its rounding.
     """
     mass = known.logsumexp(-1, keepdim=True).clamp(max=0.0)
-    tail = torch.log(-torch.expm1(mass))
+    tail = torch.log(-expm1(mass))
     if terms.by_p and terms.p_mix == 1:
         least = torch.tensor(torch.finfo(teacher.log_probs.dtype).eps / 2).log().item()
         tail = torch.where(tail > -torch.inf, tail, least)
@@ -104,7 +105,7 @@ def _sampled(student: OneSide, teacher: SampledTeacher, temperature: float, keep
     error = (spread / ((number - 1) * number)).sqrt()
     if head is not None:
         known = known[..., :size]
-        tail = -torch.expm1(known.logsumexp(-1).clamp(max=0.0))
+        tail = -expm1(known.logsumexp(-1).clamp(max=0.0))
         mean, error = (known.exp() * gaps[..., :size]).sum(-1) + tail * mean, tail * error
     if keep is not None:
         mean, error = torch.where(keep, mean, 0.0), torch.where(keep, error, 0.0)

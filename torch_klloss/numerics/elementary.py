@@ -19,7 +19,6 @@ from torch import Tensor
 
 from torch_klloss.numerics import devices
 from torch_klloss.numerics.devices import can_be_read
-from torch_klloss.numerics.error_free import difference_error
 from torch_klloss.numerics.tracing import is_forward_mode, is_traced, needs_plain_operations, without_func
 
 # Of (artanh(s)/s - 1)/s², in s²: minimax for |s| ≤ ⅓, that is for ratios from a half to two; relative errors 5e-7,
@@ -37,26 +36,6 @@ _ARTANH = {
         0.060047091905802,
         0.04379156062166165,
         0.08126792782243371,
-    ),
-}
-# Of (exp(x) - 1 - x)/x²: minimax for |x| ≤ 1, relative errors 1e-7 and 1e-17.
-_EXP = {
-    torch.float32: (0.5, 0.1666669729, 0.04166669721, 0.008330886169, 0.001388644774, 0.0002032904191, 2.52884349e-05),
-    torch.float64: (
-        0.5,
-        0.16666666666666666,
-        0.04166666666666609,
-        0.008333333333333299,
-        0.0013888888888981404,
-        0.00019841269841324198,
-        2.4801587246096818e-05,
-        2.7557319191381816e-06,
-        2.755733506893373e-07,
-        2.5052117695907823e-08,
-        2.0874435575864273e-09,
-        1.6057679623801638e-10,
-        1.1639194124150522e-11,
-        7.746178593018827e-13,
     ),
 }
 _UNFELT = 1e-250  # in float64, by a number of float32
@@ -134,7 +113,7 @@ def is_differentiated() -> bool:
     return torch.is_grad_enabled() or is_forward_mode()
 
 
-def _chooses(x: Tensor) -> bool:
+def chooses(x: Tensor) -> bool:
     """Return whether one of two forms is chosen by `where`, which is cheap on an accelerator and in a graph.
 
     It costs a few units in the last place, which a graph in float64 has no reason to pay.
@@ -257,7 +236,7 @@ def lag(x: Tensor, ratio: Tensor) -> Tensor:
 
     With s = x/(2 + x), log(1 + x) = 2 artanh(s) and x - 2s = xs.
     """
-    if _chooses(x):
+    if chooses(x):
         s, square, third = artanh_terms(x)
         return torch.where(
             square < 1 / 9, torch.addcmul(third * -2.0, s, x), x - torch.log(ratio.clamp_max(largest(x)))
@@ -303,7 +282,7 @@ def gkl_and_log(a: Tensor, b: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
 
     The first is a (x - log(1 + x)) with x = (b - a)/a where b is near a, and as written in what b has beyond that.
     """
-    if _chooses(a):
+    if chooses(a):
         return _chosen_gkl_and_log(a, b, gap)
     least, half = torch.finfo(a.dtype).smallest_normal * torch.finfo(a.dtype).eps, 0.5 * a
     if is_differentiated():  # as in `lag`
@@ -348,7 +327,7 @@ def _log_of_quotient(a: Tensor, b: Tensor) -> Tensor:
     """Return log(a/b), exactly 0 for equal a and b, where float32 cannot hold a quotient as small as that."""
     if a.dtype == torch.float64:
         return torch.log((a / b).clamp_max(largest(a)))
-    if _chooses(a):
+    if chooses(a):
         root = _SMALL_RATIO**0.5
         is_small = a * (1 / root) < b * root
         log = torch.log((torch.where(is_small, a * (1 / _SMALL_RATIO), a) / b).clamp_max(largest(a)))
@@ -360,48 +339,6 @@ def _log_of_quotient(a: Tensor, b: Tensor) -> Tensor:
 def x_minus_log1p(x: Tensor) -> Tensor:
     """Return x - log(1 + x) ≥ 0 of x > -1."""
     return lag(x, 1.0 + x)
-
-
-def e2(x: Tensor) -> Tensor:
-    """Return exp(x) - 1 - x ≥ 0."""
-    if _chooses(x):
-        square = x * x
-        return torch.where(square < 1, square * horner(x, _EXP[x.dtype]), torch.expm1(x) - x)
-    near = within(x, -1.0, 1.0) if is_differentiated() else x.clamp(-1, 1)
-    lead = horner(near, _EXP[x.dtype])
-    return torch.addcmul((torch.exp(x) - torch.exp(near)) - (x - near), near * near, lead)
-
-
-def decay(t: Tensor) -> tuple[Tensor, Tensor]:
-    """Return exp(t) - 1 and exp(t) - 1 - t ≥ 0 of t ≤ 0, in the dtype of t.
-
-    In float64 the second is a difference, and within the first terms of its series where that has lost digits.
-    """
-    if not has_digits_to_spare(t) or is_differentiated():
-        lead = e2(t)
-        return lead + t, lead
-    wide = t.double()
-    lost, above = torch.expm1(wide), product(wide, wide, times=0.5)
-    below = torch.addcmul(above, above, wide, value=1 / 3)
-    return narrowed(lost, t), narrowed(torch.clamp(lost - wide, below, above), t)
-
-
-def e2_within_one(x: Tensor) -> Tensor:
-    """Return exp(x) - 1 - x of |x| ≤ 1."""
-    return x * x * horner(x, _EXP[x.dtype])
-
-
-def growth(a: Tensor, b: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return x, exp(x) - 1 and exp(x) - 1 - x ≥ 0, all widened, of x = a, or of x = a - b."""
-    if has_digits_to_spare(a):
-        x = a.double() if b is None else a.double() - b.double()
-        grown = torch.expm1(x)
-        return x, grown, (grown - x).clamp_min(0)
-    x = a if b is None else a - b
-    lead = e2(x)
-    if b is not None:  # the exponential of a large difference feels how that was rounded
-        lead = torch.addcmul(lead, (lead + x).clamp_max(largest(x)), difference_error(a.detach(), b.detach()))
-    return x, lead + x, lead
 
 
 def infinity(*parameters: Tensor) -> Tensor:

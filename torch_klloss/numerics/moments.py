@@ -15,7 +15,6 @@ from torch_klloss.numerics.custom_gradient import custom_gradient
 from torch_klloss.numerics.elementary import (
     at_least,
     at_most,
-    e2,
     gkl,
     horner,
     isd_from_gap,
@@ -24,6 +23,7 @@ from torch_klloss.numerics.elementary import (
     x_minus_log1p,
 )
 from torch_klloss.numerics.error_free import product_error, product_gap, quotient_error, sum_error
+from torch_klloss.numerics.exponentials import e2, expm1
 from torch_klloss.numerics.lgamma import LARGE, NODES, SHIFT, bregman, stirling_bregman
 
 # B_2k/(2k)! with the Bernoulli numbers, from k = 1 on: of ½ coth(t/2) - 1/t in t², good to 1e-17 for |t| ≤ 1.
@@ -68,7 +68,7 @@ def log1p_lag(x: Tensor) -> Tensor:
     return x_minus_log1p(x)
 
 
-@custom_gradient(lambda needs, x: (torch.expm1(x),))
+@custom_gradient(lambda needs, x: (expm1(x),))
 def exp_lead(x: Tensor) -> Tensor:
     """Return exp(x) - 1 - x ≥ 0."""
     return e2(x)
@@ -189,28 +189,28 @@ def _times(x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> tuple[Tensor, 
 def tilt_log_norm(t: Tensor) -> Tensor:
     """Return log((exp(t) - 1)/t) - t/2 ≥ 0."""
     far = at_least(t, 1.0)
-    closed = far / 2 + torch.log(-torch.expm1(-far) / far)
+    closed = far / 2 + torch.log(-expm1(-far) / far)
     return torch.where(t < 1, _series(at_most(t, 1.0), [1 / k for k in _EVEN]), closed)
 
 
 def tilt_divergence(t: Tensor) -> Tensor:
     """Return the KL from the Uniform on [0, 1], t/(exp(t) - 1) - 1 + log(t/(1 - exp(-t)))."""
     far = at_least(t, 1.0)
-    closed = far / torch.expm1(far) - 1 - torch.log(-torch.expm1(-far) / far)
+    closed = far / expm1(far) - 1 - torch.log(-expm1(-far) / far)
     return torch.where(t < 1, _series(at_most(t, 1.0), [1 - 1 / k for k in _EVEN]), closed)
 
 
 def tilt_mean(t: Tensor) -> tuple[Tensor, Tensor]:
     """Return the distance of the mean from its nearer end, 1/t - 1/(exp(t) - 1), and its rounding error."""
     near, far = at_most(t, 1.0), at_least(t, 1.0)
-    return _or_series(t, 0.5 - near * horner(near * near, _BERNOULLI), far, -1 / torch.expm1(far))
+    return _or_series(t, 0.5 - near * horner(near * near, _BERNOULLI), far, -1 / expm1(far))
 
 
 def tilt_std(t: Tensor) -> tuple[Tensor, Tensor]:
     """Return the standard deviation, the root of 1/t² - exp(-t)/(1 - exp(-t))², and its rounding error."""
     near, far = at_most(t, 1.0), at_least(t, 1.0)
     series = horner(near * near, [(k - 1) * c for k, c in zip(_EVEN, _BERNOULLI, strict=True)]).sqrt()
-    drop = far / torch.expm1(-far) * (far * torch.exp(-far) / torch.expm1(-far))
+    drop = far / expm1(-far) * (far * torch.exp(-far) / expm1(-far))
     return _or_series(t, series, far, -drop / (1 + (1 - drop).sqrt()) / far)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch_klloss.numerics.devices import scalar
 from torch_klloss.numerics.elementary import above_minus_one, at_least
 from torch_klloss.numerics.error_free import difference_error
+from torch_klloss.numerics.exponentials import expm1 as stable_expm1
 from torch_klloss.numerics.lgamma import binet_trigamma
 from torch_klloss.numerics.moments import stirling_slope
 from torch_klloss.numerics.tracing import is_traced
@@ -138,7 +139,7 @@ def _trigamma(x: Tensor) -> Tensor:
 
 
 exp = elementwise(torch.exp, torch.exp)
-expm1 = elementwise(torch.expm1, torch.exp)
+expm1 = elementwise(stable_expm1, torch.exp)
 log = elementwise(torch.log, torch.reciprocal)
 log1p = elementwise(lambda t: torch.log1p(at_least(t, above_minus_one(t))), lambda t: 1 / (1 + t))
 """log(1 + x), kept away from x = -1."""

@@ -11,6 +11,7 @@ from torch_klloss.numerics.constants import EULER, HALF_LOG_2PI
 from torch_klloss.numerics.custom_gradient import custom_gradient
 from torch_klloss.numerics.devices import constant_on
 from torch_klloss.numerics.elementary import at_least, at_most, horner, within
+from torch_klloss.numerics.exponentials import expm1
 from torch_klloss.numerics.moments import stirling, stirling_slope
 from torch_klloss.numerics.rounded import EPS, Rounded, elementwise, log, log1p, where
 from torch_klloss.numerics.special import gauss_legendre
@@ -73,7 +74,7 @@ log1p_over = elementwise(_log1p_over, lambda t: 1 / (1 + t))
 def _slope(w: Tensor) -> Tensor:
     """Return (1 - exp(-w))/w, 1 at w = 0."""
     safe = torch.where(w == 0, 1.0, w)
-    return torch.where(w == 0, 1.0, -torch.expm1(-safe) / safe)
+    return torch.where(w == 0, 1.0, -expm1(-safe) / safe)
 
 
 @custom_gradient(lambda needs, w: (_slope(w),))
@@ -86,7 +87,7 @@ def entire_exponential_integral(w: Tensor) -> Tensor:
     nodes, weights = (constant_on(w.device, t) for t in _GAUSS)
     near = at_most(w, _FAR)
     s = (nodes + 1) / 2
-    total = (weights / 2 * -torch.expm1(-near.unsqueeze(-1) * s) / s).sum(-1)
+    total = (weights / 2 * -expm1(-near.unsqueeze(-1) * s) / s).sum(-1)
     return torch.where(w < _FAR, total, at_least(w, 1.0).log() + EULER)
 
 
@@ -129,5 +130,5 @@ def _log1m_at(t: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Return log(1 - (1 - exp(-t/b))^(1/a))."""
     y = t / b
     near, middle = at_most(y, 0.7), within(y, 0.7, 30.0)
-    log_complement = torch.where(y < 0.7, torch.log(-torch.expm1(-near)), torch.log1p(-torch.exp(-middle)))
-    return torch.where(y < 30, torch.log(-torch.expm1(log_complement / a)), -y - a.log())
+    log_complement = torch.where(y < 0.7, torch.log(-expm1(-near)), torch.log1p(-torch.exp(-middle)))
+    return torch.where(y < 30, torch.log(-expm1(log_complement / a)), -y - a.log())

@@ -14,14 +14,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_klloss.numerics.elementary import e2_within_one, lag
+from torch_klloss.numerics.elementary import lag
 from torch_klloss.numerics.error_free import difference_error
+from torch_klloss.numerics.exponentials import e2_within_one
 
 _MISSING = -1e30  # a logit below it counts as -inf
 _SMALL = 0.1  # a KL; below it the classes where q and p are far apart cannot hold all the mass
 _FAR = 1e30  # the logarithm of p/q of a class that one of them lacks
 _LONG = 2048  # classes, from which on float32 loses digits in a sum
-_UNSHIFTED = -17.0, 34.0  # the largest logit of a row that is taken as it is; of others the classes that count lose none
+_UNSHIFTED = (
+    -17.0,
+    34.0,
+)  # the largest logit of a row that is taken as it is; of others the classes that count lose none
 
 
 class Rows(NamedTuple):
@@ -132,14 +136,12 @@ def _shift(top: Tensor, scale: float) -> Tensor:
 
 
 def _sum(x: Tensor) -> Tensor:
-    """Return the sum over the last dimension, where a compiler for the CPU adds up a sixteenth of it number by number."""
+    """Return the sum over the last dimension, a sixteenth of which a compiler for the CPU adds up number by number."""
     dtype = torch.float64 if x.is_cpu and x.shape[-1] > _LONG else x.dtype
     return x.sum(-1, keepdim=True, dtype=dtype).to(x.dtype)
 
 
-def _log_ratio(
-    a: Tensor, b: Tensor, centre: Tensor, rest: Tensor | float, scale: float, otherwise: float
-) -> Tensor:
+def _log_ratio(a: Tensor, b: Tensor, centre: Tensor, rest: Tensor | float, scale: float, otherwise: float) -> Tensor:
     """Return scale · (b - a - centre), rounded once, and what is given where a logit is missing."""
     gap = b - a
     ratio = (gap - centre) + (difference_error(b, a) + rest)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from torch_klloss.numerics.error_free import difference_error
+from torch_klloss.numerics.exponentials import expm1
 
 _FAR = 1e30  # log p/q of a class that only one of them has
 _LARGEST_EXPONENT = 80.0  # of exp in float32
@@ -196,8 +197,8 @@ def _sums_of_term(q: Tensor, p: Tensor, z: Tensor, mix: float, missed: Tensor) -
 
 def _mixed(q: Tensor, p: Tensor, z: Tensor, mix: float) -> tuple[Tensor, ...]:
     """Return the mixture m, log m/q, q/m - 1 and the derivative of q log q/m by q, up to a constant."""
-    log_ratio = torch.log1p(mix * torch.expm1(z.clamp(max=_LARGEST_EXPONENT)))
-    gap = torch.expm1(-log_ratio)
+    log_ratio = torch.log1p(mix * expm1(z.clamp(max=_LARGEST_EXPONENT)))
+    gap = expm1(-log_ratio)
     return (1 - mix) * q + mix * p, log_ratio, gap, -log_ratio - (1 - mix) * gap
 
 
@@ -284,7 +285,7 @@ def _derivatives(
     """Return the derivatives of one term by the logits of q and of p."""
     if mix == 1:
         value = torch.where(value == torch.inf, 0.0, value)
-        return -q * (z + value), torch.where(z < 1, q * torch.expm1(z.clamp(max=1)), p - q)
+        return -q * (z + value), torch.where(z < 1, q * expm1(z.clamp(max=1)), p - q)
     _, _, gap, score = _mixed(q, p, z, mix)
     return q * (score - mean_score), mix * p * (mean_gap - gap)
 

@@ -32,6 +32,7 @@ from torch.distributions import (
 from torch.distributions.relaxed_bernoulli import LogitRelaxedBernoulli
 from torch.distributions.relaxed_categorical import ExpRelaxedCategorical
 
+from torch_klloss.numerics.exponentials import expm1
 from torch_klloss.samplers.log_space import LogDirichlet, log_dirichlet
 from torch_klloss.samplers.quantiles import log_gamma_quantile, logit_beta_quantile, von_mises_quantile, wide
 from torch_klloss.samplers.transport import num_uniforms, register_transport, transport
@@ -97,7 +98,7 @@ def weibull(q: Weibull, u: Tensor) -> Tensor:
 @register_transport(Kumaraswamy)
 def kumaraswamy(q: Kumaraswamy, u: Tensor) -> Tensor:
     """Return quantiles, (1 - (1 - u)^(1/b))^(1/a), where torch's log_prob is finite: it computes 1 - x^a."""
-    power = _inside(-torch.expm1(torch.log1p(-u) / q.concentration0))
+    power = _inside(-expm1(torch.log1p(-u) / q.concentration0))
     return _inside(power ** q.concentration1.reciprocal())
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from torch_klloss.numerics.devices import constant_on, has_float64
+from torch_klloss.numerics.exponentials import expm1
 from torch_klloss.numerics.tracing import is_traced
 
 _SIDE = 16  # panels to either side of the peak
@@ -58,13 +59,13 @@ def log_gamma_quantile(concentration: Tensor, u: Tensor) -> Tensor:
 
 def _gamma_law(a: Tensor) -> Law:
     def relative(y: Tensor) -> Tensor:  # of y = log(x / a), whose log-density is a times this
-        return y - torch.expm1(y)
+        return y - expm1(y)
 
     levels = _levels(a) / a.unsqueeze(-1)
     near = -2 * levels.sqrt()  # relative(y) ≤ -y²/4 for -3/2 ≤ y ≤ 0
     left = torch.where(near > -1.5, torch.maximum(near, -1 - levels), -1 - levels)
     right = torch.log1p(levels + (2 * levels).sqrt())
-    ends = [_solved(lambda y: (relative(y) + levels, -torch.expm1(y)), start, 4) for start in (left, right)]
+    ends = [_solved(lambda y: (relative(y) + levels, -expm1(y)), start, 4) for start in (left, right)]
     return Law([a], lambda y: [relative(y)], _edges(*ends))
 
 
@@ -81,7 +82,7 @@ def _beta_law(a: Tensor, b: Tensor) -> Law:
         ahead = _like(torch.where(a > 0, a / (a + b), a), z), _like(b / (a + b), z)
         r, rest = torch.where(z < 0, ahead[0], ahead[1]), torch.where(z < 0, ahead[1], ahead[0])
         far = -z.abs()
-        c = torch.where(far > -0.5, torch.log1p(r * torch.expm1(far)), (rest + r * far.exp()).log())
+        c = torch.where(far > -0.5, torch.log1p(r * expm1(far)), (rest + r * far.exp()).log())
         return z.clamp(max=0) - c, -z.clamp(min=0) - c
 
     def log_density(z: Tensor) -> Tensor:
@@ -214,7 +215,7 @@ def _solve_panel(law: Law, cdf: _Table, panel: Tensor, target: Tensor) -> Tensor
     log_ends = law.log_density(law.scores(law.edges)).diff(dim=-1).gather(-1, panel)
     share = ((target - within.before) / mass).clamp(0, 1)
     rise = torch.where(log_ends.abs() < 1e-8, 1e-8, log_ends)
-    t = 2 * torch.log1p(share * torch.expm1(rise)) / rise - 1
+    t = 2 * torch.log1p(share * expm1(rise)) / rise - 1
     for _ in range(_NEWTON):
         integral, density = within(t)
         t = (t - (integral - target) / density).clamp(-1, 1)

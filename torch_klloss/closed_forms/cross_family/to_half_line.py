@@ -13,6 +13,7 @@ from torch_klloss.closed_forms.cross_family.registration import cross_family, no
 from torch_klloss.numerics.constants import HALF_LOG_2PI
 from torch_klloss.numerics.elementary import at_least, log_ratio, magnitude
 from torch_klloss.numerics.error_free import product_error, product_gap, quotient_error, sum_error
+from torch_klloss.numerics.exponentials import expm1
 from torch_klloss.numerics.lgamma import bregman
 from torch_klloss.numerics.moments import (
     generalised_kl,
@@ -89,7 +90,7 @@ def _continuous_bernoulli_exponential(log_odds: Tensor, rate: Tensor) -> Tensor:
     For t < 1 it is rather the KL from the Uniform on [0, 1], isd(λ E[x], 1) and 1 + log E[x].
     """
     t, size = at_least(-log_odds, 1.0), magnitude(at_least(log_odds, -1.0))
-    falling = itakura_saito(rate, t, rate - t) - torch.log1p(-torch.exp(-t)) + (t - rate) / torch.expm1(t)
+    falling = itakura_saito(rate, t, rate - t) - torch.log1p(-torch.exp(-t)) + (t - rate) / expm1(t)
     from_end = tilt_mean(size)[0]
     mean = torch.where(log_odds < 0, from_end, 1 - from_end)
     other = tilt_divergence(size) + _to_exponential(rate, mean) + mean.log()

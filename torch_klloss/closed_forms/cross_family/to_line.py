@@ -32,6 +32,7 @@ from torch_klloss.closed_forms.cross_family.registration import cross_family, no
 from torch_klloss.numerics.constants import EULER, HALF_LOG_2PI
 from torch_klloss.numerics.elementary import at_least, magnitude
 from torch_klloss.numerics.error_free import multiple, product_error, product_gap, quotient_error, sum_error
+from torch_klloss.numerics.exponentials import expm1
 from torch_klloss.numerics.moments import (
     beta_excess,
     beta_mean_gap,
@@ -171,9 +172,7 @@ def _normal_gumbel(q_loc: Tensor, q_scale: Tensor, loc: Tensor, scale: Tensor) -
     lost_mean = quotient_error(gap, scale, mean) + sum_error(q_loc, -loc, gap) / scale
     lost = (lost_square / 2 - lost_mean + sum_error(square / 2, -mean, rounded)).detach()
     L = rounded + lost
-    first = (
-        exp_lead(L) + torch.where(L < 700, torch.expm1(L.clamp_max(700.0)) * sum_error(rounded, lost, L), 0.0).detach()
-    )
+    first = exp_lead(L) + torch.where(L < 700, expm1(L.clamp_max(700.0)) * sum_error(rounded, lost, L), 0.0).detach()
     return (1 - HALF_LOG_2PI) + (itakura_saito(q_scale, scale, q_scale - scale) + x * x / 2) + first
 
 
@@ -182,7 +181,7 @@ def _uniform_gumbel(low: Tensor, high: Tensor, loc: Tensor, scale: Tensor) -> Te
     """The least is 1 - log w + log(sinh(w/2)/(w/2)) with w = width/β; L = log((1 - exp(-w))/w) - (low - μ)/β."""
     w = (high - low) / scale
     log_norm, large = tilt_log_norm(w), at_least(w, 1.0)
-    from_low = torch.where(w < 1, log_norm - w / 2, torch.log(-torch.expm1(-large) / large))
+    from_low = torch.where(w < 1, log_norm - w / 2, torch.log(-expm1(-large) / large))
     return (1 + log_norm - w.log()) + exp_lead(from_low - (low - loc) / scale)
 
 

@@ -31,7 +31,8 @@ from torch.nn.functional import logsigmoid
 from torch_klloss.distributions.densities import log_density
 from torch_klloss.distributions.given import as_given
 from torch_klloss.numerics.devices import scalar
-from torch_klloss.numerics.elementary import at_least, at_most, e2, horner, x_minus_log1p
+from torch_klloss.numerics.elementary import at_least, at_most, horner, x_minus_log1p
+from torch_klloss.numerics.exponentials import e2
 
 # The logarithm of zero in products with counts, which may be zero themselves.
 _LOG_ZERO = -1e300

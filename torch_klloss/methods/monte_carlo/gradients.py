@@ -13,6 +13,7 @@ from torch_klloss.distributions.located import Located
 from torch_klloss.distributions.maps import fixed
 from torch_klloss.distributions.reach import has_path
 from torch_klloss.distributions.tensors import is_transparent
+from torch_klloss.numerics.exponentials import expm1
 from torch_klloss.samplers import Points
 from torch_klloss.samplers.components import ComponentDraw
 
@@ -56,7 +57,7 @@ def null_ratio(log_q: Tensor) -> Tensor:
     q, so that the derivatives of every order have mean zero; those of log q have not, from the second on.
     """
     log_q = torch.where(log_q.isfinite(), log_q, 0.0)
-    return torch.expm1(log_q - log_q.detach())
+    return expm1(log_q - log_q.detach())
 
 
 def by_score(log_ratio: Tensor, log_score: Tensor, advantage: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch_klloss.methods.monte_carlo.gradients import REPARAMETERISED, Draw, ad
 from torch_klloss.methods.monte_carlo.plan import Plan, PreparedPair
 from torch_klloss.methods.monte_carlo.rounded_draws import RoundedDraws
 from torch_klloss.methods.monte_carlo.tail_diagnostics import may_have_heavy_tail
+from torch_klloss.numerics.exponentials import expm1
 from torch_klloss.samplers import Points
 from torch_klloss.samplers.components import mixture_of, prepare_by_component
 from torch_klloss.samplers.origins import prepare_located
@@ -150,7 +151,7 @@ class _Terms:
 
 def _number(log_ratio: Tensor, value: str) -> Tensor:
     """Return the terms of k2 or k3."""
-    return log_ratio**2 / 2 if value == "k2" else torch.expm1(-log_ratio) + log_ratio
+    return log_ratio**2 / 2 if value == "k2" else expm1(-log_ratio) + log_ratio
 
 
 def _prepare(q: Distribution, plan: Plan) -> Callable[[int, int], Draw]:

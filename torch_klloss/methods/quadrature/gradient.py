@@ -16,7 +16,7 @@ from torch_klloss.methods.quadrature.integrand import Integrand
 from torch_klloss.methods.quadrature.remainder import tail_integrals
 from torch_klloss.methods.quadrature.rules import weigh
 from torch_klloss.methods.quadrature.state import State
-from torch_klloss.numerics.elementary import e2
+from torch_klloss.numerics.exponentials import e2, expm1
 from torch_klloss.numerics.versions import Versions
 
 
@@ -83,7 +83,7 @@ def _outputs_and_grads(
     is_near = f.per_integral(certificate.is_near).expand(f.shape)
     if is_near.any():
         by_mass = torch.where(is_near, mass * e2(-log_ratio), by_mass)
-        by_ratio = torch.where(is_near, -mass * torch.expm1(-log_ratio), by_ratio)
+        by_ratio = torch.where(is_near, -mass * expm1(-log_ratio), by_ratio)
     grad = f.per_integral(grad)
     outputs, grads = f.densities(x), (grad * by_mass, grad * by_ratio)
     known = f.known_mass()

@@ -13,7 +13,7 @@ from torch_klloss.methods.quadrature.coordinates import Coordinate
 from torch_klloss.methods.quadrature.integrand import Integrand
 from torch_klloss.methods.quadrature.rules import weigh
 from torch_klloss.methods.quadrature.scan import BEND, Scan, evaluate
-from torch_klloss.numerics.elementary import e2
+from torch_klloss.numerics.exponentials import e2, expm1
 
 DIVERGES = -1e-3  # slope of log(integrand) against log(distance): not falling
 CONVERGES = -0.02
@@ -118,7 +118,7 @@ def tail_integrals(f: Integrand, coordinate: Coordinate, v: Tensor, is_open: Ten
         x, mass, log_ratio = weigh(f, coordinate, points, torch.ones_like(end))
         noise = _rounding(coordinate, end.unsqueeze(0))
         inside = log_ratio.clamp(-2, 2)
-        factors = (log_ratio - 1, e2(-inside), torch.ones_like(mass), torch.expm1(-inside))
+        factors = (log_ratio - 1, e2(-inside), torch.ones_like(mass), expm1(-inside))
         parts, errors = zip(*(remainder(mass, factor, noise) for factor in factors), strict=True)
         rest, spread = torch.stack(parts), torch.stack(errors)
         if is_mixed.any():  # beyond the ends another component may take over, which no point shows

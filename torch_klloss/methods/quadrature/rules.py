@@ -12,7 +12,7 @@ from torch import Tensor
 from torch_klloss.methods.quadrature.coordinates import Coordinate
 from torch_klloss.methods.quadrature.integrand import Integrand
 from torch_klloss.numerics.devices import constant_on
-from torch_klloss.numerics.elementary import e2
+from torch_klloss.numerics.exponentials import e2, expm1
 from torch_klloss.numerics.special import gauss_legendre
 
 ORDER = 16
@@ -269,5 +269,5 @@ def _near_sums(rule: Rule, mass: Tensor, log_ratio: Tensor, mask: Tensor) -> tup
         terms = mass * e2(minus)
         near[:, mask] = rule.inner(terms).sum(1)
         near_error[:, mask] = _sum_error(rule, terms, near[:, mask])
-        mass_gap[:, mask] = rule.inner(mass * torch.expm1(minus)).sum(1)
+        mass_gap[:, mask] = rule.inner(mass * expm1(minus)).sum(1)
     return near, near_error, mass_gap
