@@ -19,7 +19,7 @@ from torch import Tensor
 
 from torch_klloss.numerics import devices
 from torch_klloss.numerics.devices import can_be_read
-from torch_klloss.numerics.tracing import is_forward_mode, is_traced, needs_plain_operations, without_func
+from torch_klloss.numerics.tracing import is_forward_mode, is_func_transformed, is_traced, needs_plain_operations, without_func
 
 # Of (artanh(s)/s - 1)/s², in s²: minimax for |s| ≤ ⅓, that is for ratios from a half to two; relative errors 5e-7,
 # of a term that is a ninth of the whole, and 1e-16.
@@ -38,6 +38,9 @@ _ARTANH = {
         0.08126792782243371,
     ),
 }
+# Twice the former in float32, for ratios between the roots of ½ and 2; relative error 2e-8 of the whole.
+_TWICE_ARTANH = (0.666666855814, 0.399885911941, 0.295878022484)
+_ROOT_BITS = 0x3F3504F3  # of the root of ½ in float32
 _UNFELT = 1e-250  # in float64, by a number of float32
 _LEAST_LOG = -1e3
 _SMALL_RATIO = 1e-36  # a float32 with all of its digits, whose reciprocal is one as well
@@ -236,6 +239,8 @@ def lag(x: Tensor, ratio: Tensor) -> Tensor:
 
     With s = x/(2 + x), log(1 + x) = 2 artanh(s) and x - 2s = xs.
     """
+    if _takes_bits(x):
+        return _lag_by_bits(x, ratio)
     if chooses(x):
         s, square, third = artanh_terms(x)
         return torch.where(
@@ -252,6 +257,29 @@ def lag(x: Tensor, ratio: Tensor) -> Tensor:
     else:
         rest = torch.log(ratio / ratio.clamp(0.5, 2.0))
     return torch.addcmul((x - near) - rest, s, lead)
+
+
+def _takes_bits(x: Tensor) -> bool:
+    """Return whether a compiler for the CPU shall take a logarithm apart, which it fuses and does not call."""
+    is_traced_alone = torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not is_func_transformed()
+    return is_traced_alone and x.is_cpu and x.dtype == torch.float32 and not is_differentiated()
+
+
+def _lag_by_bits(x: Tensor, ratio: Tensor) -> Tensor:
+    """Return `lag` with 1 + x = 2^k m, m between the roots of ½ and 2: it is (2^k - 1) m - k log 2 + m - 1 - log m.
+
+    A ratio so small that float32 has not all of its digits counts as 0. More operations would not be fused.
+    """
+    bits = ratio.view(torch.int32)
+    power = (bits - _ROOT_BITS) >> 23
+    mantissa = (bits - (power << 23)).view(torch.float32)
+    power = power.to(x.dtype)
+    f = torch.where(power == 0, x, mantissa - 1)
+    s = f / (f + 2)
+    square = s * s
+    lag = ((ratio - mantissa) - power * math.log(2)) + s * (f - square * horner(square, _TWICE_ARTANH))
+    no_logarithm = torch.where(ratio < 0, torch.nan, torch.inf)
+    return torch.where(ratio < torch.finfo(x.dtype).smallest_normal, no_logarithm, lag)
 
 
 def artanh_terms(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
