@@ -270,16 +270,33 @@ def _lag_by_bits(x: Tensor, ratio: Tensor) -> Tensor:
 
     A ratio so small that float32 has not all of its digits counts as 0. More operations would not be fused.
     """
-    bits = ratio.view(torch.int32)
-    power = (bits - _ROOT_BITS) >> 23
-    mantissa = (bits - (power << 23)).view(torch.float32)
-    power = power.to(x.dtype)
+    power, mantissa = _power_and_mantissa(ratio)
     f = torch.where(power == 0, x, mantissa - 1)
     s = f / (f + 2)
     square = s * s
     lag = ((ratio - mantissa) - power * math.log(2)) + s * (f - square * horner(square, _TWICE_ARTANH))
     no_logarithm = torch.where(ratio < 0, torch.nan, torch.inf)
     return torch.where(ratio < torch.finfo(x.dtype).smallest_normal, no_logarithm, lag)
+
+
+def _gkl_and_log_by_bits(a: Tensor, b: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `gkl_and_log` with log(b/a) of a, b = 2^k m, where these are not near to one another, from both k and m."""
+    (a_power, a_mantissa), (b_power, b_mantissa) = _power_and_mantissa(a), _power_and_mantissa(b)
+    total = a + b
+    is_near = 3 * gap.abs() < total
+    s = torch.where(is_near, -gap, b_mantissa - a_mantissa) / torch.where(is_near, total, b_mantissa + a_mantissa)
+    powers = torch.where(is_near, 0.0, b_power - a_power) * math.log(2)
+    square = s * s
+    third = s * square * horner(square, _ARTANH[a.dtype])
+    value = torch.where(is_near, -gap * s, -gap - a * (powers + 2 * s)) - 2 * a * third
+    return torch.where((b == 0) & (a > 0), torch.inf, value), powers + 2 * (s + third)
+
+
+def _power_and_mantissa(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return k and m of positive float32 numbers 2^k m, m between the roots of ½ and 2; of 0 they are -127 and 1."""
+    bits = x.view(torch.int32)
+    power = (bits - _ROOT_BITS) >> 23
+    return power.to(x.dtype), (bits - (power << 23)).view(x.dtype)
 
 
 def artanh_terms(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -310,6 +327,8 @@ def gkl_and_log(a: Tensor, b: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
 
     The first is a (x - log(1 + x)) with x = (b - a)/a where b is near a, and as written in what b has beyond that.
     """
+    if _takes_bits(a):
+        return _gkl_and_log_by_bits(a, b, gap)
     if chooses(a):
         return _chosen_gkl_and_log(a, b, gap)
     least, half = torch.finfo(a.dtype).smallest_normal * torch.finfo(a.dtype).eps, 0.5 * a
