@@ -19,7 +19,13 @@ from torch import Tensor
 
 from torch_klloss.numerics import devices
 from torch_klloss.numerics.devices import can_be_read
-from torch_klloss.numerics.tracing import is_forward_mode, is_func_transformed, is_traced, needs_plain_operations, without_func
+from torch_klloss.numerics.tracing import (
+    is_forward_mode,
+    is_func_transformed,
+    is_traced,
+    needs_plain_operations,
+    without_func,
+)
 
 # Of (artanh(s)/s - 1)/s², in s²: minimax for |s| ≤ ⅓, that is for ratios from a half to two; relative errors 5e-7,
 # of a term that is a ninth of the whole, and 1e-16.
