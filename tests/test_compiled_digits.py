@@ -1,4 +1,4 @@
-"""Digits and memory of compiled formulas, in a fresh process: as they are traced, and as torch's compiler fuses them."""
+"""Digits and memory of compiled formulas, in a fresh process: as they are traced, and as they are fused."""
 
 import re
 from pathlib import Path
@@ -24,7 +24,9 @@ steps = torch.cat([10.0 ** -torch.linspace(0, 6, 32), torch.linspace(-4, 4, 32)]
 q = torch.randn(64)
 real, positive = (q, q + steps), ((3 * q).exp(), (3 * (q + steps)).exp())
 build = {
-    "Bernoulli": lambda x, s: Bernoulli(logits=x), "Poisson": lambda x, s: Poisson(s), "Normal": lambda x, s: Normal(x, s)
+    "Bernoulli": lambda x, s: Bernoulli(logits=x),
+    "Poisson": lambda x, s: Poisson(s),
+    "Normal": lambda x, s: Normal(x, s),
 }
 def kls(kl):
     return lambda *t: [kl(family(*t[:2]), family(*t[2:])) for family in build.values()]

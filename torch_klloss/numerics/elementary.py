@@ -286,7 +286,7 @@ def _lag_by_bits(x: Tensor, ratio: Tensor) -> Tensor:
 
 
 def _gkl_and_log_by_bits(a: Tensor, b: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `gkl_and_log` with log(b/a) of a, b = 2^k m, where these are not near to one another, from both k and m."""
+    """Return `gkl_and_log`: where a and b are not near to one another, log(b/a) is that of their parts."""
     (a_power, a_mantissa), (b_power, b_mantissa) = _power_and_mantissa(a), _power_and_mantissa(b)
     total = a + b
     is_near = 3 * gap.abs() < total
