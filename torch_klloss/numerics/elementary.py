@@ -44,8 +44,6 @@ _ARTANH = {
         0.08126792782243371,
     ),
 }
-# Twice the former in float32, for ratios between the roots of ½ and 2; relative error 2e-8 of the whole.
-_TWICE_ARTANH = (0.666666855814, 0.399885911941, 0.295878022484)
 _ROOT_BITS = 0x3F3504F3  # of the root of ½ in float32
 _UNFELT = 1e-250  # in float64, by a number of float32
 _LEAST_LOG = -1e3
@@ -225,8 +223,9 @@ def excess(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ratio = a.double() / b
         x = ratio - 1.0
         return ratio, x, x - torch.log(ratio)  # both of the rounded ratio, whose rounding drops out
-    ratio, x = a / b, (a - b) / b
-    return ratio, x, lag(x, ratio)
+    gap = a - b
+    ratio, x = a / b, gap / b
+    return ratio, x, _excess_by_parts(a, b, gap, x) if _takes_parts(a) else lag(x, ratio)
 
 
 def excess_of_squares(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,6 +235,11 @@ def excess_of_squares(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         x = ratio - 1.0
         half = torch.addcmul(x, x, x, value=0.5)
         return narrowed(half, a), narrowed(half - torch.log(ratio), a)  # as in `excess`
+    if _takes_parts(a):
+        gap = a - b
+        x = gap / b
+        square = 0.5 * (x * x)
+        return x + square, _excess_by_parts(a, b, gap, x, square)
     _, x, spread = excess(a, b)
     return torch.addcmul(x, x, x, value=0.5), torch.addcmul(spread, x, x, value=0.5)
 
@@ -245,8 +249,6 @@ def lag(x: Tensor, ratio: Tensor) -> Tensor:
 
     With s = x/(2 + x), log(1 + x) = 2 artanh(s) and x - 2s = xs.
     """
-    if _takes_bits(x):
-        return _lag_by_bits(x, ratio)
     if chooses(x):
         s, square, third = artanh_terms(x)
         return torch.where(
@@ -265,37 +267,32 @@ def lag(x: Tensor, ratio: Tensor) -> Tensor:
     return torch.addcmul((x - near) - rest, s, lead)
 
 
-def _takes_bits(x: Tensor) -> bool:
+def _takes_parts(x: Tensor) -> bool:
     """Return whether a compiler for the CPU shall take a logarithm apart, which it fuses and does not call."""
     is_traced_alone = torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not is_func_transformed()
     return is_traced_alone and x.is_cpu and x.dtype == torch.float32 and not is_differentiated()
 
 
-def _lag_by_bits(x: Tensor, ratio: Tensor) -> Tensor:
-    """Return `lag` with 1 + x = 2^k m, m between the roots of ½ and 2: it is (2^k - 1) m - k log 2 + m - 1 - log m.
+def _excess_by_parts(a: Tensor, b: Tensor, gap: Tensor, x: Tensor, more: Tensor | float = 0.0) -> Tensor:
+    """Return x + `more` - log(a/b) with x = a/b - 1; inf where a is 0, and NaN below."""
+    is_near, s, third, powers = _logarithm_by_parts(a, b, gap)
+    powers = torch.where(a > 0, powers, torch.where(a == 0, -torch.inf, torch.nan))
+    return torch.where(is_near, s * x, x - powers - 2 * s) + more - 2 * third
 
-    A ratio so small that float32 has not all of its digits counts as 0. More operations would not be fused.
+
+def _logarithm_by_parts(a: Tensor, b: Tensor, gap: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return where a and b are near, s, artanh(s) - s, and c, which is 0 there: log(a/b) = c + 2 artanh(s).
+
+    Elsewhere c is that of the powers of two, and s that of the mantissas. A number too small to have all of its digits
+    in float32 is taken for one of about its size, and 0 for 5.9e-39.
     """
-    power, mantissa = _power_and_mantissa(ratio)
-    f = torch.where(power == 0, x, mantissa - 1)
-    s = f / (f + 2)
-    square = s * s
-    lag = ((ratio - mantissa) - power * math.log(2)) + s * (f - square * horner(square, _TWICE_ARTANH))
-    no_logarithm = torch.where(ratio < 0, torch.nan, torch.inf)
-    return torch.where(ratio < torch.finfo(x.dtype).smallest_normal, no_logarithm, lag)
-
-
-def _gkl_and_log_by_bits(a: Tensor, b: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `gkl_and_log`: where a and b are not near to one another, log(b/a) is that of their parts."""
     (a_power, a_mantissa), (b_power, b_mantissa) = _power_and_mantissa(a), _power_and_mantissa(b)
     total = a + b
     is_near = 3 * gap.abs() < total
-    s = torch.where(is_near, -gap, b_mantissa - a_mantissa) / torch.where(is_near, total, b_mantissa + a_mantissa)
-    powers = torch.where(is_near, 0.0, b_power - a_power) * math.log(2)
+    s = torch.where(is_near, gap, a_mantissa - b_mantissa) / torch.where(is_near, total, a_mantissa + b_mantissa)
     square = s * s
     third = s * square * horner(square, _ARTANH[a.dtype])
-    value = torch.where(is_near, -gap * s, -gap - a * (powers + 2 * s)) - 2 * a * third
-    return torch.where((b == 0) & (a > 0), torch.inf, value), powers + 2 * (s + third)
+    return is_near, s, third, torch.where(is_near, 0.0, a_power - b_power) * math.log(2)
 
 
 def _power_and_mantissa(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -333,8 +330,10 @@ def gkl_and_log(a: Tensor, b: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
 
     The first is a (x - log(1 + x)) with x = (b - a)/a where b is near a, and as written in what b has beyond that.
     """
-    if _takes_bits(a):
-        return _gkl_and_log_by_bits(a, b, gap)
+    if _takes_parts(a):
+        is_near, s, third, powers = _logarithm_by_parts(b, a, -gap)
+        value = torch.where(is_near, -gap * s, -gap - a * (powers + 2 * s)) - 2 * a * third
+        return torch.where((b == 0) & (a > 0), torch.inf, value), powers + 2 * (s + third)
     if chooses(a):
         return _chosen_gkl_and_log(a, b, gap)
     least, half = torch.finfo(a.dtype).smallest_normal * torch.finfo(a.dtype).eps, 0.5 * a
