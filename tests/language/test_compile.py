@@ -10,9 +10,9 @@ CODE = """
 import json, math, torch
 torch.set_num_threads(1)
 from torch_klloss.language import *
-from torch_klloss.numerics import softmax_divergence, softmax_opaque, softmax_picked
+from torch_klloss.numerics.softmax import divergence, opaque, picked
 if %r:  # every size is called as it is, none is traced
-    softmax_opaque.FEWEST, softmax_divergence._traced, softmax_picked._plain = 0, None, None
+    opaque.FEWEST, divergence._traced, picked._plain = 0, None, None
 def logits(seed):
     x = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(seed))
     x[..., 7] = -math.inf

@@ -20,8 +20,8 @@ from torch_klloss.language import (
     log_probs_of,
     token_kl,
 )
-from torch_klloss.numerics.logit_sides import Head
-from torch_klloss.numerics.softmax_pairs import Arithmetic, Terms, rows_of
+from torch_klloss.numerics.softmax.pairs import Arithmetic, Terms, rows_of
+from torch_klloss.numerics.softmax.sides import Head
 from torch_klloss.schedules import Linear
 
 DIVERGENCES = pytest.mark.parametrize("divergence", list(DEFINITIONS), ids=repr)

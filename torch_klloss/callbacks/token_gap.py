@@ -17,7 +17,7 @@ from torch_klloss.language.observers import TokenCall
 from torch_klloss.language.tokens import Tokens
 from torch_klloss.log_probs import kl_from_log_probs
 from torch_klloss.methods.monte_carlo.tail_diagnostics import HeavyTailWarning
-from torch_klloss.numerics.logit_sides import Dense
+from torch_klloss.numerics.softmax.sides import Dense
 
 _AT_ONCE = 2**22  # probabilities that exist while tokens are drawn
 _ESTIMATORS = ("exact", "k1", "k3")

@@ -12,7 +12,6 @@ from torch_klloss.closed_forms import mixed_categoricals
 from torch_klloss.closed_forms.registry import register_kl
 from torch_klloss.distributions.given import both_as_given
 from torch_klloss.distributions.tensors import lacks_float64
-from torch_klloss.numerics import softmax_whole
 from torch_klloss.numerics.blocks import Derivatives
 from torch_klloss.numerics.custom_gradient import formula_of, kernel_of
 from torch_klloss.numerics.devices import can_be_read
@@ -24,10 +23,11 @@ from torch_klloss.numerics.elementary import (
     replaced,
     spare_gkl_and_log,
 )
-from torch_klloss.numerics.logit_sides import Dense
 from torch_klloss.numerics.quick_kernels import direct_or_careful
-from torch_klloss.numerics.softmax_divergence import divergence_of_logits
-from torch_klloss.numerics.softmax_pairs import KL
+from torch_klloss.numerics.softmax import whole
+from torch_klloss.numerics.softmax.divergence import divergence_of_logits
+from torch_klloss.numerics.softmax.pairs import KL
+from torch_klloss.numerics.softmax.sides import Dense
 
 
 @register_kl(Categorical, Categorical, needs_float64=False)
@@ -102,7 +102,7 @@ def _careful_by_logits(needs: Sequence[bool], q: Tensor, p: Tensor) -> tuple[Ten
 
 
 _small_kl = formula_of(direct_or_careful(_direct_by_logits, _careful_by_logits), event_dims=1)
-_small_kl_elsewhere = formula_of(softmax_whole.kernel, event_dims=1)
+_small_kl_elsewhere = formula_of(whole.kernel, event_dims=1)
 """The KL of two Categoricals, from their logits."""
 
 _NEAR = 1e-7  # times `LOST`: a KL, below which the rounding of q/p is felt

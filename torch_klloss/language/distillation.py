@@ -18,8 +18,8 @@ from torch_klloss.language.sparse_teacher import SparseTeacher
 from torch_klloss.language.tokens import Normalizer, TokenReduction, Tokens, check_token_reduction, tokens_of
 from torch_klloss.language.weight import Weighted
 from torch_klloss.numerics.arguments import check_flag, check_integer
-from torch_klloss.numerics.logit_sides import Head
-from torch_klloss.numerics.softmax_divergence import divergence_of_logits
+from torch_klloss.numerics.softmax.divergence import divergence_of_logits
+from torch_klloss.numerics.softmax.sides import Head
 from torch_klloss.numerics.tracing import is_traced, without_autocast
 from torch_klloss.schedules import Schedule
 

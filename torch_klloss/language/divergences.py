@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from torch_klloss.numerics.arguments import check_flag, check_number
-from torch_klloss.numerics.softmax_pairs import Terms
+from torch_klloss.numerics.softmax.pairs import Terms
 
 
 class Divergence(ABC):

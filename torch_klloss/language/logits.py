@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, distributed
 
 from torch_klloss.numerics.arguments import check_integer, check_tensors
-from torch_klloss.numerics.logit_sides import Dense, Head, Side
+from torch_klloss.numerics.softmax.sides import Dense, Head, Side
 from torch_klloss.numerics.tracing import is_traced
 
 

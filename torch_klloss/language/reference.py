@@ -23,8 +23,8 @@ from torch_klloss.log_probs import LogProbValue, kl_from_log_probs
 from torch_klloss.methods.monte_carlo.tail_diagnostics import may_have_heavy_tail
 from torch_klloss.numerics.arguments import check_tensors, check_word
 from torch_klloss.numerics.exponentials import expm1
-from torch_klloss.numerics.softmax_divergence import divergence_of_logits
-from torch_klloss.numerics.softmax_pairs import KL
+from torch_klloss.numerics.softmax.divergence import divergence_of_logits
+from torch_klloss.numerics.softmax.pairs import KL
 from torch_klloss.numerics.tracing import without_autocast
 from torch_klloss.schedules import Schedule
 

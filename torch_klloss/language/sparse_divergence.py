@@ -12,10 +12,10 @@ from torch_klloss.language.logits import OneSide, reduces_of
 from torch_klloss.language.sparse_teacher import SampledTeacher, SparseTeacher
 from torch_klloss.language.tokens import check_ids, is_readable
 from torch_klloss.numerics.exponentials import expm1
-from torch_klloss.numerics.logit_sides import Dense
-from torch_klloss.numerics.softmax_divergence import divergence_of_logits
-from torch_klloss.numerics.softmax_pairs import Terms
-from torch_klloss.numerics.softmax_picked import picked_log_weights
+from torch_klloss.numerics.softmax.divergence import divergence_of_logits
+from torch_klloss.numerics.softmax.pairs import Terms
+from torch_klloss.numerics.softmax.picked import picked_log_weights
+from torch_klloss.numerics.softmax.sides import Dense
 
 
 class Found(NamedTuple):

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from torch_klloss.language.logits import Logits, OneSide, check_temperature, reduces_of, side_of, sides_of
 from torch_klloss.language.tokens import check_ids, check_mask
-from torch_klloss.numerics.softmax_divergence import divergence_of_logits
-from torch_klloss.numerics.softmax_pairs import KL
-from torch_klloss.numerics.softmax_picked import picked_log_weights
+from torch_klloss.numerics.softmax.divergence import divergence_of_logits
+from torch_klloss.numerics.softmax.pairs import KL
+from torch_klloss.numerics.softmax.picked import picked_log_weights
 from torch_klloss.numerics.tracing import without_autocast
 
 

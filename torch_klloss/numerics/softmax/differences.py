@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from torch_klloss.numerics.softmax_pairs import Rows, Terms
-from torch_klloss.numerics.softmax_tiles import Problem, Tile, add_to_sums, tiles_of, tops_of
+from torch_klloss.numerics.softmax.pairs import Rows, Terms
+from torch_klloss.numerics.softmax.tiles import Problem, Tile, add_to_sums, tiles_of, tops_of
 
 _BYTES = 2**17, 2**19  # of one tensor of a tile, at least and at most; in between this part of the logits in float32:
 _PART = 2**7

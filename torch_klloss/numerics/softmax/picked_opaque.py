@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_klloss.numerics.logit_sides import Dense, Head, Side
-from torch_klloss.numerics.softmax_pairs import KL
-from torch_klloss.numerics.softmax_picking import Picking, dtype_of, evaluate, pull_back
-from torch_klloss.numerics.softmax_tiles import Problem
+from torch_klloss.numerics.softmax.pairs import KL
+from torch_klloss.numerics.softmax.picking import Picking, dtype_of, evaluate, pull_back
+from torch_klloss.numerics.softmax.sides import Dense, Head, Side
+from torch_klloss.numerics.softmax.tiles import Problem
 
 
 def call(picking: Picking, side: Side, ids: Tensor, valid: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from torch_klloss.numerics.logit_sides import Dense, Gradient, Side, add_to_tensors, panels
-from torch_klloss.numerics.softmax_tiles import Problem, Tile, tiles_of, tops_of
+from torch_klloss.numerics.softmax.sides import Dense, Gradient, Side, add_to_tensors, panels
+from torch_klloss.numerics.softmax.tiles import Problem, Tile, tiles_of, tops_of
 
 _TILE = 2**15  # numbers of a tile on the CPU; elsewhere this part of the logits:
 _SHARE = 2**6

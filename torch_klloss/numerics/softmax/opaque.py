@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from torch_klloss.numerics.elementary import common_dtype
-from torch_klloss.numerics.logit_sides import Dense, Head, Side
-from torch_klloss.numerics.softmax_pairs import Rows, Terms
-from torch_klloss.numerics.softmax_plan import Plan, evaluate, pull_back
-from torch_klloss.numerics.softmax_rows import rows_dtype
-from torch_klloss.numerics.softmax_tiles import Problem
+from torch_klloss.numerics.softmax.pairs import Rows, Terms
+from torch_klloss.numerics.softmax.plan import Plan, evaluate, pull_back
+from torch_klloss.numerics.softmax.rows import rows_dtype
+from torch_klloss.numerics.softmax.sides import Dense, Head, Side
+from torch_klloss.numerics.softmax.tiles import Problem
 from torch_klloss.numerics.tracing import is_forward_mode, is_func_transformed
 
 FEWEST = 2**20  # logits: fewer are traced, so that the compiler can join them with what is around

@@ -2,8 +2,8 @@
 
 A difference of two numbers is the fastest form of a divergence, in float32 where the numbers are not much larger than
 their difference, else in float64; of many classes it is taken of sums over blocks. Where the float64 numbers cancel
-too, `softmax_pairs` computes the row. Off the CPU no number can be looked at without a wait: `softmax_wide` computes
-all rows where it can, and `softmax_pairs` elsewhere.
+too, `pairs` computes the row. Off the CPU no number can be looked at without a wait: `wide` computes
+all rows where it can, and `pairs` elsewhere.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_klloss.numerics import softmax_wide
 from torch_klloss.numerics.elementary import has_float64
-from torch_klloss.numerics.softmax_block_terms import write_by_blocks
-from torch_klloss.numerics.softmax_blocks import by_blocks, can_be_tried
-from torch_klloss.numerics.softmax_differences import by_differences, write_by_differences
-from torch_klloss.numerics.softmax_pairs import (
+from torch_klloss.numerics.softmax import wide
+from torch_klloss.numerics.softmax.block_terms import write_by_blocks
+from torch_klloss.numerics.softmax.blocks import by_blocks, can_be_tried
+from torch_klloss.numerics.softmax.differences import by_differences, write_by_differences
+from torch_klloss.numerics.softmax.pairs import (
     Arithmetic,
     Rows,
     Terms,
@@ -29,7 +29,7 @@ from torch_klloss.numerics.softmax_pairs import (
     sums_of_terms,
     sums_of_weights,
 )
-from torch_klloss.numerics.softmax_tiles import Problem, add_to_sums, tiles_of, tops_of
+from torch_klloss.numerics.softmax.tiles import Problem, add_to_sums, tiles_of, tops_of
 
 _TILE = 2**15  # numbers of a tile elsewhere than on the CPU, at least; otherwise this part of the logits:
 _SHARE = 2**8
@@ -67,8 +67,8 @@ class Computed:
 
 def compute(a: Tensor, b: Tensor, index: Tensor | None, problem: Problem) -> Computed:
     """Return the rows of logits a and b, `[rows, classes]`; on the CPU only of those at the index, in its order."""
-    if softmax_wide.is_wide(a):
-        return Computed(torch.stack(softmax_wide.compute(a, b, problem)), None)
+    if wide.is_wide(a):
+        return Computed(torch.stack(wide.compute(a, b, problem)), None)
     if not a.is_cpu:
         return Computed(torch.stack(_careful(a, b, None, problem, wide_dtype(a))), None)
     num_rows = len(a) if index is None else len(index)
@@ -147,8 +147,8 @@ def write_derivatives(
 ) -> None:  # fmt: skip
     """Write grad, `[rows, 1]`, times the derivatives into `by_a` and `by_b`."""
     rows = Rows(*computed.rows)
-    if softmax_wide.is_wide(a):
-        softmax_wide.write_derivatives(a, b, rows, grad, problem, by_a, by_b)
+    if wide.is_wide(a):
+        wide.write_derivatives(a, b, rows, grad, problem, by_a, by_b)
         return
     if computed.kind is None:
         _write(a, b, None, rows, grad, problem, wide_dtype(a), by_a, by_b)
@@ -174,7 +174,7 @@ def write_derivatives(
 
 def rows_dtype(a: Tensor) -> torch.dtype:
     """Return the dtype of `Computed.rows`."""
-    return torch.float64 if a.is_cpu or softmax_wide.is_wide(a) else wide_dtype(a)
+    return torch.float64 if a.is_cpu or wide.is_wide(a) else wide_dtype(a)
 
 
 def wide_dtype(a: Tensor) -> torch.dtype:
@@ -198,7 +198,7 @@ def _arithmetic(a: Tensor, problem: Problem, dtype: torch.dtype) -> Arithmetic:
 
 
 def _careful(a: Tensor, b: Tensor, index: Tensor | None, problem: Problem, dtype: torch.dtype) -> Rows:
-    """Return the rows by `softmax_pairs`."""
+    """Return the rows by `pairs`."""
     q_top, p_top = (tops_of(t, index, problem, dtype) for t in (a, b))
     arithmetic, terms = _arithmetic(a, problem, dtype), problem.terms
     sums = [torch.zeros_like(q_top) for _ in range(3)]
@@ -220,7 +220,7 @@ def _write(
     a: Tensor, b: Tensor, index: Tensor | None, rows: Rows, grad: Tensor, problem: Problem, dtype: torch.dtype,
     by_a: Tensor | None, by_b: Tensor | None,
 ) -> None:  # fmt: skip
-    """Write the derivatives by `softmax_pairs`."""
+    """Write the derivatives by `pairs`."""
     arithmetic = _arithmetic(a, problem, dtype)
     for tile in tiles_of(a, index, _size(a)):
         x, y, some = tile.of(a).to(dtype), tile.of(b).to(dtype), _part(rows, tile.place)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from torch_klloss.numerics.devices import has_float64
-from torch_klloss.numerics.softmax_pairs import KL, Rows
-from torch_klloss.numerics.softmax_tiles import Problem, Tile, add_to_sums, tops_of
+from torch_klloss.numerics.softmax.pairs import KL, Rows
+from torch_klloss.numerics.softmax.tiles import Problem, Tile, add_to_sums, tops_of
 
 _FEW, _FEWER = 2**19, 2**15  # logits, which make one tile: their memory is no matter; and those of a panel of a head
 _PARTS = {4: 112, 2: 144}  # of more logits by their size in bytes, so that the tensors of a tile are a tenth of them

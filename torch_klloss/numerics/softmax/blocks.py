@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from torch_klloss.numerics.elementary import has_float64
-from torch_klloss.numerics.softmax_block_terms import FAR, Sums, first_sums, rest_of, second_sums
-from torch_klloss.numerics.softmax_pairs import Rows
-from torch_klloss.numerics.softmax_strips import BLOCK, Strip, Strips
-from torch_klloss.numerics.softmax_tiles import Problem
+from torch_klloss.numerics.softmax.block_terms import FAR, Sums, first_sums, rest_of, second_sums
+from torch_klloss.numerics.softmax.pairs import Rows
+from torch_klloss.numerics.softmax.strips import BLOCK, Strip, Strips
+from torch_klloss.numerics.softmax.tiles import Problem
 
 FEWEST = 2**13  # classes; a block of fewer would often be heavy
 _HEAVY = 2.0**-5  # of the mass of q or p

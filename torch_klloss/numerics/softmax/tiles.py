@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_klloss.numerics.softmax_pairs import Terms
+from torch_klloss.numerics.softmax.pairs import Terms
 
 _TILE = 2**15  # numbers of one tensor of a tile, so that a handful of its tensors fit into the cache of a core
 

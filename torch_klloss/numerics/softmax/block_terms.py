@@ -9,9 +9,9 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from torch_klloss.numerics.softmax_pairs import Rows, Terms
-from torch_klloss.numerics.softmax_strips import Strips
-from torch_klloss.numerics.softmax_tiles import Problem
+from torch_klloss.numerics.softmax.pairs import Rows, Terms
+from torch_klloss.numerics.softmax.strips import Strips
+from torch_klloss.numerics.softmax.tiles import Problem
 
 FAR = 1e30  # log p/q of a class that only one of them has; in a mixture:
 _FAR_MIXED = 80.0

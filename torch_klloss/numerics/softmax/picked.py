@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_klloss.numerics import softmax_picked_opaque
-from torch_klloss.numerics.logit_sides import Reduce, Side
-from torch_klloss.numerics.softmax_opaque import is_opaque
-from torch_klloss.numerics.softmax_pairs import KL
-from torch_klloss.numerics.softmax_picking import Picking, dtype_of, evaluate, pull_back
-from torch_klloss.numerics.softmax_tiles import Problem
+from torch_klloss.numerics.softmax import picked_opaque
+from torch_klloss.numerics.softmax.opaque import is_opaque
+from torch_klloss.numerics.softmax.pairs import KL
+from torch_klloss.numerics.softmax.picking import Picking, dtype_of, evaluate, pull_back
+from torch_klloss.numerics.softmax.sides import Reduce, Side
+from torch_klloss.numerics.softmax.tiles import Problem
 from torch_klloss.numerics.tracing import in_eager_mode, is_traced
 
 
@@ -58,7 +58,7 @@ def picked_log_weights(
     picking = Picking(Problem(KL, temperature, **reduces), start, is_rest, type(rows), keep=keep)
     if is_traced():
         if is_opaque(rows):
-            return softmax_picked_opaque.call(picking, rows, ids, valid).reshape(*tokens, num_picked + 1)
+            return picked_opaque.call(picking, rows, ids, valid).reshape(*tokens, num_picked + 1)
         return _plain(rows.whole(), ids, valid, picking).reshape(*tokens, num_picked + 1)
     result: Tensor = _Picked.apply(picking.by_index(first), ids, valid, *rows.tensors)
     return result.reshape(*tokens, num_picked + 1)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from torch_klloss.numerics.elementary import common_dtype
-from torch_klloss.numerics.logit_sides import Dense, Gradient, Side, add_to_tensors, panels
-from torch_klloss.numerics.softmax_rows import Computed, compute, write_derivatives
-from torch_klloss.numerics.softmax_tiles import Problem
+from torch_klloss.numerics.softmax.rows import Computed, compute, write_derivatives
+from torch_klloss.numerics.softmax.sides import Dense, Gradient, Side, add_to_tensors, panels
+from torch_klloss.numerics.softmax.tiles import Problem
 
 _PARTS = 8  # of the logits of a panel, which are few of all
 

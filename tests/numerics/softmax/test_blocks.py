@@ -7,8 +7,8 @@ import torch
 
 from tests.language.conventions import DEFINITIONS, by_definition
 from torch_klloss.language import DistillationLoss, ForwardKL, Jeffreys, JensenShannon, ReverseKL, SkewKL, token_kl
-from torch_klloss.numerics import softmax_blocks, softmax_rows
-from torch_klloss.numerics.softmax_strips import Strips
+from torch_klloss.numerics.softmax import blocks, rows
+from torch_klloss.numerics.softmax.strips import Strips
 
 NUM_CLASSES = 9001  # more than enough for blocks, and no multiple of one
 LAWS = {  # standard deviation of the teacher's logits, and distance of the student's: from flat to a law of one token
@@ -37,8 +37,8 @@ def units(value, right):
 @pytest.fixture
 def kinds(monkeypatch):
     """How the rows of every call were computed."""
-    found, careful = [], softmax_rows._careful
-    by_blocks = softmax_rows.by_blocks
+    found, careful = [], rows._careful
+    by_blocks = rows.by_blocks
 
     def seen(a, b, index, problem, dtype):
         result = by_blocks(a, b, index, problem, dtype)
@@ -49,8 +49,8 @@ def kinds(monkeypatch):
         found.append(("careful", len(a) if index is None else len(index)))
         return careful(a, b, index, *rest)
 
-    monkeypatch.setattr(softmax_rows, "by_blocks", seen)
-    monkeypatch.setattr(softmax_rows, "_careful", seen_careful)
+    monkeypatch.setattr(rows, "by_blocks", seen)
+    monkeypatch.setattr(rows, "_careful", seen_careful)
     return found
 
 
@@ -88,15 +88,15 @@ def test_near_laws_take_float64_and_nearer_ones_the_careful_formula(kinds):
 def test_without_the_heavy_blocks_in_float64_the_digits_are_lost(monkeypatch):
     teacher, student = logits("of few", num_rows=64)
     right = by_definition(ForwardKL(), teacher, student)
-    monkeypatch.setattr(softmax_blocks, "_HEAVY", 1.1)
-    monkeypatch.setattr(softmax_blocks, "_rounding", lambda first: torch.zeros(()))
+    monkeypatch.setattr(blocks, "_HEAVY", 1.1)
+    monkeypatch.setattr(blocks, "_rounding", lambda first: torch.zeros(()))
     assert units(token_kl(teacher, student), right).max() > 4
 
 
 def test_without_its_own_estimate_of_the_rounding_near_laws_lose_their_digits(monkeypatch):
     teacher, student = logits("of few, near", num_rows=64)
     right = by_definition(ForwardKL(), teacher, student)
-    monkeypatch.setattr(softmax_blocks, "_rounding", lambda first: torch.zeros(()))
+    monkeypatch.setattr(blocks, "_rounding", lambda first: torch.zeros(()))
     assert units(token_kl(teacher, student), right).max() > 4
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from torch_klloss.language import ForwardKL, Jeffreys, JensenShannon, ReverseKL, SkewKL, token_kl
-from torch_klloss.numerics import softmax_wide
-from torch_klloss.numerics.softmax_tiles import Problem
+from torch_klloss.numerics.softmax import wide
+from torch_klloss.numerics.softmax.tiles import Problem
 
 ULP = 2.0**-24
 DIVERGENCES = [
@@ -30,9 +30,9 @@ def problem_of(divergence, temperature=1.0):
 
 def step(a, b, problem):
     """Return value and derivatives of one pair of rows."""
-    rows = softmax_wide.compute(a, b, problem)
+    rows = wide.compute(a, b, problem)
     slopes = [torch.empty_like(t, dtype=torch.float64) for t in (a, b)]
-    softmax_wide.write_derivatives(a, b, rows, torch.ones(len(a), 1, dtype=torch.float64), problem, *slopes)
+    wide.write_derivatives(a, b, rows, torch.ones(len(a), 1, dtype=torch.float64), problem, *slopes)
     return rows.value(problem.terms), slopes
 
 
@@ -148,6 +148,6 @@ def test_many_tiles_are_as_good_as_one(shape, monkeypatch):
     a, b = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     b[3, 5] = -math.inf
     whole = step(a, b, problem_of(Jeffreys()))
-    monkeypatch.setattr(softmax_wide, "_FEW", 0)
+    monkeypatch.setattr(wide, "_FEW", 0)
     torch.testing.assert_close(step(a, b, problem_of(Jeffreys())), whole, rtol=1e-12, atol=1e-15)
     torch.testing.assert_close(whole[0].squeeze(-1)[:3].float(), (token_kl(a, b) + token_kl(b, a))[:3] / 2)

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_klloss.numerics import softmax_fused, softmax_opaque
 from torch_klloss.numerics.elementary import common_dtype
-from torch_klloss.numerics.logit_sides import Dense, Reduce, Side
-from torch_klloss.numerics.softmax_pairs import KL, Arithmetic, Terms, derivatives, rows_of
-from torch_klloss.numerics.softmax_plan import Plan, evaluate, factor_of, guessed, pull_back
-from torch_klloss.numerics.softmax_tiles import Problem
+from torch_klloss.numerics.softmax import fused, opaque
+from torch_klloss.numerics.softmax.pairs import KL, Arithmetic, Terms, derivatives, rows_of
+from torch_klloss.numerics.softmax.plan import Plan, evaluate, factor_of, guessed, pull_back
+from torch_klloss.numerics.softmax.sides import Dense, Reduce, Side
+from torch_klloss.numerics.softmax.tiles import Problem
 from torch_klloss.numerics.tracing import in_eager_mode, is_forward_mode, is_func_transformed, is_traced
 
 
@@ -60,9 +60,9 @@ def divergence_of_logits(
     keep = None if keep is None else keep.reshape(-1, 1)
     if is_traced():
         if _is_fused(q, p, problem):
-            return softmax_fused.kl(q.whole(), p.whole(), keep, problem.scale).reshape(tokens)
-        if softmax_opaque.is_opaque(q):
-            return softmax_opaque.call(q, p, problem, keep).reshape(tokens)
+            return fused.kl(q.whole(), p.whole(), keep, problem.scale).reshape(tokens)
+        if opaque.is_opaque(q):
+            return opaque.call(q, p, problem, keep).reshape(tokens)
         return _traced(q, p, problem, keep).reshape(tokens)
     plan = Plan.of(q, p, problem, keep, None if guess is None else guess.detach().reshape(-1, 1))
     value: Tensor = _Divergence.apply(plan, *q.tensors, *p.tensors)
@@ -70,7 +70,7 @@ def divergence_of_logits(
 
 
 def _is_fused(q: Side, p: Side, problem: Problem) -> bool:
-    """Return whether the compiler shall trace `softmax_fused`."""
+    """Return whether the compiler shall trace `fused`."""
     if not torch.compiler.is_compiling() or is_func_transformed() or is_forward_mode():
         return False
     are_dense = isinstance(q, Dense) and isinstance(p, Dense)

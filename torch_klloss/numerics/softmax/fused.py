@@ -1,6 +1,6 @@
 """The KL of the softmax of logits for a compiler: few passes over the rows, of which it keeps a few numbers each.
 
-It is the formula of `softmax_pairs`, written for what torch's compiler does on a CPU. It writes to memory whatever has
+It is the formula of `pairs`, written for what torch's compiler does on a CPU. It writes to memory whatever has
 an exponential in it and is used twice, or has more than fifty operations, and it tests number by number whether
 something is finite. So every sum has its own exponential, in a form of its own, since equal ones would become one;
 `exp2`, which is not held to be costly, serves where its argument may be rounded.
@@ -149,7 +149,7 @@ def _log_ratio(a: Tensor, b: Tensor, centre: Tensor, rest: Tensor | float, scale
 
 
 def _kl_and_error(total: Tensor, deviation: Tensor, far: Tensor, is_small: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the KL, and what z is off by, as `softmax_pairs._kl` explains.
+    """Return the KL, and what z is off by, as `pairs._kl` explains.
 
     A KL that is not small does not feel that z is off by the rounding of the log-normaliser.
     """

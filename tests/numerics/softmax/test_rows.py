@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from torch_klloss.language import DistillationLoss, ForwardKL, JensenShannon, token_kl
-from torch_klloss.numerics import softmax_rows
+from torch_klloss.numerics.softmax import rows
 
 
 def logits(*, seed=0, num_classes=700):
@@ -16,13 +16,13 @@ def logits(*, seed=0, num_classes=700):
 @pytest.fixture
 def careful_rows(monkeypatch):
     """The numbers of rows that the careful formula, the slowest one, is asked for."""
-    asked, careful = [], softmax_rows._careful
+    asked, careful = [], rows._careful
 
     def counted(a, b, index, *rest):
         asked.append(len(a) if index is None else len(index))
         return careful(a, b, index, *rest)
 
-    monkeypatch.setattr(softmax_rows, "_careful", counted)
+    monkeypatch.setattr(rows, "_careful", counted)
     return asked
 
 
