@@ -29,7 +29,7 @@ losses = {
         student=s.flatten(0, 1), teacher=t.flatten(0, 1), mask=mask.flatten(), boundaries=torch.tensor([0, 3, 6])),
     "head": lambda s, t: token_kl(t, LinearHead(s[..., :5].nan_to_num(), weight), mask=mask).sum(),
     "bucket": lambda s, t: DistillationLoss()(student=s, teacher=sparse, mask=mask),
-    "exact": lambda s, t: ReferenceKL()(policy=s, reference=t, tokens=ids, mask=mask),
+    "exact": lambda s, t: ReferenceKL(temperature=0.7)(policy=s, reference=t, tokens=ids, mask=mask),
     "k3": lambda s, t: ReferenceKL("k3")(policy=s, reference=t, tokens=ids, mask=mask),
 }
 out = {}
