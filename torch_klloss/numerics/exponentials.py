@@ -37,6 +37,7 @@ _EXP = {
         7.746178593018827e-13,
     ),
 }
+_FEW = 2**13  # numbers, for which the number of operations counts
 
 
 def e2(x: Tensor) -> Tensor:
@@ -52,9 +53,10 @@ def e2(x: Tensor) -> Tensor:
 def decay(t: Tensor) -> tuple[Tensor, Tensor]:
     """Return exp(t) - 1 and exp(t) - 1 - t ≥ 0 of t ≤ 0, in the dtype of t.
 
-    In float64 the second is a difference, and within the first terms of its series where that has lost digits.
+    Of few numbers in float64 the second is a difference, and within the first terms of its series where that has lost
+    digits: half as many operations, which take longer a number.
     """
-    if not has_digits_to_spare(t) or is_differentiated():
+    if not has_digits_to_spare(t) or is_differentiated() or t.numel() > _FEW:
         lead = e2(t)
         return lead + t, lead
     wide = t.double()
