@@ -56,6 +56,7 @@ class Accuracy:
     dtype: torch.dtype
     num_draws: int
     worst_ulp: float
+    worst_relative: float
     worst_gradient: float
     negatives: int
     not_finite: int
@@ -93,6 +94,7 @@ def measure(
         dtype=dtype,
         num_draws=len(errors.value),
         worst_ulp=errors.ulp[at_value],
+        worst_relative=max(errors.relative),
         worst_gradient=errors.gradient[at_gradient],
         negatives=sum(v < 0 for v in errors.value),
         not_finite=sum(

@@ -26,7 +26,7 @@ def kernel(needs: Sequence[bool], loc: Tensor, logvar: Tensor) -> tuple[Tensor, 
     """
     _, grown, lead = growth(logvar)
     value = torch.addcmul(narrowed(lead, loc), loc, loc) / 2.0
-    return value, (loc if needs[0] else None, grown / 2.0 if needs[1] else None)
+    return value, (loc if needs[0] else None, narrowed(grown, loc) / 2.0 if needs[1] else None)
 
 
 kl = formula_of(kernel)

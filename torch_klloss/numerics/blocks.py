@@ -51,18 +51,22 @@ def evaluate(
     num_kept, total, cuts_sum = len(dims) - num_summed, None, False
     results: list[Tensor | None] = [None for _ in tensors]
     for index in _blocks(dims, max(1, size // max(1, shape[len(dims) :].numel()))):
-        value, partials = kernel(needs, *[_part(t, index, len(shape)) for t in tensors])
+        parts = [_part(t, index, len(shape)) for t in tensors]
+        value, partials = kernel(needs, *parts)
         value = sum_last(value, num_summed)
         if total is None:
             cuts_sum = len(index) > num_kept
             total = value.new_zeros(dims[:num_kept]) if cuts_sum else tensors[0].new_empty(dims[:num_kept])
             results = [None if d is None else tensors[0].new_empty(shape) for d in partials]
+            for i, (d, part) in enumerate(zip(partials, parts, strict=True)):
+                if d is part and part.dtype is dtype:  # the parameter itself needs no copy
+                    results[i] = tensors[i]
         if cuts_sum:
             total[index[:num_kept]] += value
         else:
             total[index].copy_(value)
-        for result, d in zip(results, partials, strict=True):
-            if result is not None and d is not None:
+        for result, d, part in zip(results, partials, parts, strict=True):
+            if result is not None and d is not None and d is not part:
                 result[index].copy_(d)
     return torch.as_tensor(total, dtype=dtype), results
 
