@@ -31,8 +31,8 @@ from torch_klloss.numerics.softmax.pairs import (
 )
 from torch_klloss.numerics.softmax.tiles import Problem, add_to_sums, tiles_of, tops_of
 
-_TILE = 2**15  # numbers of a tile elsewhere than on the CPU, at least; otherwise this part of the logits:
-_SHARE = 2**8
+_TILE, _MANY = 2**15, 2**21  # numbers of a tile elsewhere than on the CPU; and of logits that are many
+_PARTS = {8: 256, 4: 216, 2: 310}  # of many logits by their size in bytes, for the sake of memory
 _CAREFUL_TILE = 2**12  # numbers of a tile of the careful formula, which has many tensors, in float64
 _CAREFUL, _EQUAL = 0, 1  # kinds of rows
 _DIFFERENCES = {torch.float32: 2, torch.float64: 3}  # more of them, by the dtype of their derivatives
@@ -190,7 +190,9 @@ def _at(index: Tensor | None, some: Tensor) -> Tensor:
 
 
 def _size(a: Tensor) -> int:
-    return _CAREFUL_TILE if a.is_cpu else max(_TILE, a.numel() // _SHARE)
+    if a.is_cpu:
+        return _CAREFUL_TILE
+    return _TILE if a.numel() < _MANY else a.numel() // _PARTS[a.element_size()]
 
 
 def _arithmetic(a: Tensor, problem: Problem, dtype: torch.dtype) -> Arithmetic:
