@@ -12,15 +12,14 @@ from torch import Tensor
 
 from torch_klloss.estimate import KLEstimate
 from torch_klloss.language.divergences import Divergence, ForwardKL
-from torch_klloss.language.logits import Logits, Sides, check_temperature, side_of, sides_of
+from torch_klloss.language.logits import Logits, check_temperature, side_of, sides_of
 from torch_klloss.language.sparse_divergence import METHODS, Found, sparse_divergence
 from torch_klloss.language.sparse_teacher import SparseTeacher
 from torch_klloss.language.tokens import Normalizer, TokenReduction, Tokens, check_token_reduction, tokens_of
 from torch_klloss.language.weight import Weighted
 from torch_klloss.numerics.arguments import check_flag, check_integer
 from torch_klloss.numerics.softmax.divergence import divergence_of_logits
-from torch_klloss.numerics.softmax.sides import Head
-from torch_klloss.numerics.tracing import is_traced, without_autocast
+from torch_klloss.numerics.tracing import without_autocast
 from torch_klloss.schedules import Schedule
 
 
@@ -236,7 +235,7 @@ class DistillationLoss(Weighted):
             else:
                 value = divergence_of_logits(
                     sides.p, sides.q, self.divergence.terms, temperature=self.temperature, keep=tokens.keep,
-                    guess=guess(tokens) if guess is not None and _has_head(sides) else None,
+                    guess=guess(tokens) if guess is not None and sides.takes_guess else None,
                     **sides.reduces,
                 )  # fmt: skip
                 found, method = Found(value), "exact"
@@ -267,11 +266,6 @@ class DistillationLoss(Weighted):
             f"scale_by_temperature={self.scale_by_temperature!r}, reduction={self.reduction!r}, "
             f"ignore_index={self.ignore_index}, shift={self.shift}, weight={weight!r}"
         )
-
-
-def _has_head(sides: Sides) -> bool:
-    """Return whether logits are a head's, on the CPU and outside of a graph, where a guess is looked at."""
-    return sides.q.tensors[0].is_cpu and not is_traced() and any(isinstance(side, Head) for side in sides[:2])
 
 
 def _by_name(positional: tuple[object, ...], student: object, teacher: object) -> None:

@@ -166,6 +166,11 @@ class Sides(NamedTuple):
         """The sums over shards that the numerics need."""
         return reduces_of(self.shards)
 
+    @property
+    def takes_guess(self) -> bool:
+        """Whether a guess of the gradient is of use: for a head, on the CPU and outside of a graph."""
+        return self.q.tensors[0].is_cpu and not is_traced() and any(isinstance(s, Head) for s in (self.q, self.p))
+
 
 def reduces_of(shards: VocabShards | None) -> dict[str, Any]:
     """Return the sums over shards that the numerics need; none for whole logits."""

@@ -53,7 +53,9 @@ def token_kl(
     weights = None if mask is None else check_mask(mask, sides.q.shape[:-1])
     keep = None if weights is None else weights != 0
     with without_autocast(sides.q.tensors[0].device):
-        guess = torch.ones(sides.q.shape[:-1], device=sides.q.tensors[0].device) if weights is None else weights
+        guess = None
+        if sides.takes_guess:
+            guess = torch.ones(sides.q.shape[:-1], device="cpu") if weights is None else weights
         value = divergence_of_logits(
             sides.q, sides.p, KL, temperature=temperature, keep=keep, guess=guess, **sides.reduces
         )

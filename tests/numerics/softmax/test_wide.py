@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from torch_klloss.language import ForwardKL, Jeffreys, JensenShannon, ReverseKL, SkewKL, token_kl
-from torch_klloss.numerics.softmax import wide
+from torch_klloss.numerics.softmax import rows, wide
 from torch_klloss.numerics.softmax.tiles import Problem
 
 ULP = 2.0**-24
@@ -151,3 +151,11 @@ def test_many_tiles_are_as_good_as_one(shape, monkeypatch):
     monkeypatch.setattr(wide, "_FEW", 0)
     torch.testing.assert_close(step(a, b, problem_of(Jeffreys())), whole, rtol=1e-12, atol=1e-15)
     torch.testing.assert_close(whole[0].squeeze(-1)[:3].float(), (token_kl(a, b) + token_kl(b, a))[:3] / 2)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_twice_the_digits_of_float64_are_not_had_there(dtypes):
+    a, b = (torch.empty(2, 5, dtype=dtype, device="meta") for dtype in dtypes)
+    assert not wide.is_wide(a, b)
+    assert wide.is_wide(a.float(), b.bfloat16())
+    assert rows.rows_dtype(a, b) == torch.float64

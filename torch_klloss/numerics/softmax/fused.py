@@ -22,10 +22,8 @@ _MISSING = -1e30  # a logit below it counts as -inf
 _SMALL = 0.1  # a KL; below it the classes where q and p are far apart cannot hold all the mass
 _FAR = 1e30  # the logarithm of p/q of a class that one of them lacks
 _LONG = 2048  # classes, from which on float32 loses digits in a sum
-_UNSHIFTED = (
-    -17.0,
-    34.0,
-)  # the largest logit of a row that is taken as it is; of others the classes that count lose none
+# The largest logit of a row that is taken as it is; of others the classes that count lose no digits.
+_UNSHIFTED = (-17.0, 34.0)
 
 
 class Rows(NamedTuple):

@@ -72,7 +72,7 @@ def _(
     dtype = torch.promote_types(common_dtype(q[0], p[0]), torch.float32)
     return [
         q[0].new_empty(num_rows, dtype=dtype),
-        q[0].new_empty(len(Rows._fields), num_rows, 1, dtype=rows_dtype(q[0])),
+        q[0].new_empty(len(Rows._fields), num_rows, 1, dtype=rows_dtype(q[0], p[0])),
         q[0].new_empty(num_rows if on_cpu else 0, dtype=torch.int8),
     ]
 

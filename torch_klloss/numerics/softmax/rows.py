@@ -67,10 +67,10 @@ class Computed:
 
 def compute(a: Tensor, b: Tensor, index: Tensor | None, problem: Problem) -> Computed:
     """Return the rows of logits a and b, `[rows, classes]`; on the CPU only of those at the index, in its order."""
-    if wide.is_wide(a):
+    if wide.is_wide(a, b):
         return Computed(torch.stack(wide.compute(a, b, problem)), None)
     if not a.is_cpu:
-        return Computed(torch.stack(_careful(a, b, None, problem, wide_dtype(a))), None)
+        return Computed(torch.stack(_careful(a, b, None, problem, _wide_dtype(a, b))), None)
     num_rows = len(a) if index is None else len(index)
     rows = torch.zeros(len(Rows._fields), num_rows, 1, dtype=torch.float64)
     computed = Computed(rows, kind := torch.zeros(num_rows, dtype=torch.int8))
@@ -147,11 +147,11 @@ def write_derivatives(
 ) -> None:  # fmt: skip
     """Write grad, `[rows, 1]`, times the derivatives into `by_a` and `by_b`."""
     rows = Rows(*computed.rows)
-    if wide.is_wide(a):
+    if wide.is_wide(a, b):
         wide.write_derivatives(a, b, rows, grad, problem, by_a, by_b)
         return
     if computed.kind is None:
-        _write(a, b, None, rows, grad, problem, wide_dtype(a), by_a, by_b)
+        _write(a, b, None, rows, grad, problem, _wide_dtype(a, b), by_a, by_b)
         return
     for kind in computed.kind.unique().tolist():
         which = (computed.kind == kind).nonzero().squeeze(-1)
@@ -172,14 +172,14 @@ def write_derivatives(
         write_by_blocks(a, b, some, chosen, g, problem, dtype, by_a, by_b)
 
 
-def rows_dtype(a: Tensor) -> torch.dtype:
+def rows_dtype(a: Tensor, b: Tensor) -> torch.dtype:
     """Return the dtype of `Computed.rows`."""
-    return torch.float64 if a.is_cpu or wide.is_wide(a) else wide_dtype(a)
+    return torch.float64 if a.is_cpu or wide.is_wide(a, b) else _wide_dtype(a, b)
 
 
-def wide_dtype(a: Tensor) -> torch.dtype:
+def _wide_dtype(a: Tensor, b: Tensor) -> torch.dtype:
     """Return the dtype of the arithmetic where float64 may be missing."""
-    return torch.float64 if a.dtype == torch.float64 else torch.float32
+    return torch.float64 if has_float64(a, b) else torch.float32
 
 
 def _at(index: Tensor | None, some: Tensor) -> Tensor:
@@ -195,14 +195,14 @@ def _size(a: Tensor) -> int:
     return _TILE if a.numel() < _MANY else a.numel() // _PARTS[a.element_size()]
 
 
-def _arithmetic(a: Tensor, problem: Problem, dtype: torch.dtype) -> Arithmetic:
-    return Arithmetic(problem.temperature, is_exact=dtype == torch.float32 or a.dtype == torch.float64)
+def _arithmetic(a: Tensor, b: Tensor, problem: Problem, dtype: torch.dtype) -> Arithmetic:
+    return Arithmetic(problem.temperature, is_exact=dtype == torch.float32 or has_float64(a, b))
 
 
 def _careful(a: Tensor, b: Tensor, index: Tensor | None, problem: Problem, dtype: torch.dtype) -> Rows:
     """Return the rows by `pairs`."""
     q_top, p_top = (tops_of(t, index, problem, dtype) for t in (a, b))
-    arithmetic, terms = _arithmetic(a, problem, dtype), problem.terms
+    arithmetic, terms = _arithmetic(a, b, problem, dtype), problem.terms
     sums = [torch.zeros_like(q_top) for _ in range(3)]
     for tile in tiles_of(a, index, _size(a)):
         x, y = tile.of(a).to(dtype), tile.of(b).to(dtype)
@@ -223,7 +223,7 @@ def _write(
     by_a: Tensor | None, by_b: Tensor | None,
 ) -> None:  # fmt: skip
     """Write the derivatives by `pairs`."""
-    arithmetic = _arithmetic(a, problem, dtype)
+    arithmetic = _arithmetic(a, b, problem, dtype)
     for tile in tiles_of(a, index, _size(a)):
         x, y, some = tile.of(a).to(dtype), tile.of(b).to(dtype), _part(rows, tile.place)
         found = derivatives(x, y, some, grad[tile.place].to(dtype), arithmetic, problem.terms)

@@ -95,7 +95,7 @@ def _run(index: Tensor) -> slice | Tensor:
 
 def add_to_sums(sums: list[Tensor], place: slice, parts: tuple[Tensor, ...]) -> None:
     """Add the parts of a tile to the sums of its rows."""
-    for total, part in zip(sums, parts, strict=False):  # of some terms fewer are needed
+    for total, part in zip(sums, parts, strict=True):
         total[place].add_(part)
 
 

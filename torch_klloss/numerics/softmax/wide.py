@@ -34,9 +34,9 @@ class _Term(NamedTuple):
     sign: int
 
 
-def is_wide(a: Tensor) -> bool:
+def is_wide(a: Tensor, b: Tensor) -> bool:
     """Return whether these rows are computed here."""
-    return not a.is_cpu and a.dtype != torch.float64 and has_float64(a.device)
+    return not a.is_cpu and torch.float64 not in (a.dtype, b.dtype) and has_float64(a.device)
 
 
 def compute(a: Tensor, b: Tensor, problem: Problem) -> Rows:
@@ -52,7 +52,8 @@ def compute(a: Tensor, b: Tensor, problem: Problem) -> Rows:
         q, p, z = _normalised(tile, a, b, rows, problem)
         for term, some in zip(_terms(problem), (sums[:3], sums[3:]), strict=False):
             sides = (q, p) if term.sign > 0 else (p, q)
-            add_to_sums(some, tile.place, _sums_of_term(*sides, z, term))
+            parts = _sums_of_term(*sides, z, term)
+            add_to_sums(some[: len(parts)], tile.place, parts)
         del q, p, z  # or they stay in use during the next tile
     by_q, q_gap, q_score, by_p, p_gap, p_score = problem.total(torch.stack(sums))
     centre = torch.where(is_small, centre + by_q, centre) if problem.terms.q_mix == 1 else centre
