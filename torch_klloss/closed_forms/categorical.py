@@ -19,10 +19,12 @@ from torch_klloss.numerics.elementary import (
     gkl,
     has_digits_to_spare,
     log_ratio,
+    product,
     quotient,
     replaced,
     spare_gkl_and_log,
 )
+from torch_klloss.numerics.exponentials import narrow_growth
 from torch_klloss.numerics.quick_kernels import direct_or_careful
 from torch_klloss.numerics.softmax import whole
 from torch_klloss.numerics.softmax.divergence import divergence_of_logits
@@ -75,18 +77,28 @@ def _logits_kl(q: Tensor, p: Tensor) -> Tensor:
     return divergence_of_logits(Dense(q), Dense(p), KL)
 
 
+_FAR = 1e-15  # times exp(δ): no KL is large beside it where a class may count whose part of q has underflowed
 _SMALL = 2**16  # logits, up to which copies in float64 cost less than the many steps that need none
 _SMALL_ELSEWHERE = 2**18  # the same on an accelerator
 
 
 def _direct_by_logits(needs: Sequence[bool], q: Tensor, p: Tensor) -> tuple[Tensor, Derivatives, Tensor]:
-    """Σ q (log q - log p)."""
-    log_q, log_p = torch.log_softmax(q, -1), torch.log_softmax(p, -1)
-    weights, log_ratio = log_q.exp(), log_q - log_p
-    value = torch.linalg.vecdot(weights, log_ratio)
-    by_q = weights * (log_ratio - value.unsqueeze(-1)) if needs[0] else None
-    by_p = log_p.exp() - weights if needs[1] else None
-    return value, (by_q, by_p), q.abs().amax(-1) + p.abs().amax(-1) + 1
+    """log(1 + Σ q (exp(δ) - 1 - δ)), where δ is log p - log q less its mean under q; every term is ≥ 0.
+
+    The logits' difference is as good as log p - log q here, and float64 has all of its digits. What rounding leaves of
+    the mean, and of the sum of q less 1, is felt in its square alone. The derivatives by the logits are -q δ and p - q.
+    """
+    weights, gap = torch.softmax(q, -1), p.double() - q.double()
+    wide_weights = weights.double()
+    mean = torch.linalg.vecdot(wide_weights, gap) / wide_weights.sum(-1)
+    gap, grown, lead = narrow_growth(gap - mean.unsqueeze(-1))
+    value = torch.log1p(torch.linalg.vecdot(weights, lead))
+    by_q = product(weights, gap, times=-1) if needs[0] else None
+    by_p = None
+    if needs[1]:
+        ratio, rest = (f(-value).unsqueeze(-1) for f in (torch.exp, torch.expm1))  # of exp(δ) to p/q
+        by_p = weights * torch.addcmul(rest, grown, ratio)
+    return value, (by_q, by_p), grown.amax(-1) * _FAR
 
 
 def _careful_by_logits(needs: Sequence[bool], q: Tensor, p: Tensor) -> tuple[Tensor, Derivatives]:
@@ -101,7 +113,7 @@ def _careful_by_logits(needs: Sequence[bool], q: Tensor, p: Tensor) -> tuple[Ten
     return value if is_recorded else value.detach(), [next(found) if need else None for need in needs]
 
 
-_small_kl = formula_of(direct_or_careful(_direct_by_logits, _careful_by_logits), event_dims=1)
+_small_kl = formula_of(direct_or_careful(_direct_by_logits, _careful_by_logits, widens=False), event_dims=1)
 _small_kl_elsewhere = formula_of(whole.kernel, event_dims=1)
 """The KL of two Categoricals, from their logits."""
 

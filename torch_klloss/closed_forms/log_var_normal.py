@@ -24,14 +24,13 @@ def kl_of_log_variances(
     needs: Sequence[bool], q_loc: Tensor, q_logvar: Tensor, p_loc: Tensor, p_logvar: Tensor
 ) -> tuple[Tensor, Derivatives]:
     """½ ((μq - μp)² exp(-vp) + exp(x) - 1 - x) with x = vq - vp; both terms are ≥ 0."""
-    _, grown, lead = growth(q_logvar, p_logvar)
+    grown, lead = growth(q_logvar, p_logvar)
     gap, precision = q_loc - p_loc, torch.exp(-p_logvar)
     by_q_loc = gap * precision
-    value = torch.addcmul(narrowed(lead, gap), gap, by_q_loc) / 2.0
-    grown = narrowed(grown, gap) if needs[1] or needs[3] else grown
+    value = torch.addcmul(lead, gap, by_q_loc) * 0.5
     by_p_logvar = torch.addcmul(grown, gap, by_q_loc) * -0.5 if needs[3] else None
     by_p_loc = -by_q_loc if needs[2] else None
-    return value, (by_q_loc if needs[0] else None, grown / 2.0 if needs[1] else None, by_p_loc, by_p_logvar)
+    return value, (by_q_loc if needs[0] else None, grown * 0.5 if needs[1] else None, by_p_loc, by_p_logvar)
 
 
 @formula_of

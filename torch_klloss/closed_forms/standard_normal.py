@@ -12,7 +12,6 @@ from torch_klloss.distributions.families import LogVarNormal, StandardNormal
 from torch_klloss.numerics.blocks import Derivatives
 from torch_klloss.numerics.custom_gradient import formula_of
 from torch_klloss.numerics.dimensions import sum_last
-from torch_klloss.numerics.elementary import narrowed
 from torch_klloss.numerics.exponentials import growth
 
 
@@ -24,9 +23,9 @@ def kernel(needs: Sequence[bool], loc: Tensor, logvar: Tensor) -> tuple[Tensor, 
     References:
         *Auto-encoding variational Bayes* (Kingma and Welling, 2014), appendix B.
     """
-    _, grown, lead = growth(logvar)
-    value = torch.addcmul(narrowed(lead, loc), loc, loc) / 2.0
-    return value, (loc if needs[0] else None, narrowed(grown, loc) / 2.0 if needs[1] else None)
+    grown, lead = growth(logvar)
+    value = torch.addcmul(lead, loc, loc) * 0.5
+    return value, (loc if needs[0] else None, grown * 0.5 if needs[1] else None)
 
 
 kl = formula_of(kernel)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -11,7 +13,6 @@ from torch_klloss.numerics.dimensions import common_shape, sum_last
 from torch_klloss.numerics.elementary import narrowed
 
 Derivatives = Sequence["Tensor | None"]
-Index = tuple[slice, ...]
 
 BLOCK = 2**15  # elements a thread: a handful of tensors of so many stay in the second cache of a core
 
@@ -48,27 +49,34 @@ def evaluate(
         return narrowed(value, tensors[0]), [None if d is None else narrowed(d, tensors[0]) for d in partials]
     shape = common_shape(*[t.shape for t in tensors])
     dims = shape[: len(shape) - event_dims]
-    num_kept, total, cuts_sum = len(dims) - num_summed, None, False
-    results: list[Tensor | None] = [None for _ in tensors]
-    for index in _blocks(dims, max(1, size // max(1, shape[len(dims) :].numel()))):
-        parts = [_part(t, index, len(shape)) for t in tensors]
-        value, partials = kernel(needs, *parts)
-        value = sum_last(value, num_summed)
-        if total is None:
-            cuts_sum = len(index) > num_kept
-            total = value.new_zeros(dims[:num_kept]) if cuts_sum else tensors[0].new_empty(dims[:num_kept])
-            results = [None if d is None else tensors[0].new_empty(shape) for d in partials]
-            for i, (d, part) in enumerate(zip(partials, parts, strict=True)):
-                if d is part and part.dtype is dtype:  # the parameter itself needs no copy
-                    results[i] = tensors[i]
+    size = max(1, size // max(1, shape[len(dims) :].numel()))
+    num_kept = len(dims) - num_summed
+    cuts_sum = dims[num_kept:].numel() > size
+    blocks = _cut([t[(None,) * (len(shape) - t.dim())] if t.dim() < len(shape) else t for t in tensors], dims, size)
+    first = next(blocks)
+    value, partials = kernel(needs, *first)
+    total = value.new_zeros(dims[:num_kept]) if cuts_sum else tensors[0].new_empty(dims[:num_kept])
+    whole = total[(..., *(None,) * num_summed)] if num_summed else total
+    # A derivative that is the parameter itself needs no copy.
+    is_kept = [d is part and d.dtype is dtype for d, part in zip(partials, first, strict=True)]
+    results = [
+        None if d is None else t if kept else t.new_empty(shape)
+        for d, t, kept in zip(partials, tensors, is_kept, strict=True)
+    ]
+    written = {i: result for i, result in enumerate(results) if result is not None and not is_kept[i]}
+    outputs = _cut([whole, *written.values()], dims, size)
+    for block, (total_part, *result_parts) in zip(chain([first], blocks), outputs, strict=True):
+        if block is not first:
+            value, partials = kernel(needs, *block)
+        value = value.sum(tuple(range(-num_summed, 0)), keepdim=True) if num_summed else value
         if cuts_sum:
-            total[index[:num_kept]] += value
+            total_part += value
         else:
-            total[index].copy_(value)
-        for result, d, part in zip(results, partials, parts, strict=True):
-            if result is not None and d is not None and d is not part:
-                result[index].copy_(d)
-    return torch.as_tensor(total, dtype=dtype), results
+            total_part.copy_(value)
+        for derivative, result_part in zip([partials[i] for i in written], result_parts, strict=True):
+            if derivative is not None:
+                result_part.copy_(derivative)
+    return narrowed(total, tensors[0]), results
 
 
 def _block_size(kernel: Callable[..., object], tensors: Sequence[Tensor]) -> int | None:
@@ -81,25 +89,25 @@ def _block_size(kernel: Callable[..., object], tensors: Sequence[Tensor]) -> int
     return most
 
 
-def _part(t: Tensor, index: Index, num_dims: int) -> Tensor:
-    """Return what a block of leading dimensions holds of a tensor that broadcasts to `num_dims` dimensions."""
-    missing = num_dims - t.dim()
-    if missing == 0 and len(index) == 1 and len(t) > 1:
-        return t[index[0]]
-    return t[tuple(s if t.shape[i] > 1 else slice(None) for i, s in enumerate(index[missing:]))]
+def _cut(tensors: Sequence[Tensor], dims: Sequence[int], size: int) -> Iterator[Sequence[Tensor]]:
+    """Yield the tensors' parts, in blocks of at most `size` elements of the leading dimensions if these can be cut.
 
-
-def _blocks(dims: Sequence[int], size: int) -> Iterator[Index]:
-    """Yield slices that cut a shape into blocks of at most `size` elements, if its dimensions can be cut so small."""
+    A tensor broadcasts to all of `dims`, and is handed on whole along the dimensions in which it has one entry.
+    """
     if not dims:
-        yield ()
+        yield tensors
         return
-    rest = 1
-    for n in dims[1:]:
-        rest *= n
-    if rest <= size or len(dims) == 1:
-        step = max(1, size // max(1, rest))
-        yield from ((slice(start, start + step),) for start in range(0, dims[0], step))
-        return
-    for i in range(dims[0]):
-        yield from ((slice(i, i + 1), *tail) for tail in _blocks(dims[1:], size))
+    yield from _cut_from(0, tensors, dims, size)
+
+
+def _cut_from(dim: int, tensors: Sequence[Tensor], dims: Sequence[int], size: int) -> Iterator[Sequence[Tensor]]:
+    rest = math.prod(dims[dim + 1 :])
+    is_last = rest <= size or dim == len(dims) - 1
+    step = max(1, size // max(1, rest)) if is_last else 1
+    count = -(-dims[dim] // step)
+    columns = [t.split(step, dim) if t.shape[dim] > 1 else (t,) * count for t in tensors]
+    for parts in zip(*columns, strict=True):
+        if is_last:
+            yield parts
+        else:
+            yield from _cut_from(dim + 1, parts, dims, size)

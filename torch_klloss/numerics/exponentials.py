@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from torch_klloss.numerics.elementary import (
     chooses,
+    constants,
     has_digits_to_spare,
     horner,
     is_differentiated,
@@ -38,6 +41,11 @@ _EXP = {
     ),
 }
 _FEW = 2**13  # numbers, for which the number of operations counts
+_ABOVE_ONE = {torch.float32: 1 + 2.0**-22, torch.float64: 1 + 2.0**-50}  # by more than exp rounds near 1
+# Of (exp(x) - 1 - x)/x²: the series, which ends with an odd power so that it is a lower bound.
+# How large x may be for the first few terms.
+NEAR = {torch.float32: 2.0**-4, torch.float64: 2.0**-12}
+_SERIES = {torch.float32: tuple(1 / math.factorial(k) for k in range(2, 12)), torch.float64: (1 / 2, 1 / 6)}
 
 
 def e2(x: Tensor) -> Tensor:
@@ -54,15 +62,63 @@ def decay(t: Tensor) -> tuple[Tensor, Tensor]:
     """Return exp(t) - 1 and exp(t) - 1 - t ≥ 0 of t ≤ 0, in the dtype of t.
 
     Of few numbers in float64 the second is a difference, and within the first terms of its series where that has lost
-    digits: half as many operations, which take longer a number.
+    digits.
     """
-    if not has_digits_to_spare(t) or is_differentiated() or t.numel() > _FEW:
+    if not has_digits_to_spare(t) or is_differentiated():
         lead = e2(t)
         return lead + t, lead
+    if _are_many(t):
+        return _bounded_from_below(t, t.double())
     wide = t.double()
     lost, above = torch.expm1(wide), product(wide, wide, times=0.5)
     below = torch.addcmul(above, above, wide, value=1 / 3)
     return narrowed(lost, t), narrowed(torch.clamp(lost - wide, below, above), t)
+
+
+def _are_many(x: Tensor) -> bool:
+    """Return whether what an operation takes for a number counts, and not how many operations there are."""
+    return x.is_cpu and x.numel() > _FEW
+
+
+def _bounded_from_below(x: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
+    """Return exp(x) - 1 and exp(x) - 1 - x in float32 of x, which is given in float64 as well, as `lead_into`.
+
+    x is no more than the first, for every x, and as good as equal to it where its digits are lost.
+    """
+    grown = torch.exp(wide).sub_(_ABOVE_ONE[wide.dtype])
+    below = torch.add(constants((0.5,), x.dtype, x.device)[0], x, alpha=1 / 6).mul_(x).mul_(x)
+    return torch.maximum(grown.float(), x), torch.maximum(grown.sub_(wide).float(), below)
+
+
+def lost_into(x: Tensor, out: Tensor) -> Tensor:
+    """Write exp(x) - 1 to `out`, with the digits of float32, by the quicker of two ways."""
+    if x.dtype == torch.float32:
+        return torch.expm1(x, out=out)
+    return torch.maximum(torch.exp(x, out=out).sub_(_ABOVE_ONE[x.dtype]), x, out=out)
+
+
+def lead_into(x: Tensor, out: Tensor, work: Tensor, *, is_near: bool) -> Tensor:
+    """Write exp(x) - 1 - x ≥ 0 of x to `out`, with the digits of float32, with the help of another such tensor.
+
+    The series up to an odd power is no more than that, for every x. Where exp(x) - 1 - x has lost digits it is as good
+    as equal to that, and larger than what is computed with a unit that exceeds 1 by more than the rounding of exp.
+    float64's exp takes a fifth of the time of its `expm1`.
+
+    Args:
+        x: the exponents.
+        out: what is written to.
+        work: a tensor of that shape.
+        is_near: whether |x| ≤ `NEAR` everywhere, where a few terms of the series are enough.
+    """
+    *lower, last = _SERIES[x.dtype][: 4 if is_near else None]
+    constant, *others = reversed(constants(tuple(lower), x.dtype, x.device))
+    below = torch.add(constant, x, alpha=last, out=out if is_near else work)
+    for c in others:
+        torch.addcmul(c, below, x, out=below)
+    below.mul_(x).mul_(x)
+    if is_near:
+        return below
+    return torch.maximum(torch.exp(x, out=out).sub_(_ABOVE_ONE[x.dtype]).sub_(x), below, out=out)
 
 
 def e2_within_one(x: Tensor) -> Tensor:
@@ -81,14 +137,21 @@ def expm1(x: Tensor) -> Tensor:
     return torch.where(near == x, near + e2_within_one(near), torch.exp(x) - 1)
 
 
-def growth(a: Tensor, b: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return x, exp(x) - 1 and exp(x) - 1 - x ≥ 0, all widened, of x = a, or of x = a - b."""
+def growth(a: Tensor, b: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return exp(x) - 1 and exp(x) - 1 - x ≥ 0 of x = a, or of x = a - b, in the dtype of a."""
     if has_digits_to_spare(a):
-        x = a.double() if b is None else a.double() - b.double()
-        grown = torch.expm1(x)
-        return x, grown, (grown - x).clamp_min(0)
+        return narrow_growth(a.double() if b is None else a.double() - b.double())[1:]
     x = a if b is None else a - b
     lead = e2(x)
     if b is not None:  # the exponential of a large difference feels how that was rounded
         lead = torch.addcmul(lead, (lead + x).clamp_max(largest(x)), difference_error(a.detach(), b.detach()))
-    return x, lead + x, lead
+    return lead + x, lead
+
+
+def narrow_growth(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x, exp(x) - 1 and exp(x) - 1 - x ≥ 0 of x in float64, all in float32."""
+    narrow = x.float()
+    if _are_many(x) and not is_differentiated():
+        return narrow, *_bounded_from_below(narrow, x)
+    grown = torch.expm1(x)
+    return narrow, grown.float(), (grown - x).clamp_min(0).float()

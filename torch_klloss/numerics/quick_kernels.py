@@ -57,19 +57,20 @@ def quick_or_careful(quick: Quick, careful: Kernel) -> Kernel:
     return kernel
 
 
-def direct_or_careful(direct: Direct, careful: Kernel) -> Kernel:
+def direct_or_careful(direct: Direct, careful: Kernel, *, widens: bool = True) -> Kernel:
     """Return a kernel that takes a sum as it is written, and is careful with the elements where terms cancel.
 
     Args:
         direct: computes in float64: the values, the derivatives, each in the full shape and in memory of its own, and
             the sum of the terms' sizes, `[*dims]`.
         careful: computes everything else, in the dtype of its tensors.
+        widens: whether both are given their tensors in float64.
     """
 
     def kernel(needs: Sequence[bool], *tensors: Tensor) -> tuple[Tensor, Derivatives]:
         if not _can_be_quick(tensors[0]):
             return careful(needs, *tensors)
-        tensors = torch.broadcast_tensors(*(t.double() for t in tensors))
+        tensors = torch.broadcast_tensors(*(t.double() if widens else t for t in tensors))
         value, derivatives, size = direct(needs, *tensors)
         lost = ~((value >= LOST * size) & (value < torch.inf))  # NaN as well
         count = int(lost.sum())

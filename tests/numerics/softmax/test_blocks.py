@@ -76,12 +76,20 @@ def test_float32_is_enough_for_laws_that_differ(law, kinds):
     assert kinds == [(torch.float32, 6)]
 
 
-def test_near_laws_take_float64_and_nearer_ones_the_careful_formula(kinds):
+def test_near_laws_are_left_to_the_centred_form(kinds):
     teacher, _ = logits("flat")
-    token_kl(teacher, teacher + 1e-2 * torch.randn_like(teacher))
+    for distance in (1e-2, 1e-5):
+        token_kl(teacher, teacher + distance * torch.randn_like(teacher))
+    assert kinds == [(torch.float32, 0), (torch.float32, 0)]
+
+
+def test_near_mixtures_take_float64_and_nearer_ones_the_careful_formula(kinds):
+    teacher, _ = logits("flat")
+    loss = DistillationLoss(JensenShannon())
+    loss(student=teacher + 1e-2 * torch.randn_like(teacher), teacher=teacher)
     assert kinds == [(torch.float32, 0), (torch.float64, 6)]
     kinds.clear()
-    token_kl(teacher, teacher + 1e-5 * torch.randn_like(teacher))
+    loss(student=teacher + 1e-5 * torch.randn_like(teacher), teacher=teacher)
     assert kinds[-1] == ("careful", 6)
 
 

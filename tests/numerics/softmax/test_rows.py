@@ -51,7 +51,7 @@ def test_a_row_that_differs_by_one_digit_is_not_taken_for_equal(careful_rows):
     value = token_kl(q, p)
     assert value[3] > 0
     assert value.nonzero().tolist() == [[3]]
-    assert careful_rows == [1]
+    assert careful_rows == []
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

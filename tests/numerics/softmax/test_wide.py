@@ -30,9 +30,9 @@ def problem_of(divergence, temperature=1.0):
 
 def step(a, b, problem):
     """Return value and derivatives of one pair of rows."""
-    rows = wide.compute(a, b, problem)
+    rows = wide.compute(a, b, None, problem)
     slopes = [torch.empty_like(t, dtype=torch.float64) for t in (a, b)]
-    wide.write_derivatives(a, b, rows, torch.ones(len(a), 1, dtype=torch.float64), problem, *slopes)
+    wide.write_derivatives(a, b, None, rows, torch.ones(len(a), 1, dtype=torch.float64), problem, *slopes)
     return rows.value(problem.terms), slopes
 
 
@@ -156,6 +156,6 @@ def test_many_tiles_are_as_good_as_one(shape, monkeypatch):
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
 def test_twice_the_digits_of_float64_are_not_had_there(dtypes):
     a, b = (torch.empty(2, 5, dtype=dtype, device="meta") for dtype in dtypes)
-    assert not wide.is_wide(a, b)
-    assert wide.is_wide(a.float(), b.bfloat16())
+    assert not wide.can_be_taken(a, b)
+    assert wide.can_be_taken(a.float(), b.bfloat16())
     assert rows.rows_dtype(a, b) == torch.float64

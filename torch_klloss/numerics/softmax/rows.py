@@ -1,22 +1,24 @@
 """Rows of many classes, computed tile by tile in dtypes that are wide enough, on the CPU as fast as each row allows.
 
-A difference of two numbers is the fastest form of a divergence, in float32 where the numbers are not much larger than
-their difference, else in float64; of many classes it is taken of sums over blocks. Where the float64 numbers cancel
-too, `pairs` computes the row. Off the CPU no number can be looked at without a wait: `wide` computes
-all rows where it can, and `pairs` elsewhere.
+There every row is tried by faster ways first, which tell whether it has kept its digits: `blocks`, `centred` and
+`differences`, in float32 and then in float64. What is left is computed with care, as is everything elsewhere, where no
+number can be looked at without a wait: by `wide` if float64 has digits to spare, else by `pairs`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from torch_klloss.numerics.elementary import has_float64
-from torch_klloss.numerics.softmax import wide
+from torch_klloss.numerics.softmax import blocks, centred, wide
 from torch_klloss.numerics.softmax.block_terms import write_by_blocks
-from torch_klloss.numerics.softmax.blocks import by_blocks, can_be_tried
+from torch_klloss.numerics.softmax.blocks import by_blocks
+from torch_klloss.numerics.softmax.centred import by_centring, write_by_centring
 from torch_klloss.numerics.softmax.differences import by_differences, write_by_differences
 from torch_klloss.numerics.softmax.pairs import (
     Arithmetic,
@@ -36,7 +38,8 @@ _PARTS = {8: 256, 4: 216, 2: 310}  # of many logits by their size in bytes, for 
 _CAREFUL_TILE = 2**12  # numbers of a tile of the careful formula, which has many tensors, in float64
 _CAREFUL, _EQUAL = 0, 1  # kinds of rows
 _DIFFERENCES = {torch.float32: 2, torch.float64: 3}  # more of them, by the dtype of their derivatives
-_BLOCKS = 4  # another, more by 1 if float32 is enough for the derivative by a, and by 2 if it is for that by b
+_CENTRED = {torch.float32: 4, torch.float64: 5}
+_BLOCKS = 6  # another, more by 1 if float32 is enough for the derivative by a, and by 2 if it is for that by b
 _FEWEST = 256  # classes from which on their roundings average out in float32
 
 
@@ -67,25 +70,46 @@ class Computed:
 
 def compute(a: Tensor, b: Tensor, index: Tensor | None, problem: Problem) -> Computed:
     """Return the rows of logits a and b, `[rows, classes]`; on the CPU only of those at the index, in its order."""
-    if wide.is_wide(a, b):
-        return Computed(torch.stack(wide.compute(a, b, problem)), None)
     if not a.is_cpu:
-        return Computed(torch.stack(_careful(a, b, None, problem, _wide_dtype(a, b))), None)
+        return Computed(torch.stack(_careful(a, b, None, problem)), None)
     num_rows = len(a) if index is None else len(index)
     rows = torch.zeros(len(Rows._fields), num_rows, 1, dtype=torch.float64)
     computed = Computed(rows, kind := torch.zeros(num_rows, dtype=torch.int8))
     if not problem.is_sharded:  # a shard does not see the others
         kind[_equal_rows(a, b, index)] = _EQUAL
     left = (kind == _CAREFUL).nonzero().squeeze(-1)
-    try_some = _try_blocks if can_be_tried(a, b, problem) else _try_differences
-    for dtype in (torch.float32, torch.float64):
-        if len(left) and _is_worth_it(a, b, dtype, problem):
+    for try_some, dtype in _ways(a, b, problem):
+        if len(left):
             left = try_some(a, b, index, left, problem, dtype, computed)
-    if len(left) and try_some is _try_blocks:  # the exponentials may not have been within range
-        left = _try_differences(a, b, index, left, problem, torch.float64, computed)
     if len(left):
-        rows[:, left] = torch.stack(_careful(a, b, _at(index, left), problem, torch.float64))
+        rows[:, left] = torch.stack(_careful(a, b, _at(index, left), problem))
     return computed
+
+
+Way: TypeAlias = Callable[[Tensor, Tensor, "Tensor | None", Tensor, Problem, torch.dtype, Computed], Tensor]
+
+
+def _ways(a: Tensor, b: Tensor, problem: Problem) -> Iterator[tuple[Way, torch.dtype]]:
+    """Yield how rows are computed on the CPU before `_careful` takes what is left: the fastest way first."""
+    both = torch.float32, torch.float64
+    has_blocks, has_centre = blocks.can_be_tried(a, b, problem), centred.can_be_tried(a, b, problem, torch.float64)
+    try_some = _try_blocks if has_blocks else _try_differences
+    for dtype in both[:1] if has_centre else both:
+        if _is_worth_it(a, b, dtype, problem) and (has_blocks or not has_centre):
+            yield try_some, dtype
+    for dtype in both:
+        if centred.can_be_tried(a, b, problem, dtype):
+            yield _try_centring, dtype
+    if has_blocks and not has_centre:  # the exponentials may not have been within range
+        yield _try_differences, torch.float64
+
+
+def _try_centring(
+    a: Tensor, b: Tensor, index: Tensor | None, left: Tensor, problem: Problem, dtype: torch.dtype, computed: Computed
+) -> Tensor:
+    """Compute rows from the difference less its mean, and return what is left."""
+    rows, is_good = by_centring(a, b, _at(index, left), problem, dtype)
+    return computed.take(left, rows, _CENTRED[dtype], is_good)
 
 
 def _try_blocks(
@@ -147,9 +171,6 @@ def write_derivatives(
 ) -> None:  # fmt: skip
     """Write grad, `[rows, 1]`, times the derivatives into `by_a` and `by_b`."""
     rows = Rows(*computed.rows)
-    if wide.is_wide(a, b):
-        wide.write_derivatives(a, b, rows, grad, problem, by_a, by_b)
-        return
     if computed.kind is None:
         _write(a, b, None, rows, grad, problem, _wide_dtype(a, b), by_a, by_b)
         return
@@ -174,7 +195,7 @@ def write_derivatives(
 
 def rows_dtype(a: Tensor, b: Tensor) -> torch.dtype:
     """Return the dtype of `Computed.rows`."""
-    return torch.float64 if a.is_cpu or wide.is_wide(a, b) else _wide_dtype(a, b)
+    return torch.float64 if a.is_cpu or wide.can_be_taken(a, b) else _wide_dtype(a, b)
 
 
 def _wide_dtype(a: Tensor, b: Tensor) -> torch.dtype:
@@ -199,8 +220,11 @@ def _arithmetic(a: Tensor, b: Tensor, problem: Problem, dtype: torch.dtype) -> A
     return Arithmetic(problem.temperature, is_exact=dtype == torch.float32 or has_float64(a, b))
 
 
-def _careful(a: Tensor, b: Tensor, index: Tensor | None, problem: Problem, dtype: torch.dtype) -> Rows:
-    """Return the rows by `pairs`."""
+def _careful(a: Tensor, b: Tensor, index: Tensor | None, problem: Problem) -> Rows:
+    """Return the rows by `wide` where it can, else by `pairs`."""
+    if wide.can_be_taken(a, b):
+        return wide.compute(a, b, index, problem)
+    dtype = _wide_dtype(a, b)
     q_top, p_top = (tops_of(t, index, problem, dtype) for t in (a, b))
     arithmetic, terms = _arithmetic(a, b, problem, dtype), problem.terms
     sums = [torch.zeros_like(q_top) for _ in range(3)]
@@ -222,7 +246,10 @@ def _write(
     a: Tensor, b: Tensor, index: Tensor | None, rows: Rows, grad: Tensor, problem: Problem, dtype: torch.dtype,
     by_a: Tensor | None, by_b: Tensor | None,
 ) -> None:  # fmt: skip
-    """Write the derivatives by `pairs`."""
+    """Write the derivatives of `_careful`."""
+    if wide.can_be_taken(a, b):
+        wide.write_derivatives(a, b, index, rows, grad, problem, by_a, by_b)
+        return
     arithmetic = _arithmetic(a, b, problem, dtype)
     for tile in tiles_of(a, index, _size(a)):
         x, y, some = tile.of(a).to(dtype), tile.of(b).to(dtype), _part(rows, tile.place)
@@ -238,5 +265,6 @@ def _part(rows: Rows, place: slice) -> Rows:
 
 _WRITERS = {
     _CAREFUL: (_write, torch.float64),
+    **{kind: (write_by_centring, dtype) for dtype, kind in _CENTRED.items()},
     **{kind: (write_by_differences, dtype) for dtype, kind in _DIFFERENCES.items()},
 }

@@ -42,7 +42,15 @@ class Strips:
     """The strips of logits times a scale, whose buffers they share, at the rows of an index, or at all."""
 
     def __init__(
-        self, a: Tensor, b: Tensor, index: Tensor | None, scale: float, dtype: torch.dtype, num_work: int
+        self,
+        a: Tensor,
+        b: Tensor,
+        index: Tensor | None,
+        scale: float,
+        dtype: torch.dtype,
+        num_work: int,
+        *,
+        least: int = _BYTES[0],
     ) -> None:
         self.sides, self.scale, self.dtype, self.num_work = (a, b), scale, dtype, num_work
         self.num_rows, num_classes = a.shape
@@ -52,7 +60,7 @@ class Strips:
         self.are_given = [t.dtype == dtype and scale == 1 for t in self.sides]
         num_buffers = num_work + 2 - sum(self.are_given)
         share = _SHARE[a.element_size()] * a.numel() * a.element_size()
-        size = int(min(_BYTES[1], max(_BYTES[0], share / num_buffers))) // dtype.itemsize
+        size = int(min(_BYTES[1], max(least, share / num_buffers))) // dtype.itemsize
         self.step, self.width = max(1, size // num_classes), num_classes
         if num_classes > size:
             self.width = math.ceil(num_classes / math.ceil(num_classes / size) / BLOCK) * BLOCK

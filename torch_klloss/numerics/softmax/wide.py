@@ -1,8 +1,9 @@
-"""Divergences of softmaxes on an accelerator with float64, in twice the digits of the logits, by few operations.
+"""Divergences of softmaxes where there is float64, in twice the digits of the logits, by few operations.
 
-Nothing is looked at, since the host would wait. A term is Σ q (exp ζ - 1 - ζ) with ζ the logarithm of p, or of a
-mixture, over q. It is ≥ 0 class by class, and hardly feels an error of log p/q that all classes share. Beside the
-logits and gradients, a few tensors of a tile are in use at a time.
+It is the only way on an accelerator, and the last one on the CPU. Nothing is looked at, since the host would wait. A
+term is Σ q (exp ζ - 1 - ζ) with ζ the logarithm of p, or of a mixture, over q. It is ≥ 0 class by class, and hardly
+feels an error of log p/q that all classes share. Beside the logits and gradients, a few tensors of a tile are in use at
+a time.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from torch_klloss.numerics.devices import has_float64
 from torch_klloss.numerics.softmax.pairs import KL, Rows
-from torch_klloss.numerics.softmax.tiles import Problem, Tile, add_to_sums, tops_of
+from torch_klloss.numerics.softmax.tiles import Problem, Tile, add_to_sums, tiles_of, tops_of
 
+_CPU = 2**13  # numbers of a tile on the CPU
 _FEW, _FEWER = 2**19, 2**15  # logits, which make one tile: their memory is no matter; and those of a panel of a head
 _PARTS = {4: 112, 2: 144}  # of more logits by their size in bytes, so that the tensors of a tile are a tenth of them
 _FAR = 1e300  # log p/q of a class that only one of them has
@@ -34,21 +36,21 @@ class _Term(NamedTuple):
     sign: int
 
 
-def is_wide(a: Tensor, b: Tensor) -> bool:
-    """Return whether these rows are computed here."""
-    return not a.is_cpu and torch.float64 not in (a.dtype, b.dtype) and has_float64(a.device)
+def can_be_taken(a: Tensor, b: Tensor) -> bool:
+    """Return whether float64 has twice the digits of the logits, and the device has it."""
+    return torch.float64 not in (a.dtype, b.dtype) and has_float64(a.device)
 
 
-def compute(a: Tensor, b: Tensor, problem: Problem) -> Rows:
-    """Return the rows of logits a and b, `[rows, classes]`."""
-    q_top, p_top = (tops_of(t, None, problem, torch.float64) for t in (a, b))
-    (q_total, difference, first), (q_lacks, p_lacks) = _sums(a, b, q_top, p_top, problem)
+def compute(a: Tensor, b: Tensor, index: Tensor | None, problem: Problem) -> Rows:
+    """Return the rows of logits a and b, `[rows, classes]`; on the CPU those at the index."""
+    q_top, p_top = (tops_of(t, index, problem, torch.float64) for t in (a, b))
+    (q_total, difference, first), (q_lacks, p_lacks) = _sums(a, b, index, q_top, p_top, problem)
     p_total, log_norm, mean = q_total + difference, torch.log1p(difference / q_total), first / q_total
     is_small = log_norm - mean < _SMALL
     centre = torch.where(is_small, mean, log_norm)
     rows = Rows(q_top, p_top, q_total, p_total, centre, *(torch.zeros_like(centre),) * 7)
     sums = [torch.zeros_like(centre) for _ in range(6)]
-    for tile in _tiles(a, problem):
+    for tile in _tiles(a, index, problem):
         q, p, z = _normalised(tile, a, b, rows, problem)
         for term, some in zip(_terms(problem), (sums[:3], sums[3:]), strict=False):
             sides = (q, p) if term.sign > 0 else (p, q)
@@ -65,13 +67,14 @@ def compute(a: Tensor, b: Tensor, problem: Problem) -> Rows:
 
 
 def write_derivatives(
-    a: Tensor, b: Tensor, rows: Rows, grad: Tensor, problem: Problem, by_a: Tensor | None, by_b: Tensor | None
-) -> None:
+    a: Tensor, b: Tensor, index: Tensor | None, rows: Rows, grad: Tensor, problem: Problem,
+    by_a: Tensor | None, by_b: Tensor | None,
+) -> None:  # fmt: skip
     """Write grad, `[rows, 1]`, times the derivatives into `by_a` and `by_b`; 0 where the divergence is infinite."""
     grad = torch.where(rows.value(problem.terms) == torch.inf, 0.0, grad * problem.scale)
     q_kl, p_kl = (torch.where(t == torch.inf, 0.0, t) for t in (rows.by_q, rows.by_p))
     means = (q_kl, rows.q_gap, rows.q_score), (p_kl, rows.p_gap, rows.p_score)
-    for tile in _tiles(a, problem):
+    for tile in _tiles(a, index, problem):
         q, p, z = _normalised(tile, a, b, rows, problem)
         for out, is_first in ((by_a, True), (by_b, False)):
             found = None
@@ -94,9 +97,12 @@ def _terms(problem: Problem) -> Iterator[_Term]:
         yield _Term(by_p, p_mix, -1)
 
 
-def _tiles(a: Tensor, problem: Problem) -> Iterator[Tile]:
-    """Yield strips of the longer dimension; none of a shard without a real token."""
+def _tiles(a: Tensor, index: Tensor | None, problem: Problem) -> Iterator[Tile]:
+    """Yield strips of the longer dimension, on the CPU what fits into a cache; none of a shard without a real token."""
     num_rows, num_classes = a.shape
+    if a.is_cpu:
+        yield from tiles_of(a, index, _CPU) if num_classes else ()
+        return
     parts = problem.parts or _PARTS[a.element_size()]
     parts = parts if problem.terms == KL or problem.parts else parts * 5 // 4
     parts = 1 if a.numel() <= (_FEWER if problem.parts else _FEW) else parts
@@ -110,7 +116,9 @@ def _tiles(a: Tensor, problem: Problem) -> Iterator[Tile]:
             yield Tile(rows, rows, slice(0, num_classes))
 
 
-def _sums(a: Tensor, b: Tensor, q_top: Tensor, p_top: Tensor, problem: Problem) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def _sums(
+    a: Tensor, b: Tensor, index: Tensor | None, q_top: Tensor, p_top: Tensor, problem: Problem
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Return the sums of q's exponentials, of how much p's exceed them, and of log p/q under q's; and what is lacking.
 
     That is whether q and p lack a class that the other one has. The difference of the sums would have lost the digits
@@ -118,7 +126,7 @@ def _sums(a: Tensor, b: Tensor, q_top: Tensor, p_top: Tensor, problem: Problem) 
     """
     terms, sums = problem.terms, [torch.zeros_like(q_top) for _ in range(3)]
     lowest, highest = torch.zeros_like(q_top), torch.zeros_like(q_top)
-    for tile in _tiles(a, problem):
+    for tile in _tiles(a, index, problem):
         q, p, gap = _weights(tile, a, b, q_top, p_top, problem)
         if terms.q_mix == 1:
             lowest[tile.place] = torch.minimum(lowest[tile.place], gap.amin(-1, keepdim=True))

@@ -1,0 +1,117 @@
+"""KL(q‖p) from the difference of the logits less its mean under q, which keeps its digits however near p is to q.
+
+With δ = (b - a)/T less its mean under q, the KL is log(1 + Σ q (exp δ - 1 - δ)): a sum without cancellation, in which
+what rounding leaves of the mean is felt in its square alone. So float32 is enough, unless the logits differ by a number
+that all classes share and that is much larger than the rest; float64 has the digits for that as well.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from torch_klloss.numerics.elementary import has_float64
+from torch_klloss.numerics.exponentials import NEAR, lead_into, lost_into
+from torch_klloss.numerics.softmax.pairs import KL, Rows
+from torch_klloss.numerics.softmax.strips import Strip, Strips
+from torch_klloss.numerics.softmax.tiles import Problem, tops_of
+
+_LEAST = 2**18  # bytes of a buffer
+_UNSHIFTED = {torch.float32: (-20.0, 60.0), torch.float64: (-300.0, 300.0)}  # largest logits, whose exp is within range
+_SHARED = {torch.float32: 2.0**2, torch.float64: 2.0**60}  # the square of the mean, relative to the KL or its square
+_PEAKED = 2.0**6  # the same relative to these times the mass of all classes but the largest
+# The largest exp δ relative to the same: beyond it a class may count whose part of q has underflowed.
+_FAR = {torch.float32: 1e30, torch.float64: 1e290}
+
+
+def can_be_tried(a: Tensor, b: Tensor, problem: Problem, dtype: torch.dtype) -> bool:
+    """Return whether there is a form for the divergence and the logits; the exponents must be exact in the dtype."""
+    has_digits = not has_float64(a, b) and (problem.is_exact or dtype == torch.float64)
+    return has_digits and problem.terms == KL and not problem.is_sharded
+
+
+def by_centring(
+    a: Tensor, b: Tensor, index: Tensor | None, problem: Problem, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return the rows `[12, rows, 1]`, with the mean of (b - a)/T as `centre`, and which of them are right."""
+    strips = Strips(a, b, index, 1.0, dtype, 4, least=_LEAST)
+    highest, (low, high) = tops_of(a, index, problem, dtype), _UNSHIFTED[dtype]
+    top = torch.where((highest * problem.scale > low) & (highest * problem.scale < high), 0.0, highest)
+    q_total, mean, excess, largest = torch.zeros(4, *top.shape, dtype=dtype)
+    everything, weighed = slice(0, strips.num_rows), _Weighed(a, b, top, problem.scale)
+    for strip in strips.within(everything):
+        place = strip.place
+        weights, gap = weighed(strip)
+        q_total[place] += weights.sum(-1, keepdim=True)
+        mean[place] += torch.linalg.vecdot(weights, gap).unsqueeze(-1)
+        if strips.are_whole:
+            mean[place] /= q_total[place]
+            excess[place], largest[place] = _excess(strip, mean[place])
+    if not strips.are_whole:
+        mean /= q_total
+        for strip in strips.within(everything):
+            weighed(strip)
+            part, top_gap = _excess(strip, mean[strip.place])
+            excess[strip.place] += part
+            largest[strip.place] = torch.maximum(largest[strip.place], top_gap)
+    q_total, mean, excess, largest, top, highest = (t.double() for t in (q_total, mean, excess, largest, top, highest))
+    excess /= q_total
+    value, zero = torch.log1p(excess), torch.zeros_like(top)
+    is_good = (value < math.inf) & (q_total > torch.finfo(dtype).tiny ** 0.5)
+    is_good &= (top == 0) | (dtype == torch.float64)  # the difference from the top rounds as well
+    is_good &= largest <= (_FAR[dtype] * excess).log().clamp_min(0)
+    # The derivative by the largest class is as small as the mass of the others, and rounds to the size of the mean.
+    others = value * (1 - torch.exp((highest - top) * problem.scale) / q_total)
+    shared = mean * mean / _SHARED[dtype]
+    is_good &= (shared <= value + value * value) & (shared <= _PEAKED * (others + others * others))
+    rows = Rows(top, zero, q_total, zero, mean, zero, value, *(zero,) * 5)
+    return torch.stack(rows), is_good.squeeze(-1)
+
+
+def write_by_centring(
+    a: Tensor, b: Tensor, index: Tensor | None, rows: Rows, grad: Tensor, problem: Problem, dtype: torch.dtype,
+    by_a: Tensor | None, by_b: Tensor | None,
+) -> None:  # fmt: skip
+    """Write the derivatives -q δ and p - q of `by_centring`, given its rows and grad, `[rows, 1]`."""
+    share, mean = (grad * problem.scale / rows.q_total).to(dtype), rows.centre.to(dtype)
+    ratio, rest = (f(-rows.by_q).to(dtype) for f in (torch.exp, torch.expm1))  # p/q - 1 is (exp δ - 1) ratio + rest
+    strips = Strips(a, b, index, 1.0, dtype, 2 if by_b is None else 3, least=_LEAST)
+    weighed = _Weighed(a, b, rows.q_top.to(dtype), problem.scale)
+    for strip in strips.within(slice(0, len(grad))):
+        place = strip.place
+        weights, gap = weighed(strip)
+        weights, gap = weights.mul_(share[place]), gap.sub_(mean[place])
+        if by_b is not None:
+            by_b[strip.where] = lost_into(gap, strip.work[2]).mul_(ratio[place]).add_(rest[place]).mul_(weights)
+        if by_a is not None:
+            by_a[strip.where] = gap.mul_(weights.neg_())
+
+
+class _Weighed:
+    """Writes the exponentials of a/T and (b - a)/T to a strip's first buffers."""
+
+    def __init__(self, a: Tensor, b: Tensor, top: Tensor, scale: float) -> None:
+        self.a, self.b, self.scale = a, b, scale
+        self.top = top if bool(top.any()) else None
+
+    def __call__(self, strip: Strip) -> tuple[Tensor, Tensor]:
+        weights, gap, *_ = strip.work
+        torch.sub(strip.y, strip.x, out=gap)
+        if not math.isfinite(gap.sum().item()):  # which is rare; a class that both lack is the same on both sides
+            gap.masked_fill_((self.a[strip.where] == -math.inf) & (self.b[strip.where] == -math.inf), 0.0)
+        below = strip.x if self.top is None else torch.sub(strip.x, self.top[strip.place], out=weights)
+        if self.scale != 1:
+            gap.mul_(self.scale)
+            below = torch.mul(below, self.scale, out=weights)
+        return torch.exp(below, out=weights), gap
+
+
+def _excess(strip: Strip, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Σ w (exp δ - 1 - δ) and the largest δ of the rows, from the buffers' weights and gap, which is centred."""
+    weights, gap, *others = strip.work
+    gap.sub_(mean)
+    largest = gap.amax(-1, keepdim=True)
+    is_near = bool((torch.maximum(largest, -gap.amin(-1, keepdim=True)) <= NEAR[gap.dtype]).all())
+    return torch.linalg.vecdot(weights, lead_into(gap, *others, is_near=is_near)).unsqueeze(-1), largest
