@@ -24,7 +24,7 @@ from torch_klloss.numerics.elementary import (
     replaced,
     spare_gkl_and_log,
 )
-from torch_klloss.numerics.exponentials import narrow_growth
+from torch_klloss.numerics.exponentials import expm1, narrow_growth
 from torch_klloss.numerics.quick_kernels import direct_or_careful
 from torch_klloss.numerics.softmax import whole
 from torch_klloss.numerics.softmax.divergence import divergence_of_logits
@@ -78,7 +78,7 @@ def _logits_kl(q: Tensor, p: Tensor) -> Tensor:
 
 
 _FAR = 1e-15  # times exp(δ): no KL is large beside it where a class may count whose part of q has underflowed
-_SMALL = 2**16  # logits, up to which copies in float64 cost less than the many steps that need none
+_SMALL = 2**18  # logits, up to which copies in float64 cost less than the many steps that need none
 _SMALL_ELSEWHERE = 2**18  # the same on an accelerator
 
 
@@ -88,15 +88,15 @@ def _direct_by_logits(needs: Sequence[bool], q: Tensor, p: Tensor) -> tuple[Tens
     The logits' difference is as good as log p - log q here, and float64 has all of its digits. What rounding leaves of
     the mean, and of the sum of q less 1, is felt in its square alone. The derivatives by the logits are -q δ and p - q.
     """
-    weights, gap = torch.softmax(q, -1), p.double() - q.double()
-    wide_weights = weights.double()
-    mean = torch.linalg.vecdot(wide_weights, gap) / wide_weights.sum(-1)
-    gap, grown, lead = narrow_growth(gap - mean.unsqueeze(-1))
+    wide = q.double()
+    weights, gap = torch.softmax(wide, -1), p.double() - wide
+    mean = torch.linalg.vecdot(weights, gap).unsqueeze(-1)
+    (gap, grown, lead), weights = narrow_growth(gap - mean), weights.float()
     value = torch.log1p(torch.linalg.vecdot(weights, lead))
     by_q = product(weights, gap, times=-1) if needs[0] else None
     by_p = None
     if needs[1]:
-        ratio, rest = (f(-value).unsqueeze(-1) for f in (torch.exp, torch.expm1))  # of exp(δ) to p/q
+        ratio, rest = (f(-value).unsqueeze(-1) for f in (torch.exp, expm1))  # of exp(δ) to p/q
         by_p = weights * torch.addcmul(rest, grown, ratio)
     return value, (by_q, by_p), grown.amax(-1) * _FAR
 

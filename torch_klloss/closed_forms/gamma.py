@@ -13,7 +13,7 @@ from torch_klloss.numerics import lgamma_at_once as at_once
 from torch_klloss.numerics.blocks import Derivatives
 from torch_klloss.numerics.elementary import has_float64, isd_from_gap, log_ratio, quotient
 from torch_klloss.numerics.error_free import product_error
-from torch_klloss.numerics.lgamma import binet_digamma_difference, binet_trigamma, bregman
+from torch_klloss.numerics.lgamma import binet_digamma_difference, binet_trigamma, bregman, trigamma
 from torch_klloss.numerics.lgamma_at_once import Arguments, divergence_and_slope
 
 
@@ -27,7 +27,7 @@ def _direct(
     size = sum((t.abs() for t in terms), p_shape + q_shape * ratio)
     gap_over_rate = (q_shape * p_rate - p_shape * q_rate) / q_rate
     derivatives = (
-        step * binet_trigamma(q_shape) + gap_over_rate / q_shape if needs[0] else None,
+        torch.addcmul(ratio - 1.0, step, trigamma(q_shape)) if needs[0] else None,
         -gap_over_rate / q_rate if needs[1] else None,
         torch.digamma(p_shape) - digamma - log_ratio if needs[2] else None,
         gap_over_rate / p_rate if needs[3] else None,

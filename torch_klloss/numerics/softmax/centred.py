@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torch_klloss.numerics.elementary import has_float64
-from torch_klloss.numerics.exponentials import NEAR, lead_into, lost_into
+from torch_klloss.numerics.exponentials import NEAR, expm1, lead_into, lost_into
 from torch_klloss.numerics.softmax.pairs import KL, Rows
 from torch_klloss.numerics.softmax.strips import Strip, Strips
 from torch_klloss.numerics.softmax.tiles import Problem, tops_of
@@ -76,7 +76,7 @@ def write_by_centring(
 ) -> None:  # fmt: skip
     """Write the derivatives -q δ and p - q of `by_centring`, given its rows and grad, `[rows, 1]`."""
     share, mean = (grad * problem.scale / rows.q_total).to(dtype), rows.centre.to(dtype)
-    ratio, rest = (f(-rows.by_q).to(dtype) for f in (torch.exp, torch.expm1))  # p/q - 1 is (exp δ - 1) ratio + rest
+    ratio, rest = (f(-rows.by_q).to(dtype) for f in (torch.exp, expm1))  # p/q - 1 is (exp δ - 1) ratio + rest
     strips = Strips(a, b, index, 1.0, dtype, 2 if by_b is None else 3, least=_LEAST)
     weighed = _Weighed(a, b, rows.q_top.to(dtype), problem.scale)
     for strip in strips.within(slice(0, len(grad))):
