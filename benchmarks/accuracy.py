@@ -221,6 +221,8 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     pairs = [reference for reference in references() if arguments.pairs in reference.name]
+    if not pairs:
+        parser.error(f"no pair's name contains {arguments.pairs!r}.")
     if arguments.search is not None:
         rows = search_all(pairs, arguments.search, arguments.seed)
         show("worst inputs found: error as a fraction of its limit", rows, WORST_COLUMNS)

@@ -186,6 +186,8 @@ def main() -> int:
         rows_of_memory = memory(arguments.quick)
         show("peak memory beyond the gradients", rows_of_memory, MEMORY_COLUMNS)
         rows += rows_of_memory
+    if not rows:
+        parser.error(f"no case's name contains {arguments.cases!r}.")
     return finish(arguments.json, rows, disagreements)
 
 
