@@ -261,7 +261,9 @@ def main() -> int:
     torch.set_num_threads(1)
     chosen = [case for case in CASES if not arguments.cases or case.name.startswith(tuple(arguments.cases))]
     if not chosen:
-        parser.error(f"no case starts with {' or '.join(arguments.cases)}; they are: {', '.join(c.name for c in CASES)}.")
+        parser.error(
+            f"no case starts with {' or '.join(arguments.cases)}; they are: {', '.join(c.name for c in CASES)}."
+        )
     seconds = 0.02 if arguments.quick else 2.0
     sizes = ((128, 32),) if arguments.quick else SIZES
     wrong = [line for case in chosen for line in disagreements(case, (16, 8))]
