@@ -85,13 +85,16 @@ _SMALL_ELSEWHERE = 2**18  # the same on an accelerator
 def _direct_by_logits(needs: Sequence[bool], q: Tensor, p: Tensor) -> tuple[Tensor, Derivatives, Tensor]:
     """log(1 + Σ q (exp(δ) - 1 - δ)), where δ is log p - log q less its mean under q; every term is ≥ 0.
 
-    The logits' difference is as good as log p - log q here, and float64 has all of its digits. What rounding leaves of
-    the mean, and of the sum of q less 1, is felt in its square alone. The derivatives by the logits are -q δ and p - q.
+    The logits' difference is as good as log p - log q here, and float64 has all of its digits; it is taken from that of
+    q's largest class, whose δ may be tiny. What rounding leaves of the mean, and of the sum of q less 1, is felt in its
+    square alone. The derivatives by the logits are -q δ and p - q.
     """
     wide = q.double()
     weights, gap = torch.softmax(wide, -1), p.double() - wide
-    mean = torch.linalg.vecdot(weights, gap).unsqueeze(-1)
-    (gap, grown, lead), weights = narrow_growth(gap - mean), weights.float()
+    gap = gap - gap.gather(-1, q.argmax(-1, keepdim=True))
+    gap = gap - torch.linalg.vecdot(weights, gap).unsqueeze(-1)
+    weights, wide, gap = weights.float(), gap, gap.float()
+    grown, lead = narrow_growth(wide, gap)
     value = torch.log1p(torch.linalg.vecdot(weights, lead))
     by_q = product(weights, gap, times=-1) if needs[0] else None
     by_p = None

@@ -43,9 +43,9 @@ _EXP = {
 _FEW = 2**13  # numbers, for which the number of operations counts
 _ABOVE_ONE = {torch.float32: 1 + 2.0**-22, torch.float64: 1 + 2.0**-50}  # by more than exp rounds near 1
 # Of (exp(x) - 1 - x)/x²: the series, which ends with an odd power so that it is a lower bound.
-# How large x may be for the first few terms.
-NEAR = {torch.float32: 2.0**-4, torch.float64: 2.0**-12}
 _SERIES = {torch.float32: tuple(1 / math.factorial(k) for k in range(2, 12)), torch.float64: (1 / 2, 1 / 6)}
+_FIRST = 4  # terms of it, which are enough for |x| up to this:
+NEAR = {torch.float32: 2.0**-4, torch.float64: 2.0**-12}
 
 
 def e2(x: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ def lead_into(x: Tensor, out: Tensor, work: Tensor, *, is_near: bool) -> Tensor:
         work: a tensor of that shape.
         is_near: whether |x| ≤ `NEAR` everywhere, where a few terms of the series are enough.
     """
-    *lower, last = _SERIES[x.dtype][: 4 if is_near else None]
+    *lower, last = _SERIES[x.dtype][: _FIRST if is_near else None]
     constant, *others = reversed(constants(tuple(lower), x.dtype, x.device))
     below = torch.add(constant, x, alpha=last, out=out if is_near else work)
     for c in others:
@@ -140,7 +140,7 @@ def expm1(x: Tensor) -> Tensor:
 def growth(a: Tensor, b: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return exp(x) - 1 and exp(x) - 1 - x ≥ 0 of x = a, or of x = a - b, in the dtype of a."""
     if has_digits_to_spare(a):
-        return narrow_growth(a.double() if b is None else a.double() - b.double())[1:]
+        return narrow_growth(a.double(), a) if b is None else narrow_growth(a.double() - b.double())
     x = a if b is None else a - b
     lead = e2(x)
     if b is not None:  # the exponential of a large difference feels how that was rounded
@@ -148,10 +148,9 @@ def growth(a: Tensor, b: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return lead + x, lead
 
 
-def narrow_growth(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return x, exp(x) - 1 and exp(x) - 1 - x ≥ 0 of x in float64, all in float32."""
-    narrow = x.float()
+def narrow_growth(x: Tensor, narrow: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return exp(x) - 1 and exp(x) - 1 - x ≥ 0 in float32, of x in float64 and perhaps in float32 as well."""
     if _are_many(x) and not is_differentiated():
-        return narrow, *_bounded_from_below(narrow, x)
+        return _bounded_from_below(x.float() if narrow is None else narrow, x)
     grown = torch.expm1(x)
-    return narrow, grown.float(), (grown - x).clamp_min(0).float()
+    return grown.float(), (grown - x).clamp_min(0).float()

@@ -62,7 +62,7 @@ def test_values_have_their_last_digits_and_gradients_the_digits_of_float32(diver
     value = DistillationLoss(divergence, reduction="none")(student=student, teacher=teacher)
     wide = [t.detach().double().requires_grad_() for t in (teacher, student)]
     right = by_definition(divergence, *wide)
-    assert units(value, right).max() <= (16 if divergence.terms.is_mixed else 4)
+    assert units(value, right).max() <= (16 if divergence.terms.is_mixed else 8)
     found, exact = (torch.autograd.grad(v.sum(), of) for v, of in ((value, (teacher, student)), (right, wide)))
     most = 2e-5 if dtype is torch.float32 else 2.0**-8
     for f, e in zip(found, exact, strict=True):

@@ -1,13 +1,15 @@
 """KL(q‖p) from the difference of the logits less its mean under q, which keeps its digits however near p is to q.
 
 With δ = (b - a)/T less its mean under q, the KL is log(1 + Σ q (exp δ - 1 - δ)): a sum without cancellation, in which
-what rounding leaves of the mean is felt in its square alone. So float32 is enough, unless the logits differ by a number
-that all classes share and that is much larger than the rest; float64 has the digits for that as well.
+what rounding leaves of the mean is felt in its square alone. The difference is first taken from that of q's largest
+class, so that its δ, which is as small as the mass of all others, has its digits too. So float32 is enough, unless the
+logits differ by a number that all classes share and that is much larger than the rest.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -16,12 +18,13 @@ from torch_klloss.numerics.elementary import has_float64
 from torch_klloss.numerics.exponentials import NEAR, expm1, lead_into, lost_into
 from torch_klloss.numerics.softmax.pairs import KL, Rows
 from torch_klloss.numerics.softmax.strips import Strip, Strips
-from torch_klloss.numerics.softmax.tiles import Problem, tops_of
+from torch_klloss.numerics.softmax.tiles import Problem, tiles_of
 
 _LEAST = 2**18  # bytes of a buffer
 _UNSHIFTED = {torch.float32: (-20.0, 60.0), torch.float64: (-300.0, 300.0)}  # largest logits, whose exp is within range
-_SHARED = {torch.float32: 2.0**2, torch.float64: 2.0**60}  # the square of the mean, relative to the KL or its square
-_PEAKED = 2.0**6  # the same relative to these times the mass of all classes but the largest
+# The square of the difference of the largest class, relative to the KL over the mass of all others, or to its square.
+_SHARED = {torch.float32: 2.0**5, torch.float64: 2.0**60}
+_LARGEST = 2.0**2  # δ and the mean relative to the KL or to 1, for which what they round by in float32 is not felt
 # The largest exp δ relative to the same: beyond it a class may count whose part of q has underflowed.
 _FAR = {torch.float32: 1e30, torch.float64: 1e290}
 
@@ -35,12 +38,16 @@ def can_be_tried(a: Tensor, b: Tensor, problem: Problem, dtype: torch.dtype) -> 
 def by_centring(
     a: Tensor, b: Tensor, index: Tensor | None, problem: Problem, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return the rows `[12, rows, 1]`, with the mean of (b - a)/T as `centre`, and which of them are right."""
+    """Return the rows `[12, rows, 1]` and which of them are right.
+
+    Their `p_top` is the b - a of q's largest class, and their `centre` is what the mean of (b - a)/T exceeds it by.
+    """
     strips = Strips(a, b, index, 1.0, dtype, 4, least=_LEAST)
-    highest, (low, high) = tops_of(a, index, problem, dtype), _UNSHIFTED[dtype]
-    top = torch.where((highest * problem.scale > low) & (highest * problem.scale < high), 0.0, highest)
+    highest, base = (t.to(dtype) for t in _of_largest(a, b, index, dtype))
+    low, high = (bound / problem.scale for bound in _UNSHIFTED[dtype])
+    top = torch.where((highest > low) & (highest < high), 0.0, highest)
     q_total, mean, excess, largest = torch.zeros(4, *top.shape, dtype=dtype)
-    everything, weighed = slice(0, strips.num_rows), _Weighed(a, b, top, problem.scale)
+    everything, weighed = slice(0, strips.num_rows), _Weighed(a, b, top, base, problem.scale)
     for strip in strips.within(everything):
         place = strip.place
         weights, gap = weighed(strip)
@@ -56,18 +63,36 @@ def by_centring(
             part, top_gap = _excess(strip, mean[strip.place])
             excess[strip.place] += part
             largest[strip.place] = torch.maximum(largest[strip.place], top_gap)
-    q_total, mean, excess, largest, top, highest = (t.double() for t in (q_total, mean, excess, largest, top, highest))
+    q_total, mean, excess, largest, top, highest, base = (
+        t.double() for t in (q_total, mean, excess, largest, top, highest, base)
+    )
     excess /= q_total
     value, zero = torch.log1p(excess), torch.zeros_like(top)
+    others = 1 - torch.exp((highest - top) * problem.scale) / q_total
     is_good = (value < math.inf) & (q_total > torch.finfo(dtype).tiny ** 0.5)
-    is_good &= (top == 0) | (dtype == torch.float64)  # the difference from the top rounds as well
     is_good &= largest <= (_FAR[dtype] * excess).log().clamp_min(0)
-    # The derivative by the largest class is as small as the mass of the others, and rounds to the size of the mean.
-    others = value * (1 - torch.exp((highest - top) * problem.scale) / q_total)
-    shared = mean * mean / _SHARED[dtype]
-    is_good &= (shared <= value + value * value) & (shared <= _PEAKED * (others + others * others))
-    rows = Rows(top, zero, q_total, zero, mean, zero, value, *(zero,) * 5)
+    is_good &= base * base / _SHARED[dtype] <= value * value + value / others.clamp(torch.finfo(dtype).eps, 1)
+    if dtype == torch.float32:  # where the difference from the top rounds as well
+        is_good &= (top == 0) & (torch.maximum(largest, mean.abs()) <= _LARGEST * (1 + value))
+    rows = Rows(top, base, q_total, zero, mean, zero, value, *(zero,) * 5)
     return torch.stack(rows), is_good.squeeze(-1)
+
+
+def _of_largest(a: Tensor, b: Tensor, index: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return q's largest logits and by how much p's exceed them, `[rows, 1]`."""
+    rows = torch.arange(len(a)) if index is None else index
+    where = rows, torch.cat([t.argmax(-1) for t in _whole_rows(a, index)])
+    largest = a[where].to(dtype)
+    return largest.unsqueeze(-1), (b[where].to(dtype) - largest).unsqueeze(-1)
+
+
+def _whole_rows(a: Tensor, index: Tensor | None) -> Iterator[Tensor]:
+    """Yield a, or its rows at the index few at a time."""
+    if index is None:
+        yield a
+        return
+    for tile in tiles_of(a[:, :1], index, max(1, _LEAST // a.shape[-1])):
+        yield a[tile.rows]
 
 
 def write_by_centring(
@@ -78,7 +103,7 @@ def write_by_centring(
     share, mean = (grad * problem.scale / rows.q_total).to(dtype), rows.centre.to(dtype)
     ratio, rest = (f(-rows.by_q).to(dtype) for f in (torch.exp, expm1))  # p/q - 1 is (exp δ - 1) ratio + rest
     strips = Strips(a, b, index, 1.0, dtype, 2 if by_b is None else 3, least=_LEAST)
-    weighed = _Weighed(a, b, rows.q_top.to(dtype), problem.scale)
+    weighed = _Weighed(a, b, rows.q_top.to(dtype), rows.p_top.to(dtype), problem.scale)
     for strip in strips.within(slice(0, len(grad))):
         place = strip.place
         weights, gap = weighed(strip)
@@ -90,17 +115,19 @@ def write_by_centring(
 
 
 class _Weighed:
-    """Writes the exponentials of a/T and (b - a)/T to a strip's first buffers."""
+    """Writes the exponentials of a/T and (b - a)/T, less that of the largest class, to a strip's first buffers."""
 
-    def __init__(self, a: Tensor, b: Tensor, top: Tensor, scale: float) -> None:
-        self.a, self.b, self.scale = a, b, scale
+    def __init__(self, a: Tensor, b: Tensor, top: Tensor, base: Tensor, scale: float) -> None:
+        self.a, self.b, self.base, self.scale = a, b, base, scale
         self.top = top if bool(top.any()) else None
 
     def __call__(self, strip: Strip) -> tuple[Tensor, Tensor]:
         weights, gap, *_ = strip.work
         torch.sub(strip.y, strip.x, out=gap)
         if not math.isfinite(gap.sum().item()):  # which is rare; a class that both lack is the same on both sides
-            gap.masked_fill_((self.a[strip.where] == -math.inf) & (self.b[strip.where] == -math.inf), 0.0)
+            both_lack = (self.a[strip.where] == -math.inf) & (self.b[strip.where] == -math.inf)
+            torch.where(both_lack, self.base[strip.place], gap, out=gap)
+        gap.sub_(self.base[strip.place])
         below = strip.x if self.top is None else torch.sub(strip.x, self.top[strip.place], out=weights)
         if self.scale != 1:
             gap.mul_(self.scale)
