@@ -6,6 +6,7 @@ takes the KL, sums it over the latent dimensions, takes the mean over the batch,
 
 - "torch" is the baseline, and "torch again" the very same step, which shows the noise of the machine;
 - "kl_divergence" changes the import alone, and "AutoKL" is the loss;
+- "for nothing" is the step with a KL that takes no time, which shows what the rest of it takes;
 - "one-liner", for the VAE's pair, is the formula as it is usually written by hand;
 - "MonteCarloKL" is compared with the loop by hand: `rsample`, two `log_prob`, the mean.
 
@@ -21,6 +22,8 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 from common import Row, argument_parser, finish, interleaved, median, ratios, show
@@ -60,6 +63,7 @@ NATIVE = {(1, 1): (1.3, None), (128, 32): (1.0, 1.4), (1024, 128): (0.8, 1.0), (
 """The median and the worst ratio to reach at each size, over the families of elementary formulas."""
 COMPILED = (1.2, 1.2)  # the same of the compiled steps, at every size
 OTHERS = 2.0
+PEERS = ("torch again", "for nothing", "kl_divergence", "AutoKL", "one-liner")
 Pair = tuple[Distribution, Distribution]
 
 
@@ -139,6 +143,7 @@ def peers(case: Case, a: Tensor, b: Tensor, z: Tensor, o: Tensor) -> dict[str, C
         return _reduced(torch_kl(*_of_torch(case, a, b, z, o)))
 
     found: dict[str, Callable[[], Tensor]] = {"torch": by_torch, "torch again": lambda: by_torch()}
+    found["for nothing"] = lambda: _ForNothing.of(*case.build(a, b, z, o)).mean()
     found["kl_divergence"] = lambda: _reduced(kl_divergence(*case.build(a, b, z, o)))
     found["AutoKL"] = lambda: loss(*case.build(a, b, z, o))
     if case.name.startswith("diagonal_normal"):
@@ -168,6 +173,38 @@ def sampled_peers(num_samples: int, a: Tensor, b: Tensor, z: Tensor, o: Tensor) 
     }
 
 
+class _ForNothing(torch.autograd.Function):
+    """A KL and its gradients that are there already: zeros for every row, and ones."""
+
+    @staticmethod
+    def of(q: Distribution, p: Distribution) -> Tensor:
+        value: Tensor = _ForNothing.apply(*{id(t): t for t in _given(q)}.values())
+        return value
+
+    @staticmethod
+    def forward(ctx: Any, *parameters: Tensor) -> Tensor:
+        ctx.grads = [_made(t.shape, 1.0) for t in parameters]
+        return _made(parameters[0].shape[:1], 0.0).clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(ctx.grads)
+
+
+def _given(q: Distribution) -> Iterator[Tensor]:
+    """Yield the tensors that a distribution, or one that it is made of, was given and that require a gradient."""
+    for t in vars(q).values():
+        if isinstance(t, Distribution):
+            yield from _given(t)
+        elif isinstance(t, Tensor) and t.requires_grad:
+            yield t
+
+
+@cache
+def _made(shape: torch.Size, number: float) -> Tensor:
+    return torch.full(shape, number)
+
+
 def _reduced(kl: Tensor) -> Tensor:
     return (kl if kl.dim() == 1 else kl.sum(-1)).mean()
 
@@ -177,6 +214,8 @@ def disagreements(case: Case, size: tuple[int, int]) -> Iterator[str]:
     wide, single = inputs(size, torch.float64), inputs(size, torch.float32)
     expected = value_and_gradients(peers(case, *wide)["torch"], wide[:2])
     for name, loss in peers(case, *single).items():
+        if name == "for nothing":
+            continue
         for got, right in zip(value_and_gradients(loss, single[:2]), expected, strict=True):
             bound = 1e-4 * float(right.abs().max())
             if not torch.allclose(got.double(), right, rtol=1e-3, atol=bound):
@@ -229,12 +268,12 @@ def measured(
 def summary(rows: list[Row], size: tuple[int, int], native: list[str], *, are_compiled: bool = False) -> Iterator[str]:
     """Yield the median and the worst ratio at a size, beside what is to be reached."""
     label = "x".join(map(str, size))
-    for peer in ("kl_divergence", "AutoKL"):
+    for peer in ("for nothing", "kl_divergence", "AutoKL"):
         for is_native in (True, False):
             found = [
                 (row[peer], row["case"])
                 for row in rows
-                if row["size"] == label and (row["case"] in native) == is_native
+                if row["size"] == label and (row["case"] in native) == is_native and peer in row
             ]
             if not found:
                 continue
@@ -286,11 +325,15 @@ def main() -> int:
             for case in cases:
                 tensors = inputs(size, torch.float32)
                 found.append(measured(case.name, size, peers(case, *tensors), tensors[:2], seconds))
-        shown = [key for key in ("torch again", "kl_divergence", "AutoKL", "one-liner") if any(key in r for r in found)]
+        shown = [
+            key
+            for key in ("torch again", "for nothing", "kl_divergence", "AutoKL", "one-liner")
+            if any(key in r for r in found)
+        ]
         for row in found:
             row.setdefault("one-liner", None)
-        columns = {"case": "case", "baseline_us": "torch (µs)|.0f"} | {key: f"{key} ÷ torch|.2f" for key in shown}
-        show(f"Forward and backward, {'x'.join(map(str, size))}", found, columns)
+        columns = {"case": "case", "baseline_us": "torch (µs)|.0f"} | {key: f"{key}|.2f" for key in shown}
+        show(f"Forward and backward, {'x'.join(map(str, size))}, ÷ torch", found, columns)
         for line in summary(found, size, native, are_compiled=arguments.compile):
             print(line)
         rows += found

@@ -131,3 +131,35 @@ def test_a_compiled_gradient_is_finite_at_the_edges_and_has_its_digits_near_equa
     assert result["narrow"] == pytest.approx(result["eager"], rel=1e-12)
     assert result["near"] <= 4 * 2.0**-23
     assert result["by hand"] > 1e-2  # what everybody writes
+
+
+SHARED = """
+from torch.distributions import Beta, Categorical, Pareto
+from torch_klloss import kl_divergence
+from torch_klloss.language import token_kl
+x = (torch.rand(4, 5) + 0.5).requires_grad_()
+ones = torch.ones(4, 5)
+pairs = {
+    "normal": lambda kl: kl(Normal(x, x), Normal(ones, ones)),
+    "gamma": lambda kl: kl(Gamma(x, x), Gamma(ones, ones)),
+    "beta": lambda kl: kl(Beta(x, x), Beta(ones, x)),
+    "pareto": lambda kl: kl(Pareto(ones, x), Pareto(ones, ones)),
+    "itself": lambda kl: kl(Gamma(x, ones), Gamma(x, ones)),
+    "tokens": lambda kl: token_kl(x, x),
+}
+found = {}
+for name, pair in pairs.items():
+    torch.compiler.reset()
+    each = []
+    for step in (pair, torch.compile(pair, fullgraph=True, backend="aot_eager")):
+        value = step(kl_divergence)
+        each.append([value.sum().item(), *torch.autograd.grad(value.sum(), x)[0].flatten().tolist()])
+    found[name] = each
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.long
+def test_a_tensor_that_is_given_for_two_parameters_compiles():
+    for name, (eager, compiled) in run(CODE % {} + SHARED).items():
+        assert compiled == pytest.approx(eager, rel=1e-5, abs=1e-6), name

@@ -19,7 +19,13 @@ from torch_klloss.numerics import opaque_kernels
 from torch_klloss.numerics.blocks import Derivatives, evaluate
 from torch_klloss.numerics.dimensions import sum_last
 from torch_klloss.numerics.elementary import common_dtype, narrowed
-from torch_klloss.numerics.tracing import apply_outside_of_func, is_forward_mode, is_func_transformed, is_traced
+from torch_klloss.numerics.tracing import (
+    apply_outside_of_func,
+    distinct,
+    is_forward_mode,
+    is_func_transformed,
+    is_traced,
+)
 
 Value = Callable[..., Tensor]
 Partials = Callable[..., Derivatives]
@@ -144,7 +150,9 @@ def formula_of(
             if is_forward_mode():
                 return sum_last(value(*tensors), num_summed)
             is_plain = _is_only_a_value(tensors)
-            return sum_last(functional_forward(*tensors) if is_plain else functional.apply(*tensors), num_summed)
+            return sum_last(
+                functional_forward(*tensors) if is_plain else functional.apply(*distinct(*tensors)), num_summed
+            )
         if torch.is_grad_enabled():
             for t in tensors:
                 if t.requires_grad:

@@ -58,6 +58,12 @@ def apply_outside_of_func(function: type[torch.autograd.Function], *args: Any) -
     return super(torch.autograd.Function, function).apply(*torch._functorch.utils.unwrap_dead_wrappers(args))  # type: ignore[misc]
 
 
+def distinct(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return the tensors, a view in place of one that comes again: `torch.compile` gives a function none twice."""
+    ahead = [any(t is other for other in tensors[:i]) for i, t in enumerate(tensors)]
+    return tuple(t.view_as(t) if again else t for t, again in zip(tensors, ahead, strict=True))
+
+
 def is_func_transformed() -> bool:
     """Return whether a transform of `torch.func`, such as vmap or grad, is active."""
     return torch._C._are_functorch_transforms_active()

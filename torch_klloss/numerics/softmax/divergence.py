@@ -17,7 +17,7 @@ from torch_klloss.numerics.softmax.pairs import KL, Arithmetic, Terms, derivativ
 from torch_klloss.numerics.softmax.plan import Plan, evaluate, factor_of, guessed, pull_back
 from torch_klloss.numerics.softmax.sides import Dense, Reduce, Side
 from torch_klloss.numerics.softmax.tiles import Problem
-from torch_klloss.numerics.tracing import in_eager_mode, is_forward_mode, is_func_transformed, is_traced
+from torch_klloss.numerics.tracing import distinct, in_eager_mode, is_forward_mode, is_func_transformed, is_traced
 
 
 def divergence_of_logits(
@@ -144,7 +144,7 @@ def _traced(q: Side, p: Side, problem: Problem, keep: Tensor | None) -> Tensor:
         return value if keep is None else torch.where(keep, value, 0.0)
     a, b = q.whole(), p.whole()
     keep = a.new_ones((), dtype=torch.bool) if keep is None else keep
-    result: Tensor = _Traced.apply(a, b, keep, problem.terms, problem.temperature)
+    result: Tensor = _Traced.apply(*distinct(a, b), keep, problem.terms, problem.temperature)
     return result
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch_klloss.numerics.elementary import lag
 from torch_klloss.numerics.error_free import difference_error
 from torch_klloss.numerics.exponentials import e2_within_one
+from torch_klloss.numerics.tracing import distinct
 
 _MISSING = -1e30  # a logit below it counts as -inf
 _SMALL = 0.1  # a KL; below it the classes where q and p are far apart cannot hold all the mass
@@ -58,7 +59,7 @@ def kl(a: Tensor, b: Tensor, keep: Tensor | None, scale: float) -> Tensor:
         keep: whether a row counts, `[rows, 1]`; the others are 0.
         scale: a power of two.
     """
-    value: Tensor = _FusedKL.apply(a, b, keep, scale)
+    value: Tensor = _FusedKL.apply(*distinct(a, b), keep, scale)
     return value
 
 
