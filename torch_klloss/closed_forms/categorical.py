@@ -27,6 +27,7 @@ from torch_klloss.numerics.elementary import (
 from torch_klloss.numerics.exponentials import expm1, narrow_growth
 from torch_klloss.numerics.quick_kernels import direct_or_careful
 from torch_klloss.numerics.softmax import whole
+from torch_klloss.numerics.softmax.centred import FEWEST
 from torch_klloss.numerics.softmax.divergence import divergence_of_logits
 from torch_klloss.numerics.softmax.pairs import KL
 from torch_klloss.numerics.softmax.sides import Dense
@@ -68,8 +69,9 @@ def _one_hot_one_hot(q: OneHotCategorical, p: OneHotCategorical) -> Tensor:
 def _by_logits(q: Tensor, p: Tensor) -> Tensor:
     if q.dtype != p.dtype or not has_digits_to_spare(q):
         return _logits_kl(q, p)
-    small, largest = (_small_kl, _SMALL) if can_be_read(q) else (_small_kl_elsewhere, _SMALL_ELSEWHERE)
-    return small(q, p) if q.numel() <= largest else _logits_kl(q, p)
+    if not can_be_read(q):
+        return _small_kl_elsewhere(q, p) if q.numel() <= _SMALL_ELSEWHERE else _logits_kl(q, p)
+    return _small_kl(q, p) if q.numel() <= _SMALL or q.shape[-1] < FEWEST else _logits_kl(q, p)
 
 
 def _logits_kl(q: Tensor, p: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch_klloss.numerics.softmax.pairs import KL, Rows
 from torch_klloss.numerics.softmax.strips import Strip, Strips
 from torch_klloss.numerics.softmax.tiles import Problem, tiles_of
 
+FEWEST = 256  # classes from which on their roundings average out in float32
 _LEAST = 2**18  # bytes of a buffer
 _UNSHIFTED = {torch.float32: (-20.0, 60.0), torch.float64: (-300.0, 300.0)}  # largest logits, whose exp is within range
 # The square of the difference of the largest class, relative to the KL over the mass of all others, or to its square.
@@ -30,8 +31,9 @@ _FAR = {torch.float32: 1e30, torch.float64: 1e290}
 
 
 def can_be_tried(a: Tensor, b: Tensor, problem: Problem, dtype: torch.dtype) -> bool:
-    """Return whether there is a form for the divergence and the logits; the exponents must be exact in the dtype."""
-    has_digits = not has_float64(a, b) and (problem.is_exact or dtype == torch.float64)
+    """Return whether there is a form for the divergence and the logits, whose exponents must be exact in the dtype."""
+    is_enough = dtype == torch.float64 or (problem.is_exact and a.shape[-1] >= FEWEST)
+    has_digits = is_enough and not has_float64(a, b)
     return has_digits and problem.terms == KL and not problem.is_sharded
 
 

@@ -40,7 +40,6 @@ _CAREFUL, _EQUAL = 0, 1  # kinds of rows
 _DIFFERENCES = {torch.float32: 2, torch.float64: 3}  # more of them, by the dtype of their derivatives
 _CENTRED = {torch.float32: 4, torch.float64: 5}
 _BLOCKS = 6  # another, more by 1 if float32 is enough for the derivative by a, and by 2 if it is for that by b
-_FEWEST = 256  # classes from which on their roundings average out in float32
 
 
 @dataclass
@@ -162,7 +161,7 @@ def _is_worth_it(a: Tensor, b: Tensor, dtype: torch.dtype, problem: Problem) -> 
         return not has_float64(a, b)
     if problem.is_sharded:  # the shards must all try the same, whatever their size
         return False
-    return problem.is_exact and a.shape[-1] >= _FEWEST
+    return problem.is_exact and a.shape[-1] >= centred.FEWEST
 
 
 def write_derivatives(
