@@ -52,7 +52,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAWS = {
     "peaked": (1.5, 2.0),
     "flat": (1.0, 1.0),
-}  # distance and standard deviation of the logits; KLs of about 1 and 0.5
+    "near": (1e-3, 2.0),
+}  # distance and standard deviation of the logits; KLs of about 1, 0.5 and 5e-7
 DISTANCES = (1.5, 0.14, 0.032)  # of the logits: KLs of about 1, 1e-2 and 5e-4
 MEMORY = {"size": "tokens x V", "dtype": "logits", "loss": "loss", "valid": "valid|.0%", "to": "gradient to",
           "memory": "logits tensors|.3f", "target": "target|.2f"}  # fmt: skip

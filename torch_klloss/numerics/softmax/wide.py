@@ -19,7 +19,7 @@ from torch_klloss.numerics.devices import has_float64
 from torch_klloss.numerics.softmax.pairs import KL, Rows
 from torch_klloss.numerics.softmax.tiles import Problem, Tile, add_to_sums, tiles_of, tops_of
 
-_CPU = 2**13  # numbers of a tile on the CPU
+_CPU, _PART = (2**13, 2**15), 2**8  # numbers of a tile on the CPU, at least and at most; in between this part of all
 _FEW, _FEWER = 2**19, 2**15  # logits, which make one tile: their memory is no matter; and those of a panel of a head
 _PARTS = {4: 112, 2: 144}  # of more logits by their size in bytes, so that the tensors of a tile are a tenth of them
 _FAR = 1e300  # log p/q of a class that only one of them has
@@ -101,7 +101,8 @@ def _tiles(a: Tensor, index: Tensor | None, problem: Problem) -> Iterator[Tile]:
     """Yield strips of the longer dimension, on the CPU what fits into a cache; none of a shard without a real token."""
     num_rows, num_classes = a.shape
     if a.is_cpu:
-        yield from tiles_of(a, index, _CPU) if num_classes else ()
+        low, high = _CPU
+        yield from tiles_of(a, index, max(low, min(high, a.numel() // _PART))) if num_classes else ()
         return
     parts = problem.parts or _PARTS[a.element_size()]
     parts = parts if problem.terms == KL or problem.parts else parts * 5 // 4
