@@ -10,7 +10,7 @@ from torch.distributions import Cauchy, HalfCauchy
 
 from torch_klloss.closed_forms.formula import register_formula
 from torch_klloss.numerics.blocks import Derivatives
-from torch_klloss.numerics.elementary import product, quotient
+from torch_klloss.numerics.elementary import log1p, product, quotient
 from torch_klloss.numerics.quick_kernels import narrow_or_wide
 
 
@@ -26,8 +26,8 @@ def kl(
         Nielsen, 2019).
     """
     distance, gap = q_loc - p_loc, q_scale - p_scale
-    span = torch.hypot(gap, distance)
-    value = torch.log1p(product(span / q_scale, span / p_scale, times=0.25))
+    square = torch.addcmul((gap / q_scale) * (gap / p_scale), distance / q_scale, distance / p_scale)
+    value = log1p(0.25 * square)
     if not any(needs):
         return value, (None,) * 4
     total = q_scale + p_scale
@@ -46,5 +46,5 @@ def half_kl(needs: Sequence[bool], q_scale: Tensor, p_scale: Tensor) -> tuple[Te
     """log(1 + (σq - σp)² / (4 σq σp)): by symmetry, the KL of the two Cauchy distributions around 0."""
     gap = q_scale - p_scale
     x = gap / (q_scale + p_scale) if any(needs) else gap
-    value = torch.log1p(product(gap / q_scale, gap / p_scale, times=0.25))
+    value = log1p(product(gap / q_scale, gap / p_scale, times=0.25))
     return value, (x / q_scale if needs[0] else None, quotient(x, p_scale, times=-1) if needs[1] else None)

@@ -302,6 +302,15 @@ def _power_and_mantissa(x: Tensor) -> tuple[Tensor, Tensor]:
     return power.to(x.dtype), (bits - (power << 23)).view(x.dtype)
 
 
+def log1p(x: Tensor) -> Tensor:
+    """Return log(1 + x) of x ≥ 0."""
+    if not _takes_parts(x):
+        return torch.log1p(x)
+    total = 1 + x
+    _, s, third, powers = _logarithm_by_parts(total, torch.ones_like(x), x)
+    return torch.where(total < torch.inf, powers + 2 * (s + third), total)
+
+
 def artanh_terms(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return s = x/(2 + x), s² and artanh(s) - s, which is half of log(1 + x) less s, for 1 + x from ½ to 2."""
     s = x / (x + 2.0)
