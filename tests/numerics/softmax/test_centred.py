@@ -132,3 +132,11 @@ def test_the_temperature_divides_both_logits(temperature):
     assert value <= 2
     assert slope <= 1e-6
     assert not centred.can_be_tried(a, a, problem_of(KL, 0.7), torch.float32)
+
+
+@pytest.mark.parametrize(("offset", "is_right"), [(1e-3, True), (0.03, False)])
+@pytest.mark.parametrize("temperature", [0.0625, 16.0])
+def test_what_all_classes_share_is_measured_after_the_temperature(temperature, offset, is_right):
+    a = torch.randn(1, 300)
+    b = a + temperature * (offset + 1e-3 * torch.randn(1, 300))
+    assert step(a, b, torch.float32, temperature)[2].item() == is_right

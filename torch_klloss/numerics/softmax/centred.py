@@ -23,7 +23,7 @@ from torch_klloss.numerics.softmax.tiles import Problem, tiles_of
 FEWEST = 256  # classes from which on their roundings average out in float32
 _LEAST = 2**18  # bytes of a buffer
 _UNSHIFTED = {torch.float32: (-20.0, 60.0), torch.float64: (-300.0, 300.0)}  # largest logits, whose exp is within range
-# The square of the difference of the largest class, relative to the KL over the mass of all others, or to its square.
+# The square of (b - a)/T of q's largest class, relative to the KL over the mass of all others, or to its square.
 _SHARED = {torch.float32: 2.0**5, torch.float64: 2.0**60}
 _LARGEST = 2.0**2  # δ and the mean relative to the KL or to 1, for which what they round by in float32 is not felt
 # The largest exp δ relative to the same: beyond it a class may count whose part of q has underflowed.
@@ -73,7 +73,8 @@ def by_centring(
     others = 1 - torch.exp((highest - top) * problem.scale) / q_total
     is_good = (value < math.inf) & (q_total > torch.finfo(dtype).tiny ** 0.5)
     is_good &= largest <= (_FAR[dtype] * excess).log().clamp_min(0)
-    is_good &= base * base / _SHARED[dtype] <= value * value + value / others.clamp(torch.finfo(dtype).eps, 1)
+    shared = (base * problem.scale).square() / _SHARED[dtype]
+    is_good &= shared <= value * value + value / others.clamp(torch.finfo(dtype).eps, 1)
     if dtype == torch.float32:  # where the difference from the top rounds as well
         is_good &= (top == 0) & (torch.maximum(largest, mean.abs()) <= _LARGEST * (1 + value))
     rows = Rows(top, base, q_total, zero, mean, zero, value, *(zero,) * 5)

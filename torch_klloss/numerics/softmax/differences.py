@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from torch_klloss.numerics.softmax.pairs import Rows, Terms
-from torch_klloss.numerics.softmax.tiles import Problem, Tile, add_to_sums, bytes_of, tiles_of, tops_of
+from torch_klloss.numerics.softmax.tiles import Problem, Tile, add_to_sums, tiles_of, tops_of
 
+_BYTES = 2**17, 2**19  # of one tensor of a tile, at least and at most; in between this part of the logits in float32:
+_PART = 2**7
 _SPREAD = 2.0**-5  # the largest probability of a row whose roundings average out
 # A divergence in float32, relative to the numbers that it is the difference of, in a row that is spread and in another.
 _SINGLE, _SINGLE_MIXED = (2.0**-4, 2.0**-1), (2.0**-5, 2.0**-3)
@@ -18,6 +20,12 @@ _DOUBLE = 2.0**-24  # the same in float64
 _UNSHIFTED = {torch.float32: (-20.0, 60.0), torch.float64: (-300.0, 300.0)}  # largest logits, whose exp is within range
 _LEAST_LOG = {torch.float32: -80.0, torch.float64: -700.0}  # of a probability
 _FAR = 1e30
+
+
+def _bytes(a: Tensor) -> int:
+    """Return the size of a tensor of a tile: a step of torch takes as long as some thousand numbers."""
+    low, high = _BYTES
+    return min(high, max(low, 4 * a.numel() // _PART))
 
 
 def by_differences(
@@ -30,7 +38,7 @@ def by_differences(
     shifts = _needed(q_top), _needed(p_top)
     for with_gaps in (False, True):  # classes that one side lacks are rare
         sums = [torch.zeros_like(q_top) for _ in range(4)]
-        for tile in tiles_of(a, index, bytes_of(a) // dtype.itemsize):
+        for tile in tiles_of(a, index, _bytes(a) // dtype.itemsize):
             add_to_sums(sums, tile.place, _sums(tile, a, b, shifts, problem, dtype, with_gaps=with_gaps))
         if bool(torch.stack(sums).isfinite().all()):
             break
@@ -143,7 +151,7 @@ def write_by_differences(
         torch.stack((q_mean, p_mean, q_share, p_share)).to(dtype),
         (_needed(rows.q_top), _needed(rows.p_top)),
     )
-    for tile in tiles_of(a, index, bytes_of(a) // dtype.itemsize):
+    for tile in tiles_of(a, index, _bytes(a) // dtype.itemsize):
         q, p, ratio = _weights(tile, a, b, shifts, problem, dtype)
         q_mean, p_mean, q_share, p_share = factors[:, tile.place]
         q.mul_(q_share)
@@ -171,7 +179,7 @@ def _add_mixed_terms(
     """Return the rows with the terms, and with the means of the scores in `q_score` and `p_score`."""
     terms, offsets, is_simple = problem.terms, _offsets(rows, dtype), problem.terms.is_jensens
     sums = [torch.zeros_like(rows.q_top) for _ in range(2 if is_simple else 4)]
-    for tile in tiles_of(a, index, bytes_of(a) // dtype.itemsize // 2):
+    for tile in tiles_of(a, index, _bytes(a) // dtype.itemsize // 2):
         q, p, q_ratio, p_ratio, *mixtures = _ratios(tile, a, b, offsets, problem, dtype)
         pairs = [(q, q_ratio), (p, p_ratio)]
         if not is_simple:
@@ -239,7 +247,7 @@ def _write_mixed(
     by_q, by_p = (terms.by_q, terms.by_p) if is_simple else (1.0, 1.0)
     scale = grad * problem.scale
     factors = torch.stack((rows.q_score / by_q, rows.p_score / by_p, scale * by_q, scale * by_p)).to(dtype)
-    for tile in tiles_of(a, index, bytes_of(a) // dtype.itemsize // 2):
+    for tile in tiles_of(a, index, _bytes(a) // dtype.itemsize // 2):
         q, p, q_ratio, p_ratio, *mixtures = _ratios(tile, a, b, offsets, problem, dtype)
         q_score, p_score = (q_ratio, p_ratio) if is_simple else _scores(q, p, q_ratio, p_ratio, mixtures, terms)
         q_mean, p_mean, q_factor, p_factor = factors[:, tile.place]

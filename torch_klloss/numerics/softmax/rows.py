@@ -90,16 +90,18 @@ Way: TypeAlias = Callable[[Tensor, Tensor, "Tensor | None", Tensor, Problem, tor
 
 def _ways(a: Tensor, b: Tensor, problem: Problem) -> Iterator[tuple[Way, torch.dtype]]:
     """Yield how rows are computed on the CPU before `_careful` takes what is left: the fastest way first."""
-    both = torch.float32, torch.float64
-    has_blocks, has_centre = blocks.can_be_tried(a, b, problem), centred.can_be_tried(a, b, problem, torch.float64)
-    try_some = _try_blocks if has_blocks else _try_differences
-    for dtype in both[:1] if has_centre else both:
-        if _is_worth_it(a, b, dtype, problem) and (has_blocks or not has_centre):
-            yield try_some, dtype
+    both, has_blocks = (torch.float32, torch.float64), blocks.can_be_tried(a, b, problem)
+    if centred.can_be_tried(a, b, problem, torch.float64):
+        if has_blocks and _is_worth_it(a, b, torch.float32, problem):
+            yield _try_blocks, torch.float32
+        for dtype in both:
+            if centred.can_be_tried(a, b, problem, dtype):
+                yield _try_centring, dtype
+        return
     for dtype in both:
-        if centred.can_be_tried(a, b, problem, dtype):
-            yield _try_centring, dtype
-    if has_blocks and not has_centre:  # the exponentials may not have been within range
+        if _is_worth_it(a, b, dtype, problem):
+            yield _try_blocks if has_blocks else _try_differences, dtype
+    if has_blocks:  # the exponentials may not have been within range
         yield _try_differences, torch.float64
 
 

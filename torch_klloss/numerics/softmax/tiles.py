@@ -12,8 +12,6 @@ from torch import Tensor
 from torch_klloss.numerics.softmax.pairs import Terms
 
 _TILE = 2**15  # numbers of one tensor of a tile, so that a handful of its tensors fit into the cache of a core
-_BYTES = 2**17, 2**19  # of one tensor of a tile on the CPU, at least and at most; in between it is this part
-_PART = 2**7  # of the logits in float32
 
 
 def _same(t: Tensor) -> Tensor:
@@ -74,12 +72,6 @@ class Tile:
             whole[self.rows, self.classes].copy_(part)
         else:
             whole[self.rows, self.classes] = part.to(whole.dtype)
-
-
-def bytes_of(a: Tensor) -> int:
-    """Return the size of a tensor of a tile on the CPU: a step of torch takes as long as some thousand numbers."""
-    low, high = _BYTES
-    return min(high, max(low, 4 * a.numel() // _PART))
 
 
 def tiles_of(a: Tensor, index: Tensor | None, size: int) -> Iterator[Tile]:
