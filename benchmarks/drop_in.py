@@ -273,15 +273,15 @@ def summary(rows: list[Row], size: tuple[int, int], native: list[str], *, are_co
             found = [
                 (row[peer], row["case"])
                 for row in rows
-                if row["size"] == label and (row["case"].split(", torch")[0] in native) == is_native and peer in row
+                if row["size"] == label and (row["case"] in native) == is_native and peer in row
             ]
             if not found:
                 continue
             worst, name = max(found)
             middle, most = (COMPILED if are_compiled else NATIVE[size]) if is_native else (OTHERS, OTHERS)
             kind = "elementary" if is_native else "special functions"
-            half, limit = median([r for r, _ in found]), f" (target {most})" if most else ""
-            spread = f"median {half:.2f} (target {middle}), worst {worst:.2f} {name}{limit}"
+            aims = [f" (target {t})" if t and peer != "for nothing" else "" for t in (middle, most)]
+            spread = f"median {median([r for r, _ in found]):.2f}{aims[0]}, worst {worst:.2f} {name}{aims[1]}"
             yield f"{peer} ÷ torch at {label}, {kind}: {spread}"
 
 
@@ -295,12 +295,12 @@ def compiled_rows(size: tuple[int, int], chosen: list[Case], seconds: float) -> 
         losses = peers(case, *leaves)
         names = [name for name in ("torch", "kl_divergence", "AutoKL", "one-liner") if name in losses]
         kept = {name: torch.compile(losses[name], fullgraph=name != "torch") for name in names}
-        label = case.name
+        baseline = "compiled"
         try:
             kept["torch"]()
         except RuntimeError:  # torch cannot compile its own formula of two MultivariateNormals
-            kept["torch"], label = losses["torch"], f"{case.name}, torch eager"
-        rows.append(measured(label, size, kept, leaves[:2], seconds))
+            kept["torch"], baseline = losses["torch"], "eager"
+        rows.append(measured(case.name, size, kept, leaves[:2], seconds) | {"baseline": baseline})
     return rows
 
 
@@ -330,14 +330,11 @@ def main() -> int:
             for case in cases:
                 tensors = inputs(size, torch.float32)
                 found.append(measured(case.name, size, peers(case, *tensors), tensors[:2], seconds))
-        shown = [
-            key
-            for key in ("torch again", "for nothing", "kl_divergence", "AutoKL", "one-liner")
-            if any(key in r for r in found)
-        ]
+        shown = [key for key in PEERS if any(key in row for row in found)]
         for row in found:
             row.setdefault("one-liner", None)
-        columns = {"case": "case", "baseline_us": "torch (µs)|.0f"} | {key: f"{key}|.2f" for key in shown}
+        columns = {"case": "case"} | ({"baseline": "torch's step"} if arguments.compile else {})
+        columns |= {"baseline_us": "torch (µs)|.0f"} | {key: f"{key}|.2f" for key in shown}
         show(f"Forward and backward, {'x'.join(map(str, size))}, ÷ torch", found, columns)
         for line in summary(found, size, native, are_compiled=arguments.compile):
             print(line)

@@ -134,7 +134,7 @@ def test_a_compiled_gradient_is_finite_at_the_edges_and_has_its_digits_near_equa
 
 
 SHARED = """
-from torch.distributions import Beta, Categorical, Pareto
+from torch.distributions import Beta, Pareto
 from torch_klloss import kl_divergence
 from torch_klloss.language import token_kl
 x = (torch.rand(4, 5) + 0.5).requires_grad_()

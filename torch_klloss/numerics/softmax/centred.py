@@ -18,11 +18,10 @@ from torch_klloss.numerics.elementary import has_float64
 from torch_klloss.numerics.exponentials import NEAR, expm1, lead_into, lost_into
 from torch_klloss.numerics.softmax.pairs import KL, Rows
 from torch_klloss.numerics.softmax.strips import Strip, Strips
-from torch_klloss.numerics.softmax.tiles import Problem, tiles_of
+from torch_klloss.numerics.softmax.tiles import Problem, shift_of, tiles_of
 
 FEWEST = 256  # classes from which on their roundings average out in float32
 _LEAST = 2**18  # bytes of a buffer
-_UNSHIFTED = {torch.float32: (-20.0, 60.0), torch.float64: (-300.0, 300.0)}  # largest logits, whose exp is within range
 # The square of (b - a)/T of q's largest class, relative to the KL over the mass of all others, or to its square.
 _SHARED = {torch.float32: 2.0**5, torch.float64: 2.0**60}
 _LARGEST = 2.0**2  # δ and the mean relative to the KL or to 1, for which what they round by in float32 is not felt
@@ -46,8 +45,7 @@ def by_centring(
     """
     strips = Strips(a, b, index, 1.0, dtype, 4, least=_LEAST)
     highest, base = (t.to(dtype) for t in _of_largest(a, b, index, dtype))
-    low, high = (bound / problem.scale for bound in _UNSHIFTED[dtype])
-    top = torch.where((highest > low) & (highest < high), 0.0, highest)
+    top = shift_of(highest, problem, dtype)
     q_total, mean, excess, largest = torch.zeros(4, *top.shape, dtype=dtype)
     everything, weighed = slice(0, strips.num_rows), _Weighed(a, b, top, base, problem.scale)
     for strip in strips.within(everything):

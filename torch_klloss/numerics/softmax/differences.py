@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_klloss.numerics.softmax.pairs import Rows, Terms
-from torch_klloss.numerics.softmax.tiles import Problem, Tile, add_to_sums, tiles_of, tops_of
+from torch_klloss.numerics.softmax.tiles import Problem, Tile, add_to_sums, shift_of, tiles_of, tops_of
 
 _BYTES = 2**17, 2**19  # of one tensor of a tile, at least and at most; in between this part of the logits in float32:
 _PART = 2**7
@@ -17,7 +17,6 @@ _SPREAD = 2.0**-5  # the largest probability of a row whose roundings average ou
 # A divergence in float32, relative to the numbers that it is the difference of, in a row that is spread and in another.
 _SINGLE, _SINGLE_MIXED = (2.0**-4, 2.0**-1), (2.0**-5, 2.0**-3)
 _DOUBLE = 2.0**-24  # the same in float64
-_UNSHIFTED = {torch.float32: (-20.0, 60.0), torch.float64: (-300.0, 300.0)}  # largest logits, whose exp is within range
 _LEAST_LOG = {torch.float32: -80.0, torch.float64: -700.0}  # of a probability
 _FAR = 1e30
 
@@ -34,7 +33,7 @@ def by_differences(
     """Return the rows `[12, rows, 1]` from differences of sums, and which of them have kept their digits."""
     terms = problem.terms
     tops = [tops_of(t, index, problem, torch.float64) for t in (a, b)]
-    q_top, p_top = (_shift(top, dtype) for top in tops)
+    q_top, p_top = (shift_of(top, problem, dtype) for top in tops)
     shifts = _needed(q_top), _needed(p_top)
     for with_gaps in (False, True):  # classes that one side lacks are rare
         sums = [torch.zeros_like(q_top) for _ in range(4)]
@@ -54,7 +53,8 @@ def by_differences(
     is_good = torch.minimum(q_total, p_total) > torch.finfo(dtype).tiny ** 0.5
     if dtype == torch.float64:
         return torch.stack(rows), (is_good & (smallest > _DOUBLE * size)).squeeze(-1)
-    is_spread = torch.maximum(tops[0].exp() / q_total, tops[1].exp() / p_total) < _SPREAD
+    largest = torch.maximum(*((top * problem.scale).exp() / t for top, t in zip(tops, (q_total, p_total), strict=True)))
+    is_spread = largest < _SPREAD
     least = torch.where(is_spread, *(_SINGLE_MIXED if terms.is_mixed else _SINGLE))
     return torch.stack(rows), (is_good & (smallest > least * size) & (q_top == 0) & (p_top == 0)).squeeze(-1)
 
@@ -89,12 +89,6 @@ def _needed(top: Tensor) -> Tensor | None:
 
 def _placed(top: Tensor | None, tile: Tile) -> Tensor | None:
     return None if top is None else top[tile.place]
-
-
-def _shift(top: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what is taken off the logits: nothing where exp neither over- nor underflows, for so they are exact."""
-    low, high = _UNSHIFTED[dtype]
-    return torch.where((top > low) & (top < high), 0.0, top)
 
 
 def _weights(

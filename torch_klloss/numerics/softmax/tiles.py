@@ -13,6 +13,8 @@ from torch_klloss.numerics.softmax.pairs import Terms
 
 _TILE = 2**15  # numbers of one tensor of a tile, so that a handful of its tensors fit into the cache of a core
 
+_UNSHIFTED = {torch.float32: (-20.0, 60.0), torch.float64: (-300.0, 300.0)}  # largest logits, whose exp is within range
+
 
 def _same(t: Tensor) -> Tensor:
     return t
@@ -111,3 +113,9 @@ def tops_of(a: Tensor, index: Tensor | None, problem: Problem, dtype: torch.dtyp
             part = tile.of(a).amax(-1, keepdim=True)
             top[tile.place] = torch.maximum(top[tile.place], part)
     return problem.largest(top.to(dtype))
+
+
+def shift_of(top: Tensor, problem: Problem, dtype: torch.dtype) -> Tensor:
+    """Return what is taken off the logits: nothing where exp neither over- nor underflows, for so they are exact."""
+    low, high = (bound / problem.scale for bound in _UNSHIFTED[dtype])
+    return torch.where((top > low) & (top < high), 0.0, top)
