@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from torch_klloss.language import DistillationLoss, ForwardKL, JensenShannon, token_kl
+from tests.language.conventions import by_definition
+from torch_klloss.language import DistillationLoss, ForwardKL, Jeffreys, JensenShannon, SkewKL, token_kl
 from torch_klloss.numerics.softmax import rows
 
 
@@ -60,3 +61,16 @@ def test_equal_rows_that_are_no_distribution_are_nan(bad):
     q[0, 3] = bad
     q[1] = -math.inf
     assert token_kl(q, q.clone()).isnan().tolist() == [True, True, False, False, False, False]
+
+
+@pytest.mark.parametrize("divergence", [Jeffreys(0.3), JensenShannon(), SkewKL(0.1)], ids=repr)
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 0.5])
+@pytest.mark.parametrize(("scale", "distance"), [(1.0, 0.3), (3.0, 1.0), (8.0, 2.0)])
+@pytest.mark.parametrize("num_classes", [300, 2000])
+def test_mixtures_of_few_classes_have_their_last_digits(divergence, temperature, scale, distance, num_classes):
+    teacher = scale * torch.randn(20, num_classes)
+    student = teacher + distance * torch.randn(20, num_classes)
+    loss = DistillationLoss(divergence, temperature=temperature, scale_by_temperature=False, reduction="none")
+    right = by_definition(divergence, *(t.double() / temperature for t in (teacher, student)))
+    off = (loss(student=student, teacher=teacher) - right).abs() / right
+    assert off[right > 1e-6].max() <= 3 * 2.0**-23

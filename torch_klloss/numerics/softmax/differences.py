@@ -1,4 +1,4 @@
-"""Divergences as differences of two numbers, the fastest form, where the numbers are not much larger than they."""
+"""Divergences as differences of two numbers in float64, of which they have lost no more than half of the digits."""
 
 from __future__ import annotations
 
@@ -13,10 +13,7 @@ from torch_klloss.numerics.softmax.tiles import Problem, Tile, add_to_sums, shif
 
 _BYTES = 2**17, 2**19  # of one tensor of a tile, at least and at most; in between this part of the logits in float32:
 _PART = 2**7
-_SPREAD = 2.0**-5  # the largest probability of a row whose roundings average out
-# A divergence in float32, relative to the numbers that it is the difference of, in a row that is spread and in another.
-_SINGLE, _SINGLE_MIXED = (2.0**-4, 2.0**-1), (2.0**-5, 2.0**-3)
-_DOUBLE = 2.0**-24  # the same in float64
+_DOUBLE = 2.0**-24  # a divergence in float64, relative to the numbers that it is the difference of
 _LEAST_LOG = {torch.float32: -80.0, torch.float64: -700.0}  # of a probability
 _FAR = 1e30
 
@@ -51,12 +48,7 @@ def by_differences(
         rows, size = _add_mixed_terms(a, b, index, rows, problem, dtype), torch.ones_like(size)
     smallest = torch.minimum(rows.by_q, rows.by_p) if terms.by_p else rows.by_q
     is_good = torch.minimum(q_total, p_total) > torch.finfo(dtype).tiny ** 0.5
-    if dtype == torch.float64:
-        return torch.stack(rows), (is_good & (smallest > _DOUBLE * size)).squeeze(-1)
-    largest = torch.maximum(*((top * problem.scale).exp() / t for top, t in zip(tops, (q_total, p_total), strict=True)))
-    is_spread = largest < _SPREAD
-    least = torch.where(is_spread, *(_SINGLE_MIXED if terms.is_mixed else _SINGLE))
-    return torch.stack(rows), (is_good & (smallest > least * size) & (q_top == 0) & (p_top == 0)).squeeze(-1)
+    return torch.stack(rows), (is_good & (smallest > _DOUBLE * size)).squeeze(-1)
 
 
 def _sums(

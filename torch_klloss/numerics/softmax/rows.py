@@ -1,7 +1,7 @@
 """Rows of many classes, computed tile by tile in dtypes that are wide enough, on the CPU as fast as each row allows.
 
-There every row is tried by faster ways first, which tell whether it has kept its digits: `blocks`, `centred` and
-`differences`, in float32 and then in float64. What is left is computed with care, as is everything elsewhere, where no
+There every row is tried by faster ways first, which tell whether it has kept its digits: `blocks` and `centred` in
+float32 and then in float64, and `differences`. What is left is computed with care, as is everything elsewhere, where no
 number can be looked at without a wait: by `wide` if float64 has digits to spare, else by `pairs`.
 """
 
@@ -37,9 +37,9 @@ _TILE, _MANY = 2**15, 2**21  # numbers of a tile elsewhere than on the CPU; and 
 _PARTS = {8: 256, 4: 216, 2: 310}  # of many logits by their size in bytes, for the sake of memory
 _CAREFUL_TILE = 2**12  # numbers of a tile of the careful formula, which has many tensors, in float64
 _CAREFUL, _EQUAL = 0, 1  # kinds of rows
-_DIFFERENCES = {torch.float32: 2, torch.float64: 3}  # more of them, by the dtype of their derivatives
-_CENTRED = {torch.float32: 4, torch.float64: 5}
-_BLOCKS = 6  # another, more by 1 if float32 is enough for the derivative by a, and by 2 if it is for that by b
+_DIFFERENCES = 2
+_CENTRED = {torch.float32: 3, torch.float64: 4}
+_BLOCKS = 5  # another, more by 1 if float32 is enough for the derivative by a, and by 2 if it is for that by b
 
 
 @dataclass
@@ -90,18 +90,17 @@ Way: TypeAlias = Callable[[Tensor, Tensor, "Tensor | None", Tensor, Problem, tor
 
 def _ways(a: Tensor, b: Tensor, problem: Problem) -> Iterator[tuple[Way, torch.dtype]]:
     """Yield how rows are computed on the CPU before `_careful` takes what is left: the fastest way first."""
-    both, has_blocks = (torch.float32, torch.float64), blocks.can_be_tried(a, b, problem)
+    has_blocks = blocks.can_be_tried(a, b, problem)
+    if has_blocks and problem.is_exact:
+        yield _try_blocks, torch.float32
     if centred.can_be_tried(a, b, problem, torch.float64):
-        if has_blocks and _is_worth_it(a, b, torch.float32, problem):
-            yield _try_blocks, torch.float32
-        for dtype in both:
+        for dtype in (torch.float32, torch.float64):
             if centred.can_be_tried(a, b, problem, dtype):
                 yield _try_centring, dtype
         return
-    for dtype in both:
-        if _is_worth_it(a, b, dtype, problem):
-            yield _try_blocks if has_blocks else _try_differences, dtype
-    if has_blocks:  # the exponentials may not have been within range
+    if has_blocks:
+        yield _try_blocks, torch.float64
+    if not has_float64(a, b):  # the exponentials may not have been within the range of blocks
         yield _try_differences, torch.float64
 
 
@@ -126,20 +125,9 @@ def _try_blocks(
 def _try_differences(
     a: Tensor, b: Tensor, index: Tensor | None, left: Tensor, problem: Problem, dtype: torch.dtype, computed: Computed
 ) -> Tensor:
-    """Compute rows by differences, in float32 some of them first, and return what is left."""
-    num_first = max(1, len(left) // 8) if dtype == torch.float32 else len(left)
-    pilot, others = left[:num_first], left[num_first:]
-    missed = computed.take(pilot, *_by_differences(a, b, _at(index, pilot), problem, dtype))
-    if len(others) and len(missed) * 2 <= len(pilot):
-        others = computed.take(others, *_by_differences(a, b, _at(index, others), problem, dtype))
-    return torch.cat((missed, others))
-
-
-def _by_differences(
-    a: Tensor, b: Tensor, index: Tensor, problem: Problem, dtype: torch.dtype
-) -> tuple[Tensor, int, Tensor]:
-    rows, is_good = by_differences(a, b, index, problem, dtype)
-    return rows, _DIFFERENCES[dtype], is_good
+    """Compute rows by differences, and return what is left."""
+    rows, is_good = by_differences(a, b, _at(index, left), problem, dtype)
+    return computed.take(left, rows, _DIFFERENCES, is_good)
 
 
 def _equal_rows(a: Tensor, b: Tensor, index: Tensor | None) -> Tensor:
@@ -155,15 +143,6 @@ def _equal_rows(a: Tensor, b: Tensor, index: Tensor | None) -> Tensor:
         is_equal[tile.place] &= (x == tile.of(b)).all(-1, keepdim=True)
         top[tile.place] = torch.maximum(top[tile.place], x.amax(-1, keepdim=True).to(top.dtype))
     return rows[(is_equal & top.isfinite()).squeeze(-1)]
-
-
-def _is_worth_it(a: Tensor, b: Tensor, dtype: torch.dtype, problem: Problem) -> bool:
-    """Return whether a dtype is worth trying."""
-    if has_float64(a, b) or dtype == torch.float64:
-        return not has_float64(a, b)
-    if problem.is_sharded:  # the shards must all try the same, whatever their size
-        return False
-    return problem.is_exact and a.shape[-1] >= centred.FEWEST
 
 
 def write_derivatives(
@@ -267,5 +246,5 @@ def _part(rows: Rows, place: slice) -> Rows:
 _WRITERS = {
     _CAREFUL: (_write, torch.float64),
     **{kind: (write_by_centring, dtype) for dtype, kind in _CENTRED.items()},
-    **{kind: (write_by_differences, dtype) for dtype, kind in _DIFFERENCES.items()},
+    _DIFFERENCES: (write_by_differences, torch.float64),
 }
